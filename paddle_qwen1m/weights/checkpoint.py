@@ -1,0 +1,114 @@
+"""A checkpoint directory in the published layout: which tensor lies in which file, checked against the files."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from .safetensors import CheckpointError, TensorInfo, read_header
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+LISTED = 8
+
+
+def summarise(problems: Sequence[str]) -> str:
+    """The first problems, one a line, and how many more there are."""
+    lines = [f"  {problem}" for problem in problems[:LISTED]]
+    if len(problems) > LISTED:
+        lines.append(f"  ... and {len(problems) - LISTED} more")
+    return "\n".join(lines)
+
+
+class Checkpoint:
+    """The tensors of a directory that holds model.safetensors, or shards and model.safetensors.index.json.
+
+    Only headers are read. Raises CheckpointError naming file and tensor when a file is missing or corrupt, or when the
+    index and the files disagree.
+    """
+
+    directory: Path
+    tensors: Mapping[str, TensorInfo]
+
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        self.directory = Path(directory)
+        if not self.directory.is_dir():
+            raise CheckpointError(f"{self.directory} is not a directory: give the directory that holds {SINGLE_NAME}")
+        index, single = self.directory / INDEX_NAME, self.directory / SINGLE_NAME
+        if index.exists():
+            self.tensors = _read_sharded(index)
+        elif single.exists():
+            self.tensors = read_header(single)
+        else:
+            raise CheckpointError(
+                f"{self.directory} holds neither {INDEX_NAME} nor {SINGLE_NAME}: "
+                "this loader reads checkpoints in the published safetensors layout; download one of the two"
+            )
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(info.nbytes for info in self.tensors.values())
+
+    @property
+    def largest_tensor_bytes(self) -> int:
+        return max((info.nbytes for info in self.tensors.values()), default=0)
+
+
+def _read_sharded(index: Path) -> dict[str, TensorInfo]:
+    try:
+        content = json.loads(index.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{index} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{index} is corrupt: not valid JSON ({error}); download it again") from None
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index} has no weight_map from tensor to file: download it again")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not file or Path(file).name != file:
+            raise CheckpointError(
+                f"{index}: tensor {name!r} is mapped to {file!r}, not to a file of the same directory"
+            )
+
+    files = sorted(set(weight_map.values()))
+    if SINGLE_NAME not in files and (index.parent / SINGLE_NAME).exists():
+        raise CheckpointError(
+            f"{index.parent} holds both {INDEX_NAME} and a {SINGLE_NAME} that the index does not name: "
+            "two checkpoints lie in one directory; remove the one you do not want"
+        )
+    problems: list[str] = []
+    tensors: dict[str, TensorInfo] = {}
+    for file in files:
+        named = [name for name, holder in weight_map.items() if holder == file]
+        path = index.parent / file
+        if not path.exists():
+            problems.append(f"{path} is missing; it should hold {len(named)} tensors, {named[0]!r} the first")
+            continue
+        found = read_header(path)
+        problems += [f"{path}: tensor {name!r} is in the index, not in the file" for name in named if name not in found]
+        for name, info in found.items():
+            if weight_map.get(name) == file:
+                tensors[name] = info
+            elif name in weight_map:
+                problems.append(
+                    f"{path}: tensor {name!r} is in the file, but the index places it in {weight_map[name]}"
+                )
+            else:
+                problems.append(f"{path}: tensor {name!r} is in the file, not in the index")
+    if problems:
+        raise CheckpointError(
+            f"{index} disagrees with the files:\n{summarise(problems)}\n"
+            "The download is incomplete or mixes two checkpoints: download the directory again."
+        )
+    metadata = content.get("metadata")
+    stated = metadata.get("total_size") if isinstance(metadata, dict) else None
+    total = sum(info.nbytes for info in tensors.values())
+    if stated is not None and stated != total:
+        raise CheckpointError(
+            f"{index} disagrees with the files: it states a total_size of {stated} bytes, the tensors of its "
+            f"{len(files)} files ({', '.join(files[:LISTED])}{', ...' if len(files) > LISTED else ''}) hold {total}; "
+            "the directory mixes two checkpoints or the index was edited: download it again"
+        )
+    return tensors

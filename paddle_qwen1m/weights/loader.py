@@ -1,0 +1,112 @@
+"""Fills a model's parameters from a checkpoint: names and shapes are all checked before any data is read."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import sys
+from collections import defaultdict
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import paddle
+from tqdm import tqdm
+
+from .checkpoint import Checkpoint, summarise
+from .safetensors import STORAGE, Array, CheckpointError, read_rows
+
+DTYPES = {paddle.float32: "F32", paddle.float16: "F16", paddle.bfloat16: "BF16"}
+DERIVED_SUFFIX = "rotary_emb.inv_freq"
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a published tensor of `shape` goes: rows row .. row + shape[0] of `tensor`.
+
+    `tensor` is a contiguous parameter in CPU memory, float32, float16 or bfloat16; ValueError when it is not.
+    """
+
+    tensor: paddle.Tensor
+    row: int
+    shape: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        whole = tuple(self.tensor.shape)
+        fits = self.shape and self.shape[1:] == whole[1:] and 0 <= self.row <= whole[0] - self.shape[0]
+        if not fits:
+            raise ValueError(
+                f"a tensor of shape {self.shape} does not fit at row {self.row} of a parameter of shape {whole}"
+            )
+        if self.tensor.dtype not in DTYPES:
+            raise ValueError(f"weights are float32, float16 or bfloat16, got a parameter of {self.tensor.dtype}")
+        if not self.tensor.is_contiguous():
+            raise ValueError(f"a parameter of shape {whole} is not contiguous: what is read into it would be lost")
+        if not self.tensor.place.is_cpu_place():
+            raise ValueError(f"weights are read into CPU memory, got a parameter on {self.tensor.place}")
+
+
+def load_checkpoint(
+    directory: str | os.PathLike[str],
+    slots: Mapping[str, Slot],
+    *,
+    ignore: Collection[str] = (),
+    progress: bool = True,
+) -> None:
+    """Read every published tensor named in `slots` from a checkpoint directory into its place.
+
+    Files hold float32, float16 or bfloat16; a parameter of another of the three gets the value rounded to nearest even.
+    Tensors in `ignore` and rotary tables may be in the checkpoint and are skipped. Memory beyond the parameters is a
+    few MB; nothing is written to the directory. With `progress`, a bar goes to stderr when that is a terminal.
+    Raises CheckpointError, before anything is read, when files, names or shapes do not fit: see Checkpoint.
+    """
+    checkpoint = Checkpoint(directory)
+    _check(checkpoint, slots, ignore)
+    by_file: dict[os.PathLike[str], list[str]] = defaultdict(list)
+    for name in sorted(slots, key=lambda name: (checkpoint.tensors[name].file, checkpoint.tensors[name].offset)):
+        by_file[checkpoint.tensors[name].file].append(name)
+    with tqdm(
+        total=sum(checkpoint.tensors[name].nbytes for name in slots),
+        desc="Loading weights",
+        unit="B",
+        unit_scale=True,
+        file=sys.stderr,
+        disable=not (progress and sys.stderr.isatty()),
+    ) as bar:
+        for path, names in by_file.items():
+            with open(path, "rb", buffering=0) as file:
+                for name in names:
+                    out, dtype = _destination(slots[name])
+                    read_rows(file, name, checkpoint.tensors[name], out, dtype, on_bytes=bar.update)
+
+
+def _check(checkpoint: Checkpoint, slots: Mapping[str, Slot], ignore: Collection[str]) -> None:
+    tensors = checkpoint.tensors
+    problems = [f"missing: tensor {name!r} is in none of the files" for name in slots if name not in tensors]
+    for name, info in tensors.items():
+        if name not in slots:
+            if name not in ignore and not name.endswith(DERIVED_SUFFIX):
+                problems.append(f"{info.file.name}: tensor {name!r} has no place in the model")
+        elif info.shape != slots[name].shape:
+            problems.append(
+                f"{info.file.name}: tensor {name!r} has shape {list(info.shape)}, "
+                f"the model's config.json asks for {list(slots[name].shape)}"
+            )
+        elif info.dtype not in STORAGE:
+            problems.append(f"{info.file.name}: tensor {name!r} is {info.dtype}, not one of {', '.join(STORAGE)}")
+    if problems:
+        raise CheckpointError(
+            f"{checkpoint.directory} does not fit the model that its config.json describes:\n{summarise(problems)}\n"
+            "Check that config.json and the safetensors files are of the same model, or download the directory again."
+        )
+
+
+def _destination(slot: Slot) -> tuple[Array, str]:
+    """The slot's memory as a flat writable array, and its dtype."""
+    dtype = DTYPES[slot.tensor.dtype]
+    count, width = math.prod(slot.shape), math.prod(slot.shape[1:])
+    address = slot.tensor.data_ptr() + slot.row * width * STORAGE[dtype].itemsize
+    memory: Any = (ctypes.c_char * (count * STORAGE[dtype].itemsize)).from_address(address)
+    return np.frombuffer(memory, STORAGE[dtype]), dtype

@@ -1,0 +1,168 @@
+"""load_checkpoint: parameters hold the published values, whatever the dtypes; names and shapes are checked first."""
+
+from __future__ import annotations
+
+import os
+import stat
+
+import numpy as np
+import paddle
+import pytest
+from checkpoint_files import write_file, write_sharded
+
+from paddle_qwen1m.weights import CheckpointError, Slot, load_checkpoint
+
+RNG = np.random.default_rng(1)
+
+
+def parameter(shape, dtype="float32"):
+    return paddle.full(shape, 7.0, "float32").astype(dtype)
+
+
+def whole(tensor):
+    return Slot(tensor, 0, tuple(tensor.shape))
+
+
+def values(tensor):
+    return tensor.astype("float32").numpy()
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """q, k and v of one layer over two shards, in three dtypes, and a norm."""
+    tensors = {
+        "q": RNG.standard_normal((6, 4)).astype(np.float32),
+        "k": RNG.standard_normal((2, 4)).astype(np.float16),
+        "v": (RNG.standard_normal((2, 4)).astype(np.float32).view(np.uint32) >> 16).astype(np.uint16),
+        "norm": RNG.standard_normal(4).astype(np.float32),
+    }
+    write_sharded(
+        tmp_path, [{name: tensors[name] for name in ("v", "q")}, {name: tensors[name] for name in ("norm", "k")}]
+    )
+    wide = dict(tensors, v=(tensors["v"].astype(np.uint32) << 16).view(np.float32))
+    return tmp_path, {name: array.astype(np.float32) for name, array in wide.items()}
+
+
+def fused_slots(dtype="float32"):
+    qkv, norm = parameter([10, 4], dtype), parameter([4], dtype)
+    slots = {"q": Slot(qkv, 0, (6, 4)), "k": Slot(qkv, 6, (2, 4)), "v": Slot(qkv, 8, (2, 4)), "norm": whole(norm)}
+    return qkv, norm, slots
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 0.0), ("float16", 2.0**-11), ("bfloat16", 2.0**-8)])
+def test_fused_parameters_are_filled_row_range_by_row_range(checkpoint, dtype, tolerance):
+    directory, expected = checkpoint
+    qkv, norm, slots = fused_slots(dtype)
+    load_checkpoint(directory, slots)
+    fused = np.concatenate([expected["q"], expected["k"], expected["v"]])
+    np.testing.assert_allclose(values(qkv), fused, rtol=tolerance, atol=tolerance * 2.0**-10)
+    np.testing.assert_allclose(values(norm), expected["norm"], rtol=tolerance, atol=tolerance * 2.0**-10)
+
+
+def test_only_the_slots_rows_of_a_parameter_are_written(checkpoint):
+    directory, expected = checkpoint
+    table = parameter([20, 4])
+    load_checkpoint(directory, {"q": Slot(table, 5, (6, 4))}, ignore={"k", "v", "norm"})
+    np.testing.assert_array_equal(values(table)[5:11], expected["q"])
+    assert (np.delete(values(table), slice(5, 11), axis=0) == 7.0).all()
+
+
+def test_a_layers_parameters_and_views_of_them_are_destinations(tmp_path):
+    write_file(tmp_path / "model.safetensors", {"w": RNG.standard_normal((3, 4)).astype(np.float32)})
+    weight = paddle.nn.Layer().create_parameter([9, 4])
+    load_checkpoint(tmp_path, {"w": Slot(weight[2:8], 1, (3, 4))})
+    expected = np.frombuffer((tmp_path / "model.safetensors").read_bytes()[-48:], np.float32).reshape(3, 4)
+    np.testing.assert_array_equal(values(weight)[3:6], expected)
+
+
+def test_missing_extra_and_misshapen_tensors_are_one_error_before_any_read(checkpoint):
+    directory, _ = checkpoint
+    qkv, _norm, slots = fused_slots()
+    slots["k"] = Slot(qkv, 6, (1, 4))
+    slots["o"] = whole(parameter([4, 4]))
+    del slots["norm"]
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint(directory, slots)
+    message = str(caught.value)
+    assert "missing: tensor 'o' is in none of the files" in message
+    assert "model-00002-of-00002.safetensors: tensor 'norm' has no place in the model" in message
+    assert "tensor 'k' has shape [2, 4], the model's config.json asks for [1, 4]" in message
+    assert str(directory) in message
+    assert (values(qkv) == 7.0).all()
+
+
+def test_a_quantised_tensor_is_refused_before_any_read(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(
+        (63).to_bytes(8, "little") + b'{"w": {"dtype": "I8", "shape": [4], "data_offsets": [0, 4]}}   ' + bytes(4)
+    )
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: tensor 'w' is I8, not one of F32, F16, BF16"):
+        load_checkpoint(tmp_path, {"w": whole(parameter([4]))})
+
+
+def test_rotary_tables_and_ignored_tensors_may_be_there_or_not(tmp_path):
+    tensors = {
+        "w": np.full((2, 2), 3.0, np.float32),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(64, np.float32),
+        "lm_head.weight": np.ones((2, 2), np.float32),
+    }
+    write_file(tmp_path / "model.safetensors", tensors)
+    weight = parameter([2, 2])
+    load_checkpoint(tmp_path, {"w": whole(weight)}, ignore={"lm_head.weight", "absent"})
+    assert (values(weight) == 3.0).all()
+    with pytest.raises(CheckpointError, match=r"tensor 'lm_head\.weight' has no place in the model"):
+        load_checkpoint(tmp_path, {"w": whole(weight)})
+
+
+def test_the_checkpoint_directory_is_only_read(checkpoint):
+    directory, _ = checkpoint
+
+    def listing():
+        return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in directory.iterdir()}
+
+    before = listing()
+    for path in directory.iterdir():
+        path.chmod(stat.S_IRUSR)
+    directory.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    try:
+        load_checkpoint(directory, fused_slots()[2])
+    finally:
+        directory.chmod(stat.S_IRWXU)
+    assert listing() == before
+
+
+@pytest.mark.parametrize("terminal, progress, shown", [(True, True, True), (True, False, False), (False, True, False)])
+def test_the_progress_bar_is_for_terminals(checkpoint, monkeypatch, capsys, terminal, progress, shown):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)
+    load_checkpoint(checkpoint[0], fused_slots()[2], progress=progress)
+    captured = capsys.readouterr()
+    assert ("Loading weights: 100%" in captured.err) == shown
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize(
+    "tensor, row, shape, message",
+    [
+        (lambda: parameter([4, 3]), 2, (3, 3), r"a tensor of shape \(3, 3\) does not fit at row 2"),
+        (lambda: parameter([4, 3]), -1, (3, 3), "does not fit at row -1"),
+        (lambda: parameter([4, 3]), 0, (4, 2), "does not fit at row 0"),
+        (lambda: parameter([4, 3]), 0, (), "does not fit at row 0"),
+        (lambda: paddle.zeros([4], "int64"), 0, (4,), "float32, float16 or bfloat16, got a parameter of paddle.int64"),
+    ],
+)
+def test_a_slot_that_cannot_hold_its_tensor_is_refused(tensor, row, shape, message):
+    with pytest.raises(ValueError, match=message):
+        Slot(tensor(), row, shape)
+
+
+def test_a_slot_in_a_strided_view_is_refused():
+    view = parameter([4, 6])[:, ::2]
+    if view.is_contiguous():
+        pytest.skip("this Paddle copies column slices: no strided view to refuse")
+    with pytest.raises(ValueError, match="is not contiguous: what is read into it would be lost"):
+        Slot(view, 0, (4, 3))
+
+
+def test_no_file_stays_open(checkpoint):
+    before = len(os.listdir("/proc/self/fd"))
+    load_checkpoint(checkpoint[0], fused_slots()[2])
+    assert len(os.listdir("/proc/self/fd")) == before
