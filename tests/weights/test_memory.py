@@ -28,10 +28,11 @@ checkpoint = Checkpoint(directory)
 start = status("VmRSS")
 parameters = {name: paddle.empty(list(info.shape), dtype) for name, info in checkpoint.tensors.items()}
 load_checkpoint(directory, {name: Slot(t, 0, tuple(t.shape)) for name, t in parameters.items()})
+peak = status("VmHWM") - start
 nbytes = sum(t.element_size() * t.size for t in parameters.values())
 last = list(parameters)[-1]
 last_value = float(parameters[last][-1, -1].astype("float32"))
-print(status("VmHWM") - start, nbytes, checkpoint.largest_tensor_bytes, last_value)
+print(peak, nbytes, checkpoint.largest_tensor_bytes, last_value)
 """
 
 
