@@ -1,0 +1,70 @@
+# Every target sets up what it needs in .venv/ and does nothing twice. /bin/sh, a Python of 3.9 to 3.12 and a C++ compiler are enough.
+#   make demo        retrieval table of the small checkpoint, then one 65,536-token document   (minutes)
+#   make demo-long   the same at 131,072 and 262,144 tokens
+#   make test        the tests;  make test-slow: those that take long
+#   make lint        ruff, clang-format, mypy;  make format: rewrite in place
+#   make bench       speed beside Hugging Face transformers on this CPU
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install -qq --disable-pip-version-check --no-input
+SOURCES := setup.py $(shell find custom_ops -name '*.h' -o -name '*.cpp' -o -name '*.cc')
+CPP := $(shell find custom_ops -name '*.h' -o -name '*.cpp' -o -name '*.cc' -o -name '*.cuh' -o -name '*.cu')
+# $(call needs,KEY): the requirements that pyproject.toml lists under KEY.
+needs = $(shell awk '/^$(1) = \[/ {on = 1} on {print} on && /\]$$/ {exit}' pyproject.toml | grep -o '"[^"]*"')
+
+.PHONY: setup demo demo-long test test-slow lint format bench clean
+
+$(VENV)/created:
+	@command -v $${CXX:-g++} >/dev/null || { echo "No C++ compiler: install g++ (or set CXX) and run make again." >&2; exit 1; }
+	@for python in python3.12 python3.11 python3.10 python3.9 python3; do \
+	    $$python -c 'import ensurepip, sys, venv; sys.exit(not (3, 9) <= sys.version_info < (3, 13))' 2>/dev/null || continue; \
+	    $$python -m venv --clear $(VENV) && touch $@ && exit 0; \
+	done; \
+	echo "No usable Python: install Python 3.9, 3.10, 3.11 or 3.12 with its venv module and run make again." >&2; exit 1
+
+# The build uses the installed Paddle (--no-build-isolation), so Paddle and the build's other needs come first.
+$(VENV)/paddle: $(VENV)/created pyproject.toml
+	@echo "Installing Paddle and what the build needs into $(VENV) ..."
+	@$(PIP) $(call needs,requires) $(call needs,cpu) scipy-openblas32
+	@touch $@
+
+$(VENV)/package: $(VENV)/paddle $(SOURCES)
+	@echo "Building the custom ops and installing the package ..."
+	@$(PIP) --no-build-isolation --editable '.[cpu]'
+	@touch $@
+
+# The extras test, demo and lint.
+$(VENV)/extra-%: $(VENV)/package
+	@$(PIP) $(call needs,$*)
+	@touch $@
+
+setup: $(VENV)/package
+
+demo demo-long:
+	@started=$$(date +%s) && $(MAKE) --silent --no-print-directory $(VENV)/extra-demo && \
+	    echo "set-up took $$(( $$(date +%s) - started )) s"
+	@$(PY) tools/demo.py $(if $(filter demo-long,$@),--long)
+
+test: $(VENV)/extra-test
+	@$(PY) -m pytest -q -m "not slow"
+
+test-slow: $(VENV)/extra-test
+	@$(PY) -m pytest -q -m slow
+
+lint: $(VENV)/extra-lint
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@$(VENV)/bin/clang-format --dry-run -Werror $(CPP)
+	@$(PY) -m mypy paddle_qwen1m
+
+format: $(VENV)/extra-lint
+	@$(PY) -m ruff check --fix .
+	@$(PY) -m ruff format .
+	@$(VENV)/bin/clang-format -i $(CPP)
+
+bench: $(VENV)/package
+	@$(PY) tools/benchmark_cpu.py
+
+clean:
+	rm -rf $(VENV) build *.egg-info paddle_qwen1m/_ops.so

@@ -1,0 +1,272 @@
+"""Tells whether this machine and a checkpoint will work: a finding a line, OK, WARN or FAIL with what to do."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Callable
+
+from .plan import MemoryPlan, itemsize, longest_context, parameters, plan_memory
+
+if TYPE_CHECKING:
+    from .config import ModelConfig
+    from .hub import Checkpoint
+
+OK, WARN, FAIL = "OK", "WARN", "FAIL"
+GPU_INDEX = "https://www.paddlepaddle.org.cn/packages/stable/cu126/"
+SAMPLE = "The quick brown fox: 1,048,576 tokens\n\tnaïve café, 百万 токенов 🙂"
+CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+CGROUP_USED = ("/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory/memory.usage_in_bytes")
+
+
+@dataclass(frozen=True)
+class Finding:
+    level: str
+    topic: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.level:<5} {self.topic + ':':<15} {self.text}"
+
+
+@dataclass(frozen=True)
+class CheckOptions:
+    """The options of `from_pretrained` that decide what a checkpoint needs."""
+
+    from_hf_hub: bool = False
+    max_model_len: int | None = None
+    max_num_batched_tokens: int | None = None
+    dtype: str | None = None
+    kv_cache_dtype: str | None = None
+    sparse_budgets: str | None = None
+    sparse: bool = True
+
+
+def check_machine() -> Iterator[Finding]:
+    """Versions, custom ops and GPU of this machine."""
+    yield from _guarded("versions", _versions)
+    yield from _guarded("custom ops", _ops)
+    yield from _guarded("GPU", _gpu)
+
+
+def check_checkpoint(name: str, options: CheckOptions) -> Iterator[Finding]:
+    """What a checkpoint is and needs: a directory, or a hub name, of which no weights are fetched."""
+    try:
+        from .hub import locate
+
+        checkpoint = locate(name, from_hf_hub=options.from_hf_hub)
+    except Exception as error:
+        yield _failure("checkpoint", error)
+        return
+    yield from _guarded("model", lambda: _model(checkpoint))
+    yield from _guarded("files", lambda: _files(checkpoint))
+    yield from _guarded("tokenizer", lambda: _tokenizer(checkpoint))
+    yield from _guarded("sparse budgets", lambda: _budgets(checkpoint, options))
+    yield from _guarded("memory", lambda: _memory(checkpoint, options))
+
+
+def available_memory() -> int | None:
+    """Bytes this process can still take: what the kernel calls available, or what a container's limit leaves."""
+    found = []
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                found.append(int(line.split()[1]) * 1024)
+    for limit, used in zip(CGROUP_LIMITS, CGROUP_USED):
+        if os.path.exists(limit) and os.path.exists(used):
+            text = Path(limit).read_text().strip()
+            if text.isdigit():
+                found.append(max(0, int(text) - int(Path(used).read_text())))
+    return min(found) if found else None
+
+
+def _guarded(topic: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+    """A check that stops with an exception is a FAIL that says what the exception said."""
+    try:
+        yield from check()
+    except Exception as error:
+        yield _failure(topic, error)
+
+
+def _failure(topic: str, error: Exception) -> Finding:
+    return Finding(FAIL, topic, " ".join(str(error).split()) or type(error).__name__)
+
+
+def _versions() -> Iterator[Finding]:
+    import paddle
+    import paddlenlp
+
+    package = importlib.metadata.version("paddle-qwen1m")
+    yield Finding(
+        OK,
+        "versions",
+        f"paddle-qwen1m {package}, python {platform.python_version()}, paddle {paddle.__version__}, "
+        f"paddlenlp {paddlenlp.__version__}",
+    )
+
+
+def _ops() -> Iterator[Finding]:
+    from . import ops
+
+    ops.load()
+    yield Finding(
+        OK, "custom ops", f"{ops.LIBRARY}, {ops.cpu_isa()} kernels, {len(os.sched_getaffinity(0))} CPU threads"
+    )
+    if ops.cpu_isa() == "generic":
+        yield Finding(WARN, "custom ops", "this CPU has neither AVX2 nor AVX-512: the plain kernels are slow")
+
+
+def _gpu() -> Iterator[Finding]:
+    import paddle
+
+    if paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count():
+        cuda = paddle.device.cuda
+        major, minor = cuda.get_device_capability(0)
+        name = f"{cuda.device_count()} x {cuda.get_device_name(0)}, compute capability {major}.{minor}"
+        yield Finding(WARN, "GPU", f"{name}: present, not used; this version computes on the CPU")
+    elif shutil.which("nvidia-smi"):
+        yield Finding(
+            WARN, "GPU", f"present, but this Paddle is built without CUDA: pip install paddlepaddle-gpu -i {GPU_INDEX}"
+        )
+    else:
+        yield Finding(OK, "GPU", "none; computes on the CPU")
+
+
+def _model(checkpoint: Checkpoint) -> Iterator[Finding]:
+    config = _read_config(checkpoint)
+    dual_chunk = config.dual_chunk
+    yield Finding(
+        OK,
+        "model",
+        f"{parameters(config) / 1e9:.3g}B parameters, {config.num_layers} layers, {config.num_heads} query and "
+        f"{config.num_kv_heads} KV heads; DCA chunk_size {dual_chunk.chunk_size:,}, local_size "
+        f"{dual_chunk.local_size:,}; temperature beyond {dual_chunk.original_max_position_embeddings:,} tokens",
+    )
+
+
+def _files(checkpoint: Checkpoint) -> Iterator[Finding]:
+    from .hub import WEIGHTS, WEIGHTS_INDEX, read_json
+    from .weights import Checkpoint as Weights
+
+    index = checkpoint.file(WEIGHTS_INDEX)
+    if checkpoint.hub is not None:
+        shards = set(read_json(index)["weight_map"].values()) if index is not None else {WEIGHTS}
+        missing = [shard for shard in sorted(shards) if checkpoint.hub.cached(shard) is None]
+        if missing:
+            size = read_json(index).get("metadata", {}).get("total_size") if index is not None else None
+            needs = "" if size is None else f" (all of them: {size / 1e9:,.1f} GB)"
+            yield Finding(
+                WARN, "files", f"{len(missing)} of {len(shards)} weight files are fetched at the first load{needs}"
+            )
+            return
+    weights = Weights(checkpoint.directory)
+    files = {tensor.file for tensor in weights.tensors.values()}
+    yield Finding(
+        OK,
+        "files",
+        f"{len(weights.tensors)} tensors in {len(files)} file(s), {_gb(weights.total_bytes)}, complete",
+    )
+
+
+def _tokenizer(checkpoint: Checkpoint) -> Iterator[Finding]:
+    from paddlenlp.transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(checkpoint.fetch_tokenizer()))
+    ids = tokenizer(SAMPLE)["input_ids"]
+    back = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    if back != SAMPLE:
+        yield Finding(FAIL, "tokenizer", f"{SAMPLE!r} comes back as {back!r}: tokenizer files are damaged or mixed")
+        return
+    vocabulary = _read_config(checkpoint).vocab_size
+    if max(ids) >= vocabulary:
+        yield Finding(
+            FAIL, "tokenizer", f"gives id {max(ids)}, the model's vocabulary has {vocabulary}: of another model"
+        )
+        return
+    if not tokenizer.chat_template:
+        yield Finding(WARN, "tokenizer", "no chat template: only --raw prompts work")
+        return
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": SAMPLE}], tokenize=False, add_generation_prompt=True
+    )
+    if tokenizer.decode(tokenizer(text)["input_ids"], clean_up_tokenization_spaces=False) != text:
+        yield Finding(
+            FAIL, "tokenizer", "a chat prompt does not survive encoding and decoding: tokenizer files are damaged"
+        )
+        return
+    yield Finding(OK, "tokenizer", f"{type(tokenizer).__name__}; text and a chat prompt come back as they were")
+
+
+def _budgets(checkpoint: Checkpoint, options: CheckOptions) -> Iterator[Finding]:
+    from .config import EngineOptions
+    from .paddlenlp import SPARSE_CONFIG, find_budgets
+
+    if not options.sparse:
+        yield Finding(OK, "sparse budgets", "sparse prefill is switched off")
+        return
+    budgets = find_budgets(checkpoint, _read_config(checkpoint), options.sparse_budgets, EngineOptions())
+    beside = checkpoint.file(SPARSE_CONFIG)
+    if budgets is None:
+        yield Finding(
+            WARN,
+            "sparse budgets",
+            f"none: every prefill is dense; put {SPARSE_CONFIG} beside the weights or give --sparse-budgets",
+        )
+    else:
+        source = options.sparse_budgets or beside or "those published for this shape, which the package carries"
+        yield Finding(OK, "sparse budgets", str(source))
+
+
+def _memory(checkpoint: Checkpoint, options: CheckOptions) -> Iterator[Finding]:
+    from .config import EngineOptions
+
+    config = _read_config(checkpoint)
+    engine = EngineOptions()
+    rows = options.max_num_batched_tokens or engine.max_num_batched_tokens
+    weights = parameters(config) * itemsize(options.dtype or config.dtype)
+
+    def plan(length: int) -> MemoryPlan:
+        return plan_memory(
+            config,
+            length,
+            max_num_batched_tokens=rows,
+            cache_dtype=options.kv_cache_dtype or engine.kv_cache_dtype,
+            weight_bytes=weights,
+            sparse=options.sparse,
+        )
+
+    limit = options.max_model_len or config.max_position_embeddings
+    need = plan(limit)
+    text = (
+        f"{limit:,} tokens need {_gb(need.total)} ({_gb(need.weights)} weights, {_gb(need.cache)} KV cache, "
+        f"{_gb(need.activations)} activations)"
+    )
+    available = available_memory()
+    if available is None:
+        yield Finding(WARN, "memory", f"{text}; this machine does not say how much it has")
+        return
+    text = f"{text}, {_gb(available)} available"
+    if need.total <= available:
+        yield Finding(OK, "memory", text)
+        return
+    longest = longest_context(limit, available, plan)
+    if longest is None:
+        yield Finding(FAIL, "memory", f"{text}: the weights alone do not fit")
+    else:
+        yield Finding(WARN, "memory", f"{text}: give --max-model-len {longest} or less")
+
+
+def _read_config(checkpoint: Checkpoint) -> ModelConfig:
+    from .config import ModelConfig
+
+    return ModelConfig.from_dict(checkpoint.read_config())
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:,.2f} GB"

@@ -1,0 +1,426 @@
+"""The command paddle-qwen1m: reads arguments and files, runs the engine, prints; each subcommand is one Command below.
+
+Exit status: 0 done, 1 failed, 2 wrong arguments or input, 130 interrupted. Errors are one line on stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import secrets
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Callable
+
+from .plan import ITEMSIZE
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from .engine import PrefillProgress, SamplingParams
+    from .paddlenlp import Qwen2OneMForCausalLM
+
+FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+SAMPLING_OPTIONS = ("max_new_tokens", "min_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed")
+LOADING_OPTIONS = (
+    "dtype",
+    "kv_cache_dtype",
+    "max_model_len",
+    "max_num_batched_tokens",
+    "sparse_budgets",
+    "sparse_threshold",
+    "from_hf_hub",
+)
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+class InputError(Exception):
+    """What the user gave cannot be used; the message says what and why."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand: `configure` adds its arguments, `run` returns the exit status."""
+
+    name: str
+    summary: str
+    configure: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+class TextStream:
+    """Turns tokens into text as they come, holding back what does not yet end on a whole character."""
+
+    def __init__(self, decode: Callable[[list[int]], str], write: Callable[[str], object]) -> None:
+        self._decode = decode
+        self._write = write
+        self._tokens: list[int] = []
+        self._context = 0
+        self._written = 0
+
+    def put(self, token: int) -> None:
+        self._tokens.append(token)
+        text = self._pending()
+        if text and not text.endswith(REPLACEMENT):
+            self._write(text)
+            self._context, self._written = self._written, len(self._tokens)
+
+    def end(self) -> None:
+        """Write what was held back, incomplete characters included."""
+        text = self._pending()
+        if text:
+            self._write(text)
+            self._context = self._written = len(self._tokens)
+
+    def _pending(self) -> str:
+        """Text of the tokens not yet written, decoded together with those just before them."""
+        known = self._decode(self._tokens[self._context : self._written])
+        return self._decode(self._tokens[self._context :])[len(known) :]
+
+
+def read_document(name: str) -> str:
+    """Text of a UTF-8 file, or of standard input for `-`. Raises InputError when it is missing, empty or not UTF-8."""
+    title = "standard input" if name == "-" else name
+    try:
+        raw = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+    except OSError as error:
+        raise InputError(f"--prompt-file: cannot read {title}: {error.strerror}") from error
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"--prompt-file: {title} is not UTF-8: byte 0x{raw[error.start]:02x} at offset {error.start}"
+        ) from error
+    if not text.strip():
+        raise InputError(f"--prompt-file: {title} is empty")
+    return text
+
+
+def user_text(document: str, question: str | None) -> str:
+    """The document, then the question on a line of its own."""
+    return document if question is None else f"{document.rstrip()}\n{question}"
+
+
+def _at_least(lowest: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+        if value < lowest:
+            raise argparse.ArgumentTypeError(f"must be at least {lowest}, got {value}")
+        return value
+
+    return parse
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    """What decides how a checkpoint is loaded and how much memory it takes; names as in `from_pretrained`."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--from-hf-hub", action="store_true", help="look for a hub name on Hugging Face's hub first")
+    group.add_argument(
+        "--max-model-len", type=_at_least(1), metavar="N", help="most tokens of prompt and answer together"
+    )
+    group.add_argument("--max-num-batched-tokens", type=_at_least(1), metavar="N", help="tokens of one prefill chunk")
+    group.add_argument("--dtype", choices=list(ITEMSIZE), help="how weights are kept (default: as in the checkpoint)")
+    group.add_argument("--kv-cache-dtype", choices=list(ITEMSIZE), help="how keys and values are kept")
+    group.add_argument("--sparse-budgets", metavar="FILE", help="per-head budgets of the sparse prefill")
+    group.add_argument("--no-sparse", action="store_true", help="prefill densely at every length")
+
+
+def _generate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, metavar="DIR", help="checkpoint directory, or a hub name")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object instead of the text, and no progress"
+    )
+    prompt = parser.add_argument_group("prompt")
+    prompt.add_argument("--prompt-file", required=True, metavar="FILE", help="UTF-8 text, - for standard input")
+    prompt.add_argument("--question", metavar="TEXT", help="asked after the document, on a line of its own")
+    prompt.add_argument("--system", metavar="TEXT", help="system message (default: the chat template's own)")
+    prompt.add_argument("--raw", action="store_true", help="use the text as it is, without the chat template")
+    sampling = parser.add_argument_group(
+        "sampling", "what is not given comes from the checkpoint's generation_config.json"
+    )
+    sampling.add_argument("--max-new-tokens", type=_at_least(1), default=512, metavar="N", help="default %(default)s")
+    sampling.add_argument("--min-new-tokens", type=_at_least(0), metavar="N")
+    sampling.add_argument("--temperature", type=float, metavar="X")
+    sampling.add_argument("--top-k", type=_at_least(0), metavar="N", help="0: no limit")
+    sampling.add_argument("--top-p", type=float, metavar="X")
+    sampling.add_argument("--repetition-penalty", type=float, metavar="X")
+    sampling.add_argument("--seed", type=_at_least(0), metavar="N")
+    sampling.add_argument("--greedy", action="store_true", help="always the most likely token")
+    _add_model_options(parser)
+    parser.add_argument(
+        "--sparse-threshold", type=_at_least(0), metavar="N", help="longer prompts are prefilled sparsely"
+    )
+    parser.add_argument("--threads", type=_at_least(1), metavar="N", help="CPU threads (default: all)")
+
+
+def _check_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", nargs="?", metavar="MODEL", help="checkpoint directory, or a hub name; without it the machine alone"
+    )
+    _add_model_options(parser)
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from .check import FAIL, CheckOptions, check_checkpoint, check_machine
+
+    findings = check_machine()
+    if arguments.model is not None:
+        options = CheckOptions(
+            from_hf_hub=arguments.from_hf_hub,
+            max_model_len=arguments.max_model_len,
+            max_num_batched_tokens=arguments.max_num_batched_tokens,
+            dtype=arguments.dtype,
+            kv_cache_dtype=arguments.kv_cache_dtype,
+            sparse_budgets=arguments.sparse_budgets,
+            sparse=not arguments.no_sparse,
+        )
+        findings = chain(findings, check_checkpoint(arguments.model, options))
+    failed = False
+    for finding in findings:
+        print(finding, flush=True)
+        failed |= finding.level == FAIL
+    return FAILED if failed else 0
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    from .generation import check_length
+
+    if arguments.raw and arguments.system is not None:
+        raise InputError("--system has no place in a --raw prompt: write it into the text")
+    if arguments.greedy and arguments.temperature:
+        raise InputError(f"--greedy and --temperature {arguments.temperature:g} exclude each other")
+    if arguments.question is not None and not arguments.question.strip():
+        raise InputError("--question is empty")
+    text = user_text(read_document(arguments.prompt_file), arguments.question)
+
+    started = time.perf_counter()
+    with _as_input():
+        model = _load_model(arguments)
+        tokenizer = _load_tokenizer(arguments)
+    load_seconds = time.perf_counter() - started
+    with _as_input():
+        prompt = _prompt_ids(tokenizer, text, arguments)
+        params = _sampling(model, arguments)
+        check_length(len(prompt), params.max_new_tokens, model.engine.max_model_len)
+
+    def decode(tokens: list[int]) -> str:
+        return str(tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    run = _Run(len(prompt), progress=not arguments.json)
+    stream = TextStream(decode, _print_now)
+
+    def on_token(_index: int, token: int) -> None:
+        run.token()
+        if not arguments.json:
+            stream.put(token)
+
+    with run:
+        completion = model.engine.generate([prompt], params, on_token=on_token, on_prefill=run.prefill)[0]
+    report = {
+        "text": decode(completion.token_ids),
+        "finish_reason": completion.finish_reason,
+        "prompt_tokens": len(prompt),
+        "completion_tokens": len(completion.token_ids),
+        "seed": params.seed if params.temperature > 0 else None,
+        "load_seconds": round(load_seconds, 3),
+        **run.timings(),
+    }
+    if arguments.json:
+        print(json.dumps(report))
+    else:
+        stream.end()
+        print(flush=True)
+        print(run.summary(), file=sys.stderr)
+    return 0
+
+
+class _Run:
+    """Times one request and shows how far its prefill is: a bar on a terminal, nothing elsewhere."""
+
+    def __init__(self, prompt_tokens: int, progress: bool) -> None:
+        from tqdm import tqdm
+
+        self._prompt_tokens = prompt_tokens
+        self._generated = 0
+        self._started = self._first = self._last = time.perf_counter()
+        self._bar = tqdm(
+            total=prompt_tokens,
+            desc="Prefill",
+            unit=" tokens",
+            unit_scale=True,
+            leave=False,
+            file=sys.stderr,
+            disable=not (progress and sys.stderr.isatty()),
+        )
+
+    def __enter__(self) -> _Run:
+        self._started = time.perf_counter()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._bar.close()
+
+    def prefill(self, progress: PrefillProgress) -> None:
+        self._bar.update(progress.done_tokens - self._bar.n)
+        if progress.done_tokens == progress.total_tokens:
+            self._bar.close()
+
+    def token(self) -> None:
+        self._last = time.perf_counter()
+        if self._generated == 0:
+            self._first = self._last
+        self._generated += 1
+
+    def timings(self) -> dict[str, float | None]:
+        """Seconds to the first token, then from the first token to the last; rates are None where nothing was timed."""
+        prefill, decode = self._first - self._started, self._last - self._first
+        return {
+            "prefill_seconds": round(prefill, 3),
+            "prefill_tokens_per_second": round(self._prompt_tokens / prefill, 1),
+            "decode_seconds": round(decode, 3),
+            "decode_tokens_per_second": round((self._generated - 1) / decode, 1) if self._generated > 1 else None,
+        }
+
+    def summary(self) -> str:
+        timings = self.timings()
+        text = (
+            f"prefill: {self._prompt_tokens:,} tokens in {timings['prefill_seconds']:.1f} s "
+            f"({timings['prefill_tokens_per_second']:,.0f} tokens/s); answer: {self._generated:,} tokens"
+        )
+        rate = timings["decode_tokens_per_second"]
+        return text if rate is None else f"{text} ({rate:,.1f} tokens/s)"
+
+
+def _print_now(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+@contextmanager
+def _as_input() -> Iterator[None]:
+    """What the model refuses here is the user's input, not a failure; a damaged checkpoint is one all the same."""
+    from .weights import CheckpointError
+
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (FileNotFoundError, ValueError) as error:
+        raise InputError(str(error)) from error
+
+
+def _load_model(arguments: argparse.Namespace) -> Qwen2OneMForCausalLM:
+    from . import ops
+    from .paddlenlp import Qwen2OneMForCausalLM
+
+    if arguments.threads is not None:
+        ops.set_num_threads(arguments.threads)
+    options = {name: getattr(arguments, name) for name in LOADING_OPTIONS}
+    return Qwen2OneMForCausalLM.from_pretrained(
+        arguments.model, sparse=False if arguments.no_sparse else None, **options
+    )
+
+
+def _load_tokenizer(arguments: argparse.Namespace) -> Any:
+    from paddlenlp.transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(arguments.model, from_hf_hub=arguments.from_hf_hub)
+
+
+def _prompt_ids(tokenizer: Any, text: str, arguments: argparse.Namespace) -> np.ndarray:
+    import numpy as np
+
+    if not arguments.raw:
+        messages = [{"role": "user", "content": text}]
+        if arguments.system is not None:
+            messages.insert(0, {"role": "system", "content": arguments.system})
+        if not tokenizer.chat_template:
+            raise InputError(f"{arguments.model} has no chat template: use --raw")
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return np.asarray(tokenizer(text)["input_ids"], dtype=np.int64)
+
+
+def _sampling(model: Qwen2OneMForCausalLM, arguments: argparse.Namespace) -> SamplingParams:
+    """generation_config.json with the options given here over it; a seed is drawn where none is given."""
+    from .generation import read_request
+
+    options = {name: getattr(arguments, name) for name in SAMPLING_OPTIONS}
+    if arguments.greedy:
+        options["do_sample"] = False
+    elif arguments.temperature is not None:
+        options["do_sample"] = True
+    params = read_request(
+        model.generation_config,
+        options,
+        usual_strategy=model.generation_config.decode_strategy,
+        trunc_input=True,
+        eos_token_id=model.config.eos_token_id,
+        pad_token_id=model.config.pad_token_id,
+        vocab_size=model.config.vocab_size,
+    ).params
+    return params if params.seed is not None else replace(params, seed=secrets.randbits(31))
+
+
+COMMANDS = (
+    Command("generate", "answer a question about a document, or continue a text", _generate_arguments, _generate),
+    Command("check", "tell whether this machine and a checkpoint will work", _check_arguments, _check),
+)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="paddle-qwen1m", description="Qwen2.5-7B/14B-Instruct-1M on PaddlePaddle")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        own = commands.add_parser(command.name, help=command.summary, description=command.summary, allow_abbrev=False)
+        command.configure(own)
+        own.add_argument("--debug", action="store_true", help="show warnings, log lines and the traceback of an error")
+        own.set_defaults(run=command.run)
+    return parser
+
+
+def _quiet() -> None:
+    """Keep Paddle's and PaddleNLP's import warnings and INFO lines away; what is of use to the user stays."""
+    warnings.filterwarnings("ignore")
+    os.environ.setdefault("GLOG_minloglevel", "2")
+    logger = logging.getLogger("PaddleNLP")
+    logger.addFilter(lambda record: record.levelno >= logging.WARNING and "bos_token" not in record.getMessage())
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of paddle-qwen1m; returns the exit status."""
+    arguments = _parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")
+    if not arguments.debug:
+        _quiet()
+    try:
+        return int(arguments.run(arguments))
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except Exception as error:
+        if arguments.debug:
+            raise
+        print(f"error: {_one_line(error)}", file=sys.stderr)
+        return BAD_INPUT if isinstance(error, InputError) else FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,103 @@
+"""Memory arithmetic: what weights, the KV cache of a context and one chunk of a prefill take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Callable
+
+if TYPE_CHECKING:
+    from .config import ModelConfig
+
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes that serving one context of `length` tokens takes."""
+
+    length: int
+    weights: int
+    cache: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache + self.activations
+
+
+def parameters(config: ModelConfig) -> int:
+    """Number of weights of the model, biases and norms included."""
+    attention, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    qkv = (attention + 2 * kv) * (config.hidden_size + 1)
+    layer = (
+        qkv
+        + attention * config.hidden_size
+        + 3 * config.hidden_size * config.intermediate_size
+        + 2 * config.hidden_size
+    )
+    tables = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
+    return config.num_layers * layer + tables + config.hidden_size
+
+
+def cache_bytes_per_token(config: ModelConfig, dtype: str) -> int:
+    """Bytes that the keys and values of one token take over all layers (spec section 1.1)."""
+    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * itemsize(dtype)
+
+
+def activation_bytes(config: ModelConfig, rows: int, length: int, sparse: bool, dtype: str = "float32") -> int:
+    """Peak bytes of a layer over a chunk of `rows` tokens of a context of `length`, logits of the last one included.
+
+    Counts the residual and its norm, then the larger of attention (qkv, its rotations, output) and MLP (gate and up,
+    their product), and for a sparse prefill the float32 column and diagonal sums of every head over all keys.
+    """
+    attention, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    chunk_len = config.dual_chunk.chunk_len
+    variants = min(3, -(-length // chunk_len))
+    in_attention = (attention + 2 * kv) + variants * (attention + config.head_dim) + attention
+    in_mlp = 3 * config.intermediate_size + config.hidden_size
+    per_row = 2 * config.hidden_size + max(in_attention, in_mlp)
+    sums = 2 * 4 * config.num_heads * length if sparse else 0
+    return itemsize(dtype) * (rows * per_row + config.vocab_size) + sums
+
+
+def itemsize(dtype: str) -> int:
+    """Bytes of one value; ValueError when weights and caches are never of that dtype."""
+    if dtype not in ITEMSIZE:
+        raise ValueError(f"dtype must be one of {', '.join(ITEMSIZE)}, got {dtype!r}")
+    return ITEMSIZE[dtype]
+
+
+def plan_memory(
+    config: ModelConfig,
+    length: int,
+    *,
+    max_num_batched_tokens: int,
+    cache_dtype: str,
+    weight_bytes: int,
+    sparse: bool = True,
+) -> MemoryPlan:
+    """What one request of `length` tokens, prompt and answer together, needs beside the process itself."""
+    if length < 1 or max_num_batched_tokens < 1:
+        raise ValueError(
+            f"length and max_num_batched_tokens must be at least 1, got {length} and {max_num_batched_tokens}"
+        )
+    return MemoryPlan(
+        length=length,
+        weights=weight_bytes,
+        cache=length * cache_bytes_per_token(config, cache_dtype),
+        activations=activation_bytes(config, min(length, max_num_batched_tokens), length, sparse),
+    )
+
+
+def longest_context(limit: int, available: int, plan: Callable[[int], MemoryPlan]) -> int | None:
+    """The longest context up to `limit` tokens whose plan fits in `available` bytes; None when not one token does."""
+    if plan(1).total > available:
+        return None
+    low, high = 1, limit
+    while low < high:
+        middle = (low + high + 1) // 2
+        if plan(middle).total <= available:
+            low = middle
+        else:
+            high = middle - 1
+    return low

@@ -1,0 +1,111 @@
+"""The memory arithmetic gives the published figures and grows the way the engine does."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+from paddle_qwen1m.config import ModelConfig
+
+from paddle_qwen1m.plan import activation_bytes, cache_bytes_per_token, longest_context, parameters, plan_memory
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED: dict[str, Any] = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "hidden_act": "silu",
+    "max_position_embeddings": 1_010_000,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e7,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 152_064,
+    "dual_chunk_attention_config": {
+        "chunk_size": 262_144,
+        "local_size": 8_192,
+        "original_max_position_embeddings": 262_144,
+    },
+}
+MODEL_7B = ModelConfig.from_dict(
+    {
+        **SHARED,
+        "hidden_size": 3584,
+        "intermediate_size": 18_944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+    }
+)
+MODEL_14B = ModelConfig.from_dict(
+    {
+        **SHARED,
+        "hidden_size": 5120,
+        "intermediate_size": 13_824,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 8,
+    }
+)
+
+
+@pytest.mark.parametrize(("config", "expected"), [(MODEL_7B, 57_344), (MODEL_14B, 196_608)], ids=["7B", "14B"])
+def test_bf16_cache_bytes_of_one_token_are_the_published_ones(config: ModelConfig, expected: int) -> None:
+    assert cache_bytes_per_token(config, "bfloat16") == expected
+    assert cache_bytes_per_token(config, "float32") == 2 * expected
+
+
+def test_parameters_are_those_of_the_published_models() -> None:
+    assert parameters(MODEL_7B) == 7_615_616_512
+    assert parameters(MODEL_14B) == 14_770_033_664
+
+
+def test_tied_embeddings_are_counted_once() -> None:
+    tied = dataclasses.replace(MODEL_7B, tie_word_embeddings=True)
+    assert parameters(MODEL_7B) - parameters(tied) == 152_064 * 3584
+
+
+def test_activations_grow_with_the_chunk_not_with_the_context_when_dense() -> None:
+    short = activation_bytes(MODEL_14B, 4096, 800_000, sparse=False)
+    assert activation_bytes(MODEL_14B, 4096, 1_000_000, sparse=False) == short
+    assert activation_bytes(MODEL_14B, 8192, 1_000_000, sparse=False) > 1.9 * short
+    assert activation_bytes(MODEL_14B, 4096, 1_000_000, sparse=True) - short == 2 * 4 * 40 * 1_000_000
+
+
+def test_a_plan_adds_up_and_counts_no_more_rows_than_there_are_tokens() -> None:
+    plan = plan_memory(
+        MODEL_7B, 1000, max_num_batched_tokens=4096, cache_dtype="bfloat16", weight_bytes=10**9, sparse=False
+    )
+    assert plan.cache == 57_344_000
+    assert plan.activations == activation_bytes(MODEL_7B, 1000, 1000, sparse=False)
+    assert plan.total == plan.weights + plan.cache + plan.activations
+
+
+def test_longest_context_is_the_last_that_fits() -> None:
+    def plan(length: int) -> Any:
+        return plan_memory(
+            MODEL_7B, length, max_num_batched_tokens=4096, cache_dtype="bfloat16", weight_bytes=15 * 10**9
+        )
+
+    longest = longest_context(1_010_000, 32 * 10**9, plan)
+    assert longest is not None
+    assert plan(longest).total <= 32 * 10**9 < plan(longest + 1).total
+    assert longest_context(1_010_000, 10**12, plan) == 1_010_000
+    assert longest_context(1_010_000, 10**9, plan) is None
+
+
+def test_an_unknown_dtype_or_an_empty_context_is_refused() -> None:
+    with pytest.raises(ValueError, match="'int4'"):
+        cache_bytes_per_token(MODEL_7B, "int4")
+    with pytest.raises(ValueError, match="got 0 and 4096"):
+        plan_memory(MODEL_7B, 0, max_num_batched_tokens=4096, cache_dtype="float32", weight_bytes=0)
+
+
+@pytest.mark.parametrize(("name", "config"), [("7B", MODEL_7B), ("14B", MODEL_14B)], ids=["7B", "14B"])
+def test_the_readme_states_these_figures(name: str, config: ModelConfig) -> None:
+    weights, token = 2 * parameters(config), cache_bytes_per_token(config, "bfloat16")
+    activations = activation_bytes(config, 4096, 1_010_000, sparse=True)
+    sizes = [f"{size / 1e9:.1f} GB" for size in (weights, 131_072 * token, 1_010_000 * token, activations)]
+    row = " | ".join([name, sizes[0], f"{token:,} B", *sizes[1:]])
+    assert f"| {row} |" in (ROOT / "README.md").read_text(encoding="utf-8")
