@@ -1,0 +1,140 @@
+// The rest of the step on the CPU: embedding, RMSNorm, rotations and the cache write, SiLU.
+#pragma once
+
+#include "parallel.h"
+#include "qwen1m_ops.h"
+#include "simd.h"
+
+namespace qwen1m {
+namespace QWEN1M_ISA {
+
+constexpr int64_t kGrain = 16;  // rows below which a thread is not worth waking
+
+template <typename T>
+void embedding(const qwen1m_embedding& a) {
+  const T* table = static_cast<const T*>(a.table);
+  parallel_ranges(a.tokens, kGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      const T* row = table + a.ids[t] * a.width;
+      for (int64_t i = 0; i < a.width; ++i) a.out[t * a.width + i] = widen(row[i]);
+    }
+  });
+}
+
+template <typename T>
+void rms_norm(const qwen1m_rms_norm& a) {
+  const T* weight = static_cast<const T*>(a.weight);
+  const int64_t whole = a.width / kLanes * kLanes;
+  parallel_ranges(a.tokens, kGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      float* residual = a.residual + t * a.width;
+      float* out = a.out + t * a.width;
+      if (a.delta) {
+        const float* delta = a.delta + t * a.width;
+        for (int64_t i = 0; i < a.width; ++i) residual[i] += delta[i];
+      }
+      Floats squares{};
+      for (int64_t i = 0; i < whole; i += kLanes) squares += load(residual + i) * load(residual + i);
+      float total = sum(squares);
+      for (int64_t i = whole; i < a.width; ++i) total += residual[i] * residual[i];
+      const float inverse = 1.0f / __builtin_sqrtf(total / static_cast<float>(a.width) + a.eps);
+      for (int64_t i = 0; i < whole; i += kLanes) {
+        store(out + i, load(residual + i) * broadcast(inverse) * load(weight + i));
+      }
+      for (int64_t i = whole; i < a.width; ++i) out[i] = residual[i] * inverse * widen(weight[i]);
+    }
+  });
+}
+
+inline void silu_mul(const qwen1m_silu_mul& a) {
+  const int64_t whole = a.width / kLanes * kLanes;
+  parallel_ranges(a.tokens, kGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      const float* gate = a.gate_up + t * 2 * a.width;
+      const float* up = gate + a.width;
+      float* out = a.out + t * a.width;
+      for (int64_t i = 0; i < whole; i += kLanes) {
+        const Floats g = load(gate + i);
+        const Floats decay = exp2(maximum(g * broadcast(-1.44269504f), broadcast(-125.0f)));
+        store(out + i, g / (broadcast(1.0f) + decay) * load(up + i));
+      }
+      for (int64_t i = whole; i < a.width; ++i) out[i] = gate[i] / (1.0f + __builtin_expf(-gate[i])) * up[i];
+    }
+  });
+}
+
+inline void rotary_table(const qwen1m_rotary_table& a) {
+  const int half = a.head_dim / 2;
+  parallel_ranges(a.rows, kGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      float* out = a.table + row * a.head_dim;
+      if (row > begin && a.positions[row] == a.positions[row - 1]) {
+        memcpy(out, out - a.head_dim, sizeof(float) * a.head_dim);
+        continue;
+      }
+      for (int i = 0; i < half; ++i) {
+        const float angle = static_cast<float>(a.positions[row]) * a.inv_freq[i];
+        out[i] = static_cast<float>(__builtin_cos(static_cast<double>(angle)));
+        out[half + i] = static_cast<float>(__builtin_sin(static_cast<double>(angle)));
+      }
+    }
+  });
+}
+
+// out = rotate(x + bias), halves split; `table` is cos | sin.
+template <typename B, typename Out>
+inline void rotate_head(const float* x, const B* bias, const float* table, int head_dim, Out* out) {
+  const int half = head_dim / 2;
+  for (int i = 0; i < half; ++i) {
+    const float low = x[i] + widen(bias[i]), high = x[i + half] + widen(bias[i + half]);
+    const float cosine = table[i], sine = table[i + half];
+    narrow(low * cosine - high * sine, out + i);
+    narrow(high * cosine + low * sine, out + i + half);
+  }
+}
+
+template <typename B, typename T>
+void rotate_and_cache(const qwen1m_rotate_and_cache& a) {
+  const int d = a.cache.head_dim, kv_heads = a.cache.kv_heads;
+  const int64_t width = static_cast<int64_t>(a.heads + 2 * kv_heads) * d;
+  const B* bias = static_cast<const B*>(a.bias);
+  parallel_ranges(a.tokens, kGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      const float* x = a.qkv + t * width;
+      for (int v = 0; v < a.variants; ++v) {
+        const int64_t row = static_cast<int64_t>(v) * a.tokens + t;
+        for (int h = 0; h < a.heads; ++h) {
+          rotate_head(x + h * d, bias + h * d, a.table + row * d, d, a.q + (row * a.heads + h) * d);
+        }
+      }
+      T* key = static_cast<T*>(a.cache.key) + a.slots[t] * kv_heads * d;
+      T* value = static_cast<T*>(a.cache.value) + a.slots[t] * kv_heads * d;
+      const int64_t key_at = static_cast<int64_t>(a.heads) * d, value_at = key_at + static_cast<int64_t>(kv_heads) * d;
+      for (int h = 0; h < kv_heads; ++h) {
+        rotate_head(x + key_at + h * d, bias + key_at + h * d, a.table + t * d, d, key + h * d);
+      }
+      for (int i = 0; i < kv_heads * d; ++i) narrow(x[value_at + i] + widen(bias[value_at + i]), value + i);
+    }
+  });
+}
+
+template <typename B>
+void rotate_queries(const qwen1m_rotate_queries& a) {
+  const int d = a.head_dim;
+  const int64_t width = static_cast<int64_t>(a.heads + 2 * a.kv_heads) * d;
+  const B* bias = static_cast<const B*>(a.bias);
+  parallel_ranges(a.rows, kGrain, [&](int64_t begin, int64_t end) {
+    for (int v = 0; v < a.variants; ++v) {
+      for (int64_t t = begin; t < end; ++t) {
+        const int64_t row = static_cast<int64_t>(v) * a.rows + t;
+        for (int h = 0; h < a.heads; ++h) {
+          rotate_head(a.qkv + (a.row + t) * width + h * d, bias + h * d, a.table + row * d, d,
+                      a.q + (row * a.heads + h) * d);
+        }
+      }
+    }
+  });
+}
+
+}  // namespace QWEN1M_ISA
+}  // namespace qwen1m

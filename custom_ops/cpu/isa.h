@@ -1,0 +1,62 @@
+// Compiles every kernel for one instruction set: types and head sizes are chosen here.
+#pragma once
+
+#include "attention.h"
+#include "elementwise.h"
+#include "kernels.h"
+#include "linear.h"
+
+namespace qwen1m {
+namespace QWEN1M_ISA {
+
+template <typename F>
+void with_type(qwen1m_dtype dtype, const F& f) {
+  switch (dtype) {
+    case QWEN1M_FLOAT32: return f(float{});
+    case QWEN1M_BFLOAT16: return f(BFloat16{});
+    case QWEN1M_FLOAT16: return f(Float16{});
+  }
+}
+
+#define QWEN1M_TYPED(name)                                                  \
+  inline void name##_any(const qwen1m_##name& a) {                          \
+    with_type(a.dtype, [&](auto type) { name<decltype(type)>(a); });        \
+  }
+QWEN1M_TYPED(linear)
+QWEN1M_TYPED(embedding)
+QWEN1M_TYPED(rms_norm)
+#undef QWEN1M_TYPED
+
+#define QWEN1M_ATTENTION(name)                                              \
+  inline void name##_any(const qwen1m_##name& a) {                          \
+    with_type(a.cache.dtype, [&](auto type) {                               \
+      if (a.cache.head_dim == 128) {                                        \
+        name<decltype(type), 128>(a);                                       \
+      } else {                                                              \
+        name<decltype(type), 64>(a);                                        \
+      }                                                                     \
+    });                                                                     \
+  }
+QWEN1M_ATTENTION(dca_prefill)
+QWEN1M_ATTENTION(dca_decode)
+QWEN1M_ATTENTION(dca_probe)
+QWEN1M_ATTENTION(dca_sparse_prefill)
+#undef QWEN1M_ATTENTION
+
+inline void rotate_and_cache_any(const qwen1m_rotate_and_cache& a) {
+  with_type(a.bias_dtype, [&](auto bias) {
+    with_type(a.cache.dtype, [&](auto cache) { rotate_and_cache<decltype(bias), decltype(cache)>(a); });
+  });
+}
+
+inline void rotate_queries_any(const qwen1m_rotate_queries& a) {
+  with_type(a.bias_dtype, [&](auto bias) { rotate_queries<decltype(bias)>(a); });
+}
+
+constexpr Kernels table(const char* isa) {
+  return {isa,           rotary_table,      rotate_and_cache_any,   rotate_queries_any, dca_prefill_any, dca_decode_any,
+          dca_probe_any, dca_sparse_prefill_any, linear_any, embedding_any, rms_norm_any, silu_mul};
+}
+
+}  // namespace QWEN1M_ISA
+}  // namespace qwen1m

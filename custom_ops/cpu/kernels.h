@@ -1,0 +1,32 @@
+// The kernels that exist once for each instruction set, as a table of functions.
+#pragma once
+
+#include "qwen1m_ops.h"
+
+namespace qwen1m {
+
+struct Kernels {
+  const char* isa;
+  void (*rotary_table)(const qwen1m_rotary_table&);
+  void (*rotate_and_cache)(const qwen1m_rotate_and_cache&);
+  void (*rotate_queries)(const qwen1m_rotate_queries&);
+  void (*dca_prefill)(const qwen1m_dca_prefill&);
+  void (*dca_decode)(const qwen1m_dca_decode&);
+  void (*dca_probe)(const qwen1m_dca_probe&);
+  void (*dca_sparse_prefill)(const qwen1m_dca_sparse_prefill&);
+  void (*linear)(const qwen1m_linear&);
+  void (*embedding)(const qwen1m_embedding&);
+  void (*rms_norm)(const qwen1m_rms_norm&);
+  void (*silu_mul)(const qwen1m_silu_mul&);
+};
+
+extern const Kernels kGeneric;
+#if defined(__x86_64__)
+extern const Kernels kAvx2;
+extern const Kernels kAvx512;
+#endif
+
+// The widest that this machine runs; QWEN1M_CPU_ISA (generic, avx2, avx512) asks for a narrower one.
+const Kernels& kernels();
+
+}  // namespace qwen1m

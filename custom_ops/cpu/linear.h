@@ -1,0 +1,93 @@
+// Linear layers on the CPU: one single-threaded sgemm a share of the output columns, whose weights are widened to
+// float32 tile by tile; few rows go through a dot product that widens in registers.
+#pragma once
+
+#include "cblas.h"
+#include "parallel.h"
+#include "qwen1m_ops.h"
+#include "simd.h"
+
+namespace qwen1m {
+namespace QWEN1M_ISA {
+
+constexpr int64_t kDotRows = 8;               // up to so many rows the weights are read once, in registers
+constexpr int64_t kTileFloats = 1024 * 1024;  // widened weights of one task: they stay in the last-level cache
+constexpr int64_t kTileColumns = 512;
+
+// y[r, n] for ROWS rows of x and one row of the weight
+template <typename T, int ROWS>
+inline void dot_rows(const float* x, const T* weight, int64_t depth, float bias, float* y, int64_t y_stride) {
+  Floats sums[ROWS][2] = {};
+  const int64_t whole = depth / (2 * kLanes) * (2 * kLanes);
+  for (int64_t k = 0; k < whole; k += 2 * kLanes) {
+    const Floats w0 = load(weight + k), w1 = load(weight + k + kLanes);
+    for (int r = 0; r < ROWS; ++r) {
+      sums[r][0] += w0 * load(x + r * depth + k);
+      sums[r][1] += w1 * load(x + r * depth + k + kLanes);
+    }
+  }
+  for (int r = 0; r < ROWS; ++r) {
+    float total = sum(sums[r][0] + sums[r][1]);
+    for (int64_t k = whole; k < depth; ++k) total += widen(weight[k]) * x[r * depth + k];
+    y[r * y_stride] = total + bias;
+  }
+}
+
+template <typename T>
+void linear_few(const qwen1m_linear& a) {
+  const T* weight = static_cast<const T*>(a.weight);
+  const T* bias = static_cast<const T*>(a.bias);
+  parallel_ranges(a.out_features, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      const T* w = weight + n * a.in_features;
+      const float b = bias ? widen(bias[n]) : 0.0f;
+      int64_t r = 0;
+      for (; r + 4 <= a.tokens; r += 4) {
+        dot_rows<T, 4>(a.x + r * a.in_features, w, a.in_features, b, a.y + r * a.out_features + n, a.out_features);
+      }
+      for (; r < a.tokens; ++r) {
+        dot_rows<T, 1>(a.x + r * a.in_features, w, a.in_features, b, a.y + r * a.out_features + n, a.out_features);
+      }
+    }
+  });
+}
+
+inline const float* widen_tile(const float* weight, int64_t, float*) { return weight; }
+
+template <typename T>
+inline const float* widen_tile(const T* weight, int64_t count, float* tile) {
+  const int64_t whole = count / kLanes * kLanes;
+  for (int64_t i = 0; i < whole; i += kLanes) store(tile + i, load(weight + i));
+  for (int64_t i = whole; i < count; ++i) tile[i] = widen(weight[i]);
+  return tile;
+}
+
+template <typename T>
+void linear(const qwen1m_linear& a) {
+  if (a.tokens <= kDotRows) return linear_few<T>(a);
+  const T* weight = static_cast<const T*>(a.weight);
+  const T* bias = static_cast<const T*>(a.bias);
+  const int64_t fit = kTileFloats / a.in_features;
+  const int64_t widest = fit < 16 ? 16 : fit < kTileColumns ? fit : kTileColumns;
+  const int64_t threads = num_threads();
+  const int64_t rounds = (a.out_features + widest * threads - 1) / (widest * threads);
+  const int64_t columns = (a.out_features + rounds * threads - 1) / (rounds * threads);
+  const int64_t tasks = (a.out_features + columns - 1) / columns;
+  parallel_tasks(tasks, static_cast<size_t>(columns * a.in_features), [&](int64_t task, float* arena) {
+    const int64_t begin = task * columns;
+    const int64_t width = begin + columns < a.out_features ? columns : a.out_features - begin;
+    const float* tile = widen_tile(weight + begin * a.in_features, width * a.in_features, arena);
+    if (bias) {
+      for (int64_t t = 0; t < a.tokens; ++t) {
+        for (int64_t n = 0; n < width; ++n) a.y[t * a.out_features + begin + n] = widen(bias[begin + n]);
+      }
+    }
+    scipy_cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, static_cast<blasint>(a.tokens),
+                      static_cast<blasint>(width), static_cast<blasint>(a.in_features), 1.0f, a.x,
+                      static_cast<blasint>(a.in_features), tile, static_cast<blasint>(a.in_features),
+                      bias ? 1.0f : 0.0f, a.y + begin, static_cast<blasint>(a.out_features));
+  });
+}
+
+}  // namespace QWEN1M_ISA
+}  // namespace qwen1m

@@ -1,0 +1,190 @@
+// Vectors of the instruction set this file is compiled for: one source, no intrinsics but the half conversions.
+//
+// Included once for each instruction set (isa_*.cpp), which defines QWEN1M_ISA (a namespace), QWEN1M_VECTOR_BYTES and
+// QWEN1M_TILE_ROWS. Nothing here may instantiate standard templates: the linker would be free to keep the copy that
+// was compiled for the widest machine.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#include <utility>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#define QWEN1M_INLINE inline __attribute__((always_inline))
+
+namespace qwen1m {
+namespace QWEN1M_ISA {
+
+constexpr int kLanes = QWEN1M_VECTOR_BYTES / 4;
+
+typedef float Floats __attribute__((vector_size(QWEN1M_VECTOR_BYTES)));
+typedef int32_t Ints __attribute__((vector_size(QWEN1M_VECTOR_BYTES)));
+typedef uint32_t Words __attribute__((vector_size(QWEN1M_VECTOR_BYTES)));
+typedef uint16_t Halves __attribute__((vector_size(QWEN1M_VECTOR_BYTES / 2)));
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+QWEN1M_INLINE Floats broadcast(float x) { return x - Floats{}; }  // x - 0 is x, x + 0 is not (-0)
+
+QWEN1M_INLINE Floats load(const float* p) {
+  Floats v;
+  memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+QWEN1M_INLINE void store(float* p, Floats v) { memcpy(p, &v, sizeof(v)); }
+
+QWEN1M_INLINE Floats bits_to_floats(Words w) {
+  Floats v;
+  memcpy(&v, &w, sizeof(v));
+  return v;
+}
+
+QWEN1M_INLINE Floats load(const BFloat16* p) {
+  Halves h;
+  memcpy(&h, p, sizeof(h));
+  return bits_to_floats(__builtin_convertvector(h, Words) << 16);
+}
+
+QWEN1M_INLINE float widen(float x) { return x; }
+
+QWEN1M_INLINE float widen(BFloat16 x) {
+  const uint32_t word = static_cast<uint32_t>(x.bits) << 16;
+  float f;
+  memcpy(&f, &word, sizeof(f));
+  return f;
+}
+
+QWEN1M_INLINE float widen(Float16 x) {
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16;
+  const uint32_t magnitude = x.bits & 0x7fff;
+  uint32_t word;
+  if (magnitude >= 0x7c00) {
+    word = 0x7f800000 | ((magnitude & 0x3ff) << 13);
+  } else if (magnitude >= 0x400) {
+    word = (magnitude << 13) + (112u << 23);
+  } else {
+    const float f = static_cast<float>(magnitude) * 0x1p-24f;
+    memcpy(&word, &f, sizeof(word));
+  }
+  word |= sign;
+  float f;
+  memcpy(&f, &word, sizeof(f));
+  return f;
+}
+
+QWEN1M_INLINE Floats load(const Float16* p) {
+#if defined(__F16C__) && QWEN1M_VECTOR_BYTES == 64
+  return (Floats)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__F16C__) && QWEN1M_VECTOR_BYTES == 32
+  return (Floats)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  Floats v;
+  for (int i = 0; i < kLanes; ++i) v[i] = widen(p[i]);
+  return v;
+#endif
+}
+
+QWEN1M_INLINE void narrow(float x, float* p) { *p = x; }
+
+// Round to nearest, ties to even.
+QWEN1M_INLINE void narrow(float x, BFloat16* p) {
+  uint32_t word;
+  memcpy(&word, &x, sizeof(word));
+  p->bits = (word & 0x7fffffff) > 0x7f800000 ? static_cast<uint16_t>((word >> 16) | 0x40)
+                                             : static_cast<uint16_t>((word + 0x7fff + ((word >> 16) & 1)) >> 16);
+}
+
+QWEN1M_INLINE void narrow(float x, Float16* p) {
+  uint32_t word;
+  memcpy(&word, &x, sizeof(word));
+  const uint32_t sign = (word >> 16) & 0x8000;
+  const uint32_t magnitude = word & 0x7fffffff;
+  uint32_t half;
+  if (magnitude > 0x7f800000) {
+    half = 0x7e00;
+  } else if (magnitude >= 0x477ff000) {
+    half = 0x7c00;
+  } else if (magnitude >= 0x38800000) {
+    half = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  } else {
+    float f;
+    memcpy(&f, &magnitude, sizeof(f));
+    const float rounded = f + 0.5f;  // the sum's unit in the last place is 2^-24, float16's smallest step
+    memcpy(&half, &rounded, sizeof(half));
+    half -= 0x3f000000;
+  }
+  p->bits = static_cast<uint16_t>(sign | half);
+}
+
+QWEN1M_INLINE Floats select(Ints condition, Floats yes, Floats no) { return condition ? yes : no; }
+QWEN1M_INLINE Floats maximum(Floats a, Floats b) { return select(a > b, a, b); }
+
+QWEN1M_INLINE float sum(Floats v) {
+  float total = 0;
+  for (int i = 0; i < kLanes; ++i) total += v[i];
+  return total;
+}
+
+QWEN1M_INLINE float largest(Floats v) {
+  float m = v[0];
+  for (int i = 1; i < kLanes; ++i) m = v[i] > m ? v[i] : m;
+  return m;
+}
+
+// 2^x for x <= 127; 0 below -126 (-inf included). Relative error below 2e-7.
+QWEN1M_INLINE Floats exp2(Floats x) {
+  const Floats magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest integer
+  const Ints in_range = x > broadcast(-126.0f);
+  const Floats clamped = select(in_range, x, broadcast(-126.0f));
+  const Floats shifted = clamped + magic;
+  const Floats r = clamped - (shifted - magic);
+  Floats p = broadcast(1.535336188319500e-4f);
+  p = p * r + broadcast(1.339887440266574e-3f);
+  p = p * r + broadcast(9.618437357674640e-3f);
+  p = p * r + broadcast(5.550332471162809e-2f);
+  p = p * r + broadcast(2.402264791363012e-1f);
+  p = p * r + broadcast(6.931472028550421e-1f);
+  p = p * r + broadcast(1.0f);
+  Words exponent;
+  memcpy(&exponent, &shifted, sizeof(exponent));
+  const Floats scale = bits_to_floats((exponent + 127u) << 23);
+  return select(in_range, p * scale, Floats{});
+}
+
+// One step of a transposition: swaps the off-diagonal squares of WIDTH lanes between two vectors.
+template <int WIDTH, int... LANE>
+QWEN1M_INLINE void swap_squares(Floats& a, Floats& b, std::integer_sequence<int, LANE...>) {
+  const Floats x = a, y = b;
+#if defined(__clang__)
+  a = __builtin_shufflevector(x, y, (LANE & WIDTH ? kLanes + LANE - WIDTH : LANE)...);
+  b = __builtin_shufflevector(x, y, (LANE & WIDTH ? kLanes + LANE : LANE + WIDTH)...);
+#else
+  a = __builtin_shuffle(x, y, Ints{(LANE & WIDTH ? kLanes + LANE - WIDTH : LANE)...});
+  b = __builtin_shuffle(x, y, Ints{(LANE & WIDTH ? kLanes + LANE : LANE + WIDTH)...});
+#endif
+}
+
+// Transposes a kLanes x kLanes square held in kLanes vectors.
+template <int WIDTH = 1>
+QWEN1M_INLINE void transpose(Floats (&v)[kLanes]) {
+  if constexpr (WIDTH < kLanes) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) {
+      if (!(i & WIDTH)) swap_squares<WIDTH>(v[i], v[i + WIDTH], std::make_integer_sequence<int, kLanes>());
+    }
+    transpose<2 * WIDTH>(v);
+  }
+}
+
+}  // namespace QWEN1M_ISA
+}  // namespace qwen1m

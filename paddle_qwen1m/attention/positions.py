@@ -1,0 +1,64 @@
+"""Where dual chunk attention puts tokens: rotary positions of each query variant and the pieces of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from paddle_qwen1m.config import DualChunkConfig
+from paddle_qwen1m.ops import PROBE_ROWS
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Queries of one sequence inside one DCA chunk: rows [row, row + rows) of a step at positions [begin, end)."""
+
+    row: int
+    begin: int
+    rows: int
+
+    def __post_init__(self) -> None:
+        assert self.row >= 0 and self.begin >= 0 and self.rows > 0
+
+    @property
+    def end(self) -> int:
+        return self.begin + self.rows
+
+    @property
+    def probe_rows(self) -> int:
+        """The last rows, whose critical queries choose what the piece visits."""
+        return min(PROBE_ROWS, self.rows)
+
+
+def pieces(begin: int, end: int, chunk_len: int, row: int = 0) -> Iterator[Piece]:
+    """Cuts positions [begin, end) at multiples of chunk_len (spec 4.2); the first stands in row `row` of the step."""
+    while begin < end:
+        stop = min((begin // chunk_len + 1) * chunk_len, end)
+        yield Piece(row, begin, stop - begin)
+        row += stop - begin
+        begin = stop
+
+
+def num_variants(length: int, chunk_len: int) -> int:
+    """Query variants that a sequence of `length` tokens needs: intra alone, with succ, with inter."""
+    return min(3, (length - 1) // chunk_len + 1)
+
+
+def query_positions(positions: np.ndarray, dual_chunk: DualChunkConfig, variants: int) -> np.ndarray:
+    """Rotary positions int32 [variants, T] of queries at `positions` [T]; row 0 is that of the cached key as well.
+
+    intra: r = p mod L; succ: min(r + L, chunk_size); inter: min(2L - 1, chunk_size) (spec 2.1).
+    """
+    length, size = dual_chunk.chunk_len, dual_chunk.chunk_size
+    offsets = positions % length
+    rows = [offsets, np.minimum(offsets + length, size), np.full_like(offsets, min(2 * length - 1, size))]
+    return np.stack(rows[:variants]).astype(np.int32)
+
+
+def critical_positions(positions: np.ndarray, dual_chunk: DualChunkConfig, variants: int) -> np.ndarray:
+    """The same for the queries that choose critical keys: continuous, not clamped (r, r + L, r + chunk_size)."""
+    offsets = positions % dual_chunk.chunk_len
+    rows = [offsets, offsets + dual_chunk.chunk_len, offsets + dual_chunk.chunk_size]
+    return np.stack(rows[:variants]).astype(np.int32)

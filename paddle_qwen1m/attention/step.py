@@ -1,0 +1,146 @@
+"""What one forward pass works on: its rows, where their keys go, and which keys each of them attends to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import paddle
+
+from paddle_qwen1m import ops
+from paddle_qwen1m.attention import positions
+from paddle_qwen1m.attention.positions import Piece
+from paddle_qwen1m.cache import PagedCache
+from paddle_qwen1m.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class SequenceRows:
+    """New tokens of one sequence: `ids` stand at positions [begin, begin + len(ids)); `pages` hold them and all before.
+
+    `length` is the n of the temperature m(n): the whole prompt's length in prefill, the current length in decode.
+    """
+
+    ids: np.ndarray
+    begin: int
+    pages: Sequence[int]
+    length: int
+    sparse: bool = False
+
+    def __post_init__(self) -> None:
+        assert self.ids.dtype == np.int64 and self.ids.ndim == 1 and len(self.ids) > 0
+        assert self.begin >= 0 and self.length >= self.end
+
+    @property
+    def end(self) -> int:
+        return self.begin + len(self.ids)
+
+
+@dataclass(frozen=True)
+class SparsePiece:
+    """A piece that attends to chosen keys only. `critical_rotary` float32 [V, n, D] rotates its n probe rows."""
+
+    piece: Piece
+    block_table: paddle.Tensor
+    scale: float
+    critical_rotary: paddle.Tensor
+
+
+@dataclass(frozen=True)
+class Step:
+    """One forward pass over T rows of S sequences. Either `lengths` is set and every row is a sequence's next token
+    (decode), or the rows are prefilled: densely where `dense_pieces` say so, sparsely in `sparse_pieces`.
+
+    ids, slots: int64 [T]. rotary: float32 [V, T, D]. block_tables: int32 [S, W]. scale: float32 [S], D^-0.5 m(n)^2.
+    lengths: int32 [S]. dense_pieces: int32 [P, 4]. logit_rows: int64 [n], the rows whose logits are wanted.
+    """
+
+    ids: paddle.Tensor
+    slots: paddle.Tensor
+    rotary: paddle.Tensor
+    block_tables: paddle.Tensor
+    scale: paddle.Tensor
+    logit_rows: paddle.Tensor | None
+    lengths: paddle.Tensor | None = None
+    dense_pieces: paddle.Tensor | None = None
+    sparse_pieces: Sequence[SparsePiece] = ()
+
+
+class StepBuilder:
+    """Makes steps for one model: knows its rotary frequencies and attention scale."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self._dual_chunk = config.dual_chunk
+        self._head_dim = config.head_dim
+        exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+        self._inv_freq = paddle.to_tensor(np.float32(1.0) / np.float32(config.rope_theta) ** exponents)
+
+    def prefill(self, batch: Sequence[SequenceRows], cache: PagedCache, logit_rows: Sequence[int]) -> Step:
+        """Rows of several sequences, one sequence after the other; `logit_rows` count over all of them."""
+        dense: list[list[int]] = []
+        sparse: list[SparsePiece] = []
+        row = 0
+        for number, rows in enumerate(batch):
+            for piece in positions.pieces(rows.begin, rows.end, self._dual_chunk.chunk_len, row):
+                if rows.sparse:
+                    sparse.append(self._sparse_piece(piece, rows))
+                else:
+                    dense.append([number, piece.row, piece.rows, piece.begin])
+            row += len(rows.ids)
+        return self._step(
+            batch,
+            cache,
+            logit_rows=paddle.to_tensor(np.asarray(logit_rows, np.int64)) if len(logit_rows) else None,
+            dense_pieces=paddle.to_tensor(np.asarray(dense, np.int32)) if dense else None,
+            sparse_pieces=sparse,
+        )
+
+    def decode(self, batch: Sequence[SequenceRows], cache: PagedCache) -> Step:
+        """The next token of each sequence; logits for every row."""
+        lengths = np.asarray([rows.end for rows in batch], np.int32)
+        logit_rows = np.arange(len(batch), dtype=np.int64)
+        return self._step(batch, cache, logit_rows=paddle.to_tensor(logit_rows), lengths=paddle.to_tensor(lengths))
+
+    def _step(
+        self,
+        batch: Sequence[SequenceRows],
+        cache: PagedCache,
+        logit_rows: paddle.Tensor | None,
+        lengths: paddle.Tensor | None = None,
+        dense_pieces: paddle.Tensor | None = None,
+        sparse_pieces: Sequence[SparsePiece] = (),
+    ) -> Step:
+        where = np.concatenate([np.arange(rows.begin, rows.end) for rows in batch])
+        variants = positions.num_variants(int(where.max()) + 1, self._dual_chunk.chunk_len)
+        rotary_positions = positions.query_positions(where, self._dual_chunk, variants)
+        width = max(cache.pages_for(rows.end) for rows in batch)
+        tables = np.zeros((len(batch), width), np.int32)
+        for table, rows in zip(tables, batch):
+            table[: cache.pages_for(rows.end)] = rows.pages[: cache.pages_for(rows.end)]
+        slots = [cache.slots(rows.pages, rows.begin, rows.end) for rows in batch]
+        return Step(
+            ids=paddle.to_tensor(np.concatenate([rows.ids for rows in batch])),
+            slots=paddle.to_tensor(np.concatenate(slots)),
+            rotary=ops.rotary_table(paddle.to_tensor(rotary_positions), self._inv_freq),
+            block_tables=paddle.to_tensor(tables),
+            scale=paddle.to_tensor(np.asarray([self._scale(rows.length) for rows in batch], np.float32)),
+            logit_rows=logit_rows,
+            lengths=lengths,
+            dense_pieces=dense_pieces,
+            sparse_pieces=sparse_pieces,
+        )
+
+    def _sparse_piece(self, piece: Piece, rows: SequenceRows) -> SparsePiece:
+        probe = np.arange(piece.end - piece.probe_rows, piece.end)
+        variants = positions.num_variants(piece.end, self._dual_chunk.chunk_len)
+        critical = positions.critical_positions(probe, self._dual_chunk, variants)
+        return SparsePiece(
+            piece=piece,
+            block_table=paddle.to_tensor(np.asarray(rows.pages, np.int32)),
+            scale=self._scale(rows.length),
+            critical_rotary=ops.rotary_table(paddle.to_tensor(critical), self._inv_freq),
+        )
+
+    def _scale(self, length: int) -> float:
+        return float(self._head_dim**-0.5 * self._dual_chunk.temperature(length) ** 2)

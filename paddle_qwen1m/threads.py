@@ -1,0 +1,19 @@
+"""How many threads the CPU ops use."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+_PADDLE_WAS_IMPORTED = "paddle" in sys.modules
+
+
+def default_num_threads() -> int:
+    """OMP_NUM_THREADS where the user set it, else the cores this process may run on.
+
+    Importing Paddle sets OMP_NUM_THREADS to 1 when it is not set, so that once Paddle is imported a 1 says nothing.
+    """
+    wish = os.environ.get("OMP_NUM_THREADS", "")
+    if wish.isdigit() and int(wish) >= 1 and not (wish == "1" and _PADDLE_WAS_IMPORTED):
+        return int(wish)
+    return len(os.sched_getaffinity(0))
