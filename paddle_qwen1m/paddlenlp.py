@@ -1,0 +1,428 @@
+"""PaddleNLP's side: AutoModelForCausalLM and AutoTokenizer know the model, and its class has PaddleNLP's generate()."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import paddle
+from paddlenlp.generation import GenerationConfig
+from paddlenlp.transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedModel, Qwen2Config
+from paddlenlp.transformers.auto.modeling import _BaseAutoModelClass
+from paddlenlp.transformers.configuration_utils import PretrainedConfig
+from paddlenlp.transformers.model_utils import no_init_weights
+from paddlenlp.utils.log import logger
+
+from . import compat
+from .config import EngineOptions, ModelConfig, SparseBudgets, published_budgets
+from .engine import Engine
+from .generation import (
+    OPTIONS,
+    TokenIds,
+    check_length,
+    drawn_seed,
+    read_batch,
+    read_positions,
+    read_request,
+)
+from .hub import Checkpoint, HubError, locate, read_json
+from .model import Qwen2OneM
+from .weights import load_checkpoint
+
+DUAL_CHUNK = "dual_chunk_attention_config"
+SPARSE_CONFIG = "sparse_attention_config.json"
+GENERATION_CONFIG = "generation_config.json"
+ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen2OneMForCausalLM")
+DTYPES = ("float32", "bfloat16", "float16")
+HUB_OPTIONS = ("from_hf_hub", "from_aistudio", "cache_dir", "subfolder")
+INSTEAD = {
+    "torch_dtype": 'dtype="bfloat16"',
+    "device_map": 'paddle.device.set_device("cpu") before loading',
+    "device": 'paddle.device.set_device("cpu") before loading',
+    "trust_remote_code": "nothing: no code is fetched, `import paddle_qwen1m` is the code",
+    "attn_implementation": "nothing: attention is always this package's own",
+    "use_flash_attention": "nothing: attention is always this package's own",
+    "load_in_8bit": "nothing: weights are float32, bfloat16 or float16",
+    "load_in_4bit": "nothing: weights are float32, bfloat16 or float16",
+    "token": "the environment variable HF_TOKEN",
+    "revision": "the directory of a copy of that revision",
+    "local_files_only": "the environment variable HF_HUB_OFFLINE=1, or the directory itself",
+}
+
+
+class Qwen2OneMForCausalLM(PretrainedModel):  # type: ignore[misc]
+    """Qwen2.5-1M for generation: a PaddleNLP model whose forward pass and generation are this package's engine.
+
+    config: PaddleNLP's Qwen2Config with a `dual_chunk_attention_config`. dtype: how weights are kept ("float32",
+    "bfloat16",
+    "float16"; default the config's); on a CPU they are computed in float32 whatever they are kept in.
+    Building it directly, or by `from_config`, gives random weights: normal(0, initializer_range), reproducible by
+    `paddle.seed`. `engine` is the engine for callers who need more than generate.
+    """
+
+    config_class = Qwen2Config
+    base_model_prefix = "model"
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        *,
+        dtype: str | None = None,
+        options: EngineOptions | None = None,
+        budgets: SparseBudgets | None = None,
+    ) -> None:
+        super().__init__(config)
+        storage = _dtype_name(dtype or config.dtype or "float32")
+        self.model = Qwen2OneM(model_config(config), storage)
+        self.engine = Engine(self.model, options or EngineOptions(), budgets)
+        self.use_generation_config(GenerationConfig.from_model_config(config))
+        self.eval()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | os.PathLike[str] | Checkpoint,
+        *,
+        dtype: str | None = None,
+        config: PretrainedConfig | dict[str, Any] | None = None,
+        sparse_budgets: str | os.PathLike[str] | SparseBudgets | None = None,
+        sparse: bool | None = None,
+        sparse_threshold: int | None = None,
+        max_num_batched_tokens: int | None = None,
+        max_model_len: int | None = None,
+        kv_cache_dtype: str | None = None,
+        from_hf_hub: bool = False,
+        from_aistudio: bool = False,
+        cache_dir: str | os.PathLike[str] | None = None,
+        subfolder: str | None = None,
+        low_cpu_mem_usage: bool | None = None,
+        convert_from_torch: bool | None = None,
+        use_safetensors: bool | None = None,
+        **unknown: Any,
+    ) -> Qwen2OneMForCausalLM:
+        """Load a checkpoint in the published safetensors layout from a directory or by its hub name.
+
+        dtype: keep the weights as "float32", "bfloat16" or "float16"; default: as the checkpoint has them.
+        config: used in place of config.json, as a Qwen2Config or a dict.
+        sparse_budgets: a file in the format of sparse_attention_config.json. Without it the file of that name beside
+            the weights counts, then, for the shapes of the published 7B and 14B models, their published figures;
+            without any the prefill is dense.
+        sparse: False prefills densely; default: what config.json says, else True.
+        sparse_threshold: longer prompts, in tokens, are prefilled sparsely (default: config.json's, else 32,768).
+        max_num_batched_tokens: tokens of one prefill step (default 4,096 on a CPU).
+        max_model_len: most tokens of prompt and answer together (default: the model's max_position_embeddings).
+        kv_cache_dtype: how keys and values are kept (default: the dtype that is computed in).
+        from_hf_hub, from_aistudio, cache_dir, subfolder: as in PaddleNLP. A name is looked up on PaddleNLP's hub, or on
+            Hugging Face's with from_hf_hub=True; where the one lacks it, the other is tried.
+        low_cpu_mem_usage, convert_from_torch, use_safetensors: accepted and without effect, because there is one
+            loader: it reads the published files as they are, one tensor at a time, and writes nothing.
+
+        Raises TypeError for other options, FileNotFoundError, HubError (an OSError), weights.CheckpointError or
+        ValueError, each saying what does not fit.
+        """
+        _refuse(unknown)
+        checkpoint = (
+            name
+            if isinstance(name, Checkpoint)
+            else locate(
+                name, from_hf_hub=from_hf_hub, from_aistudio=from_aistudio, cache_dir=cache_dir, subfolder=subfolder
+            )
+        )
+        checkpoint.announce()
+        described = _config_dict(config) if config is not None else checkpoint.read_config()
+        if not is_ours(described):
+            raise ValueError(
+                f"{checkpoint.name} is not a Qwen2 checkpoint with a {DUAL_CHUNK} "
+                f"(architectures: {described.get('architectures')}): PaddleNLP's own classes load it"
+            )
+        pretrained_config = Qwen2Config.from_dict(described)
+        shapes = model_config(pretrained_config)
+        if sparse is None:
+            sparse = sparse_budgets is not None or shapes.dual_chunk.sparse_attention_enabled
+        if sparse_threshold is None:
+            sparse_threshold = shapes.dual_chunk.sparse_attention_threshold
+        chosen: dict[str, Any] = {
+            "max_num_batched_tokens": max_num_batched_tokens,
+            "max_model_len": max_model_len,
+            "kv_cache_dtype": kv_cache_dtype,
+        }
+        options = EngineOptions(
+            sparse=bool(sparse),
+            sparse_threshold=sparse_threshold,
+            **{name: value for name, value in chosen.items() if value is not None},
+        )
+        storage = _dtype_name(dtype or pretrained_config.dtype or "float32")
+        budgets = find_budgets(checkpoint, shapes, sparse_budgets, options) if sparse else None
+        directory = checkpoint.fetch_weights()
+        with no_init_weights(_enable=True):
+            model = cls(pretrained_config, dtype=storage, options=options, budgets=budgets)
+        load_checkpoint(directory, model.model.slots())
+        generation = checkpoint.extra_file(GENERATION_CONFIG)
+        if generation is not None:
+            model.use_generation_config(_read_generation_config(generation))
+        return model
+
+    @classmethod
+    def _from_config(cls, config: PretrainedConfig, **kwargs: Any) -> Qwen2OneMForCausalLM:
+        return cls(config, **kwargs)
+
+    def _init_weights(self, layer: paddle.nn.Layer) -> None:
+        """Random weights for the whole network, when PaddleNLP walks over its layers after building it."""
+        if layer is not self.model:
+            return
+        random = np.random.default_rng(drawn_seed())
+        with paddle.no_grad():
+            for name, slot in self.model.slots().items():
+                if name.endswith("norm.weight"):
+                    values = np.ones(slot.shape, dtype=np.float32)
+                elif name.endswith(".bias"):
+                    values = np.zeros(slot.shape, dtype=np.float32)
+                else:
+                    values = random.standard_normal(slot.shape, dtype=np.float32) * self.config.initializer_range
+                rows = paddle.to_tensor(values, place=paddle.CPUPlace()).astype(slot.tensor.dtype)
+                slot.tensor[slot.row : slot.row + slot.shape[0]] = rows
+
+    def use_generation_config(self, generation_config: GenerationConfig) -> None:
+        """Make these generate()'s defaults; prompt and answer are returned unless trunc_input is set afterwards."""
+        generation_config.trunc_input = False
+        self.generation_config = generation_config
+        self._usual_strategy = generation_config.decode_strategy
+
+    @paddle.no_grad()
+    def forward(
+        self,
+        input_ids: TokenIds,
+        positions: Sequence[int] | None = None,
+        attention_mask: Any | None = None,
+    ) -> paddle.Tensor:
+        """Logits float32 [B, n, vocab] for the tokens after the given positions.
+
+        input_ids: integers [N] or [B, N]. positions: n columns of input_ids; default: the last one alone, since the
+        logits of every position of a long prompt do not fit any memory. attention_mask: 0 for padding, on the left
+        only.
+        """
+        batch = read_batch(input_ids, attention_mask, self.config.vocab_size)
+        columns = read_positions(positions, batch)
+        check_length(batch.ids.shape[1], 0, self.engine.max_model_len)
+        wanted, order = np.unique(columns, return_inverse=True)
+        rows = [
+            self.engine.logits(prompt, [int(column) - start for column in wanted])[order]
+            for prompt, start in zip(batch.prompts, batch.starts)
+        ]
+        return _tensor(np.stack(rows))
+
+    @paddle.no_grad()
+    def generate(
+        self,
+        input_ids: TokenIds | None = None,
+        attention_mask: Any | None = None,
+        generation_config: GenerationConfig | None = None,
+        streamer: Any | None = None,
+        **options: Any,
+    ) -> tuple[paddle.Tensor, paddle.Tensor]:
+        """Continue every prompt of a batch; each row comes out as it would alone.
+
+        input_ids: integers [N] or [B, N], a tensor, an array or lists. attention_mask: 0 for padding, on the left only.
+        generation_config: in place of `self.generation_config` (the checkpoint's generation_config.json).
+        streamer: PaddleNLP's TextStreamer or TextIteratorStreamer, for one prompt; it gets the new tokens, whatever its
+            skip_prompt says.
+        options, each over the config's: max_new_tokens (or max_length, which counts new tokens too), min_new_tokens (or
+            min_length), do_sample or decode_strategy ("greedy_search", "sampling"), temperature (0 is greedy), top_k,
+            top_p, repetition_penalty (over prompt and answer, greedy too), eos_token_id (one or a list; [] for none),
+            pad_token_id, seed (every row starts from it; without one each row draws its own from Paddle's generator, so
+            that `paddle.seed` repeats a run), trunc_input. Beams and several answers a prompt do not exist.
+
+        Returns ids int64 [B, N + new], prompt and answer, shorter answers padded on the right with pad_token_id, and
+        scores float32 [B, 1], the mean log-probability of a row's new tokens. trunc_input=True gives PaddleNLP's own
+        form, ids of the new tokens alone; the trunc_input of a GenerationConfig that is passed in is not looked at,
+        since there True is the default and cannot be told from a choice.
+
+        Raises TypeError or ValueError before any work for input and options that cannot be used.
+        """
+        if input_ids is None:
+            raise ValueError(f"generate() needs input_ids; its options are: {', '.join(OPTIONS)}")
+        if generation_config is not None and not isinstance(generation_config, GenerationConfig):
+            raise TypeError(f"generation_config must be a GenerationConfig, got {type(generation_config).__name__}")
+        batch = read_batch(input_ids, attention_mask, self.config.vocab_size)
+        own = generation_config is None
+        request = read_request(
+            self.generation_config if own else generation_config,
+            options,
+            usual_strategy=self._usual_strategy if own else None,
+            trunc_input=self.generation_config.trunc_input,
+            eos_token_id=self.config.eos_token_id,
+            pad_token_id=self.config.pad_token_id,
+            vocab_size=self.config.vocab_size,
+        )
+        prompts = batch.prompts
+        check_length(max(map(len, prompts)), request.params.max_new_tokens, self.engine.max_model_len)
+        if streamer is not None and len(prompts) > 1:
+            raise ValueError(f"a streamer shows one answer, got a batch of {len(prompts)} prompts")
+        params = [request.params] * len(prompts)
+        if request.params.temperature > 0 and request.params.seed is None:
+            params = [replace(one, seed=drawn_seed()) for one in params]
+
+        if streamer is None:
+            completions = self.engine.generate(prompts, params)
+        else:
+            try:
+                if getattr(streamer, "skip_prompt", False):
+                    streamer.put(_tensor(prompts[0][None]))
+                completions = self.engine.generate(
+                    prompts, params, on_token=lambda _, token: streamer.put(_tensor(np.array([[token]])))
+                )
+            finally:
+                streamer.end()
+
+        longest = max(len(completion.token_ids) for completion in completions)
+        answers = np.full([len(prompts), longest], request.pad_token_id, dtype=np.int64)
+        for row, completion in enumerate(completions):
+            answers[row, : len(completion.token_ids)] = completion.token_ids
+        ids = answers if request.trunc_input else np.concatenate([batch.ids, answers], axis=1)
+        scores = np.array([[np.mean(completion.logprobs)] for completion in completions], dtype=np.float32)
+        return _tensor(ids), _tensor(scores)
+
+    def save_pretrained(self, *_arguments: Any, **_options: Any) -> NoReturn:
+        """Always raises: the weights are those of the checkpoint, and stay there as they are."""
+        raise NotImplementedError(
+            "this class reads the published layout and writes nothing: copy the checkpoint's directory instead"
+        )
+
+
+def register() -> None:
+    """Make PaddleNLP's AutoModelForCausalLM and AutoTokenizer recognise Qwen2.5-1M checkpoints. Safe to call again.
+
+    PaddleNLP maps an architecture's name to a class of its own and has no registry for models, so three of its class
+    methods are wrapped. What is not ours goes on to the wrapped method as it came.
+    """
+    stock_load = _BaseAutoModelClass.__dict__["_from_pretrained"].__func__
+    if getattr(stock_load, "_qwen1m", False):
+        return
+    stock_class = _BaseAutoModelClass.__dict__["_get_model_class_from_config"].__func__
+    stock_tokenizer = AutoTokenizer.__dict__["from_pretrained"].__func__
+
+    def load(cls: Any, name: Any, *arguments: Any, **options: Any) -> Any:
+        if cls is AutoModelForCausalLM:
+            checkpoint = _find_ours(name, cls._pretrained_model_dict, options)
+            if checkpoint is not None:
+                return Qwen2OneMForCausalLM.from_pretrained(checkpoint, *arguments, **options)
+        return stock_load(cls, name, *arguments, **options)
+
+    def model_class(cls: Any, name: Any, config_file: Any, config: Any = None) -> Any:
+        if cls is AutoModelForCausalLM and config is not None and is_ours(_config_dict(config)):
+            return Qwen2OneMForCausalLM
+        return stock_class(cls, name, config_file, config)
+
+    def tokenizer(cls: Any, name: Any, *arguments: Any, **options: Any) -> Any:
+        checkpoint = _find_ours(name, cls._tokenizer_mapping, options)
+        if checkpoint is None:
+            return stock_tokenizer(cls, name, *arguments, **options)
+        checkpoint.announce()
+        rest = {key: value for key, value in options.items() if key not in HUB_OPTIONS}
+        directory = os.fspath(checkpoint.fetch_tokenizer())
+        return compat.load_tokenizer(partial(stock_tokenizer, cls), directory, *arguments, **rest)
+
+    load._qwen1m = True  # type: ignore[attr-defined]
+    _BaseAutoModelClass._from_pretrained = classmethod(load)
+    _BaseAutoModelClass._get_model_class_from_config = classmethod(model_class)
+    AutoTokenizer.from_pretrained = classmethod(tokenizer)
+
+
+def is_ours(config: dict[str, Any]) -> bool:
+    """Whether a config.json describes a Qwen2 causal language model with dual chunk attention."""
+    architectures = config.get("architectures") or [""]
+    return bool(config.get(DUAL_CHUNK)) and architectures[-1] in ARCHITECTURES
+
+
+def model_config(config: PretrainedConfig) -> ModelConfig:
+    """The package's own configuration out of PaddleNLP's."""
+    return ModelConfig.from_dict(config.to_dict())
+
+
+def _find_ours(name: Any, builtin: dict[Sequence[str], Any], options: dict[str, Any]) -> Checkpoint | None:
+    """The checkpoint when it is ours; None leaves `name` to PaddleNLP: built-in names, other models, unknown names."""
+    if not isinstance(name, (str, os.PathLike)) or os.path.isfile(name) or any(name in names for names in builtin):
+        return None
+    try:
+        checkpoint = locate(name, **{key: options[key] for key in HUB_OPTIONS if options.get(key) is not None})
+        config = options.get("config")
+        described = checkpoint.read_config() if config is None else _config_dict(config)
+    except HubError as error:
+        logger.warning(str(error))
+        return None
+    except (FileNotFoundError, ValueError):
+        return None
+    return checkpoint if is_ours(described) else None
+
+
+def find_budgets(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    explicit: str | os.PathLike[str] | SparseBudgets | None,
+    options: EngineOptions,
+) -> SparseBudgets | None:
+    """Sparse budgets: `explicit`, else the file beside the weights, else the published ones of this shape, else None.
+
+    Says in one log line when the last two apply. Raises ValueError for a file that does not fit the model.
+    """
+    if isinstance(explicit, SparseBudgets):
+        return explicit
+    path = checkpoint.extra_file(SPARSE_CONFIG) if explicit is None else Path(explicit)
+    if path is not None:
+        return SparseBudgets.from_file(path, config.num_layers, config.num_heads)
+    published = published_budgets(config)
+    if published is None:
+        logger.warning(
+            f"{checkpoint.name} has no {SPARSE_CONFIG}: prompts longer than {options.sparse_threshold:,} tokens are "
+            "prefilled densely; give sparse_budgets=FILE (--sparse-budgets FILE) for sparse prefill"
+        )
+    else:
+        logger.info(f"{checkpoint.name} has no {SPARSE_CONFIG}: using the budgets published for this shape")
+    return published
+
+
+def _read_generation_config(path: Path) -> GenerationConfig:
+    """PaddleNLP's object for the file, without `_from_model_config`: with it PaddleNLP would lose do_sample."""
+    values = {key: value for key, value in read_json(path).items() if key != "_from_model_config"}
+    return GenerationConfig(**values)
+
+
+def _config_dict(config: PretrainedConfig | dict[str, Any]) -> dict[str, Any]:
+    return config if isinstance(config, dict) else config.to_dict()
+
+
+def _dtype_name(dtype: Any) -> str:
+    name = str(dtype).rsplit(".", 1)[-1]
+    if name not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    return name
+
+
+def _tensor(array: np.ndarray) -> paddle.Tensor:
+    return paddle.to_tensor(array, place=paddle.CPUPlace())
+
+
+def _refuse(unknown: dict[str, Any]) -> None:
+    """TypeError for options that do not exist, naming what to write instead; a tensor parallel degree of 1 is fine."""
+    harmless = {
+        "tensor_parallel_degree": (-1, 0, 1),
+        "tensor_parallel_rank": (-1, 0),
+        "tensor_parallel_output": (True, False),
+    }
+    names = sorted(key for key, value in unknown.items() if value not in harmless.get(key, ()))
+    if not names:
+        return
+    hints: list[str] = [f"instead of {key} write {INSTEAD[key]}" for key in names if key in INSTEAD]
+    options = (
+        "dtype, config, sparse_budgets, sparse, sparse_threshold, max_num_batched_tokens, max_model_len, kv_cache_dtype"
+    )
+    raise TypeError(
+        f"from_pretrained() has no option {', '.join(names)}; "
+        + "".join(f"{hint}; " for hint in hints)
+        + f"it has: {options}, {', '.join(HUB_OPTIONS)}"
+    )
