@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -59,14 +60,18 @@ class BuildOps(build_ext):
                 ["-DPADDLE_WITH_CUSTOM_KERNEL", "-DPADDLE_NO_PYTHON", "-w"],
             )
         )
-        objects = []
-        for source, folders, flags in jobs:
-            objects += self.compiler.compile(
+
+        def compile_one(job: tuple[Path, list[str], list[str]]) -> str:
+            source, folders, flags = job
+            return self.compiler.compile(
                 [str(source.relative_to(ROOT))],
                 output_dir=self.build_temp,
                 include_dirs=folders,
                 extra_postargs=common + flags,
-            )
+            )[0]
+
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            objects = list(pool.map(compile_one, jobs))
 
         openblas = scipy_openblas32.get_lib_dir()
         target = Path(self.get_ext_fullpath(extension.name))

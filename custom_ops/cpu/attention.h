@@ -44,8 +44,7 @@ void prefill_tile(const qwen1m_dca_prefill& a, const qwen1m_piece& piece, int fi
     if (keys.begin == keys.end) continue;
     for (int r = 0; r < rows * group; ++r) {
       const int64_t row = stage * static_cast<int64_t>(a.tokens) + step_row + r / group;
-      tile_rows.set_query(r, a.q + (row * a.heads + kv_head * group + r % group) * D,
-                          a.scale[piece.sequence] * kLog2E);
+      tile_rows.set_query(r, a.q + (row * a.heads + kv_head * group + r % group) * D, a.scale[piece.sequence] * kLog2E);
     }
     for (int32_t k = keys.begin; k < keys.end; k += kTileKeys) {
       tile.count = 0;
@@ -67,7 +66,7 @@ void prefill_tile(const qwen1m_dca_prefill& a, const qwen1m_piece& piece, int fi
   }
 }
 
-constexpr int kPrefillRows = 16 * kTileRows;  // about 96 to 128 (row, head) pairs share one packed tile of keys
+constexpr int kPrefillRows = 32 * kTileRows;  // (row, head) pairs that share one packed tile of keys
 
 inline int rows_a_tile(int group) { return group < kPrefillRows ? kPrefillRows / group : 1; }
 
@@ -138,7 +137,8 @@ void dca_decode(const qwen1m_dca_decode& a) {
     const float* partial = partials.data + row * splits * partial_floats;
     float* out = a.out + row * D;
     float top = kNegativeInfinity, total = 0;
-    for (int64_t s = 0; s < splits; ++s) top = partial[s * partial_floats + D] > top ? partial[s * partial_floats + D] : top;
+    for (int64_t s = 0; s < splits; ++s)
+      top = partial[s * partial_floats + D] > top ? partial[s * partial_floats + D] : top;
     memset(out, 0, sizeof(float) * D);
     for (int64_t s = 0; s < splits; ++s) {
       const float* part = partial + s * partial_floats;

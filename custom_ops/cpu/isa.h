@@ -18,24 +18,24 @@ void with_type(qwen1m_dtype dtype, const F& f) {
   }
 }
 
-#define QWEN1M_TYPED(name)                                                  \
-  inline void name##_any(const qwen1m_##name& a) {                          \
-    with_type(a.dtype, [&](auto type) { name<decltype(type)>(a); });        \
+#define QWEN1M_TYPED(name)                                           \
+  inline void name##_any(const qwen1m_##name& a) {                   \
+    with_type(a.dtype, [&](auto type) { name<decltype(type)>(a); }); \
   }
 QWEN1M_TYPED(linear)
 QWEN1M_TYPED(embedding)
 QWEN1M_TYPED(rms_norm)
 #undef QWEN1M_TYPED
 
-#define QWEN1M_ATTENTION(name)                                              \
-  inline void name##_any(const qwen1m_##name& a) {                          \
-    with_type(a.cache.dtype, [&](auto type) {                               \
-      if (a.cache.head_dim == 128) {                                        \
-        name<decltype(type), 128>(a);                                       \
-      } else {                                                              \
-        name<decltype(type), 64>(a);                                        \
-      }                                                                     \
-    });                                                                     \
+#define QWEN1M_ATTENTION(name)                     \
+  inline void name##_any(const qwen1m_##name& a) { \
+    with_type(a.cache.dtype, [&](auto type) {      \
+      if (a.cache.head_dim == 128) {               \
+        name<decltype(type), 128>(a);              \
+      } else {                                     \
+        name<decltype(type), 64>(a);               \
+      }                                            \
+    });                                            \
   }
 QWEN1M_ATTENTION(dca_prefill)
 QWEN1M_ATTENTION(dca_decode)
@@ -54,8 +54,9 @@ inline void rotate_queries_any(const qwen1m_rotate_queries& a) {
 }
 
 constexpr Kernels table(const char* isa) {
-  return {isa,           rotary_table,      rotate_and_cache_any,   rotate_queries_any, dca_prefill_any, dca_decode_any,
-          dca_probe_any, dca_sparse_prefill_any, linear_any, embedding_any, rms_norm_any, silu_mul};
+  return {
+      isa,           rotary_table,           rotate_and_cache_any, rotate_queries_any, dca_prefill_any, dca_decode_any,
+      dca_probe_any, dca_sparse_prefill_any, linear_any,           embedding_any,      rms_norm_any,    silu_mul};
 }
 
 }  // namespace QWEN1M_ISA

@@ -42,7 +42,9 @@ void sample_row(const qwen1m_sample& a, int row) {
   const auto best = std::max_element(logits.begin(), logits.end());
   int64_t chosen = best - logits.begin();
   if (a.temperature[row] > 0) {
-    const auto before = [&](int32_t x, int32_t y) { return logits[x] > logits[y] || (logits[x] == logits[y] && x < y); };
+    const auto before = [&](int32_t x, int32_t y) {
+      return logits[x] > logits[y] || (logits[x] == logits[y] && x < y);
+    };
     std::vector<int32_t> order(a.vocab);
     for (int i = 0; i < a.vocab; ++i) order[i] = i;
     const int k = a.top_k[row] > 0 ? std::min(a.top_k[row], a.vocab) : a.vocab;

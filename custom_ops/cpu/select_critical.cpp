@@ -44,9 +44,8 @@ void qwen1m_cpu_select_critical(const qwen1m_select_critical* a) {
       const int64_t row = static_cast<int64_t>(head) * a->keys;
       select(a->vertical + row, a->keys, 0, a->forced_columns, std::min(a->vertical_sizes[head], a->keys),
              a->column_width, &ranks, a->columns + static_cast<int64_t>(head) * a->column_width);
-      select(a->slash + row, a->keys, a->keys - a->forced_diagonals, a->keys,
-             std::min(a->slash_sizes[head], a->keys), a->slash_width, &ranks,
-             a->slashes + static_cast<int64_t>(head) * a->slash_width);
+      select(a->slash + row, a->keys, a->keys - a->forced_diagonals, a->keys, std::min(a->slash_sizes[head], a->keys),
+             a->slash_width, &ranks, a->slashes + static_cast<int64_t>(head) * a->slash_width);
     }
   }
 }

@@ -11,7 +11,7 @@ namespace QWEN1M_ISA {
 
 constexpr int kTileRows = QWEN1M_TILE_ROWS;
 constexpr int kPanel = 2 * kLanes;
-constexpr int kTileKeys = 128;
+constexpr int kTileKeys = 256;
 constexpr float kNegativeInfinity = -__builtin_inff();
 constexpr float kLog2E = 1.44269504088896340736f;
 constexpr float kLn2 = 0.69314718055994530942f;
@@ -179,8 +179,9 @@ struct Rows {
       store(row + i, weight);
     }
     const float shrink =
-        maximum_row[r] == top ? 1.0f : exp2(broadcast(maximum_row[r] == kNegativeInfinity ? kNegativeInfinity
-                                                                                          : maximum_row[r] - top))[0];
+        maximum_row[r] == top
+            ? 1.0f
+            : exp2(broadcast(maximum_row[r] == kNegativeInfinity ? kNegativeInfinity : maximum_row[r] - top))[0];
     maximum_row[r] = top;
     sum_row[r] = sum_row[r] * shrink + sum(total);
     return shrink;

@@ -71,8 +71,8 @@ Tensors linear(const Tensor& x, const Tensor& weight, const paddle::optional<Ten
   const int64_t features = weight.shape()[0];
   if (bias) expect(*bias, "bias", weight.dtype(), {features});
   Tensor y = make({tokens, features}, DataType::FLOAT32, x);
-  const qwen1m_linear a{x.data<float>(), weight.data(), bias ? bias->data() : nullptr,   pointer<float>(y),
-                        tokens,          depth,         features,                        storage_type(weight, "weight")};
+  const qwen1m_linear a{x.data<float>(), weight.data(), bias ? bias->data() : nullptr, pointer<float>(y), tokens,
+                        depth,           features,      storage_type(weight, "weight")};
   qwen1m_cpu_linear(&a);
   return {y};
 }
@@ -155,27 +155,23 @@ Tensors rotate_queries(const Tensor& qkv, const Tensor& bias, const Tensor& tabl
           "qkv's width " + std::to_string(qkv.shape()[1]) + " does not hold " + std::to_string(heads) + " heads of " +
               std::to_string(d) + " and their keys and values");
   expect_shape(bias, "bias", {qkv.shape()[1]});
-  require(row >= 0 && row + rows <= qkv.shape()[0], "rows " + std::to_string(row) + " to " + std::to_string(row + rows) +
-                                                        " are not among the " + std::to_string(qkv.shape()[0]));
+  require(row >= 0 && row + rows <= qkv.shape()[0], "rows " + std::to_string(row) + " to " +
+                                                        std::to_string(row + rows) + " are not among the " +
+                                                        std::to_string(qkv.shape()[0]));
   Tensor q = make({variants, rows, heads, d}, DataType::FLOAT32, qkv);
-  const qwen1m_rotate_queries a{qkv.data<float>(),
-                                bias.data(),
-                                table.data<float>(),
-                                pointer<float>(q),
-                                storage_type(bias, "bias"),
-                                static_cast<int32_t>(variants),
-                                static_cast<int32_t>(row),
-                                static_cast<int32_t>(rows),
-                                static_cast<int32_t>(heads),
-                                static_cast<int32_t>(kv_heads),
+  const qwen1m_rotate_queries a{qkv.data<float>(),           bias.data(),
+                                table.data<float>(),         pointer<float>(q),
+                                storage_type(bias, "bias"),  static_cast<int32_t>(variants),
+                                static_cast<int32_t>(row),   static_cast<int32_t>(rows),
+                                static_cast<int32_t>(heads), static_cast<int32_t>(kv_heads),
                                 static_cast<int32_t>(d)};
   qwen1m_cpu_rotate_queries(&a);
   return {q};
 }
 
 void dca_prefill(const Tensor& q, Tensor& out, const Tensor& key_cache, const Tensor& value_cache,
-                    const Tensor& block_tables, const Tensor& pieces, const Tensor& scale,
-                    const paddle::optional<Tensor>& lse, int64_t chunk_len) {
+                 const Tensor& block_tables, const Tensor& pieces, const Tensor& scale,
+                 const paddle::optional<Tensor>& lse, int64_t chunk_len) {
   const qwen1m_cache cache = paged_cache(key_cache, value_cache);
   expect_chunk(chunk_len, cache);
   expect(block_tables, "block_tables", DataType::INT32, {-1, -1});
@@ -339,9 +335,9 @@ Tensors sparse_index(const Tensor& columns, const Tensor& slashes, int64_t begin
 }
 
 void dca_sparse_prefill(const Tensor& q, Tensor& out, const Tensor& key_cache, const Tensor& value_cache,
-                           const Tensor& block_table, const Tensor& blocks, const Tensor& columns, const Tensor& counts,
-                           const paddle::optional<Tensor>& lse, int64_t row, int64_t begin, int64_t rows,
-                           int64_t chunk_len, float scale) {
+                        const Tensor& block_table, const Tensor& blocks, const Tensor& columns, const Tensor& counts,
+                        const paddle::optional<Tensor>& lse, int64_t row, int64_t begin, int64_t rows,
+                        int64_t chunk_len, float scale) {
   const qwen1m_cache cache = paged_cache(key_cache, value_cache);
   expect_chunk(chunk_len, cache);
   expect(block_table, "block_table", DataType::INT32, {-1});
@@ -393,30 +389,20 @@ Tensors sample(const Tensor& logits, Tensor& seen, const Tensor& temperature, co
     require(id < vocab, "banned id " + std::to_string(id) + " is outside the vocabulary of " + std::to_string(vocab));
   }
   Tensor ids = make({batch}, DataType::INT64, logits), logprobs = make({batch}, DataType::FLOAT32, logits);
-  const qwen1m_sample a{logits.data<float>(),
-                        pointer<uint8_t>(seen),
-                        temperature.data<float>(),
-                        top_k.data<int32_t>(),
-                        top_p.data<float>(),
-                        repetition_penalty.data<float>(),
-                        banned.data<int32_t>(),
-                        seeds.data<int64_t>(),
-                        steps.data<int64_t>(),
-                        pointer<int64_t>(ids),
-                        pointer<float>(logprobs),
-                        static_cast<int32_t>(batch),
-                        static_cast<int32_t>(vocab),
-                        static_cast<int32_t>(banned_width)};
+  const qwen1m_sample a{logits.data<float>(),        pointer<uint8_t>(seen),
+                        temperature.data<float>(),   top_k.data<int32_t>(),
+                        top_p.data<float>(),         repetition_penalty.data<float>(),
+                        banned.data<int32_t>(),      seeds.data<int64_t>(),
+                        steps.data<int64_t>(),       pointer<int64_t>(ids),
+                        pointer<float>(logprobs),    static_cast<int32_t>(batch),
+                        static_cast<int32_t>(vocab), static_cast<int32_t>(banned_width)};
   qwen1m_cpu_sample(&a);
   return {ids, logprobs};
 }
 
 }  // namespace qwen1m
 
-PD_BUILD_OP(qwen1m_embedding)
-    .Inputs({"ids", "table"})
-    .Outputs({"out"})
-    .SetKernelFn(PD_KERNEL(qwen1m::embedding));
+PD_BUILD_OP(qwen1m_embedding).Inputs({"ids", "table"}).Outputs({"out"}).SetKernelFn(PD_KERNEL(qwen1m::embedding));
 
 PD_BUILD_OP(qwen1m_rms_norm)
     .Inputs({"hidden", "weight"})
@@ -438,10 +424,7 @@ PD_BUILD_OP(qwen1m_linear)
 
 PD_BUILD_OP(qwen1m_silu_mul).Inputs({"gate_up"}).Outputs({"out"}).SetKernelFn(PD_KERNEL(qwen1m::silu_mul));
 
-PD_BUILD_OP(qwen1m_gather_rows)
-    .Inputs({"hidden", "rows"})
-    .Outputs({"out"})
-    .SetKernelFn(PD_KERNEL(qwen1m::gather_rows));
+PD_BUILD_OP(qwen1m_gather_rows).Inputs({"hidden", "rows"}).Outputs({"out"}).SetKernelFn(PD_KERNEL(qwen1m::gather_rows));
 
 PD_BUILD_OP(qwen1m_rotary_table)
     .Inputs({"positions", "inv_freq"})

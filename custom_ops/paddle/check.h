@@ -71,8 +71,8 @@ inline qwen1m_cache paged_cache(const Tensor& key, const Tensor& value) {
   expect(value, "value_cache", key.dtype(), key.shape());
   const Shape shape = key.shape();
   require(shape[3] == 64 || shape[3] == 128, "head_dim must be 64 or 128, got " + std::to_string(shape[3]));
-  return {const_cast<void*>(key.data()),   const_cast<void*>(value.data()), storage_type(key, "key_cache"),
-          static_cast<int32_t>(shape[1]),  static_cast<int32_t>(shape[2]),  static_cast<int32_t>(shape[3])};
+  return {const_cast<void*>(key.data()),  const_cast<void*>(value.data()), storage_type(key, "key_cache"),
+          static_cast<int32_t>(shape[1]), static_cast<int32_t>(shape[2]),  static_cast<int32_t>(shape[3])};
 }
 
 inline void expect_chunk(int64_t chunk_len, const qwen1m_cache& cache) {
@@ -104,11 +104,12 @@ inline int32_t expect_queries(const Tensor& q, const qwen1m_cache& cache, int64_
 // The sequence's pages must exist for keys [0, end).
 inline void expect_pages(const int32_t* table, int64_t width, int64_t end, const Tensor& key_cache) {
   const int64_t page_size = key_cache.shape()[1], pages = key_cache.shape()[0];
-  require(end >= 1 && end <= width * page_size, "the block table has room for " + std::to_string(width * page_size) +
-                                                    " keys, got " + std::to_string(end));
+  require(end >= 1 && end <= width * page_size,
+          "the block table has room for " + std::to_string(width * page_size) + " keys, got " + std::to_string(end));
   for (int64_t i = 0; i < (end + page_size - 1) / page_size; ++i) {
-    require(table[i] >= 0 && table[i] < pages, "page " + std::to_string(table[i]) + " of the block table is not one of " +
-                                                   "the cache's " + std::to_string(pages));
+    require(table[i] >= 0 && table[i] < pages, "page " + std::to_string(table[i]) +
+                                                   " of the block table is not one of " + "the cache's " +
+                                                   std::to_string(pages));
   }
 }
 
