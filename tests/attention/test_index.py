@@ -1,0 +1,196 @@
+"""Conversion of columns and offsets to blocks and columns: properties 25 to 27."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from faces import FACES, Face
+
+from paddle_qwen1m.attention import oracle
+
+each_face = pytest.mark.parametrize("face", FACES, ids=lambda face: face.name)
+
+GOLDEN = {
+    "causal-256": (256, 256, True, 64, [0, 1, 2, 70, 130, 200], [150, 64, 10, 0], [
+        ([0], []), ([0, 64], []), ([0, 64, 128], []), ([42, 128, 192], [0, 1, 2]),
+    ]),
+    "causal-200": (200, 200, True, 64, [0, 5, 100], [128, 3, 0], [
+        ([0], []), ([61, 125], [0, 5]), ([0, 125, 189], [100]), ([64, 189], [0, 5]),
+    ]),
+    "causal-130-of-258": (130, 258, True, 64, [0, 100, 180, 250], [200, 70, 1, 0], [
+        ([58, 127, 191], [0]), ([0, 122, 191, 255], [100]), ([56, 186, 255], [0, 180, 250]),
+    ]),
+    "full-128-of-256": (128, 256, False, 64, [3, 90, 200, 255], [300, 200, 100, 20], [
+        ([0, 64, 156, 236], []), ([20, 120, 220], [3, 90, 200]),
+    ]),
+    "full-100-of-192": (100, 192, False, 64, [0, 191], [5, 1], [([187], [0]), ([], [0, 191])]),
+    "full-192-of-320": (192, 320, False, 64, [10, 64, 128], [500, 383, 128, 127], [
+        ([0, 192, 256], [64, 128]), ([1, 256], [128]), ([0, 65], [64]),
+    ]),
+    "causal-blocks-of-2": (4, 4, True, 2, [1, 3], [2], [([0], []), ([0], [])]),
+    "full-blocks-of-2": (4, 4, False, 2, [1, 3], [2], [([2], [1]), ([], [1, 3])]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_p25_golden_vectors_of_one_stage(name: str) -> None:
+    """Property 25: section 6, exact, for columns and offsets as the stage sees them."""
+    rows, keys, causal, block, columns, offsets, expected = GOLDEN[name]
+    merged = oracle.index_rows(rows, keys, columns, offsets, causal, block)
+    assert [(r.blocks, r.columns) for r in merged] == expected
+
+
+@each_face
+@pytest.mark.parametrize("name", GOLDEN)
+def test_p25_golden_vectors_through_the_selection(face: Face, name: str) -> None:
+    """Property 25: the same vectors as the intra stage of a piece that ends at kv, or the succ stage before one."""
+    rows, keys, causal, block, columns, offsets, expected = GOLDEN[name]
+    begin = keys - rows if causal else keys
+    chunk_len = 2 * keys if causal else keys
+    last = begin + rows - 1
+    slashes = np.sort([last - s for s in offsets])
+    index = face.sparse_index(np.array([columns]), slashes[None], begin, rows, chunk_len, block)
+    stage = oracle.INTRA if causal else oracle.SUCC
+    got = [oracle.index_stage(index, 0, r, stage) for r in range(len(expected))]
+    assert [(r.blocks, r.columns) for r in got] == expected
+
+
+def requested_cells(
+    rows: int, keys: int, columns: np.ndarray, offsets: np.ndarray, causal: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Cells [rows, keys] on a column or a diagonal, and those that causality allows."""
+    row, key = np.arange(rows)[:, None], np.arange(keys)
+    last = row + keys - rows if causal else row + keys
+    visible = key <= last if causal else np.ones((rows, keys), bool)
+    return (np.isin(np.broadcast_to(key, (rows, keys)), columns) | np.isin(last - key, offsets)) & visible, visible
+
+
+def assert_invariants(
+    rows: int,
+    keys: int,
+    columns: np.ndarray,
+    offsets: np.ndarray,
+    causal: bool,
+    merged: list[oracle.IndexRow],
+    block: int = 64,
+) -> None:
+    """The invariants of section 6 for one head and stage, local keys."""
+    requested, visible = requested_cells(rows, keys, columns, offsets, causal)
+    for r, (blocks, singles) in enumerate(merged):
+        own = slice(r * block, (r + 1) * block)
+        starts, singles_array = np.array(blocks, dtype=int), np.array(singles, dtype=int)
+        assert (np.diff(starts) >= block).all(), "blocks ascend and are disjoint"
+        assert len(blocks) <= len(offsets)
+        assert (np.diff(singles_array) > 0).all(), "columns ascend and are unique"
+        assert ((singles_array >= 0) & (singles_array < keys)).all()
+        assert set(singles) <= set(columns.tolist())
+        covered = np.zeros(keys + block, bool)
+        for start in blocks:
+            assert 0 <= start < keys
+            covered[start : start + block] = True
+        assert not covered[singles_array].any(), "no column lies in a block"
+        assert all(start + block <= keys for start in blocks[:-1]), "only the last block overruns the keys"
+        covered[singles_array] = True
+        assert (covered[:keys] | ~requested[own]).all(), "every requested visible cell is covered"
+        if causal:
+            tail = visible[own].all(axis=0)
+            assert all(tail[start : start + block].all() for start in blocks[:-2]), "masks only in the last two blocks"
+            groups = -(-len(singles) // block)
+            assert tail[singles_array[: max(0, groups - 2) * block]].all(), "masks only in the last two column groups"
+
+
+def random_stage(rng: np.random.Generator, causal: bool) -> tuple[int, int, np.ndarray, np.ndarray]:
+    """Rows, keys, ascending columns and descending offsets of one stage, sparse to crowded."""
+    rows = int(rng.integers(1, 260))
+    keys = rows + int(rng.integers(0, 300)) if causal else int(rng.integers(1, 500))
+    reach = keys if causal else keys + rows
+    columns = np.unique(rng.integers(0, keys, rng.integers(1, 60)))
+    offsets = rng.integers(0, reach, rng.integers(1, 60))
+    if rng.random() < 0.5:
+        start = int(rng.integers(0, reach))
+        offsets = np.r_[offsets, np.arange(start, min(reach, start + int(rng.integers(1, 200))))]
+    if causal:
+        offsets = np.r_[offsets, np.arange(min(100, keys))]
+    return rows, keys, columns, np.unique(offsets)[::-1]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_p26_conversion_invariants(rng: np.random.Generator, causal: bool) -> None:
+    """Property 26: the invariants of section 6 on random rows, keys, columns and offsets."""
+    for _ in range(400):
+        rows, keys, columns, offsets = random_stage(rng, causal)
+        merged = oracle.index_rows(rows, keys, columns.tolist(), offsets.tolist(), causal, 64)
+        assert_invariants(rows, keys, columns, offsets, causal, merged)
+
+
+@each_face
+def test_p26_selection_invariants(face: Face, rng: np.random.Generator) -> None:
+    """Property 26: the invariants for every stage of random pieces, several heads with padding in one call."""
+    for _ in range(25):
+        chunk_len = int(rng.choice([64, 128, 192, 320]))
+        begin = int(rng.integers(0, 4 * chunk_len))
+        rows = int(rng.integers(1, chunk_len - begin % chunk_len + 1))
+        heads, seen = 3, begin + rows
+        columns = np.full((heads, seen), oracle.PADDING, np.int32)
+        slashes = np.full((heads, seen), oracle.PADDING, np.int32)
+        for head in range(heads):
+            chosen = np.unique(np.r_[: min(30, seen), rng.integers(0, seen, rng.integers(1, 60))])
+            columns[head, : len(chosen)] = chosen
+            chosen = np.unique(np.r_[max(0, seen - 100) : seen, rng.integers(0, seen, rng.integers(1, 60))])
+            slashes[head, : len(chosen)] = chosen
+        index = face.sparse_index(columns, slashes, begin, rows, chunk_len)
+        row_blocks = -(-rows // 64)
+        assert index.counts.shape == (heads, row_blocks, 6)
+        for head in range(heads):
+            own = columns[head][columns[head] < seen], slashes[head][slashes[head] < seen]
+            for (stage, start, end), local_columns, offsets in oracle.split_stages(*own, begin, rows, chunk_len):
+                merged = [oracle.index_stage(index, head, r, stage) for r in range(row_blocks)]
+                local = [oracle.IndexRow([b - start for b in r.blocks], [c - start for c in r.columns]) for r in merged]
+                if not len(local_columns):
+                    local_columns = oracle.fallback(end - start)
+                if not len(offsets):
+                    offsets = oracle.fallback(end - start)[::-1]
+                assert_invariants(rows, end - start, local_columns, offsets, stage == oracle.INTRA, local)
+
+
+@each_face
+def test_index_equals_the_oracle_entry_by_entry(face: Face, rng: np.random.Generator) -> None:
+    """Section 6: the rounding of ranges is part of the contract; blocks and columns agree exactly with the oracle."""
+    for _ in range(40):
+        chunk_len = int(rng.choice([64, 128, 192, 448]))
+        begin = int(rng.integers(0, 4 * chunk_len))
+        rows = int(rng.integers(1, chunk_len - begin % chunk_len + 1))
+        seen = begin + rows
+        columns, slashes = (np.full((2, seen), oracle.PADDING, np.int32) for _ in range(2))
+        for head in range(2):
+            spread = seen if rng.random() < 0.5 else max(1, seen // 4)
+            low = int(rng.integers(0, seen - spread + 1))
+            chosen = np.unique(low + rng.integers(0, spread, rng.integers(1, 60)))
+            columns[head, : len(chosen)] = chosen
+            chosen = np.unique(np.r_[seen - 1, low + rng.integers(0, spread, rng.integers(1, 60))])
+            slashes[head, : len(chosen)] = chosen
+        index = face.sparse_index(columns, slashes, begin, rows, chunk_len)
+        expected = oracle.sparse_index(columns, slashes, begin, rows, chunk_len)
+        np.testing.assert_array_equal(index.counts, expected.counts)
+        for head, r, stage in np.ndindex(*expected.counts.shape[:2], 3):
+            assert oracle.index_stage(index, head, r, stage) == oracle.index_stage(expected, head, r, stage)
+
+
+@pytest.mark.parametrize("run", [1, 2, 63, 64, 65, 66, 100, 129, 200])
+def test_p27_a_run_of_offsets_costs_its_length_in_blocks(run: int) -> None:
+    """Property 27: r consecutive offsets, away from the edges, yield ceil((63 + r) / 64) blocks."""
+    offsets = [*range(500 + run - 1, 499, -1), 0]
+    merged = oracle.index_rows(64, 2048, [0], offsets, True, 64)
+    assert len(merged[0].blocks) - 1 == -(-(63 + run) // 64)
+
+
+@each_face
+@pytest.mark.parametrize("run", [1, 2, 65, 66, 100, 129])
+def test_p27_runs_through_the_selection(face: Face, run: int) -> None:
+    """Property 27: the same through the index of a whole piece, in the succ stage."""
+    chunk_len, rows = 1024, 64
+    begin = chunk_len
+    hits = begin + rows - 1 - np.arange(500 + run - 1, 499, -1)
+    slashes = np.r_[hits, begin + rows - 1][None]
+    index = face.sparse_index(np.array([[0]]), slashes, begin, rows, chunk_len)
+    assert index.counts[0, 0, oracle.SUCC] == -(-(63 + run) // 64)

@@ -1,0 +1,175 @@
+"""Ops around attention against the oracle: embedding, norms, linears, activation, rotation."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from cases import paged_cache
+from faces import STORAGE, OpFace, OracleFace, error, stored
+
+from paddle_qwen1m.attention import oracle
+
+ORACLE = OracleFace()
+each_storage = pytest.mark.parametrize("storage", STORAGE)
+
+
+@each_storage
+@pytest.mark.parametrize("width", [1, 64, 513])
+def test_embedding_rows_are_exact(rng: np.random.Generator, width: int, storage: str) -> None:
+    """Widening is exact: rows come back as stored, repeated and out of order."""
+    table = stored(rng.standard_normal((50, width)), storage)
+    ids = np.array([0, 49, 7, 7, 31, 0], dtype=np.int64)
+    np.testing.assert_array_equal(OpFace(storage).embedding(ids, table), ORACLE.embedding(ids, table))
+
+
+@pytest.mark.parametrize("ids", [[-1], [50], [0, 1 << 40]])
+def test_embedding_refuses_ids_outside_the_vocabulary(ids: list[int]) -> None:
+    """An id outside the table is an error that names it, not a read of other memory."""
+    with pytest.raises(ValueError, match=rf"embedding.*{ids[-1]}"):
+        OpFace().embedding(np.array(ids), np.zeros((50, 8)))
+
+
+@each_storage
+@pytest.mark.parametrize("rows, width", [(1, 1), (3, 64), (17, 896), (2, 3584), (5, 101)])
+@pytest.mark.parametrize("magnitude", [1e-4, 1.0, 1e4])
+def test_rms_norm(rng: np.random.Generator, rows: int, width: int, magnitude: float, storage: str) -> None:
+    """The norm of small, ordinary and large rows; sums of squares keep float32's digits."""
+    hidden = stored(magnitude * rng.standard_normal((rows, width)), "float32")
+    weight = stored(rng.standard_normal(width), storage)
+    assert error(OpFace(storage).rms_norm(hidden, weight, 1e-6), ORACLE.rms_norm(hidden, weight, 1e-6)) < 2e-6
+
+
+@each_storage
+@pytest.mark.parametrize("rows, width", [(1, 64), (9, 896), (4, 101)])
+def test_add_rms_norm_adds_in_place(rng: np.random.Generator, rows: int, width: int, storage: str) -> None:
+    """The residual holds the sum afterwards, and the result is its norm."""
+    delta, residual = stored(rng.standard_normal((2, rows, width)), "float32")
+    weight = stored(rng.standard_normal(width), storage)
+    sums = residual.copy(), residual.copy()
+    got = OpFace(storage).add_rms_norm(delta, sums[0], weight, 1e-6)
+    expected = ORACLE.add_rms_norm(delta, sums[1], weight, 1e-6)
+    assert error(sums[0], sums[1]) < 2e-7 and error(got, expected) < 2e-6
+    np.testing.assert_array_equal(sums[1], residual + delta)
+
+
+LINEAR_SHAPES = [
+    (1, 1, 1),
+    (1, 64, 7),
+    (2, 896, 1152),
+    (3, 101, 33),
+    (4, 512, 257),
+    (8, 130, 64),
+    (17, 896, 130),
+    (65, 257, 129),
+    (300, 512, 100),
+    (1, 4864, 896),
+]
+
+
+@each_storage
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("rows, inner, outer", LINEAR_SHAPES)
+def test_linear(rng: np.random.Generator, rows: int, inner: int, outer: int, biased: bool, storage: str) -> None:
+    """One row, few rows and many, odd shapes, with and without bias.
+
+    The bound is relative to the largest output; sums of K float32 products stay within 1e-5 for the K used here.
+    """
+    x = stored(rng.standard_normal((rows, inner)), "float32")
+    weight = stored(rng.standard_normal((outer, inner)), storage)
+    bias = stored(rng.standard_normal(outer), storage) if biased else None
+    assert error(OpFace(storage).linear(x, weight, bias), ORACLE.linear(x, weight, bias)) < 1e-5
+
+
+@each_storage
+def test_linear_keeps_extreme_weights(storage: str) -> None:
+    """Subnormal, largest and negative-zero weights survive the widening."""
+    largest = {"float32": 1e30, "bfloat16": 1e30, "float16": 65504.0}[storage]
+    smallest = {"float32": 1e-30, "bfloat16": 1e-30, "float16": 6e-8}[storage]
+    weight = stored(np.array([[largest, -0.0], [smallest, 0.0], [-largest, smallest]]), storage)
+    for rows in (1, 40):
+        x = np.ones((rows, 2))
+        got, expected = OpFace(storage).linear(x, weight), ORACLE.linear(x, weight)
+        np.testing.assert_allclose(got, expected, rtol=1e-6)
+
+
+def test_linear_refuses_weights_of_another_width() -> None:
+    """The error names the op and both widths."""
+    with pytest.raises(ValueError, match=r"linear.*(12.*16|16.*12)"):
+        OpFace().linear(np.zeros((3, 16)), np.zeros((5, 12)))
+
+
+@pytest.mark.parametrize("rows, width", [(1, 1), (3, 33), (2, 768), (64, 100)])
+def test_silu_mul(rng: np.random.Generator, rows: int, width: int) -> None:
+    """SiLU of the gate half times the up half, out to gates where exp would overflow."""
+    magnitudes = 10.0 ** rng.uniform(-3, 2.5, (rows, 2 * width))
+    gate_up = stored(magnitudes * rng.standard_normal((rows, 2 * width)), "float32")
+    gate_up[0, 0] = -1000.0
+    got, expected = OpFace().silu_mul(gate_up), ORACLE.silu_mul(gate_up)
+    np.testing.assert_allclose(got, expected, rtol=2e-6, atol=1e-30)
+
+
+def test_gather_rows_copies_rows(rng: np.random.Generator) -> None:
+    """Rows in any order, repeated ones too, bit for bit."""
+    hidden = stored(rng.standard_normal((20, 37)), "float32")
+    rows = np.array([19, 0, 3, 3, 7], dtype=np.int64)
+    np.testing.assert_array_equal(OpFace().gather_rows(hidden, rows), ORACLE.gather_rows(hidden, rows))
+
+
+def test_gather_rows_refuses_rows_that_do_not_exist() -> None:
+    """The error names the row."""
+    with pytest.raises(ValueError, match=r"gather_rows.*20"):
+        OpFace().gather_rows(np.zeros((20, 4)), np.array([3, 20]))
+
+
+@each_storage
+@pytest.mark.parametrize("heads, kv_heads, head_dim", [(1, 1, 64), (4, 2, 64), (7, 1, 128), (10, 2, 128)])
+@pytest.mark.parametrize("variants", [1, 2, 3])
+def test_rotate_and_cache(
+    rng: np.random.Generator, heads: int, kv_heads: int, head_dim: int, variants: int, storage: str
+) -> None:
+    """Biased queries in every rotation; keys and values land in their slots, rounded once; other slots stay."""
+    tokens, page_size = 37, 8
+    qkv = stored(rng.standard_normal((tokens, (heads + 2 * kv_heads) * head_dim)), "float32")
+    bias = stored(rng.standard_normal(qkv.shape[1]), storage)
+    positions = rng.integers(0, 262145, (variants, tokens)).astype(np.int32)
+    table = ORACLE.rotary_table(positions, oracle.inverse_frequencies(head_dim, 1e7))
+    empty = np.zeros((tokens, kv_heads, head_dim))
+    cache = paged_cache(rng, [empty], [empty], page_size)
+    slots = rng.permutation(cache.slots(0, 0, tokens))
+    results = []
+    for face in (ORACLE, OpFace(storage)):
+        keys, values = np.full_like(cache.keys, np.nan), np.full_like(cache.values, np.nan)
+        results.append((face.rotate_and_cache(qkv, bias, table, slots, keys, values), keys, values))
+    expected, got = results
+    assert error(got[0], expected[0]) < 1e-6
+    for written, exact in zip(got[1:], expected[1:]):
+        np.testing.assert_array_equal(np.isnan(written), np.isnan(exact))
+        inside = ~np.isnan(exact)
+        low, high = stored(exact[inside] - 2e-6, storage), stored(exact[inside] + 2e-6, storage)
+        assert ((written[inside] >= low) & (written[inside] <= high)).all()
+
+
+@each_storage
+@pytest.mark.parametrize("slot", [-1, 32])
+def test_rotate_and_cache_refuses_slots_outside_the_cache(slot: int, storage: str) -> None:
+    """A slot that is not in the cache is an error that names it."""
+    cache = np.zeros((4, 8, 1, 64))
+    with pytest.raises(ValueError, match=rf"rotate_and_cache.*{slot}"):
+        OpFace(storage).rotate_and_cache(
+            np.zeros((1, 192)), np.zeros(192), np.zeros((1, 1, 64)), np.array([slot]), cache, cache
+        )
+
+
+@each_storage
+@pytest.mark.parametrize("heads, kv_heads, head_dim", [(4, 2, 64), (7, 1, 128)])
+@pytest.mark.parametrize("row, rows", [(0, 1), (5, 64), (29, 11)])
+def test_rotate_queries(
+    rng: np.random.Generator, heads: int, kv_heads: int, head_dim: int, row: int, rows: int, storage: str
+) -> None:
+    """Biased queries of some rows, in the rotations of the probe."""
+    qkv = stored(rng.standard_normal((80, (heads + 2 * kv_heads) * head_dim)), "float32")
+    bias = stored(rng.standard_normal(qkv.shape[1]), storage)
+    positions = rng.integers(0, 516096, (3, rows)).astype(np.int32)
+    table = ORACLE.rotary_table(positions, oracle.inverse_frequencies(head_dim, 1e7))
+    arguments = qkv, bias, table, row, heads
+    assert error(OpFace(storage).rotate_queries(*arguments), ORACLE.rotate_queries(*arguments)) < 1e-6
