@@ -7,8 +7,8 @@ It needs torch and transformers, which the package and its tests do not; in an e
     /tmp/reference/bin/python tools/make_reference_checkpoints.py tests/data checkpoints/needle
 
 The checkpoints, in reference/ of the first directory, differ in head counts, head_dim, tying, dtype and sharding. Each
-dual_chunk_attention_config has an L = chunk_size - local_size below the prompt's length and a chunk_size above it:
-two DCA chunks are used, and dual chunk attention must equal the plain RoPE attention that transformers computes. Weights are
+dual_chunk_attention_config has an L = chunk_size - local_size below the prompt's length and a chunk_size above it, so
+two DCA chunks are used and dual chunk attention must equal the plain RoPE of transformers. Weights are
 scaled so that attention is peaked and every bias and norm weight matters. Beside the weights lies reference.npz:
 
     input_ids           int32 [n]
