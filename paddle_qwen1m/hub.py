@@ -33,7 +33,7 @@ WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "vocab.json", "merges.txt")
 
-_TIMEOUT = 30  # seconds to connect, and between two pieces of a transfer
+_TIMEOUT = (10, 30)  # seconds to connect, and between two pieces of a transfer
 _TRIES = 5  # in a row without a single new byte
 _PAUSE = 1.0  # seconds between two tries
 _PIECE = 1 << 18  # bytes; what a broken connection may lose

@@ -59,8 +59,7 @@ class Qwen2OneMForCausalLM(PretrainedModel):  # type: ignore[misc]
     """Qwen2.5-1M for generation: a PaddleNLP model whose forward pass and generation are this package's engine.
 
     config: PaddleNLP's Qwen2Config with a `dual_chunk_attention_config`. dtype: how weights are kept ("float32",
-    "bfloat16",
-    "float16"; default the config's); on a CPU they are computed in float32 whatever they are kept in.
+    "bfloat16", "float16"; default the config's); a CPU computes in float32 whatever they are kept in.
     Building it directly, or by `from_config`, gives random weights: normal(0, initializer_range), reproducible by
     `paddle.seed`. `engine` is the engine for callers who need more than generate.
     """
@@ -158,13 +157,12 @@ class Qwen2OneMForCausalLM(PretrainedModel):  # type: ignore[misc]
         )
         storage = _dtype_name(dtype or pretrained_config.dtype or "float32")
         budgets = find_budgets(checkpoint, shapes, sparse_budgets, options) if sparse else None
-        directory = checkpoint.fetch_weights()
+        generation = checkpoint.extra_file(GENERATION_CONFIG)
         with no_init_weights(_enable=True):
             model = cls(pretrained_config, dtype=storage, options=options, budgets=budgets)
-        load_checkpoint(directory, model.model.slots())
-        generation = checkpoint.extra_file(GENERATION_CONFIG)
         if generation is not None:
             model.use_generation_config(_read_generation_config(generation))
+        load_checkpoint(checkpoint.fetch_weights(), model.model.slots())
         return model
 
     @classmethod
@@ -191,7 +189,7 @@ class Qwen2OneMForCausalLM(PretrainedModel):  # type: ignore[misc]
         """Make these generate()'s defaults; prompt and answer are returned unless trunc_input is set afterwards."""
         generation_config.trunc_input = False
         self.generation_config = generation_config
-        self._usual_strategy = generation_config.decode_strategy
+        self._known = generation_config, generation_config.decode_strategy
 
     @paddle.no_grad()
     def forward(
@@ -220,15 +218,17 @@ class Qwen2OneMForCausalLM(PretrainedModel):  # type: ignore[misc]
     def generate(
         self,
         input_ids: TokenIds | None = None,
-        attention_mask: Any | None = None,
         generation_config: GenerationConfig | None = None,
+        *,
+        attention_mask: Any | None = None,
         streamer: Any | None = None,
         **options: Any,
     ) -> tuple[paddle.Tensor, paddle.Tensor]:
         """Continue every prompt of a batch; each row comes out as it would alone.
 
-        input_ids: integers [N] or [B, N], a tensor, an array or lists. attention_mask: 0 for padding, on the left only.
+        input_ids: integers [N] or [B, N], a tensor, an array or lists.
         generation_config: in place of `self.generation_config` (the checkpoint's generation_config.json).
+        attention_mask: 0 for padding, on the left only.
         streamer: PaddleNLP's TextStreamer or TextIteratorStreamer, for one prompt; it gets the new tokens, whatever its
             skip_prompt says.
         options, each over the config's: max_new_tokens (or max_length, which counts new tokens too), min_new_tokens (or
@@ -239,8 +239,8 @@ class Qwen2OneMForCausalLM(PretrainedModel):  # type: ignore[misc]
 
         Returns ids int64 [B, N + new], prompt and answer, shorter answers padded on the right with pad_token_id, and
         scores float32 [B, 1], the mean log-probability of a row's new tokens. trunc_input=True gives PaddleNLP's own
-        form, ids of the new tokens alone; the trunc_input of a GenerationConfig that is passed in is not looked at,
-        since there True is the default and cannot be told from a choice.
+        form, ids of the new tokens alone, and so does `model.generation_config.trunc_input = True`; the trunc_input of
+        another GenerationConfig is not looked at, since there True is the default and cannot be told from a choice.
 
         Raises TypeError or ValueError before any work for input and options that cannot be used.
         """
@@ -249,12 +249,13 @@ class Qwen2OneMForCausalLM(PretrainedModel):  # type: ignore[misc]
         if generation_config is not None and not isinstance(generation_config, GenerationConfig):
             raise TypeError(f"generation_config must be a GenerationConfig, got {type(generation_config).__name__}")
         batch = read_batch(input_ids, attention_mask, self.config.vocab_size)
-        own = generation_config is None
+        base = self.generation_config if generation_config is None else generation_config
+        known, usual_strategy = self._known
         request = read_request(
-            self.generation_config if own else generation_config,
+            base,
             options,
-            usual_strategy=self._usual_strategy if own else None,
-            trunc_input=self.generation_config.trunc_input,
+            usual_strategy=usual_strategy if base is known else None,
+            trunc_input=base is known and base.trunc_input,
             eos_token_id=self.config.eos_token_id,
             pad_token_id=self.config.pad_token_id,
             vocab_size=self.config.vocab_size,
@@ -345,7 +346,10 @@ def model_config(config: PretrainedConfig) -> ModelConfig:
 
 
 def _find_ours(name: Any, builtin: dict[Sequence[str], Any], options: dict[str, Any]) -> Checkpoint | None:
-    """The checkpoint when it is ours; None leaves `name` to PaddleNLP: built-in names, other models, unknown names."""
+    """The checkpoint when it is ours; None leaves `name` to PaddleNLP: built-in names, other models, unknown names.
+
+    Raises FileNotFoundError for a path that does not exist.
+    """
     if not isinstance(name, (str, os.PathLike)) or os.path.isfile(name) or any(name in names for names in builtin):
         return None
     try:
@@ -355,7 +359,11 @@ def _find_ours(name: Any, builtin: dict[Sequence[str], Any], options: dict[str, 
     except HubError as error:
         logger.warning(str(error))
         return None
-    except (FileNotFoundError, ValueError):
+    except FileNotFoundError:
+        if os.path.isdir(name):
+            return None
+        raise
+    except ValueError:
         return None
     return checkpoint if is_ours(described) else None
 

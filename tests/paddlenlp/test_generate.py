@@ -58,7 +58,7 @@ def test_trunc_input_gives_paddlenlps_form(needle: Qwen2OneMForCausalLM, short: 
     assert whole.shape == (1, 16)
     np.testing.assert_array_equal(whole[:, 10:], new)
     given = GenerationConfig(max_new_tokens=6, eos_token_id=[])
-    np.testing.assert_array_equal(needle.generate(short, generation_config=given)[0].numpy(), whole)
+    np.testing.assert_array_equal(needle.generate(short, given)[0].numpy(), whole)
 
 
 def test_the_models_generation_config_may_ask_for_paddlenlps_form(

@@ -240,3 +240,23 @@ def test_a_path_that_does_not_exist_is_not_looked_up_on_a_hub(server: LoopbackHu
 def test_a_directory_without_a_config_is_said(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
         hub.locate(tmp_path)
+
+
+@pytest.mark.parametrize("by_environment", [False, True])
+def test_other_hubs_are_left_to_paddlenlp(
+    published: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, by_environment: bool
+) -> None:
+    asked = []
+
+    def resolve(repository: str, filenames: list[str], **options: object) -> str | None:
+        asked.append((repository, options["from_aistudio"]))
+        path = published / filenames[0]
+        return str(path) if path.is_file() else None
+
+    monkeypatch.setattr(hub, "resolve_file_path", resolve)
+    if by_environment:
+        monkeypatch.setenv("from_modelscope", "True")
+    checkpoint = fetch_all(cache, from_aistudio=not by_environment)
+    assert_complete(checkpoint, published)
+    assert set(asked) == {(NAME, not by_environment)}
+    assert checkpoint.extra_file("sparse_attention_config.json") is None

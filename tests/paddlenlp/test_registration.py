@@ -10,7 +10,14 @@ from typing import Any
 import numpy as np
 import paddle
 import pytest
-from paddlenlp.transformers import AutoModel, AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen2Model
+from paddlenlp.transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2Model,
+)
 from paddlenlp.transformers.auto.modeling import _BaseAutoModelClass
 
 from paddle_qwen1m.paddlenlp import Qwen2OneMForCausalLM, register
@@ -153,8 +160,13 @@ def test_loading_an_ordinary_checkpoint_with_our_class_says_so(copied_needle: Ca
 
 
 def test_a_directory_that_does_not_exist_is_named() -> None:
-    with pytest.raises(FileNotFoundError, match="/no/such/model: no such directory"):
-        Qwen2OneMForCausalLM.from_pretrained("/no/such/model")
+    for load in (
+        Qwen2OneMForCausalLM.from_pretrained,
+        AutoModelForCausalLM.from_pretrained,
+        AutoTokenizer.from_pretrained,
+    ):
+        with pytest.raises(FileNotFoundError, match="/no/such/model: no such directory"):
+            load("/no/such/model")
 
 
 def test_nothing_is_written_into_the_checkpoint_directory(copied_needle: Callable[..., Path]) -> None:
