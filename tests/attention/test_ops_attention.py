@@ -7,7 +7,9 @@ import pytest
 from cases import Prompt, make_prompt, paged_cache
 from faces import STORAGE, OpFace, OracleFace, error, stored
 
+from paddle_qwen1m import ops
 from paddle_qwen1m.attention import oracle
+from paddle_qwen1m.threads import default_num_threads
 
 ORACLE = OracleFace()
 SHAPES = [(1, 1, 64), (4, 2, 64), (5, 1, 64), (14, 2, 64), (2, 2, 128), (2, 1, 128), (10, 2, 128), (7, 1, 128)]
@@ -62,12 +64,36 @@ def test_prefill_of_mixed_pieces(
     assert np.abs(lse - expected_lse).max() < 10 * OpFace.tolerance
 
 
-@pytest.mark.parametrize("page_size", [1, 8, 16, 64, 256])
-@pytest.mark.parametrize("tokens", [1, 63, 64, 65, 255, 256, 257, 511, 512, 513, 700])
-def test_prefill_at_tile_page_and_chunk_borders(rng: np.random.Generator, tokens: int, page_size: int) -> None:
-    """Lengths on both sides of every border of 64 rows, of pages and of DCA chunks."""
-    prompt = make_prompt(rng, tokens, 256, 64, heads=2, kv_heads=1, page_size=page_size)
+BORDERS = sorted({border + step for border in (64, 192, 256, 384, 512, 768) for step in (-1, 0, 1)} | {1, 1100})
+
+
+@pytest.mark.parametrize("chunk_len, page_size", [(256, 1), (256, 16), (256, 256), (1024, 8), (1024, 64)])
+@pytest.mark.parametrize("tokens", BORDERS)
+def test_prefill_at_tile_page_and_chunk_borders(
+    rng: np.random.Generator, tokens: int, chunk_len: int, page_size: int
+) -> None:
+    """Lengths on both sides of every border of tiles, pages and DCA chunks, in one prefill chunk."""
+    prompt = make_prompt(rng, tokens, chunk_len, 64, heads=2, kv_heads=1, page_size=page_size)
     assert error(prompt.dense(OpFace()), prompt.dense(ORACLE)) < OpFace.tolerance
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_the_number_of_threads_changes_nothing_but_rounding(rng: np.random.Generator, threads: int) -> None:
+    """Prefill, decode, sparse prefill and linear with one thread, two, and more than there are tiles for."""
+    prompt = make_prompt(rng, 400)
+    keys, values, table = prompt.caches
+    last = prompt.queries[:, -1:], keys, values, table[None], np.array([400]), [prompt.scale], 128
+    index = prompt.index(ORACLE, 384, 400, 70, 102)
+    x, weight = rng.standard_normal((70, 130)), rng.standard_normal((90, 130))
+    try:
+        ops.set_num_threads(threads)
+        assert error(prompt.dense(OpFace()), prompt.dense(ORACLE)) < OpFace.tolerance
+        assert error(OpFace().dca_decode(*last), ORACLE.dca_decode(*last)) < OpFace.tolerance
+        sparse = prompt.sparse(OpFace(), 384, 400, index)[0]
+        assert error(sparse, prompt.sparse(ORACLE, 384, 400, index)[0]) < OpFace.tolerance
+        assert error(OpFace().linear(x, weight), ORACLE.linear(x, weight)) < OpFace.tolerance
+    finally:
+        ops.set_num_threads(default_num_threads())
 
 
 @pytest.mark.parametrize("storage", STORAGE)
