@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import shutil
@@ -11,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Callable
 
-from .plan import MemoryPlan, itemsize, longest_context, parameters, plan_memory
+from paddle_qwen1m.plan import MemoryPlan, itemsize, longest_context, parameters, plan_memory
 
 if TYPE_CHECKING:
-    from .config import ModelConfig
-    from .hub import Checkpoint
+    from paddle_qwen1m.config import ModelConfig
+    from paddle_qwen1m.hub import Checkpoint
 
 OK, WARN, FAIL = "OK", "WARN", "FAIL"
 GPU_INDEX = "https://www.paddlepaddle.org.cn/packages/stable/cu126/"
@@ -57,7 +56,7 @@ def check_machine() -> Iterator[Finding]:
 def check_checkpoint(name: str, options: CheckOptions) -> Iterator[Finding]:
     """What a checkpoint is and needs: a directory, or a hub name, of which no weights are fetched."""
     try:
-        from .hub import locate
+        from paddle_qwen1m.hub import locate
 
         checkpoint = locate(name, from_hf_hub=options.from_hf_hub)
     except Exception as error:
@@ -102,17 +101,18 @@ def _versions() -> Iterator[Finding]:
     import paddle
     import paddlenlp
 
-    package = importlib.metadata.version("paddle-qwen1m")
+    import paddle_qwen1m
+
     yield Finding(
         OK,
         "versions",
-        f"paddle-qwen1m {package}, python {platform.python_version()}, paddle {paddle.__version__}, "
+        f"paddle-qwen1m {paddle_qwen1m.__version__}, python {platform.python_version()}, paddle {paddle.version.full_version}, "
         f"paddlenlp {paddlenlp.__version__}",
     )
 
 
 def _ops() -> Iterator[Finding]:
-    from . import ops
+    from paddle_qwen1m import ops
 
     ops.load()
     yield Finding(
@@ -125,7 +125,7 @@ def _ops() -> Iterator[Finding]:
 def _gpu() -> Iterator[Finding]:
     import paddle
 
-    if paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count():
+    if paddle.device.is_compiled_with_cuda() and paddle.device.cuda.device_count():
         cuda = paddle.device.cuda
         major, minor = cuda.get_device_capability(0)
         name = f"{cuda.device_count()} x {cuda.get_device_name(0)}, compute capability {major}.{minor}"
@@ -144,15 +144,15 @@ def _model(checkpoint: Checkpoint) -> Iterator[Finding]:
     yield Finding(
         OK,
         "model",
-        f"{parameters(config) / 1e9:.3g}B parameters, {config.num_layers} layers, {config.num_heads} query and "
+        f"{parameters(config) / 1e6:,.0f}M parameters, {config.num_layers} layers, {config.num_heads} query and "
         f"{config.num_kv_heads} KV heads; DCA chunk_size {dual_chunk.chunk_size:,}, local_size "
         f"{dual_chunk.local_size:,}; temperature beyond {dual_chunk.original_max_position_embeddings:,} tokens",
     )
 
 
 def _files(checkpoint: Checkpoint) -> Iterator[Finding]:
-    from .hub import WEIGHTS, WEIGHTS_INDEX, read_json
-    from .weights import Checkpoint as Weights
+    from paddle_qwen1m.hub import WEIGHTS, WEIGHTS_INDEX, read_json
+    from paddle_qwen1m.weights import Checkpoint as Weights
 
     index = checkpoint.file(WEIGHTS_INDEX)
     if checkpoint.hub is not None:
@@ -204,8 +204,8 @@ def _tokenizer(checkpoint: Checkpoint) -> Iterator[Finding]:
 
 
 def _budgets(checkpoint: Checkpoint, options: CheckOptions) -> Iterator[Finding]:
-    from .config import EngineOptions
-    from .paddlenlp import SPARSE_CONFIG, find_budgets
+    from paddle_qwen1m.config import EngineOptions
+    from paddle_qwen1m.paddlenlp import SPARSE_CONFIG, find_budgets
 
     if not options.sparse:
         yield Finding(OK, "sparse budgets", "sparse prefill is switched off")
@@ -224,7 +224,7 @@ def _budgets(checkpoint: Checkpoint, options: CheckOptions) -> Iterator[Finding]
 
 
 def _memory(checkpoint: Checkpoint, options: CheckOptions) -> Iterator[Finding]:
-    from .config import EngineOptions
+    from paddle_qwen1m.config import EngineOptions
 
     config = _read_config(checkpoint)
     engine = EngineOptions()
@@ -236,7 +236,7 @@ def _memory(checkpoint: Checkpoint, options: CheckOptions) -> Iterator[Finding]:
             config,
             length,
             max_num_batched_tokens=rows,
-            cache_dtype=options.kv_cache_dtype or engine.kv_cache_dtype,
+            cache_dtype=options.kv_cache_dtype or "float32",
             weight_bytes=weights,
             sparse=options.sparse,
         )
@@ -263,7 +263,7 @@ def _memory(checkpoint: Checkpoint, options: CheckOptions) -> Iterator[Finding]:
 
 
 def _read_config(checkpoint: Checkpoint) -> ModelConfig:
-    from .config import ModelConfig
+    from paddle_qwen1m.config import ModelConfig
 
     return ModelConfig.from_dict(checkpoint.read_config())
 

@@ -6,6 +6,7 @@ Exit status: 0 done, 1 failed, 2 wrong arguments or input, 130 interrupted. Erro
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import logging
 import os
@@ -14,19 +15,20 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable
 
-from .plan import ITEMSIZE
+from paddle_qwen1m.plan import ITEMSIZE
 
 if TYPE_CHECKING:
     import numpy as np
+    import numpy.typing as npt
 
-    from .engine import PrefillProgress, SamplingParams
-    from .paddlenlp import Qwen2OneMForCausalLM
+    from paddle_qwen1m.engine import PrefillProgress, SamplingParams
+    from paddle_qwen1m.paddlenlp import Qwen2OneMForCausalLM
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 SAMPLING_OPTIONS = ("max_new_tokens", "min_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed")
@@ -48,12 +50,13 @@ class InputError(Exception):
 
 @dataclass(frozen=True)
 class Command:
-    """A subcommand: `configure` adds its arguments, `run` returns the exit status."""
+    """A command: `configure` adds its arguments, `run` returns the exit status. PaddleNLP logs from `log_level` on."""
 
     name: str
     summary: str
     configure: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int]
+    log_level: int = logging.INFO
 
 
 class TextStream:
@@ -172,7 +175,7 @@ def _check_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from .check import FAIL, CheckOptions, check_checkpoint, check_machine
+    from paddle_qwen1m.check import FAIL, CheckOptions, check_checkpoint, check_machine
 
     findings = check_machine()
     if arguments.model is not None:
@@ -194,8 +197,6 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _generate(arguments: argparse.Namespace) -> int:
-    from .generation import check_length
-
     if arguments.raw and arguments.system is not None:
         raise InputError("--system has no place in a --raw prompt: write it into the text")
     if arguments.greedy and arguments.temperature:
@@ -210,6 +211,8 @@ def _generate(arguments: argparse.Namespace) -> int:
         tokenizer = _load_tokenizer(arguments)
     load_seconds = time.perf_counter() - started
     with _as_input():
+        from paddle_qwen1m.generation import check_length
+
         prompt = _prompt_ids(tokenizer, text, arguments)
         params = _sampling(model, arguments)
         check_length(len(prompt), params.max_new_tokens, model.engine.max_model_len)
@@ -309,7 +312,7 @@ def _print_now(text: str) -> None:
 @contextmanager
 def _as_input() -> Iterator[None]:
     """What the model refuses here is the user's input, not a failure; a damaged checkpoint is one all the same."""
-    from .weights import CheckpointError
+    from paddle_qwen1m.weights import CheckpointError
 
     try:
         yield
@@ -320,8 +323,8 @@ def _as_input() -> Iterator[None]:
 
 
 def _load_model(arguments: argparse.Namespace) -> Qwen2OneMForCausalLM:
-    from . import ops
-    from .paddlenlp import Qwen2OneMForCausalLM
+    from paddle_qwen1m import ops
+    from paddle_qwen1m.paddlenlp import Qwen2OneMForCausalLM
 
     if arguments.threads is not None:
         ops.set_num_threads(arguments.threads)
@@ -337,7 +340,7 @@ def _load_tokenizer(arguments: argparse.Namespace) -> Any:
     return AutoTokenizer.from_pretrained(arguments.model, from_hf_hub=arguments.from_hf_hub)
 
 
-def _prompt_ids(tokenizer: Any, text: str, arguments: argparse.Namespace) -> np.ndarray:
+def _prompt_ids(tokenizer: Any, text: str, arguments: argparse.Namespace) -> npt.NDArray[np.int64]:
     import numpy as np
 
     if not arguments.raw:
@@ -352,7 +355,7 @@ def _prompt_ids(tokenizer: Any, text: str, arguments: argparse.Namespace) -> np.
 
 def _sampling(model: Qwen2OneMForCausalLM, arguments: argparse.Namespace) -> SamplingParams:
     """generation_config.json with the options given here over it; a seed is drawn where none is given."""
-    from .generation import read_request
+    from paddle_qwen1m.generation import read_request
 
     options = {name: getattr(arguments, name) for name in SAMPLING_OPTIONS}
     if arguments.greedy:
@@ -373,7 +376,7 @@ def _sampling(model: Qwen2OneMForCausalLM, arguments: argparse.Namespace) -> Sam
 
 COMMANDS = (
     Command("generate", "answer a question about a document, or continue a text", _generate_arguments, _generate),
-    Command("check", "tell whether this machine and a checkpoint will work", _check_arguments, _check),
+    Command("check", "tell whether this machine and a checkpoint will work", _check_arguments, _check, logging.ERROR),
 )
 
 
@@ -384,16 +387,26 @@ def _parser() -> argparse.ArgumentParser:
         own = commands.add_parser(command.name, help=command.summary, description=command.summary, allow_abbrev=False)
         command.configure(own)
         own.add_argument("--debug", action="store_true", help="show warnings, log lines and the traceback of an error")
-        own.set_defaults(run=command.run)
+        own.set_defaults(run=command.run, log_level=command.log_level)
     return parser
 
 
-def _quiet() -> None:
-    """Keep Paddle's and PaddleNLP's import warnings and INFO lines away; what is of use to the user stays."""
-    warnings.filterwarnings("ignore")
+@contextmanager
+def _quiet(log_level: int) -> Iterator[None]:
+    """Keeps away what is of no use here: import warnings, and PaddleNLP's error line about a bos_token Qwen has not."""
+
+    def useful(record: logging.LogRecord) -> bool:
+        return record.levelno >= log_level and "bos_token" not in record.getMessage()
+
     os.environ.setdefault("GLOG_minloglevel", "2")
     logger = logging.getLogger("PaddleNLP")
-    logger.addFilter(lambda record: record.levelno >= logging.WARNING and "bos_token" not in record.getMessage())
+    logger.addFilter(useful)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.removeFilter(useful)
 
 
 def _one_line(error: BaseException) -> str:
@@ -404,16 +417,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of paddle-qwen1m; returns the exit status."""
     arguments = _parser().parse_args(argv)
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")
-    if not arguments.debug:
-        _quiet()
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
-        return int(arguments.run(arguments))
+        with nullcontext() if arguments.debug else _quiet(arguments.log_level):
+            return int(arguments.run(arguments))
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the interpreter's last flush is quiet
         return FAILED
     except Exception as error:
         if arguments.debug:

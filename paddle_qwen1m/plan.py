@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Callable
 
 if TYPE_CHECKING:
-    from .config import ModelConfig
+    from paddle_qwen1m.config import ModelConfig
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from paddle_qwen1m.config import ModelConfig
 
+from paddle_qwen1m.config import ModelConfig
 from paddle_qwen1m.plan import activation_bytes, cache_bytes_per_token, longest_context, parameters, plan_memory
 
 ROOT = Path(__file__).resolve().parent.parent
