@@ -106,8 +106,8 @@ def _versions() -> Iterator[Finding]:
     yield Finding(
         OK,
         "versions",
-        f"paddle-qwen1m {paddle_qwen1m.__version__}, python {platform.python_version()}, paddle {paddle.version.full_version}, "
-        f"paddlenlp {paddlenlp.__version__}",
+        f"paddle-qwen1m {paddle_qwen1m.__version__}, python {platform.python_version()}, "
+        f"paddle {paddle.version.full_version}, paddlenlp {paddlenlp.__version__}",
     )
 
 
