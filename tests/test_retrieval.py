@@ -1,0 +1,249 @@
+"""Retrieval beyond the trained length on the needle checkpoint: sparse prefill loses nothing that dense finds.
+
+Decode is dense, so a generated answer hides what sparse prefill lost. Here question and answer stand in the prompt, the
+document is prefilled once, every question with its answer runs as the last chunk, and an answer counts when each of
+its tokens is the arg-max of the logits before it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from paddlenlp.transformers import AutoModelForCausalLM, AutoTokenizer
+
+from paddle_qwen1m import ops
+from paddle_qwen1m.attention.positions import Piece
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+from needle_documents import Document, DocumentMaker, Encode, Needle, messages, prompt, prompt_head, prompt_tail
+
+TOKENS = 16384
+NEEDLES = 16
+THRESHOLD = 4096
+VISITED_AT_MOST = 0.15
+FORCED_ALONE = (31, 100)
+"""Vertical and slash size of the negative control: exactly 30 columns would be raised to 130."""
+
+
+@pytest.fixture(scope="module")
+def encode(needle_checkpoint: Path) -> Encode:
+    tokenizer = AutoTokenizer.from_pretrained(str(needle_checkpoint))
+    return lambda text: list(tokenizer(text)["input_ids"])
+
+
+@pytest.fixture(scope="module")
+def config(needle_checkpoint: Path) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((needle_checkpoint / "config.json").read_text(encoding="utf-8"))
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def engine(needle_checkpoint: Path) -> Callable[..., Any]:
+    """engine(**options): the checkpoint's engine, sparse from `THRESHOLD` tokens on unless told otherwise."""
+
+    def make(**options: Any) -> Any:
+        options = {"sparse_threshold": THRESHOLD, **options}
+        return AutoModelForCausalLM.from_pretrained(str(needle_checkpoint), dtype="float32", **options).engine
+
+    return make
+
+
+@dataclass
+class Visits:
+    """(row, key) pairs of all layers and heads of the sparse pieces observed: visited, causal, and read by probes."""
+
+    config: dict[str, Any]
+    visited: int = 0
+    causal: int = 0
+    probed: int = 0
+    rows: dict[int, int] = field(default_factory=dict)
+
+    def __call__(self, layer: int, piece: Piece, index: ops.SparseIndex) -> None:
+        begin, rows = piece.begin, piece.rows
+        heads = self.config["num_attention_heads"]
+        dual_chunk = self.config["dual_chunk_attention_config"]
+        chunk_len = dual_chunk["chunk_size"] - dual_chunk["local_size"]
+        self.visited += visited_pairs(index, begin, rows, chunk_len)
+        self.causal += heads * sum(range(begin + 1, begin + rows + 1))
+        self.probed += heads * piece.probe_rows * piece.end
+        self.rows[layer] = self.rows.get(layer, 0) + rows
+
+    def __str__(self) -> str:
+        return f"{self.visited / self.causal:.2%} of the pairs visited, probes {self.probed / self.causal:.2%}"
+
+
+def visited_pairs(index: ops.SparseIndex, begin: int, rows: int, chunk_len: int) -> int:
+    """Unmasked (row, key) pairs of the blocks and columns of one piece, all heads."""
+    blocks, columns, counts = (np.asarray(table.numpy(), np.int64) for table in index)
+    chunk_start = begin // chunk_len * chunk_len
+    visited = 0
+    for row_block in range(counts.shape[1]):
+        first = begin + row_block * ops.BLOCK
+        positions = np.arange(first, min(first + ops.BLOCK, begin + rows))
+        # keys of a stage end here, for each row: intra, succ, inter
+        ends = [positions + 1, np.full_like(positions, chunk_start), np.full_like(positions, chunk_start - chunk_len)]
+        for head in range(counts.shape[0]):
+            for table, width, stage_counts in (
+                (blocks, ops.BLOCK, counts[head, row_block, :3]),
+                (columns, 1, counts[head, row_block, 3:]),
+            ):
+                taken = 0
+                for stage in (ops.Stage.INTER, ops.Stage.SUCC, ops.Stage.INTRA):
+                    keys = table[head, row_block, taken : taken + stage_counts[stage]]
+                    taken += stage_counts[stage]
+                    visited += int((ends[stage][:, None] - keys[None, :]).clip(0, width).sum())
+    return visited
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one engine made of a set of documents."""
+
+    right: list[bool]
+    document: Visits
+    question: Visits
+
+    @property
+    def score(self) -> float:
+        return sum(self.right) / len(self.right)
+
+
+def read(engine: Any, documents: list[Document], encode: Encode, config: dict[str, Any]) -> Reading:
+    """Asks for every needle of every document."""
+    right: list[bool] = []
+    in_document, in_question = Visits(config), Visits(config)
+    for document in documents:
+        document_ids = np.asarray(encode(prompt_head() + document.text), np.int64)
+        turns = [(encode(prompt_tail(needle)), encode(needle.sentence)) for needle in document.needles]
+        longest = max(len(question) + len(answer) for question, answer in turns)
+        engine.observe = in_document
+        with engine.prefilled(document_ids, prompt_length=len(document_ids) + longest) as context:
+            engine.observe = in_question
+            for question, answer in turns:
+                before = range(len(question) - 1, len(question) + len(answer) - 1)
+                logits = context.extend_logits(np.asarray(question + answer, np.int64), list(before))
+                right.append(logits.argmax(-1).tolist() == answer)
+        engine.observe = None
+    return Reading(right, in_document, in_question)
+
+
+def budget_file(folder: Path, vertical: int, slash: int, config: dict[str, Any]) -> Path:
+    """A budget file that gives every head the same."""
+    heads = {str(head): ["vertical_and_slash", vertical, slash, 1.0] for head in range(config["num_attention_heads"])}
+    path = folder / f"budgets_{vertical}_{slash}.json"
+    path.write_text(json.dumps([heads] * config["num_hidden_layers"]), encoding="utf-8")
+    return path
+
+
+def test_the_chat_template_makes_the_prompt_of_the_training(needle_checkpoint: Path, encode: Encode) -> None:
+    document = DocumentMaker(encode).make(1000, 3, seed=0)
+    needle = document.needles[2]
+    tokenizer = AutoTokenizer.from_pretrained(str(needle_checkpoint))
+    text = tokenizer.apply_chat_template(messages(document, needle), tokenize=False, add_generation_prompt=True)
+    assert text == prompt(document, needle)
+
+
+def test_document_question_and_answer_encode_apart_as_together(encode: Encode) -> None:
+    document = DocumentMaker(encode).make(1000, 3, seed=0)
+    needle = document.needles[0]
+    parts = (prompt_head() + document.text, prompt_tail(needle), needle.sentence)
+    assert [token for part in parts for token in encode(part)] == encode("".join(parts))
+
+
+@pytest.mark.parametrize("tokens", [1024, 4096])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_prompt_and_answer_fill_the_length_asked_for(encode: Encode, tokens: int, seed: int) -> None:
+    document = DocumentMaker(encode).make(tokens, 4, seed, depth=0.5)
+    longest = max(len(encode(prompt(document, needle) + needle.sentence + "<|im_end|>")) for needle in document.needles)
+    assert tokens - 24 < longest <= tokens
+    place = document.sentences.index(document.needles[0].sentence) / len(document.sentences)
+    assert place == pytest.approx(0.5, abs=0.06)
+
+
+def test_visited_pairs_counts_every_unmasked_cell_once() -> None:
+    import paddle
+
+    # one head, one row block: rows 200 to 255 of the second chunk, L = 128
+    blocks = np.array([[[0, 100, 180]]], np.int32)
+    columns = np.array([[[70, 150, 250]]], np.int32)
+    counts = np.array([[[1, 2, 0, 2, 1, 0]]], np.int32)
+    index = ops.SparseIndex(*(paddle.to_tensor(table) for table in (blocks, columns, counts)))
+    cells = 0
+    for row in range(200, 256):
+        succ = set(range(0, 64)) | {key for key in range(100, 164) if key < 128} | {70}
+        intra = {key for key in range(180, 244) if key <= row} | {key for key in (150, 250) if key <= row}
+        cells += len(succ) + len(intra)
+    assert visited_pairs(index, 200, 56, 128) == cells
+
+
+@pytest.fixture(scope="module", params=[3, pytest.param(13, marks=pytest.mark.slow)], ids=["48 answers", "208 answers"])
+def documents(request: pytest.FixtureRequest, encode: Encode) -> Iterator[list[Document]]:
+    maker = DocumentMaker(encode)
+    yield [maker.make(TOKENS, NEEDLES, seed) for seed in range(request.param)]
+
+
+def test_sparse_prefill_answers_what_dense_answers(
+    documents: list[Document],
+    engine: Callable[..., Any],
+    encode: Encode,
+    config: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    dense = read(engine(sparse=False), documents, encode, config)
+    sparse = read(engine(), documents, encode, config)
+    control_budgets = budget_file(tmp_path, *FORCED_ALONE, config)
+    control = read(engine(sparse_budgets=str(control_budgets)), documents, encode, config)
+    with capsys.disabled():
+        print(f"\n{len(dense.right)} answers at {TOKENS:,} tokens: dense {dense.score:.3f}, sparse {sparse.score:.3f}")
+        print(f"  document: {sparse.document}; question's rows: {sparse.question}")
+        print(f"  forced set alone {control.score:.3f}; document: {control.document}")
+    for visits in (sparse.document, sparse.question, control.document):
+        assert set(visits.rows) == set(range(config["num_hidden_layers"])), "every layer was prefilled sparsely"
+    assert not dense.document.rows, "the dense engine never went the sparse way"
+    assert dense.score >= 0.9
+    assert sparse.score >= dense.score - 0.01
+    assert sparse.document.visited <= VISITED_AT_MOST * sparse.document.causal
+    assert sparse.question.visited <= VISITED_AT_MOST * sparse.question.causal
+    assert control.score < 0.2
+
+
+def test_the_temperature_keeps_answers_that_dual_chunk_attention_alone_loses(
+    engine: Callable[..., Any], encode: Encode, config: dict[str, Any]
+) -> None:
+    maker = DocumentMaker(encode)
+    documents = [maker.make(TOKENS, NEEDLES, seed=100)]
+    dual_chunk = {**config["dual_chunk_attention_config"], "original_max_position_embeddings": 0}
+    with_temperature = read(engine(sparse=False), documents, encode, config)
+    without = read(
+        engine(sparse=False, config={**config, "dual_chunk_attention_config": dual_chunk}), documents, encode, config
+    )
+    assert with_temperature.score >= 0.8
+    assert without.score <= with_temperature.score - 0.2
+
+
+@pytest.mark.slow
+def test_sparse_logits_of_a_64k_prompt_point_where_dense_ones_do(engine: Callable[..., Any], encode: Encode) -> None:
+    document = DocumentMaker(encode).make(65536, 4, seed=0, depth=0.5)
+    ids = np.asarray(encode(prompt(document, document.needles[0])), np.int64)
+    dense = engine(sparse=False).logits(ids)[0].astype(np.float64)
+    sparse = engine().logits(ids)[0].astype(np.float64)
+    assert dense @ sparse / np.linalg.norm(dense) / np.linalg.norm(sparse) > 0.99
+    assert dense.argmax() == sparse.argmax()
+
+
+@pytest.mark.slow
+def test_one_answer_of_a_64k_prompt_is_found_sparsely(
+    engine: Callable[..., Any], encode: Encode, config: dict[str, Any]
+) -> None:
+    document = DocumentMaker(encode).make(65536, 4, seed=1, depth=0.5)
+    asked = Document(document.sentences, document.needles[:1])
+    assert isinstance(asked.needles[0], Needle)
+    assert read(engine(), [asked], encode, config).score == 1.0

@@ -1,0 +1,255 @@
+"""The demo: retrieval far beyond the trained length, with nothing but the positions changed.
+
+    python tools/demo.py --out out/           the table (make demo), about five minutes on two cores
+    python tools/demo.py --out out/ --long    131,072 and 262,144 tokens (make demo-long)
+
+Every cell is eight documents of four hidden access codes; one of them is asked for, its depth spread evenly over the
+cell. The prompts go through AutoModelForCausalLM.from_pretrained and generate, greedy. The three rows are the same
+weights with three `dual_chunk_attention_config`s. Exits with 1 when a bound that the project promises does not hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import resident_memory
+from needle_documents import DocumentMaker, is_answer, messages
+from paddlenlp.transformers import AutoModelForCausalLM, AutoTokenizer
+from paddlenlp.utils.log import logger
+
+import paddle_qwen1m  # noqa: F401  (importing it registers the model)
+
+CHECKPOINT = Path(__file__).resolve().parent.parent / "checkpoints" / "needle"
+TRAINED_LENGTH = 1024
+LENGTHS = (1024, 4096, 16384)
+SPARSE_LENGTH = 65536
+LONG_LENGTHS = (131072, 262144)
+DOCUMENTS, LONG_DOCUMENTS = 8, 2
+NEEDLES = 4
+ANSWER_TOKENS = 24
+FOUND_AT_LEAST, LOST_AT_MOST = 7, 1
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to give positions to the same weights: what replaces entries of `dual_chunk_attention_config`."""
+
+    title: str
+    overrides: dict[str, int]
+
+
+# A chunk longer than any prompt leaves every pair of tokens at its true distance: ordinary RoPE.
+PLAIN = Variant("plain RoPE", {"chunk_size": 2**22 + 256, "local_size": 256, "original_max_position_embeddings": 0})
+DCA = Variant("DCA", {"original_max_position_embeddings": 0})
+DCA_TEMPERATURE = Variant("DCA + temperature", {})
+VARIANTS = (PLAIN, DCA, DCA_TEMPERATURE)
+
+Table = dict[str, dict[int, int]]
+"""Documents answered right, by the variant's title and the prompt's length in tokens."""
+
+
+class Run(NamedTuple):
+    """One prompt and its answer. `peak`: bytes above what was resident before it."""
+
+    tokens: int
+    answer: str
+    right: bool
+    seconds: float
+    peak: int
+
+
+class Reader:
+    """One variant of the checkpoint, loaded."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        self._tokenizer = AutoTokenizer.from_pretrained(str(checkpoint))
+        self._model = AutoModelForCausalLM.from_pretrained(str(checkpoint))
+        self._maker = DocumentMaker(lambda text: list(self._tokenizer(text)["input_ids"]))
+
+    def ask(self, tokens: int, seed: int, documents: int) -> Run:
+        """Ask for the first code of document `seed` of `documents`; prompt and answer together fill `tokens`."""
+        document = self._maker.make(tokens, NEEDLES, seed, depth=(seed + 0.5) / documents)
+        needle = document.needles[0]
+        text = self._tokenizer.apply_chat_template(
+            messages(document, needle), tokenize=False, add_generation_prompt=True
+        )
+        inputs = self._tokenizer([text], return_tensors="pd")
+        resident_memory.reset_peak()
+        before, start = resident_memory.resident_bytes(), time.monotonic()
+        generated = self._model.generate(
+            **inputs, max_new_tokens=ANSWER_TOKENS, do_sample=False, repetition_penalty=1.0, trunc_input=True
+        )[0]
+        seconds = time.monotonic() - start
+        answer = self._tokenizer.batch_decode(generated, skip_special_tokens=True)[0]
+        return Run(
+            tokens=int(inputs["input_ids"].shape[1]),
+            answer=answer,
+            right=is_answer(answer, needle),
+            seconds=seconds,
+            peak=resident_memory.peak_bytes() - before,
+        )
+
+
+@contextmanager
+def checkpoint_of(variant: Variant, checkpoint: Path) -> Iterator[Path]:
+    """A directory like `checkpoint` with the variant's config.json; everything else is a link."""
+    with tempfile.TemporaryDirectory(prefix="needle-") as name:
+        directory = Path(name)
+        for source in checkpoint.iterdir():
+            if source.name != "config.json":
+                (directory / source.name).symlink_to(source)
+        config: dict[str, Any] = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+        config["dual_chunk_attention_config"].update(variant.overrides)
+        (directory / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+        yield directory
+
+
+def kv_cache_bytes(checkpoint: Path, tokens: int) -> int:
+    """Keys and values of one sequence, float32 as the CPU keeps them."""
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    head_dim = config["hidden_size"] // config["num_attention_heads"]
+    return int(2 * config["num_hidden_layers"] * config["num_key_value_heads"] * head_dim * 4 * tokens)
+
+
+def show_progress(text: str) -> None:
+    """Rewrites one line of a terminal; says nothing elsewhere."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+
+def fill_table(checkpoint: Path) -> Table:
+    """Every variant at every length."""
+    table: Table = {}
+    for variant in VARIANTS:
+        table[variant.title] = {}
+        with checkpoint_of(variant, checkpoint) as directory:
+            reader = Reader(directory)
+            for tokens in LENGTHS:
+                right, start = 0, time.monotonic()
+                for seed in range(DOCUMENTS):
+                    show_progress(f"{variant.title}, {tokens:,} tokens, document {seed + 1} of {DOCUMENTS}")
+                    right += reader.ask(tokens, seed, DOCUMENTS).right
+                table[variant.title][tokens] = right
+                seconds = time.monotonic() - start
+                show_progress("")
+                print(f"{variant.title}, {tokens:,} tokens: {right} of {DOCUMENTS} right, {seconds:.0f} s", flush=True)
+    return table
+
+
+def print_table(table: Table) -> None:
+    print(f"\nRetrieval, of {DOCUMENTS} documents; trained on {TRAINED_LENGTH:,} tokens\n")
+    print("tokens".ljust(20) + "".join(f"{tokens:>9,}" for tokens in LENGTHS))
+    for title, cells in table.items():
+        print(title.ljust(20) + "".join(f"{cells[tokens]:>4} of {DOCUMENTS}" for tokens in LENGTHS))
+    print()
+
+
+def broken_bounds(table: Table) -> list[str]:
+    """What the table should show and does not, one line each."""
+    broken = []
+    for title, cells in table.items():
+        for tokens, right in cells.items():
+            must_find = tokens == TRAINED_LENGTH or title == DCA_TEMPERATURE.title
+            must_lose = tokens > TRAINED_LENGTH and title == PLAIN.title
+            if must_find and right < FOUND_AT_LEAST:
+                broken.append(f"{title} found {right} at {tokens:,} tokens, expected at least {FOUND_AT_LEAST}")
+            if must_lose and right > LOST_AT_MOST:
+                broken.append(f"{title} found {right} at {tokens:,} tokens, expected at most {LOST_AT_MOST}")
+    return broken
+
+
+def draw(table: Table, path: Path) -> None:
+    """Writes the table as a picture (PNG)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    cells = [[row[tokens] for tokens in LENGTHS] for row in table.values()]
+    figure, axes = pyplot.subplots(figsize=(7.0, 3.0), layout="constrained")
+    axes.imshow(cells, cmap="RdYlGn", vmin=0, vmax=DOCUMENTS, aspect="auto", alpha=0.75)
+    axes.set_xticks(range(len(LENGTHS)), [f"{tokens:,}" for tokens in LENGTHS])
+    axes.set_yticks(range(len(table)), list(table))
+    axes.set_xlabel(f"tokens (trained on {TRAINED_LENGTH:,})")
+    axes.set_title(f"Hidden codes found, of {DOCUMENTS} documents: the same weights, three kinds of positions", size=10)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    for row, values in enumerate(cells):
+        for column, right in enumerate(values):
+            axes.text(column, row, f"{right} of {DOCUMENTS}", ha="center", va="center", size=13)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def describe(run: Run, checkpoint: Path) -> str:
+    cache = kv_cache_bytes(checkpoint, run.tokens)
+    return (
+        f"{run.tokens:,} tokens, sparse: {'right' if run.right else 'WRONG'} ({run.answer!r}), {run.seconds:.1f} s, "
+        f"{run.peak / 1e6:,.0f} MB above the loaded model, of it {cache / 1e6:,.0f} MB of KV cache"
+    )
+
+
+def demo(checkpoint: Path, out: Path) -> int:
+    table = fill_table(checkpoint)
+    print_table(table)
+    broken = broken_bounds(table)
+    run = Reader(checkpoint).ask(SPARSE_LENGTH, seed=0, documents=1)
+    print(f"{DCA_TEMPERATURE.title}, {describe(run, checkpoint)}")
+    if not run.right:
+        broken.append(f"the document of {SPARSE_LENGTH:,} tokens was answered wrong: {run.answer!r}")
+    for line in broken:
+        print(f"FAILED: {line}")
+    picture = out / "retrieval.png"
+    draw(table, picture)
+    print(f"Picture: {picture}")
+    return 1 if broken else 0
+
+
+def demo_long(checkpoint: Path) -> int:
+    reader = Reader(checkpoint)
+    holds, stops = 0, 0
+    for tokens in LONG_LENGTHS:
+        right = 0
+        for seed in range(LONG_DOCUMENTS):
+            show_progress(f"{tokens:,} tokens, document {seed + 1} of {LONG_DOCUMENTS}")
+            run = reader.ask(tokens, seed, LONG_DOCUMENTS)
+            show_progress("")
+            print(f"{DCA_TEMPERATURE.title}, {describe(run, checkpoint)}", flush=True)
+            right += run.right
+        if right == LONG_DOCUMENTS and not stops:
+            holds = tokens
+        elif not stops:
+            stops = tokens
+    if stops:
+        print(f"Retrieval holds at {holds or SPARSE_LENGTH:,} tokens and no longer at {stops:,}.")
+    else:
+        print(f"Retrieval did not stop within {holds:,} tokens, {holds // TRAINED_LENGTH} times the trained length.")
+    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("out"), help="where the picture goes (default: %(default)s)")
+    parser.add_argument("--long", action="store_true", help="131,072 and 262,144 tokens instead of the table")
+    parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT, help="default: the one of the repository")
+    arguments = parser.parse_args()
+    logger.set_level("ERROR")
+    start = time.monotonic()
+    checkpoint = arguments.checkpoint.resolve()
+    status = demo_long(checkpoint) if arguments.long else demo(checkpoint, arguments.out)
+    print(f"Demo time: {time.monotonic() - start:.0f} s")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
