@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import paddle
@@ -61,7 +62,7 @@ class PagedCache:
         self._free.extend(reversed(pages[keep:]))
         del pages[keep:]
 
-    def slots(self, pages: list[int], begin: int, end: int) -> np.ndarray:
+    def slots(self, pages: Sequence[int], begin: int, end: int) -> np.ndarray:
         """Where tokens [begin, end) of a sequence lie: int64 page * page_size + offset."""
         positions = np.arange(begin, end, dtype=np.int64)
         return np.asarray(pages, np.int64)[positions // self.page_size] * self.page_size + positions % self.page_size

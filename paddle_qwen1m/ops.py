@@ -7,8 +7,8 @@ Attention reads a paged cache: `key_cache` and `value_cache` are [pages, page_si
 lists its pages in order. Cached keys are rotated at p mod L and never multiplied by the temperature: the caller puts
 m(n)^2 into `scale`. L is `chunk_len` = chunk_size - local_size, a multiple of page_size.
 
-Activations are float32 on a CPU; weights and caches are float32, bfloat16 or float16. Shapes and types are checked where
-the op is bound (custom_ops/paddle); what does not fit raises ValueError naming the op, the argument and what it got.
+Activations are float32 on a CPU; weights and caches are float32, bfloat16 or float16. Shapes and types are checked as
+the op is called (custom_ops/paddle); what does not fit raises ValueError naming the op, the argument and what it got.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from typing import NamedTuple
 import paddle
 from paddle.base import core
 from paddle.utils.cpp_extension.extension_utils import load_op_meta_info_and_register_op
+
+from paddle_qwen1m.threads import default_num_threads
 
 LIBRARY = Path(__file__).with_name("_ops.so")
 PROBE_ROWS = 64
@@ -66,6 +68,7 @@ def load() -> None:
         )
     load_op_meta_info_and_register_op(str(LIBRARY))
     _registered = True
+    set_num_threads(default_num_threads())
 
 
 def _call(name: str, *arguments: object) -> list[paddle.Tensor]:

@@ -5,20 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 import paddle
 from paddlenlp.generation import GenerationConfig
-from paddlenlp.transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedModel, Qwen2Config
-from paddlenlp.transformers.auto.modeling import _BaseAutoModelClass
+from paddlenlp.transformers import PretrainedModel, Qwen2Config
 from paddlenlp.transformers.configuration_utils import PretrainedConfig
 from paddlenlp.transformers.model_utils import no_init_weights
 from paddlenlp.utils.log import logger
 
-from . import compat
 from .config import EngineOptions, ModelConfig, SparseBudgets, published_budgets
 from .engine import Engine
 from .generation import (
@@ -133,7 +130,7 @@ class Qwen2OneMForCausalLM(PretrainedModel):  # type: ignore[misc]
             )
         )
         checkpoint.announce()
-        described = _config_dict(config) if config is not None else checkpoint.read_config()
+        described = config_dict(config) if config is not None else checkpoint.read_config()
         if not is_ours(described):
             raise ValueError(
                 f"{checkpoint.name} is not a Qwen2 checkpoint with a {DUAL_CHUNK} "
@@ -162,7 +159,8 @@ class Qwen2OneMForCausalLM(PretrainedModel):  # type: ignore[misc]
             model = cls(pretrained_config, dtype=storage, options=options, budgets=budgets)
         if generation is not None:
             model.use_generation_config(_read_generation_config(generation))
-        load_checkpoint(checkpoint.fetch_weights(), model.model.slots())
+        tied = {"lm_head.weight"} if shapes.tie_word_embeddings else set()
+        load_checkpoint(checkpoint.fetch_weights(), model.model.slots(), ignore=tied)
         return model
 
     @classmethod
@@ -295,45 +293,6 @@ class Qwen2OneMForCausalLM(PretrainedModel):  # type: ignore[misc]
         )
 
 
-def register() -> None:
-    """Make PaddleNLP's AutoModelForCausalLM and AutoTokenizer recognise Qwen2.5-1M checkpoints. Safe to call again.
-
-    PaddleNLP maps an architecture's name to a class of its own and has no registry for models, so three of its class
-    methods are wrapped. What is not ours goes on to the wrapped method as it came.
-    """
-    stock_load = _BaseAutoModelClass.__dict__["_from_pretrained"].__func__
-    if getattr(stock_load, "_qwen1m", False):
-        return
-    stock_class = _BaseAutoModelClass.__dict__["_get_model_class_from_config"].__func__
-    stock_tokenizer = AutoTokenizer.__dict__["from_pretrained"].__func__
-
-    def load(cls: Any, name: Any, *arguments: Any, **options: Any) -> Any:
-        if cls is AutoModelForCausalLM:
-            checkpoint = _find_ours(name, cls._pretrained_model_dict, options)
-            if checkpoint is not None:
-                return Qwen2OneMForCausalLM.from_pretrained(checkpoint, *arguments, **options)
-        return stock_load(cls, name, *arguments, **options)
-
-    def model_class(cls: Any, name: Any, config_file: Any, config: Any = None) -> Any:
-        if cls is AutoModelForCausalLM and config is not None and is_ours(_config_dict(config)):
-            return Qwen2OneMForCausalLM
-        return stock_class(cls, name, config_file, config)
-
-    def tokenizer(cls: Any, name: Any, *arguments: Any, **options: Any) -> Any:
-        checkpoint = _find_ours(name, cls._tokenizer_mapping, options)
-        if checkpoint is None:
-            return stock_tokenizer(cls, name, *arguments, **options)
-        checkpoint.announce()
-        rest = {key: value for key, value in options.items() if key not in HUB_OPTIONS}
-        directory = os.fspath(checkpoint.fetch_tokenizer())
-        return compat.load_tokenizer(partial(stock_tokenizer, cls), directory, *arguments, **rest)
-
-    load._qwen1m = True  # type: ignore[attr-defined]
-    _BaseAutoModelClass._from_pretrained = classmethod(load)
-    _BaseAutoModelClass._get_model_class_from_config = classmethod(model_class)
-    AutoTokenizer.from_pretrained = classmethod(tokenizer)
-
-
 def is_ours(config: dict[str, Any]) -> bool:
     """Whether a config.json describes a Qwen2 causal language model with dual chunk attention."""
     architectures = config.get("architectures") or [""]
@@ -345,7 +304,7 @@ def model_config(config: PretrainedConfig) -> ModelConfig:
     return ModelConfig.from_dict(config.to_dict())
 
 
-def _find_ours(name: Any, builtin: dict[Sequence[str], Any], options: dict[str, Any]) -> Checkpoint | None:
+def find_ours(name: Any, builtin: dict[Sequence[str], Any], options: dict[str, Any]) -> Checkpoint | None:
     """The checkpoint when it is ours; None leaves `name` to PaddleNLP: built-in names, other models, unknown names.
 
     Raises FileNotFoundError for a path that does not exist.
@@ -355,7 +314,7 @@ def _find_ours(name: Any, builtin: dict[Sequence[str], Any], options: dict[str, 
     try:
         checkpoint = locate(name, **{key: options[key] for key in HUB_OPTIONS if options.get(key) is not None})
         config = options.get("config")
-        described = checkpoint.read_config() if config is None else _config_dict(config)
+        described = checkpoint.read_config() if config is None else config_dict(config)
     except HubError as error:
         logger.warning(str(error))
         return None
@@ -400,7 +359,7 @@ def _read_generation_config(path: Path) -> GenerationConfig:
     return GenerationConfig(**values)
 
 
-def _config_dict(config: PretrainedConfig | dict[str, Any]) -> dict[str, Any]:
+def config_dict(config: PretrainedConfig | dict[str, Any]) -> dict[str, Any]:
     return config if isinstance(config, dict) else config.to_dict()
 
 

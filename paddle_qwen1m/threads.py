@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
+_WISH = os.environ.get("OMP_NUM_THREADS", "")  # as it was before this package imports Paddle
 _PADDLE_WAS_IMPORTED = "paddle" in sys.modules
 
 
@@ -13,7 +14,6 @@ def default_num_threads() -> int:
 
     Importing Paddle sets OMP_NUM_THREADS to 1 when it is not set, so that once Paddle is imported a 1 says nothing.
     """
-    wish = os.environ.get("OMP_NUM_THREADS", "")
-    if wish.isdigit() and int(wish) >= 1 and not (wish == "1" and _PADDLE_WAS_IMPORTED):
-        return int(wish)
+    if _WISH.isdigit() and int(_WISH) >= 1 and not (_WISH == "1" and _PADDLE_WAS_IMPORTED):
+        return int(_WISH)
     return len(os.sched_getaffinity(0))

@@ -55,8 +55,8 @@ inline void silu_mul(const qwen1m_silu_mul& a) {
       float* out = a.out + t * a.width;
       for (int64_t i = 0; i < whole; i += kLanes) {
         const Floats g = load(gate + i);
-        const Floats decay = exp2(maximum(g * broadcast(-1.44269504f), broadcast(-125.0f)));
-        store(out + i, g / (broadcast(1.0f) + decay) * load(up + i));
+        const Floats root = exp2(minimum(g * broadcast(-0.72134752f), broadcast(128.0f)));  // exp(-g / 2)
+        store(out + i, g / (broadcast(1.0f) + root * root) * load(up + i));
       }
       for (int64_t i = whole; i < a.width; ++i) out[i] = gate[i] / (1.0f + __builtin_expf(-gate[i])) * up[i];
     }

@@ -128,6 +128,7 @@ QWEN1M_INLINE void narrow(float x, Float16* p) {
 
 QWEN1M_INLINE Floats select(Ints condition, Floats yes, Floats no) { return condition ? yes : no; }
 QWEN1M_INLINE Floats maximum(Floats a, Floats b) { return select(a > b, a, b); }
+QWEN1M_INLINE Floats minimum(Floats a, Floats b) { return select(a < b, a, b); }
 
 QWEN1M_INLINE float sum(Floats v) {
   float total = 0;
@@ -141,7 +142,7 @@ QWEN1M_INLINE float largest(Floats v) {
   return m;
 }
 
-// 2^x for x <= 127; 0 below -126 (-inf included). Relative error below 2e-7.
+// 2^x for x <= 128 (infinite there); 0 below -126 (-inf included). Relative error below 2e-7.
 QWEN1M_INLINE Floats exp2(Floats x) {
   const Floats magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest integer
   const Ints in_range = x > broadcast(-126.0f);

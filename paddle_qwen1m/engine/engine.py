@@ -212,7 +212,7 @@ class PrefilledContext:
         self._document, self._length = document, length
 
     def extend_logits(self, token_ids: np.ndarray, positions: ManyOf[int]) -> np.ndarray:
-        """Logits float32 [len(positions), vocab] after the tokens of `token_ids` at `positions`, run as a last chunk."""
+        """Logits float32 [len(positions), vocab] after the tokens of `token_ids` at `positions`, run as a chunk."""
         total = self._document + len(token_ids)
         self._engine._check(token_ids, self._document)
         try:

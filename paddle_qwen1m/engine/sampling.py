@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import secrets
+
 import numpy as np
 import paddle
 
@@ -24,8 +26,7 @@ class Sampler:
             seen = np.zeros((1, self._vocab_size), np.uint8)
             seen[0, sequence.prompt] = 1
             self._seen[sequence.index] = paddle.to_tensor(seen)
-            seed = params.seed if params.seed is not None else np.random.SeedSequence().entropy
-            self._seeds[sequence.index] = int(seed) & (2**63 - 1)
+            self._seeds[sequence.index] = secrets.randbits(63) if params.seed is None else params.seed & (2**63 - 1)
         too_early = len(sequence.token_ids) < params.min_new_tokens
         banned = params.eos_token_ids if too_early and params.eos_token_ids else (-1,)
         token, logprob = ops.sample(

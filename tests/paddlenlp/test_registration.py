@@ -20,7 +20,8 @@ from paddlenlp.transformers import (
 )
 from paddlenlp.transformers.auto.modeling import _BaseAutoModelClass
 
-from paddle_qwen1m.paddlenlp import Qwen2OneMForCausalLM, register
+from paddle_qwen1m import register
+from paddle_qwen1m.paddlenlp import Qwen2OneMForCausalLM
 
 TINY = {
     "architectures": ["Qwen2ForCausalLM"],
