@@ -17,20 +17,20 @@ OLD_PAIR=(
     pyyaml pillow six setuptools wheel typing_extensions decorator colorlog colorama dill multiprocess rich
 )
 
+# Asks the demo checkpoint for a code hidden in 900 tokens of text; the prompt and its answer come with the tests.
 GENERATE='
-import sys
+import json, sys
 import paddle, paddlenlp
 import paddle_qwen1m
 from paddlenlp.transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
-tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
-user = "The access code for jade is 64931. " * 3 + "What is the access code for jade?"
-text = tokenizer.apply_chat_template([{"role": "user", "content": user}], tokenize=False, add_generation_prompt=True)
-inputs = tokenizer([text], return_tensors="pd")
-ids = model.generate(**inputs, max_new_tokens=16, do_sample=False)[0]
-answer = tokenizer.batch_decode(ids[:, inputs.input_ids.shape[1]:], skip_special_tokens=True)[0]
-assert type(model).__name__ == "Qwen2OneMForCausalLM" and answer.strip()
-print("ok: paddle", paddle.__version__, "paddlenlp", paddlenlp.__version__, "answered", repr(answer.strip()))
+checkpoint, oracle = sys.argv[1], json.load(open(sys.argv[2]))
+model = AutoModelForCausalLM.from_pretrained(checkpoint)
+tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+inputs = tokenizer([oracle["text"]], return_tensors="pd")
+ids = model.generate(**inputs, max_new_tokens=16, do_sample=False, repetition_penalty=1.0)[0]
+answer = tokenizer.batch_decode(ids[:, inputs.input_ids.shape[1]:], skip_special_tokens=True)[0].strip()
+assert type(model).__name__ == "Qwen2OneMForCausalLM" and oracle["answer"] in answer, answer
+print("ok: paddle", paddle.__version__, "paddlenlp", paddlenlp.__version__, "answers", repr(answer))
 '
 
 say() { printf '%-28s %s\n' "$1" "$2"; }
@@ -50,7 +50,8 @@ run() {
 
 generate() {
     local name=$1 environment=$2 log=$3
-    if (cd "$work" && "$environment/bin/python" -c "$GENERATE" "$project/checkpoints/needle") >"$log" 2>&1; then
+    if (cd "$work" && "$environment/bin/python" -c "$GENERATE" \
+        "$project/checkpoints/needle" "$project/tests/data/needle_oracle/oracle.json") >"$log" 2>&1; then
         say "$name" "$(grep '^ok: ' "$log")"
     else
         fail "$name" generate "$log"
@@ -76,7 +77,8 @@ refused() {
 current_pair() {
     local name=$1 environment=$2 log=$3
     local pip=("$environment/bin/python" -m pip install -q)
-    run "$name" "$log" "${pip[@]}" "setuptools>=61" wheel scipy-openblas32 paddlepaddle==3.3.1 || return
+    run "$name" "$log" "${pip[@]}" "setuptools>=61" wheel setuptools_scm scipy-openblas32 \
+        paddlepaddle==3.3.1 || return
     run "$name" "$log" "${pip[@]}" --no-build-isolation "$work/source[cpu]" || return
     generate "$name" "$environment" "$log"
 }
