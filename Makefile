@@ -26,7 +26,7 @@ $(VENV)/created:
 # The build uses the installed Paddle (--no-build-isolation), so Paddle and the build's other needs come first.
 $(VENV)/paddle: $(VENV)/created pyproject.toml
 	@echo "Installing Paddle and what the build needs into $(VENV) ..."
-	@$(PIP) $(call needs,requires) $(call needs,cpu) scipy-openblas32
+	@$(PIP) $(call needs,requires) $(call needs,cpu)
 	@touch $@
 
 $(VENV)/package: $(VENV)/paddle $(SOURCES)

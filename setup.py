@@ -38,7 +38,7 @@ class BuildOps(build_ext):
         except ImportError as error:
             stop(
                 f"{error.name} is not installed; the ops are built against it: first "
-                "`pip install setuptools wheel scipy-openblas32 paddlepaddle==3.3.1` (or your paddlepaddle-gpu), then "
+                "`pip install setuptools setuptools_scm wheel scipy-openblas32 paddlepaddle==3.3.1` (or your paddlepaddle-gpu), then "
                 "`pip install . --no-build-isolation`"
             )
         compiler = os.environ.get("CXX", "g++")

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import ctypes
 import re
+import warnings
 from enum import IntEnum
 from pathlib import Path
 from typing import NamedTuple
@@ -66,6 +67,9 @@ def load() -> None:
         raise ImportError(
             f"{LIBRARY} is missing: the custom ops were not built; run `pip install . --no-build-isolation`"
         )
+    if not paddle.device.get_device().startswith("cpu"):
+        warnings.warn("the custom ops run on a CPU only: Paddle's device is set to cpu", stacklevel=2)
+        paddle.device.set_device("cpu")
     load_op_meta_info_and_register_op(str(LIBRARY))
     _registered = True
     set_num_threads(default_num_threads())

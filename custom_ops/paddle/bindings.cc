@@ -29,8 +29,8 @@ Tensors embedding(const Tensor& ids, const Tensor& table) {
   const int64_t tokens = ids.shape()[0], vocab = table.shape()[0], width = table.shape()[1];
   const int64_t* id = ids.data<int64_t>();
   for (int64_t t = 0; t < tokens; ++t) {
-    require(id[t] >= 0 && id[t] < vocab,
-            "id " + std::to_string(id[t]) + " is outside the vocabulary of " + std::to_string(vocab));
+    QWEN1M_REQUIRE(id[t] >= 0 && id[t] < vocab,
+                   "id " + std::to_string(id[t]) + " is outside the vocabulary of " + std::to_string(vocab));
   }
   Tensor out = make({tokens, width}, DataType::FLOAT32, ids);
   const qwen1m_embedding a{id, table.data(), pointer<float>(out), tokens, width, storage_type(table, "table")};
@@ -80,7 +80,8 @@ Tensors linear(const Tensor& x, const Tensor& weight, const paddle::optional<Ten
 Tensors silu_mul(const Tensor& gate_up) {
   expect(gate_up, "gate_up", DataType::FLOAT32, {-1, -1});
   const int64_t tokens = gate_up.shape()[0], width = gate_up.shape()[1] / 2;
-  require(width * 2 == gate_up.shape()[1], "gate_up's width must be even, got " + std::to_string(gate_up.shape()[1]));
+  QWEN1M_REQUIRE(width * 2 == gate_up.shape()[1],
+                 "gate_up's width must be even, got " + std::to_string(gate_up.shape()[1]));
   Tensor out = make({tokens, width}, DataType::FLOAT32, gate_up);
   const qwen1m_silu_mul a{gate_up.data<float>(), pointer<float>(out), tokens, width};
   qwen1m_cpu_silu_mul(&a);
@@ -94,8 +95,8 @@ Tensors gather_rows(const Tensor& hidden, const Tensor& rows) {
   Tensor out = make({count, width}, DataType::FLOAT32, hidden);
   const int64_t* row = rows.data<int64_t>();
   for (int64_t i = 0; i < count; ++i) {
-    require(row[i] >= 0 && row[i] < tokens,
-            "row " + std::to_string(row[i]) + " is not one of the " + std::to_string(tokens) + " rows");
+    QWEN1M_REQUIRE(row[i] >= 0 && row[i] < tokens,
+                   "row " + std::to_string(row[i]) + " is not one of the " + std::to_string(tokens) + " rows");
   }
   const qwen1m_embedding a{row, hidden.data(), pointer<float>(out), count, width, QWEN1M_FLOAT32};
   qwen1m_cpu_embedding(&a);
@@ -119,17 +120,17 @@ Tensors rotate_and_cache(const Tensor& qkv, const Tensor& bias, const Tensor& ta
   expect(qkv, "qkv", DataType::FLOAT32, {-1, -1});
   const int64_t tokens = qkv.shape()[0], width = qkv.shape()[1], d = cache.head_dim;
   const int64_t heads = width / d - 2 * cache.kv_heads;
-  require(width % d == 0 && heads > 0 && heads % cache.kv_heads == 0,
-          "qkv's width must be (H + 2 * " + std::to_string(cache.kv_heads) + ") * " + std::to_string(d) +
-              " with H a multiple of the KV heads, got " + std::to_string(width));
+  QWEN1M_REQUIRE(width % d == 0 && heads > 0 && heads % cache.kv_heads == 0,
+                 "qkv's width must be (H + 2 * " + std::to_string(cache.kv_heads) + ") * " + std::to_string(d) +
+                     " with H a multiple of the KV heads, got " + std::to_string(width));
   expect_shape(bias, "bias", {width});
   expect(table, "table", DataType::FLOAT32, {-1, tokens, d});
   expect(slots, "slots", DataType::INT64, {tokens});
   const int64_t variants = table.shape()[0], places = key_cache.shape()[0] * cache.page_size;
   const int64_t* slot = slots.data<int64_t>();
   for (int64_t t = 0; t < tokens; ++t) {
-    require(slot[t] >= 0 && slot[t] < places,
-            "slot " + std::to_string(slot[t]) + " is outside the cache of " + std::to_string(places) + " tokens");
+    QWEN1M_REQUIRE(slot[t] >= 0 && slot[t] < places, "slot " + std::to_string(slot[t]) + " is outside the cache of " +
+                                                         std::to_string(places) + " tokens");
   }
   Tensor q = make({variants, tokens, heads, d}, DataType::FLOAT32, qkv);
   const qwen1m_rotate_and_cache a{qkv.data<float>(),
@@ -151,13 +152,13 @@ Tensors rotate_queries(const Tensor& qkv, const Tensor& bias, const Tensor& tabl
   expect(table, "table", DataType::FLOAT32, {-1, -1, -1});
   const int64_t variants = table.shape()[0], rows = table.shape()[1], d = table.shape()[2];
   const int64_t kv_heads = (qkv.shape()[1] / d - heads) / 2;
-  require(heads > 0 && kv_heads > 0 && (heads + 2 * kv_heads) * d == qkv.shape()[1],
-          "qkv's width " + std::to_string(qkv.shape()[1]) + " does not hold " + std::to_string(heads) + " heads of " +
-              std::to_string(d) + " and their keys and values");
+  QWEN1M_REQUIRE(heads > 0 && kv_heads > 0 && (heads + 2 * kv_heads) * d == qkv.shape()[1],
+                 "qkv's width " + std::to_string(qkv.shape()[1]) + " does not hold " + std::to_string(heads) +
+                     " heads of " + std::to_string(d) + " and their keys and values");
   expect_shape(bias, "bias", {qkv.shape()[1]});
-  require(row >= 0 && row + rows <= qkv.shape()[0], "rows " + std::to_string(row) + " to " +
-                                                        std::to_string(row + rows) + " are not among the " +
-                                                        std::to_string(qkv.shape()[0]));
+  QWEN1M_REQUIRE(row >= 0 && row + rows <= qkv.shape()[0], "rows " + std::to_string(row) + " to " +
+                                                               std::to_string(row + rows) + " are not among the " +
+                                                               std::to_string(qkv.shape()[0]));
   Tensor q = make({variants, rows, heads, d}, DataType::FLOAT32, qkv);
   const qwen1m_rotate_queries a{qkv.data<float>(),           bias.data(),
                                 table.data<float>(),         pointer<float>(q),
@@ -184,11 +185,12 @@ void dca_prefill(const Tensor& q, Tensor& out, const Tensor& key_cache, const Te
   int64_t last = 0;
   for (int64_t p = 0; p < pieces.shape()[0]; ++p) {
     const int64_t end = static_cast<int64_t>(piece[p].begin) + piece[p].rows;
-    require(piece[p].sequence >= 0 && piece[p].sequence < sequences && piece[p].row >= 0 && piece[p].rows > 0 &&
-                piece[p].row + piece[p].rows <= tokens && piece[p].begin >= 0 &&
-                piece[p].begin / chunk_len == (end - 1) / chunk_len,
-            "piece " + text({piece[p].sequence, piece[p].row, piece[p].rows, piece[p].begin}) +
-                " (sequence, row, rows, begin) must name rows of q inside one chunk of " + std::to_string(chunk_len));
+    QWEN1M_REQUIRE(piece[p].sequence >= 0 && piece[p].sequence < sequences && piece[p].row >= 0 && piece[p].rows > 0 &&
+                       piece[p].row + piece[p].rows <= tokens && piece[p].begin >= 0 &&
+                       piece[p].begin / chunk_len == (end - 1) / chunk_len,
+                   "piece " + text({piece[p].sequence, piece[p].row, piece[p].rows, piece[p].begin}) +
+                       " (sequence, row, rows, begin) must name rows of q inside one chunk of " +
+                       std::to_string(chunk_len));
     expect_pages(block_tables.data<int32_t>() + piece[p].sequence * width, width, end, key_cache);
     last = std::max(last, end - 1);
   }
@@ -247,9 +249,10 @@ Tensors dca_probe(const Tensor& q, const Tensor& key_cache, const Tensor& block_
   expect_pages(block_table.data<int32_t>(), block_table.shape()[0], end, key_cache);
   expect_shape(q, "q", {-1, -1, -1, cache.head_dim});
   const int64_t rows = q.shape()[1];
-  require(rows >= 1 && rows <= 64 && rows <= end, "q must hold 1 to 64 rows and no more than the " +
-                                                      std::to_string(end) + " keys, got " + std::to_string(rows));
-  require((end - rows) / chunk_len == (end - 1) / chunk_len, "the probe rows must lie in one chunk");
+  QWEN1M_REQUIRE(
+      rows >= 1 && rows <= 64 && rows <= end,
+      "q must hold 1 to 64 rows and no more than the " + std::to_string(end) + " keys, got " + std::to_string(rows));
+  QWEN1M_REQUIRE((end - rows) / chunk_len == (end - 1) / chunk_len, "the probe rows must lie in one chunk");
   const int32_t heads = expect_queries(q, cache, rows, end - 1, chunk_len);
   Tensor vertical = make({heads, end}, DataType::FLOAT32, q), slash = make({heads, end}, DataType::FLOAT32, q);
   const qwen1m_dca_probe a{q.data<float>(),
@@ -277,8 +280,8 @@ Tensors select_critical(const Tensor& vertical, const Tensor& slash, const Tenso
   const auto expect_sizes = [&](const Tensor& sizes, const std::string& name, int64_t most) {
     for (int64_t h = 0; h < heads; ++h) {
       const int64_t size = sizes.data<int32_t>()[h];
-      require(size >= 1 && size <= most,
-              name + " must be 1 to " + std::to_string(most) + ", got " + std::to_string(size));
+      QWEN1M_REQUIRE(size >= 1 && size <= most,
+                     name + " must be 1 to " + std::to_string(most) + ", got " + std::to_string(size));
     }
   };
   expect_sizes(vertical_sizes, "vertical_sizes", max_vertical);
@@ -307,10 +310,10 @@ Tensors sparse_index(const Tensor& columns, const Tensor& slashes, int64_t begin
   expect(columns, "columns", DataType::INT32, {-1, -1});
   const int64_t heads = columns.shape()[0];
   expect(slashes, "slashes", DataType::INT32, {heads, -1});
-  require(begin >= 0 && rows >= 1 && chunk_len >= 1 && begin / chunk_len == (begin + rows - 1) / chunk_len,
-          "the piece [" + std::to_string(begin) + ", " + std::to_string(begin + rows) +
-              ") must lie in one chunk of chunk_len " + std::to_string(chunk_len));
-  require(block >= 1, "block must be at least 1, got " + std::to_string(block));
+  QWEN1M_REQUIRE(begin >= 0 && rows >= 1 && chunk_len >= 1 && begin / chunk_len == (begin + rows - 1) / chunk_len,
+                 "the piece [" + std::to_string(begin) + ", " + std::to_string(begin + rows) +
+                     ") must lie in one chunk of chunk_len " + std::to_string(chunk_len));
+  QWEN1M_REQUIRE(block >= 1, "block must be at least 1, got " + std::to_string(block));
   const int64_t row_blocks = (rows + block - 1) / block;
   // A stage's blocks are disjoint and no more than its diagonals; up to 5 stand in for an empty stage, and a diagonal
   // that crosses from one stage to the next counts in both.
@@ -341,15 +344,15 @@ void dca_sparse_prefill(const Tensor& q, Tensor& out, const Tensor& key_cache, c
   const qwen1m_cache cache = paged_cache(key_cache, value_cache);
   expect_chunk(chunk_len, cache);
   expect(block_table, "block_table", DataType::INT32, {-1});
-  require(begin >= 0 && rows >= 1 && begin / chunk_len == (begin + rows - 1) / chunk_len,
-          "the piece [" + std::to_string(begin) + ", " + std::to_string(begin + rows) +
-              ") must lie in one chunk of chunk_len " + std::to_string(chunk_len));
+  QWEN1M_REQUIRE(begin >= 0 && rows >= 1 && begin / chunk_len == (begin + rows - 1) / chunk_len,
+                 "the piece [" + std::to_string(begin) + ", " + std::to_string(begin + rows) +
+                     ") must lie in one chunk of chunk_len " + std::to_string(chunk_len));
   expect_pages(block_table.data<int32_t>(), block_table.shape()[0], begin + rows, key_cache);
   expect_shape(q, "q", {-1, -1, -1, cache.head_dim});
   const int64_t tokens = q.shape()[1], row_blocks = (rows + 63) / 64;
   const int32_t heads = expect_queries(q, cache, tokens, begin + rows - 1, chunk_len);
-  require(row >= 0 && row + rows <= tokens, "rows " + std::to_string(row) + " to " + std::to_string(row + rows) +
-                                                " are not among q's " + std::to_string(tokens));
+  QWEN1M_REQUIRE(row >= 0 && row + rows <= tokens, "rows " + std::to_string(row) + " to " + std::to_string(row + rows) +
+                                                       " are not among q's " + std::to_string(tokens));
   expect(out, "out", DataType::FLOAT32, {tokens, heads, cache.head_dim});
   expect(blocks, "blocks", DataType::INT32, {heads, row_blocks, -1});
   expect(columns, "columns", DataType::INT32, {heads, row_blocks, -1});
@@ -386,7 +389,8 @@ Tensors sample(const Tensor& logits, Tensor& seen, const Tensor& temperature, co
   const int64_t banned_width = banned.shape()[1];
   for (int64_t i = 0; i < batch * banned_width; ++i) {
     const int32_t id = banned.data<int32_t>()[i];
-    require(id < vocab, "banned id " + std::to_string(id) + " is outside the vocabulary of " + std::to_string(vocab));
+    QWEN1M_REQUIRE(id < vocab,
+                   "banned id " + std::to_string(id) + " is outside the vocabulary of " + std::to_string(vocab));
   }
   Tensor ids = make({batch}, DataType::INT64, logits), logprobs = make({batch}, DataType::FLOAT32, logits);
   const qwen1m_sample a{logits.data<float>(),        pointer<uint8_t>(seen),
