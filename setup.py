@@ -37,8 +37,8 @@ class BuildOps(build_ext):
             import scipy_openblas32
         except ImportError as error:
             stop(
-                f"{error.name} is not installed; the ops are built against it: first "
-                "`pip install setuptools setuptools_scm wheel scipy-openblas32 paddlepaddle==3.3.1` (or your paddlepaddle-gpu), then "
+                f"{error.name} is not installed; the ops are built against it: first `pip install setuptools "
+                "setuptools_scm wheel scipy-openblas32 paddlepaddle==3.3.1` (or your paddlepaddle-gpu), then "
                 "`pip install . --no-build-isolation`"
             )
         compiler = os.environ.get("CXX", "g++")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 import tempfile
 import time
@@ -176,11 +177,13 @@ def draw(table: Table, path: Path) -> None:
 
     cells = [[row[tokens] for tokens in LENGTHS] for row in table.values()]
     figure, axes = pyplot.subplots(figsize=(7.0, 3.0), layout="constrained")
-    axes.imshow(cells, cmap="RdYlGn", vmin=0, vmax=DOCUMENTS, aspect="auto", alpha=0.75)
+    axes.imshow(cells, cmap="RdYlGn", vmin=0, vmax=DOCUMENTS, aspect="auto", alpha=0.6)
     axes.set_xticks(range(len(LENGTHS)), [f"{tokens:,}" for tokens in LENGTHS])
     axes.set_yticks(range(len(table)), list(table))
     axes.set_xlabel(f"tokens (trained on {TRAINED_LENGTH:,})")
-    axes.set_title(f"Hidden codes found, of {DOCUMENTS} documents: the same weights, three kinds of positions", size=10)
+    figure.suptitle(
+        f"Hidden codes found, of {DOCUMENTS} documents: the same weights, three kinds of positions", size=11
+    )
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     for row, values in enumerate(cells):
@@ -244,6 +247,7 @@ def main() -> int:
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT, help="default: the one of the repository")
     arguments = parser.parse_args()
     logger.set_level("ERROR")
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)
     start = time.monotonic()
     checkpoint = arguments.checkpoint.resolve()
     status = demo_long(checkpoint) if arguments.long else demo(checkpoint, arguments.out)
