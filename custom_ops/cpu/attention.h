@@ -29,16 +29,16 @@ inline Span stage_keys(Stage stage, int32_t position, int32_t chunk_len) {
 constexpr Stage kWalk[kStages] = {kInter, kSucc, kIntra};
 
 // Rows of a tile are (step row, query head of one KV head) pairs: row r of the tile is step row r / group.
-template <typename T, int D>
+template <int D>
 void prefill_tile(const qwen1m_dca_prefill& a, const qwen1m_piece& piece, int first, int rows, int kv_head,
                   float* arena, int max_rows) {
   const int group = a.heads / a.cache.kv_heads;
-  const PagedRows<T> pages(a.cache, a.block_tables + static_cast<int64_t>(piece.sequence) * a.table_width, kv_head);
+  const PagedRows pages(a.cache, a.block_tables + static_cast<int64_t>(piece.sequence) * a.table_width, kv_head);
   const int32_t begin = piece.begin + first;
   const int64_t step_row = static_cast<int64_t>(piece.row) + first;
   Rows<D> tile_rows(arena, max_rows);
   tile_rows.start(rows * group);
-  KeyTile<T> tile;
+  KeyTile tile;
   for (const Stage stage : kWalk) {
     const Span keys = stage_keys(stage, begin + rows - 1, a.chunk_len);
     if (keys.begin == keys.end) continue;
@@ -70,7 +70,7 @@ constexpr int kPrefillRows = 32 * kTileRows;  // (row, head) pairs that share on
 
 inline int rows_a_tile(int group) { return group < kPrefillRows ? kPrefillRows / group : 1; }
 
-template <typename T, int D>
+template <int D>
 void dca_prefill(const qwen1m_dca_prefill& a) {
   const int group = a.heads / a.cache.kv_heads;
   const int height = rows_a_tile(group);
@@ -85,13 +85,13 @@ void dca_prefill(const qwen1m_dca_prefill& a) {
     for (int64_t here; index >= (here = (a.pieces[p].rows + height - 1) / height); ++p) index -= here;
     const int first = static_cast<int>(index) * height;
     const int rows = a.pieces[p].rows - first < height ? a.pieces[p].rows - first : height;
-    prefill_tile<T, D>(a, a.pieces[p], first, rows, kv_head, arena, max_rows);
+    prefill_tile<D>(a, a.pieces[p], first, rows, kv_head, arena, max_rows);
   });
 }
 
 constexpr int32_t kSplitKeys = 4096;  // keys of one task of decode and probe
 
-template <typename T, int D>
+template <int D>
 void dca_decode(const qwen1m_dca_decode& a) {
   const int group = a.heads / a.cache.kv_heads;
   int32_t longest = 0;
@@ -103,10 +103,10 @@ void dca_decode(const qwen1m_dca_decode& a) {
     const int64_t split = task % splits;
     const int kv_head = static_cast<int>(task / splits % a.cache.kv_heads);
     const int b = static_cast<int>(task / splits / a.cache.kv_heads);
-    const PagedRows<T> pages(a.cache, a.block_tables + static_cast<int64_t>(b) * a.table_width, kv_head);
+    const PagedRows pages(a.cache, a.block_tables + static_cast<int64_t>(b) * a.table_width, kv_head);
     Rows<D> rows(arena, group);
     rows.start(group);
-    KeyTile<T> tile;
+    KeyTile tile;
     for (const Stage stage : kWalk) {
       const Span keys = stage_keys(stage, a.lengths[b] - 1, a.chunk_len);
       const int32_t split_begin = static_cast<int32_t>(split * kSplitKeys);
@@ -152,7 +152,7 @@ void dca_decode(const qwen1m_dca_decode& a) {
 
 // Two passes over K: the first finds each probe row's maximum and sum, the second adds up its softmax along columns
 // and diagonals. Keys are split into spans, a task each; a span's diagonals reach rows - 1 columns past its end.
-template <typename T, int D>
+template <int D>
 void dca_probe(const qwen1m_dca_probe& a) {
   const int group = a.heads / a.cache.kv_heads;
   const int max_rows = a.rows * group;
@@ -166,8 +166,8 @@ void dca_probe(const qwen1m_dca_probe& a) {
   const auto walk = [&](int64_t task, Rows<D>& rows, auto&& visit) {
     const int kv_head = static_cast<int>(task / splits);
     const int32_t split_begin = static_cast<int32_t>(task % splits * kSplitKeys);
-    const PagedRows<T> pages(a.cache, a.block_table, kv_head);
-    KeyTile<T> tile;
+    const PagedRows pages(a.cache, a.block_table, kv_head);
+    KeyTile tile;
     for (const Stage stage : kWalk) {
       const Span keys = stage_keys(stage, a.end - 1, a.chunk_len);
       const int32_t begin = keys.begin > split_begin ? keys.begin : split_begin;
@@ -194,7 +194,7 @@ void dca_probe(const qwen1m_dca_probe& a) {
   parallel_tasks(tasks, Rows<D>::floats(max_rows), [&](int64_t task, float* arena) {
     Rows<D> rows(arena, max_rows);
     rows.start(max_rows);
-    walk(task, rows, [&](const KeyTile<T>& tile) {
+    walk(task, rows, [&](const KeyTile& tile) {
       for (int r = 0; r < max_rows; ++r) rows.soften(r, tile.padded());
     });
     float* mine = statistics.data + task * max_rows * 2;
@@ -229,7 +229,7 @@ void dca_probe(const qwen1m_dca_probe& a) {
     memset(slash, 0, sizeof(float) * group * slash_floats);
     Rows<D> rows(arena, max_rows);
     rows.count = max_rows;
-    walk(task, rows, [&](const KeyTile<T>& tile) {
+    walk(task, rows, [&](const KeyTile& tile) {
       const int32_t first = tile.position[0];
       for (int g = 0; g < group; ++g) {
         float columns[kTileKeys] = {};
@@ -262,10 +262,10 @@ void dca_probe(const qwen1m_dca_probe& a) {
 }
 
 // Keys of one (row block, head) in walking order: the blocks of a stage, then its columns.
-template <typename T, int D>
+template <int D>
 void sparse_tile(const qwen1m_dca_sparse_prefill& a, int block, int head, float* arena) {
   const int group = a.heads / a.cache.kv_heads;
-  const PagedRows<T> pages(a.cache, a.block_table, head / group);
+  const PagedRows pages(a.cache, a.block_table, head / group);
   const int row_blocks = (a.rows + kBlock - 1) / kBlock;
   const int64_t entry = static_cast<int64_t>(head) * row_blocks + block;
   const int32_t* blocks = a.tables.blocks + entry * a.tables.block_width;
@@ -279,8 +279,7 @@ void sparse_tile(const qwen1m_dca_sparse_prefill& a, int block, int head, float*
 
   Rows<D> tile_rows(arena, kBlock);
   tile_rows.start(rows);
-  KeyTile<T> tile;
-  tile.count = 0;
+  KeyTile tile;
   const auto flush = [&](Stage stage) {
     if (tile.count == 0) return;
     tile.pad();
@@ -319,11 +318,11 @@ void sparse_tile(const qwen1m_dca_sparse_prefill& a, int block, int head, float*
   }
 }
 
-template <typename T, int D>
+template <int D>
 void dca_sparse_prefill(const qwen1m_dca_sparse_prefill& a) {
   const int64_t row_blocks = (a.rows + kBlock - 1) / kBlock;
   parallel_tasks(row_blocks * a.heads, Rows<D>::floats(kBlock), [&](int64_t task, float* arena) {
-    sparse_tile<T, D>(a, static_cast<int>(task % row_blocks), static_cast<int>(task / row_blocks), arena);
+    sparse_tile<D>(a, static_cast<int>(task % row_blocks), static_cast<int>(task / row_blocks), arena);
   });
 }
 

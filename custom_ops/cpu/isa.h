@@ -9,15 +9,6 @@
 namespace qwen1m {
 namespace QWEN1M_ISA {
 
-template <typename F>
-void with_type(qwen1m_dtype dtype, const F& f) {
-  switch (dtype) {
-    case QWEN1M_FLOAT32: return f(float{});
-    case QWEN1M_BFLOAT16: return f(BFloat16{});
-    case QWEN1M_FLOAT16: return f(Float16{});
-  }
-}
-
 #define QWEN1M_TYPED(name)                                           \
   inline void name##_any(const qwen1m_##name& a) {                   \
     with_type(a.dtype, [&](auto type) { name<decltype(type)>(a); }); \
@@ -27,16 +18,8 @@ QWEN1M_TYPED(embedding)
 QWEN1M_TYPED(rms_norm)
 #undef QWEN1M_TYPED
 
-#define QWEN1M_ATTENTION(name)                     \
-  inline void name##_any(const qwen1m_##name& a) { \
-    with_type(a.cache.dtype, [&](auto type) {      \
-      if (a.cache.head_dim == 128) {               \
-        name<decltype(type), 128>(a);              \
-      } else {                                     \
-        name<decltype(type), 64>(a);               \
-      }                                            \
-    });                                            \
-  }
+#define QWEN1M_ATTENTION(name) \
+  inline void name##_any(const qwen1m_##name& a) { a.cache.head_dim == 128 ? name<128>(a) : name<64>(a); }
 QWEN1M_ATTENTION(dca_prefill)
 QWEN1M_ATTENTION(dca_decode)
 QWEN1M_ATTENTION(dca_probe)

@@ -10,6 +10,8 @@
 
 #include <utility>
 
+#include "qwen1m_ops.h"
+
 #if defined(__F16C__)
 #include <immintrin.h>
 #endif
@@ -32,6 +34,16 @@ struct BFloat16 {
 struct Float16 {
   uint16_t bits;
 };
+
+// Calls f with a value of the type that a tensor is stored in.
+template <typename F>
+void with_type(qwen1m_dtype dtype, const F& f) {
+  switch (dtype) {
+    case QWEN1M_FLOAT32: return f(float{});
+    case QWEN1M_BFLOAT16: return f(BFloat16{});
+    case QWEN1M_FLOAT16: return f(Float16{});
+  }
+}
 
 QWEN1M_INLINE Floats broadcast(float x) { return x - Floats{}; }  // x - 0 is x, x + 0 is not (-0)
 

@@ -63,12 +63,12 @@ inline void multiply(const float* a, int a_stride, int rows, const float* b, int
 }
 
 // The keys of one tile: where each row of K and V lies. Lanes past `count` repeat the last key and are masked.
-template <typename T>
 struct KeyTile {
-  const T* key[kTileKeys];
-  const T* value[kTileKeys];
+  const char* key[kTileKeys];
+  const char* value[kTileKeys];
   int32_t position[kTileKeys];
-  int count;
+  qwen1m_dtype dtype;
+  int count = 0;
 
   int padded() const { return (count + kPanel - 1) / kPanel * kPanel; }
 
@@ -82,13 +82,13 @@ struct KeyTile {
 
 // packed[panel][D][kPanel] = transposed keys
 template <typename T, int D>
-inline void pack_keys(const KeyTile<T>& tile, float* packed) {
+inline void pack_keys(const KeyTile& tile, float* packed) {
   for (int panel = 0; panel < tile.padded(); panel += kPanel) {
     for (int half = 0; half < kPanel; half += kLanes) {
-      const T* const* rows = tile.key + panel + half;
+      const char* const* rows = tile.key + panel + half;
       for (int d = 0; d < D; d += kLanes) {
         Floats square[kLanes];
-        for (int i = 0; i < kLanes; ++i) square[i] = load(rows[i] + d);
+        for (int i = 0; i < kLanes; ++i) square[i] = load(reinterpret_cast<const T*>(rows[i]) + d);
         transpose(square);
         for (int i = 0; i < kLanes; ++i) store(packed + (d + i) * kPanel + half, square[i]);
       }
@@ -99,10 +99,11 @@ inline void pack_keys(const KeyTile<T>& tile, float* packed) {
 
 // packed[panel of D][key][kPanel]
 template <typename T, int D>
-inline void pack_values(const KeyTile<T>& tile, float* packed) {
+inline void pack_values(const KeyTile& tile, float* packed) {
   for (int i = 0; i < tile.padded(); ++i) {
+    const T* row = reinterpret_cast<const T*>(tile.value[i]);
     for (int d = 0; d < D; d += kLanes) {
-      store(packed + (d / kPanel * kTileKeys + i) * kPanel + d % kPanel, load(tile.value[i] + d));
+      store(packed + (d / kPanel * kTileKeys + i) * kPanel + d % kPanel, load(row + d));
     }
   }
 }
@@ -147,9 +148,8 @@ struct Rows {
     for (int d = 0; d < D; d += kLanes) store(q + r * D + d, load(source + d) * broadcast(factor));
   }
 
-  template <typename T>
-  void score(const KeyTile<T>& tile) {
-    pack_keys<T, D>(tile, keys);
+  void score(const KeyTile& tile) {
+    with_type(tile.dtype, [&](auto type) { pack_keys<decltype(type), D>(tile, keys); });
     multiply(q, D, count, keys, D * kPanel, tile.padded() / kPanel, D, scores, kTileKeys, false);
     for (int r = 0; r < count; ++r) {
       for (int i = tile.count; i < tile.padded(); ++i) scores[r * kTileKeys + i] = kNegativeInfinity;
@@ -157,8 +157,7 @@ struct Rows {
   }
 
   // Row r sees no key after `position`.
-  template <typename T>
-  void mask_after(const KeyTile<T>& tile, int r, int32_t position) {
+  void mask_after(const KeyTile& tile, int r, int32_t position) {
     float* row = scores + r * kTileKeys;
     for (int i = 0; i < tile.count; ++i) row[i] = tile.position[i] > position ? kNegativeInfinity : row[i];
   }
@@ -188,15 +187,14 @@ struct Rows {
   }
 
   // out = out * shrink + weights * V
-  template <typename T>
-  void attend(const KeyTile<T>& tile) {
+  void attend(const KeyTile& tile) {
     for (int r = 0; r < count; ++r) {
       const float shrink = soften(r, tile.padded());
       if (shrink != 1.0f) {
         for (int d = 0; d < D; d += kLanes) store(out + r * D + d, load(out + r * D + d) * broadcast(shrink));
       }
     }
-    pack_values<T, D>(tile, values);
+    with_type(tile.dtype, [&](auto type) { pack_values<decltype(type), D>(tile, values); });
     multiply(scores, kTileKeys, count, values, kTileKeys * kPanel, D / kPanel, tile.count, out, D, true);
   }
 
@@ -210,27 +208,31 @@ struct Rows {
 };
 
 // Finds keys and values of one KV head in the pages of one sequence.
-template <typename T>
 struct PagedRows {
-  const T* key;
-  const T* value;
+  const char* key;
+  const char* value;
   const int32_t* block_table;
-  int64_t row_stride;
+  int64_t row_bytes;
   int page_size;
+  qwen1m_dtype dtype;
 
-  PagedRows(const qwen1m_cache& cache, const int32_t* table, int kv_head)
-      : key(static_cast<const T*>(cache.key) + static_cast<int64_t>(kv_head) * cache.head_dim),
-        value(static_cast<const T*>(cache.value) + static_cast<int64_t>(kv_head) * cache.head_dim),
-        block_table(table),
-        row_stride(static_cast<int64_t>(cache.kv_heads) * cache.head_dim),
-        page_size(cache.page_size) {}
+  PagedRows(const qwen1m_cache& cache, const int32_t* table, int kv_head) {
+    const int64_t head_bytes = cache.head_dim * (cache.dtype == QWEN1M_FLOAT32 ? 4 : 2);
+    key = static_cast<const char*>(cache.key) + kv_head * head_bytes;
+    value = static_cast<const char*>(cache.value) + kv_head * head_bytes;
+    block_table = table;
+    row_bytes = cache.kv_heads * head_bytes;
+    page_size = cache.page_size;
+    dtype = cache.dtype;
+  }
 
-  void put(KeyTile<T>* tile, int32_t position) const {
+  void put(KeyTile* tile, int32_t position) const {
     const int64_t slot = static_cast<int64_t>(block_table[position / page_size]) * page_size + position % page_size;
     const int i = tile->count++;
-    tile->key[i] = key + slot * row_stride;
-    tile->value[i] = value + slot * row_stride;
+    tile->key[i] = key + slot * row_bytes;
+    tile->value[i] = value + slot * row_bytes;
     tile->position[i] = position;
+    tile->dtype = dtype;
   }
 };
 
