@@ -196,7 +196,6 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3, help="alternating runs, of which the median counts")
     parser.add_argument("--hf-python", type=Path, help="an interpreter that has torch and transformers already")
     arguments = parser.parse_args()
-    os.environ.setdefault("OMP_NUM_THREADS", str(arguments.threads))
     other = HuggingFace(hf_python(arguments.hf_python), arguments.threads)
     ours = Ours(arguments.threads)
     print(f"float32, {arguments.threads} threads, {platform.machine()}, Python {platform.python_version()}")

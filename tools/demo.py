@@ -59,7 +59,7 @@ Table = dict[str, dict[int, int]]
 
 
 class Run(NamedTuple):
-    """One prompt and its answer. `peak`: bytes above what was resident before it."""
+    """One prompt and its answer. `peak`: the most bytes of this process that were resident meanwhile."""
 
     tokens: int
     answer: str
@@ -85,7 +85,7 @@ class Reader:
         )
         inputs = self._tokenizer([text], return_tensors="pd")
         resident_memory.reset_peak()
-        before, start = resident_memory.resident_bytes(), time.monotonic()
+        start = time.monotonic()
         generated = self._model.generate(
             **inputs, max_new_tokens=ANSWER_TOKENS, do_sample=False, repetition_penalty=1.0, trunc_input=True
         )[0]
@@ -96,7 +96,7 @@ class Reader:
             answer=answer,
             right=is_answer(answer, needle),
             seconds=seconds,
-            peak=resident_memory.peak_bytes() - before,
+            peak=resident_memory.peak_bytes(),
         )
 
 
@@ -198,7 +198,7 @@ def describe(run: Run, checkpoint: Path) -> str:
     cache = kv_cache_bytes(checkpoint, run.tokens)
     return (
         f"{run.tokens:,} tokens, sparse: {'right' if run.right else 'WRONG'} ({run.answer!r}), {run.seconds:.1f} s, "
-        f"{run.peak / 1e6:,.0f} MB above the loaded model, of it {cache / 1e6:,.0f} MB of KV cache"
+        f"{run.peak / 1e6:,.0f} MB resident at the peak, of it {cache / 1e6:,.0f} MB of KV cache"
     )
 
 
