@@ -15,6 +15,8 @@ CONFIGS = Path(__file__).with_name("configs")
 if not CONFIGS.is_dir():  # a source checkout
     CONFIGS = Path(__file__).parents[1] / "configs"
 
+SINK_COLUMNS = 30  # the first columns and the last diagonals are always kept
+LOCAL_DIAGONALS = 100
 DTYPES = ("float32", "bfloat16", "float16")
 SPARSE_THRESHOLD = 32768
 MAX_NUM_BATCHED_TOKENS = {"cpu": 4096, "gpu": 131072}
@@ -148,7 +150,8 @@ class SparseBudgets:
     def from_json(cls, layers: Sequence[Mapping[str, Sequence[Any]]]) -> SparseBudgets:
         """From the published format: a list over layers of {"head": [type, vertical, slash, score]}.
 
-        A vertical size of exactly 30 becomes 130: the 30 columns that are always kept would use all of it.
+        A vertical size of exactly 30 becomes 130: the 30 columns that are always kept would use all of it. ValueError
+        for another format, and for sizes below what is always kept.
         """
         if not isinstance(layers, list) or not layers or not all(isinstance(heads, dict) for heads in layers):
             raise ValueError("sparse budgets must be a list of one object a layer")
@@ -161,10 +164,11 @@ class SparseBudgets:
                     f"{len(heads)}: {', '.join(sorted(heads)[:4])}..."
                 )
             for head, (kind, vertical, slash, *_) in heads.items():
-                if kind != "vertical_and_slash" or min(vertical, slash) < 1:
+                if kind != "vertical_and_slash" or vertical < SINK_COLUMNS or slash < LOCAL_DIAGONALS:
                     raise ValueError(
-                        f"sparse budgets: layer {number} head {head} must be vertical_and_slash with sizes of at least "
-                        f"1, got {kind} {vertical} {slash}"
+                        f"sparse budgets: layer {number} head {head} must be vertical_and_slash with at least "
+                        f"{SINK_COLUMNS} columns and {LOCAL_DIAGONALS} diagonals, which are always kept, got {kind} "
+                        f"{vertical} {slash}"
                     )
                 sizes[:, number, int(head)] = (130 if vertical == 30 else vertical), slash
         return cls(vertical=sizes[0], slash=sizes[1])

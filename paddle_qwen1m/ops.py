@@ -24,13 +24,12 @@ import paddle
 from paddle.base import core
 from paddle.utils.cpp_extension.extension_utils import load_op_meta_info_and_register_op
 
+from paddle_qwen1m.config import LOCAL_DIAGONALS, SINK_COLUMNS
 from paddle_qwen1m.threads import default_num_threads
 
 LIBRARY = Path(__file__).with_name("_ops.so")
 PROBE_ROWS = 64
 BLOCK = 64
-SINK_COLUMNS = 30
-LOCAL_DIAGONALS = 100
 
 
 class Stage(IntEnum):

@@ -126,13 +126,14 @@ class Engine:
         """Prefills a document once; the context then runs any number of continuations on it, each as the last chunk.
 
         prompt_length is the n of the temperature and of the sparse threshold, for the document and what follows it
-        (default: the document's length).
+        (default: the document's length). There is room for continuations of max_num_batched_tokens.
         """
         self._check(document_ids, 0)
         length = prompt_length or len(document_ids)
         if not len(document_ids) <= length <= self.max_model_len:
             raise ValueError(f"prompt_length must be {len(document_ids)} to {self.max_model_len}, got {length}")
-        with self._cache([self.max_model_len if prompt_length is None else length]) as cache:
+        room = min(length + self.options.max_num_batched_tokens, self.max_model_len)
+        with self._cache([room]) as cache:
             pages: list[int] = []
             self._extend(cache, pages, document_ids, 0, length, [])
             yield PrefilledContext(self, cache, pages, len(document_ids), length)
