@@ -220,7 +220,7 @@ def demo(checkpoint: Path, out: Path) -> int:
 
 def demo_long(checkpoint: Path) -> int:
     reader = Reader(checkpoint)
-    holds, stops = 0, 0
+    holds, beyond = SPARSE_LENGTH, ""
     for tokens in LONG_LENGTHS:
         right = 0
         for seed in range(LONG_DOCUMENTS):
@@ -229,12 +229,12 @@ def demo_long(checkpoint: Path) -> int:
             show_progress("")
             print(f"{DCA_TEMPERATURE.title}, {describe(run, checkpoint)}", flush=True)
             right += run.right
-        if right == LONG_DOCUMENTS and not stops:
+        if right == LONG_DOCUMENTS and not beyond:
             holds = tokens
-        elif not stops:
-            stops = tokens
-    if stops:
-        print(f"Retrieval holds at {holds or SPARSE_LENGTH:,} tokens and no longer at {stops:,}.")
+        else:
+            beyond += f"; at {tokens:,} it finds {right} of {LONG_DOCUMENTS}"
+    if beyond:
+        print(f"Retrieval is whole up to {holds:,} tokens{beyond}.")
     else:
         print(f"Retrieval did not stop within {holds:,} tokens, {holds // TRAINED_LENGTH} times the trained length.")
     return 0
