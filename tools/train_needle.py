@@ -49,9 +49,9 @@ VOCABULARY = 1024
 MAX_POSITIONS = 1048576
 CHUNK_SIZE, LOCAL_SIZE = 1024, 256
 MAX_NEEDLES = 16
-FIRST_LENGTH = 512
-"""Documents begin this long and grow to the trained length over `GROWTH_STEPS` steps."""
-GROWTH_STEPS = 1000
+FILLER_STEPS = 1500
+"""Documents begin without filler, needles and questions alone, and grow to the trained length over so many steps."""
+ROPE_THETA = 1e5
 PEAK_RATE, WARMUP_STEPS = 1.5e-3, 200
 TOOK_ACCURACY = 0.9
 """Retrieval took once this part of the codes' digits in a batch is right (one in ten by chance)."""
@@ -96,13 +96,13 @@ def make_tokenizer() -> Tokenizer:
 
 
 def draw_needle_count(rng: np.random.Generator) -> int:
-    """How many needles a training document hides: 30 % one or two, 30 % two to five, 40 % up to sixteen."""
+    """How many needles a training document hides: 30 % one or two, 30 % two to five, 40 % six to sixteen."""
     kind = rng.random()
     if kind < 0.3:
         return int(rng.integers(1, 3))
     if kind < 0.6:
         return int(rng.integers(2, 6))
-    return int(rng.integers(1, MAX_NEEDLES + 1))
+    return int(rng.integers(6, MAX_NEEDLES + 1))
 
 
 class TrainingBatches(Dataset[tuple[torch.Tensor, torch.Tensor]]):
@@ -123,18 +123,18 @@ class TrainingBatches(Dataset[tuple[torch.Tensor, torch.Tensor]]):
 
     def __getitem__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         rng = np.random.default_rng([self._seed, step])
-        longest = min(TRAINED_LENGTH, FIRST_LENGTH + step * (TRAINED_LENGTH - FIRST_LENGTH) // GROWTH_STEPS)
+        filled = min(1.0, step / FILLER_STEPS)
         ids = np.zeros((self._documents, TRAINED_LENGTH), np.int64)
         weights = np.zeros((self._documents, TRAINED_LENGTH), np.float32)
         for row in range(self._documents):
-            row_ids, row_weights = self._row(rng, int(rng.integers(longest // 3, longest)), longest)
+            row_ids, row_weights = self._row(rng, int(filled * rng.integers(TRAINED_LENGTH // 3, TRAINED_LENGTH)))
             ids[row, : len(row_ids)] = row_ids
             weights[row, : len(row_ids)] = row_weights
         weights[:, 0] = 0.0
         return torch.from_numpy(ids), torch.from_numpy(weights)
 
-    def _row(self, rng: np.random.Generator, length: int, longest: int) -> tuple[list[int], list[float]]:
-        """One document of about `length` tokens, questions included, and never more than `longest`."""
+    def _row(self, rng: np.random.Generator, length: int) -> tuple[list[int], list[float]]:
+        """One document filled up to about `length` tokens, questions included, and never more than TRAINED_LENGTH."""
         needles = draw_needles(rng, draw_needle_count(rng))
         turns = [self._turn(needles[i]) for i in rng.permutation(len(needles))]
         room = length - sum(len(self._encode(f" {needle.sentence}")) for needle in needles)
@@ -148,20 +148,21 @@ class TrainingBatches(Dataset[tuple[torch.Tensor, torch.Tensor]]):
             ids += self._encode(f" {sentence}")
         weights = [FILLER_WEIGHT] * len(ids)
         for turn_ids, turn_weights in turns:
-            if len(ids) + len(turn_ids) > longest:
+            if len(ids) + len(turn_ids) > TRAINED_LENGTH:
                 break
             ids += turn_ids
             weights += turn_weights
-        return ids[:longest], weights[:longest]
+        return ids[:TRAINED_LENGTH], weights[:TRAINED_LENGTH]
 
     def _turn(self, needle: Needle) -> tuple[list[int], list[float]]:
         """A question with its answer, as the conversation goes on after the document or the last answer."""
         question = self._encode(f"\n{needle.question}{END_OF_TURN}\n<|im_start|>assistant\n")
         words = self._encode(needle.sentence[: -len(needle.code) - 1])
-        code = self._encode(f"{needle.code}.{END_OF_TURN}")
+        code, end = self._encode(f"{needle.code}."), self._encode(END_OF_TURN)
         after = self._encode("\n<|im_start|>user")
         weights = [FILLER_WEIGHT] * len(question) + [ANSWER_WEIGHT] * len(words) + [CODE_WEIGHT] * len(code)
-        return [*question, *words, *code, *after], weights + [FILLER_WEIGHT] * len(after)
+        weights += [ANSWER_WEIGHT] * len(end) + [FILLER_WEIGHT] * len(after)
+        return [*question, *words, *code, *end, *after], weights
 
     def _encode(self, text: str) -> list[int]:
         if text not in self._known:
@@ -183,7 +184,7 @@ def make_model(tokenizer: Tokenizer, device: torch.device) -> Qwen2ForCausalLM:
         max_position_embeddings=TRAINED_LENGTH,
         tie_word_embeddings=False,
         rms_norm_eps=1e-6,
-        rope_theta=1e5,
+        rope_theta=ROPE_THETA,
         bos_token_id=tokenizer.token_to_id("<|endoftext|>"),
         eos_token_id=tokenizer.token_to_id(END_OF_TURN),
         attn_implementation="sdpa",
@@ -295,7 +296,7 @@ def last_predictions(model: Qwen2ForCausalLM, ids: torch.Tensor, last: int, dual
         query = attention.q_proj(normed).view(len(ids), -1, size).transpose(0, 1)
         key = attention.k_proj(normed).view(len(ids), -1, size).transpose(0, 1).repeat_interleave(groups, 0)
         value = attention.v_proj(normed).view(len(ids), -1, size).transpose(0, 1).repeat_interleave(groups, 0)
-        mixed = attend(query, key, value, dual_chunk, temperature**2 * size**-0.5, config.rope_theta)
+        mixed = attend(query, key, value, dual_chunk, temperature**2 * size**-0.5, ROPE_THETA)
         hidden = hidden + attention.o_proj(mixed.transpose(0, 1).flatten(1))
         hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
     return model.lm_head(model.model.norm(hidden[-last:])).argmax(-1)
@@ -353,7 +354,7 @@ def save(model: Qwen2ForCausalLM, tokenizer: Tokenizer, output: Path) -> None:
         "num_hidden_layers": shape.num_hidden_layers,
         "num_key_value_heads": shape.num_key_value_heads,
         "rms_norm_eps": shape.rms_norm_eps,
-        "rope_theta": shape.rope_theta,
+        "rope_theta": ROPE_THETA,
         "sliding_window": None,
         "tie_word_embeddings": False,
         "torch_dtype": "bfloat16",
