@@ -44,7 +44,7 @@ setup: $(VENV)/package
 demo demo-long:
 	@started=$$(date +%s) && $(MAKE) --silent --no-print-directory $(VENV)/extra-demo && \
 	    echo "set-up took $$(( $$(date +%s) - started )) s"
-	@$(PY) tools/demo.py $(if $(filter demo-long,$@),--long)
+	@$(PY) -W ignore tools/demo.py $(if $(filter demo-long,$@),--long)
 
 test: $(VENV)/extra-test
 	@$(PY) -m pytest -q -m "not slow"
@@ -64,7 +64,7 @@ format: $(VENV)/extra-lint
 	@$(VENV)/bin/clang-format -i $(CPP)
 
 bench: $(VENV)/package
-	@$(PY) tools/benchmark_cpu.py
+	@$(PY) -W ignore tools/benchmark_cpu.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info paddle_qwen1m/_ops.so
