@@ -19,7 +19,7 @@ SINK_COLUMNS = 30  # the first columns and the last diagonals are always kept
 LOCAL_DIAGONALS = 100
 DTYPES = ("float32", "bfloat16", "float16")
 SPARSE_THRESHOLD = 32768
-MAX_NUM_BATCHED_TOKENS = {"cpu": 4096, "gpu": 131072}
+MAX_NUM_BATCHED_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ class SparseBudgets:
         """From the published format: a list over layers of {"head": [type, vertical, slash, score]}.
 
         A vertical size of exactly 30 becomes 130: the 30 columns that are always kept would use all of it. ValueError
-        for another format, and for sizes below what is always kept.
+        for another format, and for fewer diagonals than are always kept.
         """
         if not isinstance(layers, list) or not layers or not all(isinstance(heads, dict) for heads in layers):
             raise ValueError("sparse budgets must be a list of one object a layer")
@@ -164,11 +164,10 @@ class SparseBudgets:
                     f"{len(heads)}: {', '.join(sorted(heads)[:4])}..."
                 )
             for head, (kind, vertical, slash, *_) in heads.items():
-                if kind != "vertical_and_slash" or vertical < SINK_COLUMNS or slash < LOCAL_DIAGONALS:
+                if kind != "vertical_and_slash" or vertical < 1 or slash < LOCAL_DIAGONALS:
                     raise ValueError(
-                        f"sparse budgets: layer {number} head {head} must be vertical_and_slash with at least "
-                        f"{SINK_COLUMNS} columns and {LOCAL_DIAGONALS} diagonals, which are always kept, got {kind} "
-                        f"{vertical} {slash}"
+                        f"sparse budgets: layer {number} head {head} must be vertical_and_slash with at least 1 column "
+                        f"and the {LOCAL_DIAGONALS} diagonals that are always kept, got {kind} {vertical} {slash}"
                     )
                 sizes[:, number, int(head)] = (130 if vertical == 30 else vertical), slash
         return cls(vertical=sizes[0], slash=sizes[1])
@@ -209,7 +208,7 @@ class EngineOptions:
     kv_cache_dtype: default the type that is computed in, float32 on a CPU.
     """
 
-    max_num_batched_tokens: int = MAX_NUM_BATCHED_TOKENS["cpu"]
+    max_num_batched_tokens: int = MAX_NUM_BATCHED_TOKENS
     max_model_len: int | None = None
     sparse: bool = True
     sparse_threshold: int = SPARSE_THRESHOLD

@@ -110,7 +110,7 @@ class Qwen2OneMForCausalLM(PretrainedModel):  # type: ignore[misc]
             without any the prefill is dense.
         sparse: False prefills densely; default: what config.json says, else True.
         sparse_threshold: longer prompts, in tokens, are prefilled sparsely (default: config.json's, else 32,768).
-        max_num_batched_tokens: tokens of one prefill step (default 4,096 on a CPU).
+        max_num_batched_tokens: tokens of one prefill step (default 2,048).
         max_model_len: most tokens of prompt and answer together (default: the model's max_position_embeddings).
         kv_cache_dtype: how keys and values are kept (default: the dtype that is computed in).
         from_hf_hub, from_aistudio, cache_dir, subfolder: as in PaddleNLP. A name is looked up on PaddleNLP's hub, or on

@@ -289,6 +289,7 @@ def test_ctrl_c_stops_at_once_and_says_so(tmp_path: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=follower,
         env=environment(),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background jobs of a shell ignore it
     ) as process:
         os.close(follower)
         shown = b""

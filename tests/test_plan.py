@@ -105,7 +105,7 @@ def test_an_unknown_dtype_or_an_empty_context_is_refused() -> None:
 @pytest.mark.parametrize(("name", "config"), [("7B", MODEL_7B), ("14B", MODEL_14B)], ids=["7B", "14B"])
 def test_the_readme_states_these_figures(name: str, config: ModelConfig) -> None:
     weights, token = 2 * parameters(config), cache_bytes_per_token(config, "bfloat16")
-    activations = activation_bytes(config, 4096, 1_010_000, sparse=True)
+    activations = activation_bytes(config, 2048, 1_010_000, sparse=True)
     sizes = [f"{size / 1e9:.1f} GB" for size in (weights, 131_072 * token, 1_010_000 * token, activations)]
     row = " | ".join([name, sizes[0], f"{token:,} B", *sizes[1:]])
     assert f"| {row} |" in (ROOT / "README.md").read_text(encoding="utf-8")

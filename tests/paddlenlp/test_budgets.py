@@ -31,8 +31,8 @@ def sizes(model: Any) -> tuple[int, int]:
 def test_an_explicit_file_comes_first(copied_needle: Callable[..., Path], tmp_path: Path) -> None:
     directory = copied_needle()
     budgets_file(directory / SPARSE_CONFIG, 200, 300)
-    explicit = budgets_file(tmp_path / "mine.json", 40, 50)
-    assert sizes(AutoModelForCausalLM.from_pretrained(str(directory), sparse_budgets=explicit)) == (40, 50)
+    explicit = budgets_file(tmp_path / "mine.json", 40, 150)
+    assert sizes(AutoModelForCausalLM.from_pretrained(str(directory), sparse_budgets=explicit)) == (40, 150)
     assert sizes(AutoModelForCausalLM.from_pretrained(str(directory))) == (200, 300)
 
 
@@ -111,16 +111,24 @@ def test_config_json_decides_where_the_caller_does_not(
 def test_an_explicit_file_switches_sparse_on(copied_needle: Callable[..., Path], tmp_path: Path) -> None:
     dual_chunk = {"chunk_size": 1024, "local_size": 256, "sparse_attention_enabled": False}
     directory = copied_needle(dual_chunk_attention_config=dual_chunk)
-    explicit = budgets_file(tmp_path / "mine.json", 40, 50)
+    explicit = budgets_file(tmp_path / "mine.json", 40, 150)
     assert AutoModelForCausalLM.from_pretrained(str(directory), sparse_budgets=explicit).engine.is_sparse(40_000)
 
 
 def test_a_file_that_does_not_fit_the_model_is_named(needle_checkpoint: Path, tmp_path: Path) -> None:
-    short = budgets_file(tmp_path / "short.json", 40, 50, layers=3)
+    short = budgets_file(tmp_path / "short.json", 40, 150, layers=3)
     with pytest.raises(ValueError, match=r"short\.json.*\(3, 4\) \(layers, heads\), the model has \(4, 4\)"):
         AutoModelForCausalLM.from_pretrained(str(needle_checkpoint), sparse_budgets=short)
     with pytest.raises(ValueError, match=r"none\.json"):
         AutoModelForCausalLM.from_pretrained(str(needle_checkpoint), sparse_budgets=tmp_path / "none.json")
+
+
+def test_fewer_diagonals_than_are_always_kept_are_refused(needle_checkpoint: Path, tmp_path: Path) -> None:
+    narrow = budgets_file(tmp_path / "narrow.json", 1000, 99)
+    with pytest.raises(
+        ValueError, match=r"narrow\.json.*layer 0 head 0.*100 diagonals.*got vertical_and_slash 1000 99"
+    ):
+        AutoModelForCausalLM.from_pretrained(str(needle_checkpoint), sparse_budgets=narrow)
 
 
 def test_limits_of_from_pretrained_reach_the_engine(needle_checkpoint: Path) -> None:
