@@ -5,10 +5,11 @@
 Needs torch and transformers (4.57 is what it was written for) and, for a real run, a GPU: 8.9 M parameters, 64
 documents a step, 4 minutes on one H200. On a CPU it runs the same steps, thousands of times slower.
 
-Retrieval appears suddenly ("retrieval took at step N"). Three things make it appear early: documents of one or two needles
-in the mix from the first step on, where the answer is a plain copy (`draw_needle_count`); hardly any filler at first
-(`FILLER_STEPS`); a moderate learning rate. With the first two at a peak rate of 1.5e-3 it crept up over 1,250 to 4,500
-steps (seeds 1, 2, 3); at 6e-4 it took before step 500 (seeds 3, 4). What is left then are codes with a repeated digit.
+Retrieval appears suddenly ("retrieval took at step N"). Three things make it appear early: documents of one or two
+needles in the mix from the first step on, where the answer is a plain copy (`draw_needle_count`); hardly any filler at
+first (`FILLER_STEPS`); a moderate learning rate. With the first two at a peak rate of 1.5e-3 it crept up over 1,250 to
+4,500 steps (seeds 1, 2, 3); at 6e-4 it took before step 500 (seeds 3, 4). What is left then are codes with a repeated
+digit.
 
 The data depend on the seed and the step only, not on the number of processes that make them. The learning rate follows
 the clock, so that a run ends annealed whatever the machine; `--steps` makes it follow the steps instead.
