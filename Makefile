@@ -47,10 +47,10 @@ demo demo-long:
 	@$(PY) -W ignore tools/demo.py $(if $(filter demo-long,$@),--long)
 
 test: $(VENV)/extra-test
-	@$(PY) -m pytest -q -m "not slow"
+	@$(PY) -m pytest -m "not slow"
 
 test-slow: $(VENV)/extra-test
-	@$(PY) -m pytest -q -m slow
+	@$(PY) -m pytest -m slow
 
 lint: $(VENV)/extra-lint
 	@$(PY) -m ruff check .
