@@ -41,10 +41,6 @@ class PagedCache:
         self.values = [paddle.empty(shape, dtype) for _ in range(config.num_layers)]
         self._free = list(range(num_pages - 1, -1, -1))
 
-    @property
-    def num_free_pages(self) -> int:
-        return len(self._free)
-
     def pages_for(self, tokens: int) -> int:
         return -(-tokens // self.page_size)
 

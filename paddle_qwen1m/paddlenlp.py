@@ -16,7 +16,7 @@ from paddlenlp.transformers.configuration_utils import PretrainedConfig
 from paddlenlp.transformers.model_utils import no_init_weights
 from paddlenlp.utils.log import logger
 
-from .config import EngineOptions, ModelConfig, SparseBudgets, published_budgets
+from .config import DTYPES, EngineOptions, ModelConfig, SparseBudgets, published_budgets
 from .engine import Engine
 from .generation import (
     OPTIONS,
@@ -35,7 +35,6 @@ DUAL_CHUNK = "dual_chunk_attention_config"
 SPARSE_CONFIG = "sparse_attention_config.json"
 GENERATION_CONFIG = "generation_config.json"
 ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen2OneMForCausalLM")
-DTYPES = ("float32", "bfloat16", "float16")
 HUB_OPTIONS = ("from_hf_hub", "from_aistudio", "cache_dir", "subfolder")
 INSTEAD = {
     "torch_dtype": 'dtype="bfloat16"',
