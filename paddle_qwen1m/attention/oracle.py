@@ -111,6 +111,21 @@ def rotary_table(positions: Array, inv_freq: Array) -> Array:
     return np.concatenate([np.cos(angles), np.sin(angles)], axis=-1)
 
 
+def decode_inputs(
+    lengths: Array, block_tables: Array, inv_freq: Array, page_size: int, chunk_len: int, chunk_size: int, original: int
+) -> tuple[Array, Array, Array]:
+    """Lengths int32 [B] grow by one in place; the new tokens' slots [B], rotary table [3, B, D] and scales [B].
+
+    A scale is D^-0.5 m(length)^2; `original` is the original_max_position_embeddings of the temperature.
+    """
+    lengths += 1
+    positions = lengths.astype(np.int64) - 1
+    pages = np.asarray(block_tables)[np.arange(len(lengths)), positions // page_size].astype(np.int64)
+    table = rotary_table(query_positions(positions, chunk_len, chunk_size), inv_freq)
+    scale = [temperature(length, original) ** 2 / math.sqrt(2 * len(inv_freq)) for length in lengths.tolist()]
+    return pages * page_size + positions % page_size, table, np.array(scale)
+
+
 # Everything around attention
 
 
