@@ -1,0 +1,229 @@
+// Embedding and row gathering, casts, RMSNorm and SiLU: all bound by memory, each value read and written once.
+#include "vectors.cuh"
+
+namespace qwen1m {
+namespace cuda {
+
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int64_t kGridRows = 65535;  // of gridDim.y; rows beyond it are taken by a loop
+constexpr int kNormValues = 8;        // values of a row that a thread of RMSNorm keeps in registers
+constexpr int kNormThreads = 1024;
+
+// Blocks for rows of `width` values, of which a thread takes `per_thread` vectors of N.
+template <int N>
+dim3 row_grid(int64_t rows, int64_t width, int per_thread) {
+  return dim3(static_cast<unsigned>(ceil_div(width, static_cast<int64_t>(kThreads) * per_thread * N)),
+              static_cast<unsigned>(rows < kGridRows ? rows : kGridRows));
+}
+
+// Where vector j of this thread begins in its row.
+template <int N, int kPerThread>
+__device__ int64_t column_of(int j) {
+  return (static_cast<int64_t>(blockIdx.x * kPerThread + j) * kThreads + threadIdx.x) * N;
+}
+
+constexpr int kEmbeddingVectors = 4;
+
+template <typename T, typename Out, int N>
+__global__ void __launch_bounds__(kThreads) embedding_kernel(const qwen1m_embedding a) {
+  for (int64_t t = blockIdx.y; t < a.tokens; t += gridDim.y) {
+    const T* from = static_cast<const T*>(a.table) + a.ids[t] * a.width;
+    Out* to = static_cast<Out*>(a.out) + t * a.width;
+    Vector<T, N> values[kEmbeddingVectors];
+#pragma unroll
+    for (int j = 0; j < kEmbeddingVectors; ++j) {
+      const int64_t i = column_of<N, kEmbeddingVectors>(j);
+      if (i < a.width) values[j] = load_vector<N>(from + i);
+    }
+#pragma unroll
+    for (int j = 0; j < kEmbeddingVectors; ++j) {
+      const int64_t i = column_of<N, kEmbeddingVectors>(j);
+      if (i < a.width) store_cast(values[j], to + i);
+    }
+  }
+}
+
+template <typename T, typename Out, int N>
+int launch_embedding(const qwen1m_embedding& a, cudaStream_t stream) {
+  embedding_kernel<T, Out, N><<<row_grid<N>(a.tokens, a.width, kEmbeddingVectors), kThreads, 0, stream>>>(a);
+  return cudaGetLastError();
+}
+
+constexpr int kCastVectors = 4;
+constexpr int kCastValues = 4 * kCastVectors;  // of a thread
+
+template <typename T, typename Out>
+__global__ void __launch_bounds__(kThreads) cast_kernel(const T* from, Out* to, int64_t count) {
+  constexpr int N = 4;
+  const int64_t first = (static_cast<int64_t>(blockIdx.x) * kCastVectors * kThreads + threadIdx.x) * N;
+  Vector<T, N> values[kCastVectors];
+#pragma unroll
+  for (int j = 0; j < kCastVectors; ++j) {
+    const int64_t i = first + j * kThreads * N;
+    if (i + N <= count) values[j] = load_vector<N>(from + i);
+  }
+#pragma unroll
+  for (int j = 0; j < kCastVectors; ++j) {
+    const int64_t i = first + j * kThreads * N;
+    if (i + N <= count) {
+      store_cast(values[j], to + i);
+    } else {
+#pragma unroll 1
+      for (int64_t k = i; k < count; ++k) to[k] = narrow<Out>(widen(from[k]));
+    }
+  }
+}
+
+// A block a row. Everything is loaded before the sum, the weight too: a decode step waits for memory once.
+template <typename T>
+__global__ void __launch_bounds__(kNormThreads) rms_norm_kernel(const qwen1m_rms_norm a) {
+  constexpr int N = 4, kVectors = kNormValues / N;
+  __shared__ float partial[kNormThreads / kWarp];
+  const int64_t row = blockIdx.x * a.width;
+  const int width = static_cast<int>(a.width), stride = static_cast<int>(blockDim.x) * N;
+  const int first = static_cast<int>(threadIdx.x) * N;
+  float* residual = a.residual + row;
+
+  float values[kVectors][N] = {};
+  Vector<T, N> weight[kVectors];
+#pragma unroll
+  for (int j = 0; j < kVectors; ++j) {
+    const int i = first + j * stride;
+    if (i < width) {
+      load_widened(residual + i, values[j]);
+      weight[j] = load_vector<N>(static_cast<const T*>(a.weight) + i);
+    }
+  }
+  if (a.delta) {
+    Vector<T, N> delta[kVectors];
+#pragma unroll
+    for (int j = 0; j < kVectors; ++j) {
+      const int i = first + j * stride;
+      if (i < width) delta[j] = load_vector<N>(static_cast<const T*>(a.delta) + row + i);
+    }
+#pragma unroll
+    for (int j = 0; j < kVectors; ++j) {
+      const int i = first + j * stride;
+      if (i < width) {
+#pragma unroll
+        for (int n = 0; n < N; ++n) values[j][n] += widen(delta[j].values[n]);
+        store_narrowed(values[j], residual + i);
+      }
+    }
+  }
+
+  float squares = 0;
+#pragma unroll
+  for (int j = 0; j < kVectors; ++j) {
+    for (int n = 0; n < N; ++n) squares += values[j][n] * values[j][n];
+  }
+  squares = warp_sum(squares);
+  const int lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
+  if (lane == 0) partial[threadIdx.x / kWarp] = squares;
+  __syncthreads();
+  const float total = warp_sum(lane < warps ? partial[lane] : 0.0f);
+  const float inverse = rsqrtf(total / static_cast<float>(width) + a.eps);
+
+#pragma unroll
+  for (int j = 0; j < kVectors; ++j) {
+    const int i = first + j * stride;
+    if (i < width) {
+#pragma unroll
+      for (int n = 0; n < N; ++n) values[j][n] *= inverse * widen(weight[j].values[n]);
+      store_narrowed(values[j], static_cast<T*>(a.out) + row + i);
+    }
+  }
+}
+
+constexpr int kSiluVectors = 2;
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads) silu_mul_kernel(const qwen1m_silu_mul a) {
+  constexpr int N = kPack;
+  for (int64_t t = blockIdx.y; t < a.tokens; t += gridDim.y) {
+    const T* from = static_cast<const T*>(a.gate_up) + t * 2 * a.width;
+    T* to = static_cast<T*>(a.out) + t * a.width;
+    Vector<T, N> gates[kSiluVectors], ups[kSiluVectors];
+#pragma unroll
+    for (int j = 0; j < kSiluVectors; ++j) {
+      const int64_t i = column_of<N, kSiluVectors>(j);
+      if (i < a.width) {
+        gates[j] = load_vector<N>(from + i);
+        ups[j] = load_vector<N>(from + a.width + i);
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kSiluVectors; ++j) {
+      const int64_t i = column_of<N, kSiluVectors>(j);
+      if (i >= a.width) continue;
+      float products[N];
+#pragma unroll
+      for (int n = 0; n < N; ++n) {
+        const float gate = widen(gates[j].values[n]);
+        products[n] = __fdividef(gate, 1.0f + __expf(-gate)) * widen(ups[j].values[n]);
+      }
+      store_narrowed(products, to + i);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace cuda
+}  // namespace qwen1m
+
+using namespace qwen1m::cuda;
+
+// In all of these a width is a multiple of 8 and addresses are multiples of 16.
+
+// `out_dtype` is float32 or the table's type.
+int qwen1m_cuda_embedding(const qwen1m_embedding* a, qwen1m_stream stream) {
+  if (a->width % kPack != 0 || !aligned(a->table, a->out)) return cudaErrorInvalidValue;
+  if (a->tokens == 0 || a->width == 0) return cudaSuccess;
+  return with_type(a->dtype, [&](auto type) -> int {
+    using T = decltype(type);
+    if (a->out_dtype == a->dtype) return launch_embedding<T, T, 16 / sizeof(T)>(*a, as_stream(stream));
+    if (a->out_dtype == QWEN1M_FLOAT32) return launch_embedding<T, float, 4>(*a, as_stream(stream));
+    return cudaErrorInvalidValue;
+  });
+}
+
+int qwen1m_cuda_cast(const qwen1m_cast* a, qwen1m_stream stream) {
+  if (!aligned(a->values, a->out)) return cudaErrorInvalidValue;
+  if (a->count == 0) return cudaSuccess;
+  const auto blocks = static_cast<unsigned>(ceil_div(a->count, kThreads * kCastValues));
+  return with_type(a->dtype, [&](auto from) {
+    return with_type(a->out_dtype, [&](auto to) -> int {
+      using T = decltype(from);
+      using Out = decltype(to);
+      cast_kernel<<<blocks, kThreads, 0, as_stream(stream)>>>(static_cast<const T*>(a->values),
+                                                              static_cast<Out*>(a->out), a->count);
+      return cudaGetLastError();
+    });
+  });
+}
+
+// Rows of at most 8,192 values; the weight is of the activation's type.
+int qwen1m_cuda_rms_norm(const qwen1m_rms_norm* a, qwen1m_stream stream) {
+  if (a->width % kPack != 0 || a->width > kNormThreads * kNormValues || a->dtype != a->activation ||
+      !aligned(a->delta, a->residual, a->weight, a->out)) {
+    return cudaErrorInvalidValue;
+  }
+  if (a->tokens == 0 || a->width == 0) return cudaSuccess;
+  const auto threads = static_cast<unsigned>(ceil_div(a->width, kNormValues * kWarp) * kWarp);
+  return with_half_type(a->activation, [&](auto type) -> int {
+    rms_norm_kernel<decltype(type)><<<static_cast<unsigned>(a->tokens), threads, 0, as_stream(stream)>>>(*a);
+    return cudaGetLastError();
+  });
+}
+
+int qwen1m_cuda_silu_mul(const qwen1m_silu_mul* a, qwen1m_stream stream) {
+  if (a->width % kPack != 0 || !aligned(a->gate_up, a->out)) return cudaErrorInvalidValue;
+  if (a->tokens == 0 || a->width == 0) return cudaSuccess;
+  return with_half_type(a->activation, [&](auto type) -> int {
+    silu_mul_kernel<decltype(type)>
+        <<<row_grid<kPack>(a->tokens, a->width, kSiluVectors), kThreads, 0, as_stream(stream)>>>(*a);
+    return cudaGetLastError();
+  });
+}

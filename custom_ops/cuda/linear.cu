@@ -1,0 +1,186 @@
+// A few rows times a weight matrix: the weights stream once from memory straight into tensor core operands.
+//
+// A block owns 16 output features; its warps take turns at steps of 64 values along K and their sums are added up at
+// the end. An mma adds its products over k in any order as long as both operands agree on it. So lane 4g + p, which
+// should hold pairs of k from all over a row, holds 8p to 8p + 7 of it: 16 bytes as they lie in memory, of the weight's
+// rows g and g + 8 and of x's row g. Nothing passes through shared memory, and what is under way is kept in registers.
+#include "mma.cuh"
+#include "vectors.cuh"
+
+namespace qwen1m {
+namespace cuda {
+
+namespace {
+
+constexpr int kFeatures = 16;   // of a block: rows of one mma
+constexpr int kTokenGroup = 8;  // columns of one mma
+constexpr int kMaxTokens = 2 * kTokenGroup;
+constexpr int kHalfStep = 4 * kPack;
+constexpr int kStep = 2 * kHalfStep;  // whole lines of 128 bytes
+constexpr int kProcessorWarps = 16;   // as many as the registers of a processor hold
+
+// 16 bytes, zeros where not `valid`.
+#define QWEN1M_LOAD(instruction, to, at, valid)                    \
+  asm volatile(                                                    \
+      "{\n"                                                        \
+      ".reg .pred p;\n"                                            \
+      "setp.ne.b32 p, %5, 0;\n"                                    \
+      "mov.b32 %0, 0;\n"                                           \
+      "mov.b32 %1, 0;\n"                                           \
+      "mov.b32 %2, 0;\n"                                           \
+      "mov.b32 %3, 0;\n"                                           \
+      "@p " instruction                                            \
+      ".v4.b32 {%0, %1, %2, %3}, [%4];\n"                          \
+      "}"                                                          \
+      : "=&r"((to).x), "=&r"((to).y), "=&r"((to).z), "=&r"((to).w) \
+      : "l"(at), "r"(static_cast<int>(valid)))
+
+// What nobody reads again, and with it the rest of the line.
+__device__ inline uint4 load_once(const void* at, bool valid) {
+  uint4 v;
+  QWEN1M_LOAD("ld.global.nc.L1::no_allocate.L2::128B", v, at, valid);
+  return v;
+}
+
+__device__ inline uint4 load_cached(const void* at, bool valid) {
+  uint4 v;
+  QWEN1M_LOAD("ld.global.nc", v, at, valid);
+  return v;
+}
+#undef QWEN1M_LOAD
+
+// What a lane loads for one step.
+template <int GROUPS>
+struct Operands {
+  uint4 weight[2][2];  // rows g and g + 8; two halves of the step
+  uint4 x[GROUPS][2];
+};
+
+// GROUPS groups of kTokenGroup tokens; STAGES steps of every warp are under way.
+template <typename T, typename Out, int WARPS, int GROUPS, int STAGES>
+__global__ void __launch_bounds__(WARPS* kWarp, kProcessorWarps / WARPS) linear_kernel(const qwen1m_linear a) {
+  __shared__ float partial[WARPS][GROUPS * kTokenGroup][kFeatures];
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int group = lane / 4, part = lane % 4;
+  const int depth = static_cast<int>(a.in_features), tokens = static_cast<int>(a.tokens);
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kFeatures;
+
+  // A thread finishes one feature, of one token or more.
+  const int64_t feature = first + threadIdx.x % kFeatures;
+  const bool inside = feature < a.out_features;
+  const float bias = a.bias && inside ? widen(static_cast<const T*>(a.bias)[feature]) : 0.0f;
+
+  // Where this lane's operands of its warp's next step are.
+  int k = warp * kStep + part * kPack;
+  const T* weight[2];
+  const T* x[GROUPS];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int64_t row = min(first + r * 8 + group, a.out_features - 1);
+    weight[r] = static_cast<const T*>(a.weight) + row * depth + k;
+  }
+#pragma unroll
+  for (int t = 0; t < GROUPS; ++t) {
+    x[t] = static_cast<const T*>(a.x) + static_cast<int64_t>(t * kTokenGroup + group) * depth + k;
+  }
+
+  const auto load = [&](Operands<GROUPS>& to, int steps_ahead) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int ahead = steps_ahead * WARPS * kStep + half * kHalfStep;
+      const bool in_row = k + ahead < depth;
+#pragma unroll
+      for (int r = 0; r < 2; ++r) to.weight[r][half] = load_once(weight[r] + ahead, in_row);
+#pragma unroll
+      for (int t = 0; t < GROUPS; ++t) {
+        to.x[t][half] = load_cached(x[t] + ahead, in_row && t * kTokenGroup + group < tokens);
+      }
+    }
+  };
+  float sums[GROUPS][4] = {};
+  const auto multiply = [&](const Operands<GROUPS>& from) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint4 w0 = from.weight[0][half], w1 = from.weight[1][half];
+      const uint32_t left[2][4] = {{w0.x, w1.x, w0.y, w1.y}, {w0.z, w1.z, w0.w, w1.w}};
+#pragma unroll
+      for (int t = 0; t < GROUPS; ++t) {
+        multiply_add<T>(sums[t], left[0], from.x[t][half].x, from.x[t][half].y);
+        multiply_add<T>(sums[t], left[1], from.x[t][half].z, from.x[t][half].w);
+      }
+    }
+  };
+
+  Operands<GROUPS> stages[STAGES];
+#pragma unroll
+  for (int s = 0; s < STAGES; ++s) load(stages[s], s);
+  while (k - part * kPack < depth) {
+#pragma unroll
+    for (int s = 0; s < STAGES; ++s) {
+      multiply(stages[s]);
+      load(stages[s], s + STAGES);
+    }
+    constexpr int kAdvance = STAGES * WARPS * kStep;
+    k += kAdvance;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) weight[r] += kAdvance;
+#pragma unroll
+    for (int t = 0; t < GROUPS; ++t) x[t] += kAdvance;
+  }
+
+#pragma unroll
+  for (int t = 0; t < GROUPS; ++t) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) partial[warp][t * kTokenGroup + part * 2 + i % 2][group + i / 2 * 8] = sums[t][i];
+  }
+  __syncthreads();
+  if (!inside) return;
+  for (int t = threadIdx.x / kFeatures; t < tokens; t += WARPS * kWarp / kFeatures) {
+    float sum = bias;
+#pragma unroll
+    for (int w = 0; w < WARPS; ++w) sum += partial[w][t][threadIdx.x % kFeatures];
+    static_cast<Out*>(a.y)[t * a.out_features + feature] = narrow<Out>(sum);
+  }
+}
+
+template <typename T, typename Out, int WARPS>
+int launch_linear(const qwen1m_linear& a, cudaStream_t stream) {
+  const auto blocks = static_cast<unsigned>(ceil_div(a.out_features, kFeatures));
+  if (a.tokens <= kTokenGroup) {
+    linear_kernel<T, Out, WARPS, 1, 4><<<blocks, WARPS * kWarp, 0, stream>>>(a);
+  } else {
+    linear_kernel<T, Out, WARPS, 2, 2><<<blocks, WARPS * kWarp, 0, stream>>>(a);
+  }
+  return cudaGetLastError();
+}
+
+// Where all blocks of eight warps run at once, they keep more of the weights under way than blocks of four; where they
+// do not, smaller blocks leave less of the last round unfilled.
+template <typename T, typename Out>
+int choose_linear(const qwen1m_linear& a, cudaStream_t stream) {
+  int device, processors;
+  if (const int error = cudaGetDevice(&device)) return error;
+  if (const int error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device)) return error;
+  const bool at_once = ceil_div(a.out_features, kFeatures) <= kProcessorWarps / 8 * processors;
+  return at_once ? launch_linear<T, Out, 8>(a, stream) : launch_linear<T, Out, 4>(a, stream);
+}
+
+}  // namespace
+}  // namespace cuda
+}  // namespace qwen1m
+
+using namespace qwen1m::cuda;
+
+// At most 16 tokens and K in whole packs of eight; x and weight are of one type, which y is of unless it is float32.
+int qwen1m_cuda_linear(const qwen1m_linear* a, qwen1m_stream stream) {
+  if (a->tokens > kMaxTokens || a->in_features % kPack != 0 || a->dtype != a->activation || !aligned(a->x, a->weight)) {
+    return cudaErrorInvalidValue;
+  }
+  if (a->tokens == 0 || a->out_features == 0) return cudaSuccess;
+  return with_half_type(a->activation, [&](auto type) -> int {
+    using T = decltype(type);
+    if (a->out_dtype == a->activation) return choose_linear<T, T>(*a, as_stream(stream));
+    if (a->out_dtype == QWEN1M_FLOAT32) return choose_linear<T, float>(*a, as_stream(stream));
+    return cudaErrorInvalidValue;
+  });
+}

@@ -1,0 +1,231 @@
+// Rotary tables, the rotations of queries and keys, the cache write, and where a decode step's tokens go.
+#include "dca_stages.h"
+#include "vectors.cuh"
+
+namespace qwen1m {
+namespace cuda {
+
+namespace {
+
+// Cosine and sine of position * inv_freq, the product rounded to float32. The angle reaches 5e5: whole turns are taken
+// off in float64, after which float32 is enough and no argument needs the slow reduction of sincosf.
+__device__ inline void cosine_sine(int32_t position, float inv_freq, float* cosine, float* sine) {
+  constexpr double kInversePi = 0.31830988618379067154;
+  const float angle = static_cast<float>(position) * inv_freq;
+  const double half_turns = static_cast<double>(angle) * kInversePi;
+  sincospif(static_cast<float>(half_turns - 2.0 * rint(0.5 * half_turns)), sine, cosine);
+}
+
+constexpr int kTableThreads = 256;
+constexpr int kAngles = 4;  // neighbouring angles of a thread
+
+// Threads (D / 2 / kAngles, rows of a block).
+__global__ void __launch_bounds__(kTableThreads) rotary_table_kernel(const qwen1m_rotary_table a) {
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+  if (row >= a.rows) return;
+  const int angle = threadIdx.x * kAngles;
+  float frequencies[kAngles], cosines[kAngles], sines[kAngles];
+  load_widened(a.inv_freq + angle, frequencies);
+  const int32_t position = a.positions[row];
+#pragma unroll
+  for (int i = 0; i < kAngles; ++i) cosine_sine(position, frequencies[i], cosines + i, sines + i);
+  float* to = a.table + row * a.head_dim + angle;
+  store_narrowed(cosines, to);
+  store_narrowed(sines, to + a.head_dim / 2);
+}
+
+// A block a sequence; threads (D / 2, kStages), one angle each.
+__global__ void decode_inputs_kernel(const qwen1m_decode_inputs a) {
+  const int b = blockIdx.x, angle = threadIdx.x, stage = threadIdx.y;
+  const int32_t position = a.lengths[b], length = position + 1, offset = position % a.chunk_len;
+  const int32_t rotary_position = stage == kIntra  ? offset
+                                  : stage == kSucc ? min(offset + a.chunk_len, a.chunk_size)
+                                                   : min(2 * a.chunk_len - 1, a.chunk_size);
+  float* row = a.table + (static_cast<int64_t>(stage) * a.batch + b) * a.head_dim;
+  cosine_sine(rotary_position, a.inv_freq[angle], row + angle, row + a.head_dim / 2 + angle);
+
+  if (stage == kIntra && angle == 0) {
+    const int64_t page = a.block_tables[static_cast<int64_t>(b) * a.table_width + position / a.page_size];
+    a.slots[b] = page * a.page_size + position % a.page_size;
+  }
+  if (stage == kSucc && angle == 0) {
+    const int32_t original = a.original_max_position_embeddings;
+    const double m = original > 0 ? fmax(1.0, 0.1 * log(static_cast<double>(length) / original) + 1.0) : 1.0;
+    a.scale[b] = static_cast<float>(m * m * rsqrt(static_cast<double>(a.head_dim)));
+  }
+  __syncthreads();  // every thread has read the length
+  if (stage == kIntra && angle == 0) a.lengths[b] = length;
+}
+
+constexpr int kPairs = 8;          // pairs (i, i + D / 2) of a thread: two accesses of 16 bytes
+constexpr int kHeadThreads = 256;  // at most, of a block
+
+// kPairs neighbouring pairs of one head, the bias added.
+template <typename T, int D>
+struct HeadPart {
+  float low[kPairs], high[kPairs];
+
+  __device__ HeadPart(const T* x, const T* bias) {
+    const auto x_low = load_vector<kPairs>(x), x_high = load_vector<kPairs>(x + D / 2);
+    const auto bias_low = load_vector<kPairs>(bias), bias_high = load_vector<kPairs>(bias + D / 2);
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      low[i] = widen(x_low.values[i]) + widen(bias_low.values[i]);
+      high[i] = widen(x_high.values[i]) + widen(bias_high.values[i]);
+    }
+  }
+
+  __device__ void store(T* to) const {
+    store_narrowed(low, to);
+    store_narrowed(high, to + D / 2);
+  }
+
+  // `table` is cos[D / 2] | sin[D / 2], from this part's first pair on.
+  __device__ void store_rotated(const float* table, T* to) const {
+    float first[kPairs], second[kPairs];
+#pragma unroll
+    for (int i = 0; i < kPairs; i += 4) {
+      float cosine[4], sine[4];
+      load_widened(table + i, cosine);
+      load_widened(table + D / 2 + i, sine);
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+        first[i + n] = low[i + n] * cosine[n] - high[i + n] * sine[n];
+        second[i + n] = high[i + n] * cosine[n] + low[i + n] * sine[n];
+      }
+    }
+    store_narrowed(first, to);
+    store_narrowed(second, to + D / 2);
+  }
+};
+
+// Which part of which head of its row a thread has.
+template <int D>
+struct Place {
+  static constexpr int kParts = D / 2 / kPairs;
+  int head = static_cast<int>(blockIdx.y * blockDim.x + threadIdx.x) / kParts;
+  int pair = static_cast<int>(threadIdx.x) % kParts * kPairs;
+
+  static dim3 grid(int64_t rows, int heads) {
+    return dim3(static_cast<unsigned>(rows), static_cast<unsigned>(ceil_div(heads * kParts, kHeadThreads)));
+  }
+
+  // Equal shares, in whole warps.
+  static unsigned threads(int heads) {
+    const int64_t blocks = ceil_div(heads * kParts, kHeadThreads);
+    return static_cast<unsigned>(ceil_div(ceil_div(heads * kParts, blocks), kWarp) * kWarp);
+  }
+};
+
+template <typename T, int D, int V>
+__global__ void __launch_bounds__(kHeadThreads, 4) rotate_and_cache_kernel(const qwen1m_rotate_and_cache a) {
+  const Place<D> at;
+  const int kv_heads = a.cache.kv_heads, all_heads = a.heads + 2 * kv_heads;
+  if (at.head >= all_heads) return;
+  const int64_t t = blockIdx.x;
+  const HeadPart<T, D> part(static_cast<const T*>(a.qkv) + (t * all_heads + at.head) * D + at.pair,
+                            static_cast<const T*>(a.bias) + at.head * D + at.pair);
+  if (at.head < a.heads) {
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      const int64_t row = static_cast<int64_t>(v) * a.tokens + t;
+      part.store_rotated(a.table + row * D + at.pair, static_cast<T*>(a.q) + (row * a.heads + at.head) * D + at.pair);
+    }
+    return;
+  }
+  const bool is_key = at.head < a.heads + kv_heads;
+  const int head = at.head - a.heads - (is_key ? 0 : kv_heads);
+  const int64_t to = (a.slots[t] * kv_heads + head) * D + at.pair;
+  if (is_key) {
+    part.store_rotated(a.table + t * D + at.pair, static_cast<T*>(a.cache.key) + to);
+  } else {
+    part.store(static_cast<T*>(a.cache.value) + to);
+  }
+}
+
+template <typename T, int D, int V>
+__global__ void __launch_bounds__(kHeadThreads, 4) rotate_queries_kernel(const qwen1m_rotate_queries a) {
+  const Place<D> at;
+  if (at.head >= a.heads) return;
+  const int64_t t = blockIdx.x, all_heads = a.heads + 2 * a.kv_heads;
+  const HeadPart<T, D> part(static_cast<const T*>(a.qkv) + ((a.row + t) * all_heads + at.head) * D + at.pair,
+                            static_cast<const T*>(a.bias) + at.head * D + at.pair);
+#pragma unroll
+  for (int v = 0; v < V; ++v) {
+    const int64_t row = static_cast<int64_t>(v) * a.rows + t;
+    part.store_rotated(a.table + row * D + at.pair, static_cast<T*>(a.q) + (row * a.heads + at.head) * D + at.pair);
+  }
+}
+
+template <int N>
+struct Constant {
+  static constexpr int value = N;
+};
+
+// f(T{}, Constant<D>, Constant<V>) for the activation's type, head_dim 64 or 128 and one to three variants.
+template <typename F>
+int with_heads(qwen1m_dtype dtype, int head_dim, int variants, F&& f) {
+  return with_half_type(dtype, [&](auto type) -> int {
+    const auto with_variants = [&](auto dim) -> int {
+      switch (variants) {
+        case 1: return f(type, dim, Constant<1>{});
+        case 2: return f(type, dim, Constant<2>{});
+        case 3: return f(type, dim, Constant<3>{});
+        default: return cudaErrorInvalidValue;
+      }
+    };
+    switch (head_dim) {
+      case 64: return with_variants(Constant<64>{});
+      case 128: return with_variants(Constant<128>{});
+      default: return cudaErrorInvalidValue;
+    }
+  });
+}
+
+}  // namespace
+}  // namespace cuda
+}  // namespace qwen1m
+
+using namespace qwen1m::cuda;
+
+int qwen1m_cuda_rotary_table(const qwen1m_rotary_table* a, qwen1m_stream stream) {
+  const int row_threads = a->head_dim / 2 / kAngles;
+  if (a->head_dim % (2 * kAngles) != 0 || row_threads < 1 || row_threads > kTableThreads) return cudaErrorInvalidValue;
+  if (a->rows == 0) return cudaSuccess;
+  const dim3 threads(row_threads, kTableThreads / row_threads);
+  const auto blocks = static_cast<unsigned>(ceil_div(a->rows, threads.y));
+  rotary_table_kernel<<<blocks, threads, 0, as_stream(stream)>>>(*a);
+  return cudaGetLastError();
+}
+
+int qwen1m_cuda_decode_inputs(const qwen1m_decode_inputs* a, qwen1m_stream stream) {
+  if (a->head_dim % 2 != 0 || a->head_dim < 2 || qwen1m::kStages * a->head_dim / 2 > 1024) return cudaErrorInvalidValue;
+  if (a->batch == 0) return cudaSuccess;
+  decode_inputs_kernel<<<a->batch, dim3(a->head_dim / 2, qwen1m::kStages), 0, as_stream(stream)>>>(*a);
+  return cudaGetLastError();
+}
+
+// The bias and the cache are of the activation's type.
+int qwen1m_cuda_rotate_and_cache(const qwen1m_rotate_and_cache* a, qwen1m_stream stream) {
+  if (a->bias_dtype != a->activation || a->cache.dtype != a->activation) return cudaErrorInvalidValue;
+  if (a->tokens == 0) return cudaSuccess;
+  const int heads = a->heads + 2 * a->cache.kv_heads;
+  return with_heads(a->activation, a->cache.head_dim, a->variants, [&](auto type, auto dim, auto variants) -> int {
+    using On = Place<dim.value>;
+    rotate_and_cache_kernel<decltype(type), dim.value, variants.value>
+        <<<On::grid(a->tokens, heads), On::threads(heads), 0, as_stream(stream)>>>(*a);
+    return cudaGetLastError();
+  });
+}
+
+// The bias is of the activation's type.
+int qwen1m_cuda_rotate_queries(const qwen1m_rotate_queries* a, qwen1m_stream stream) {
+  if (a->bias_dtype != a->activation) return cudaErrorInvalidValue;
+  if (a->rows == 0) return cudaSuccess;
+  return with_heads(a->activation, a->head_dim, a->variants, [&](auto type, auto dim, auto variants) -> int {
+    using On = Place<dim.value>;
+    rotate_queries_kernel<decltype(type), dim.value, variants.value>
+        <<<On::grid(a->rows, a->heads), On::threads(a->heads), 0, as_stream(stream)>>>(*a);
+    return cudaGetLastError();
+  });
+}
