@@ -446,6 +446,7 @@ def test_linear_refuses_what_it_is_not_for(cuda: Any, tokens: int, depth: int) -
         run_linear(cuda, x, weight, None, torch.bfloat16)
 
 
+@pytest.mark.usefixtures("cuda")
 @pytest.mark.parametrize("dtype", TYPES)
 def test_the_comparison_notices_faults(rng: np.random.Generator, dtype: torch.dtype) -> None:
     """A pack of K left out, two rows swapped and one value never written do not pass as rounding."""
