@@ -1,0 +1,81 @@
+// What the CUDA kernels share: storage types, dispatch on them, 16-byte packs, reductions over a warp and a block.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#include <stdint.h>
+
+#include "qwen1m_ops.h"
+
+namespace qwen1m {
+namespace cuda {
+
+using bf16 = __nv_bfloat16;
+using f16 = __half;
+
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr float kLog2E = 1.44269504088896340736f;
+constexpr float kLn2 = 0.69314718055994530942f;
+constexpr float kNegativeInfinity = -__builtin_huge_valf();
+
+__host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+__device__ inline float widen(float x) { return x; }
+__device__ inline float widen(bf16 x) { return __bfloat162float(x); }
+__device__ inline float widen(f16 x) { return __half2float(x); }
+
+template <typename T>
+__device__ inline T narrow(float x);
+template <>
+__device__ inline float narrow<float>(float x) {
+  return x;
+}
+template <>
+__device__ inline bf16 narrow<bf16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+template <>
+__device__ inline f16 narrow<f16>(float x) {
+  return __float2half_rn(x);
+}
+
+// 16 bytes of values: one load or store of a thread.
+template <typename T>
+struct alignas(16) Pack {
+  static constexpr int kSize = 16 / sizeof(T);
+  T values[kSize];
+};
+
+// f(T{}) for the type that `dtype` names; activations, weights and caches of a GPU are 16 bits wide.
+template <typename F>
+int with_half_type(qwen1m_dtype dtype, F&& f) {
+  switch (dtype) {
+    case QWEN1M_BFLOAT16: return f(bf16{});
+    case QWEN1M_FLOAT16: return f(f16{});
+    default: return cudaErrorInvalidValue;
+  }
+}
+
+template <typename F>
+int with_type(qwen1m_dtype dtype, F&& f) {
+  return dtype == QWEN1M_FLOAT32 ? f(float{}) : with_half_type(dtype, f);
+}
+
+__device__ inline float warp_sum(float x) {
+#pragma unroll
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) x += __shfl_xor_sync(kAllLanes, x, mask);
+  return x;
+}
+
+__device__ inline float warp_max(float x) {
+#pragma unroll
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, mask));
+  return x;
+}
+
+inline cudaStream_t as_stream(qwen1m_stream stream) { return static_cast<cudaStream_t>(stream); }
+
+}  // namespace cuda
+}  // namespace qwen1m

@@ -1,0 +1,103 @@
+// Sparse dual chunk attention of one piece: a row block's blocks of 64 keys, which start anywhere, then its single
+// columns, 64 of them a tile.
+#include "prefill_tile.cuh"
+
+namespace qwen1m {
+namespace cuda {
+
+namespace {
+
+constexpr int kLookahead = 4;  // tiles whose keys are known: loading, multiplying, masking, and the one being written
+
+struct SparseWalk {
+  static constexpr int kWarps = 2, kRing = 2, kBlocks = 4, kTileRows = kWarps * kWarpRows;
+  static_assert(kWarps * kWarp == kTileKeys, "a thread looks up one key of a tile");
+  using Arguments = qwen1m_dca_sparse_prefill;
+  struct Shared {
+    int32_t position[kLookahead][kTileKeys];
+    int32_t slot[kLookahead][kTileKeys];
+  };
+
+  const Arguments& a;
+  Shared& shared;
+  int head;
+  int rows;
+  int32_t begin;
+  int64_t first_row;
+  float scale;
+  Pages pages;
+
+  const int32_t *blocks, *columns, *counts;
+
+  __device__ SparseWalk(const Arguments& arguments, Shared& shared_memory)
+      : a(arguments),
+        shared(shared_memory),
+        head(blockIdx.y),
+        rows(min(arguments.rows - static_cast<int>(blockIdx.x) * kTileRows, kTileRows)),
+        begin(arguments.begin + blockIdx.x * kTileRows),
+        first_row(arguments.row + static_cast<int64_t>(blockIdx.x) * kTileRows),
+        scale(arguments.scale),
+        pages(arguments.block_table, arguments.cache.page_size) {
+    const int64_t entry = static_cast<int64_t>(head) * gridDim.x + blockIdx.x;
+    blocks = a.tables.blocks + entry * a.tables.block_width;
+    columns = a.tables.columns + entry * a.tables.column_width;
+    counts = a.tables.counts + entry * 2 * kStages;
+  }
+
+  int num_blocks = 0, num_columns = 0;  // of the stage
+  int32_t limit;                        // the stage's keys, and those that a row of this block sees, end here
+  int32_t following;                    // key of this thread's row, two tiles after the one being multiplied
+
+  __device__ int stage(Stage stage) {
+    blocks += num_blocks;
+    columns += num_columns;
+    num_blocks = counts[stage];
+    num_columns = counts[kStages + stage];
+    limit = stage == kIntra ? begin + rows : stage_keys(stage, begin, a.chunk_len).end;
+    const int tiles = num_blocks + (num_columns + kTileKeys - 1) / kTileKeys;
+    __syncthreads();
+    prefetch(0, tiles);
+    publish(0, tiles);
+    prefetch(1, tiles);
+    publish(1, tiles);
+    __syncthreads();
+    return tiles;
+  }
+
+  template <typename T, int D>
+  __device__ void load(int tile, const T* pool, uint32_t target) const {
+    load_slots<T, D, kWarps * kWarp>(target, pool, a.cache.kv_heads * D, shared.slot[tile % kLookahead]);
+  }
+  __device__ int32_t position(int tile, int column) const { return shared.position[tile % kLookahead][column]; }
+  // Keys ascend within a tile, and kNoKey stands last.
+  __device__ bool needs_mask(int tile) const { return position(tile, kTileKeys - 1) > begin; }
+
+  __device__ void prefetch(int tile, int tiles) {
+    if (tile >= tiles) return;
+    const int row = threadIdx.x, column = (tile - num_blocks) * kTileKeys + row;
+    following = tile < num_blocks ? __ldg(blocks + tile) + row : column < num_columns ? __ldg(columns + column) : kNoKey;
+    if (following >= limit) following = kNoKey;
+  }
+
+  __device__ void publish(int tile, int tiles) {
+    if (tile >= tiles) return;
+    shared.position[tile % kLookahead][threadIdx.x] = following;
+    // In place of no key stands the last one, whose weight the mask makes zero.
+    shared.slot[tile % kLookahead][threadIdx.x] = static_cast<int32_t>(pages.slot(min(following, limit - 1)));
+  }
+};
+
+}  // namespace
+
+}  // namespace cuda
+}  // namespace qwen1m
+
+int qwen1m_cuda_dca_sparse_prefill(const qwen1m_dca_sparse_prefill* a, qwen1m_stream stream) {
+  using namespace qwen1m::cuda;
+  return with_half_type(a->activation, [&](auto type) {
+    using T = decltype(type);
+    const dim3 grid(static_cast<unsigned>(ceil_div(a->rows, SparseWalk::kTileRows)), a->heads);
+    return a->cache.head_dim == 128 ? launch_prefill<T, 128, SparseWalk>(*a, grid, stream)
+                                    : launch_prefill<T, 64, SparseWalk>(*a, grid, stream);
+  });
+}

@@ -1,0 +1,32 @@
+// Which keys each stage of dual chunk attention covers; for host and device code.
+#pragma once
+
+#include <stdint.h>
+
+#ifdef __CUDACC__
+#define QWEN1M_HOST_DEVICE __host__ __device__
+#else
+#define QWEN1M_HOST_DEVICE
+#endif
+
+namespace qwen1m {
+
+enum Stage { kIntra = 0, kSucc = 1, kInter = 2, kStages = 3 };
+
+struct Span {
+  int32_t begin, end;
+};
+
+// The keys that `stage` covers for a row at `position`, itself the last key. Succ and inter are empty early on.
+// Static: CPU kernels of several instruction sets include this, and the linker must not share one's code with another.
+QWEN1M_HOST_DEVICE static inline Span stage_keys(Stage stage, int32_t position, int32_t chunk_len) {
+  const int32_t chunk = position / chunk_len * chunk_len;
+  const int32_t before = chunk > chunk_len ? chunk - chunk_len : 0;
+  switch (stage) {
+    case kInter: return {0, before};
+    case kSucc: return {before, chunk};
+    default: return {chunk, position + 1};
+  }
+}
+
+}  // namespace qwen1m

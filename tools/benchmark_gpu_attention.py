@@ -1,0 +1,431 @@
+"""Speed of the attention kernels on a GPU, each beside what else would run there, in one run.
+
+    python tools/cuda_library.py && python tools/benchmark_gpu_attention.py [dense] [sparse] [probe] [decode]
+    python tools/benchmark_gpu_attention.py --fetch-peer DIR      downloads the sparse kernel that SGLang uses (21 MB)
+
+Needs PyTorch. Dense prefill stands beside PyTorch's FlashAttention-2 and cuDNN, sparse prefill beside SGLang's kernel
+(--peer DIR), decode beside a device copy, the probe beside its floor. Medians of CUDA events; caches are larger than L2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sparse_workload
+from cuda_library import CudaLibrary
+
+CHUNK_LEN = 253952
+PAGE = 256
+HEAD_DIM = 128
+MODELS = {"14B": (40, 8), "7B": (28, 4)}
+PEER_WHEEL, PEER_OPS = "sglang-kernel==0.4.3", "sgl_kernel/sm90/common_ops.abi3.so"
+
+
+def milliseconds(run: Callable[[], Any], repeats: int = 5) -> float:
+    """Median time of a call on the device, after two that do not count."""
+    import torch
+
+    run(), run()
+    times = []
+    for _ in range(repeats):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record(), run(), end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end))
+    return float(np.median(times))
+
+
+def copy_bandwidth() -> float:
+    """Bytes read and written a second by a device copy."""
+    import torch
+
+    source = torch.empty(2**31, dtype=torch.uint8, device="cuda").random_()
+    target = torch.empty_like(source)
+    return 2 * 2**31 / milliseconds(lambda: target.copy_(source), 9) * 1e3
+
+
+class Sequence:
+    """One layer's cache of a sequence in shuffled pages, and queries of its last rows in three rotations."""
+
+    def __init__(self, heads: int, kv_heads: int, keys: int, rows: int) -> None:
+        import torch
+
+        self.heads, self.kv_heads, self.keys, self.rows = heads, kv_heads, keys, rows
+        pages = -(-keys // PAGE)
+        shape = (pages, PAGE, kv_heads, HEAD_DIM)
+        self.key, self.value = (torch.randn(shape, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+        self.table = torch.randperm(pages, device="cuda").int()
+        variants = min(3, (keys - 1) // CHUNK_LEN + 1)
+        self.q = torch.randn(variants, rows, heads, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
+        self.out = torch.empty(rows, heads, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
+        self.scale = torch.full((1,), HEAD_DIM**-0.5, device="cuda")
+
+    @property
+    def cache(self) -> dict[str, Any]:
+        return {
+            "key": self.key,
+            "value": self.value,
+            "dtype": "bfloat16",
+            "page_size": PAGE,
+            "kv_heads": self.kv_heads,
+            "head_dim": HEAD_DIM,
+        }
+
+    def pieces(self) -> np.ndarray:
+        """int32 [P, 4]: sequence, row, rows, position."""
+        begin, pieces = self.keys - self.rows, []
+        while begin < self.keys:
+            end = min((begin // CHUNK_LEN + 1) * CHUNK_LEN, self.keys)
+            pieces.append((0, begin - self.keys + self.rows, end - begin, begin))
+            begin = end
+        return np.asarray(pieces, np.int32)
+
+    def dense(self, cuda: CudaLibrary) -> None:
+        pieces = self.pieces()
+        cuda(
+            "dca_prefill",
+            q=self.q,
+            out=self.out,
+            lse=None,
+            cache=self.cache,
+            block_tables=self.table,
+            pieces=pieces,
+            scale=self.scale,
+            activation="bfloat16",
+            tokens=self.rows,
+            heads=self.heads,
+            table_width=len(self.table),
+            num_pieces=len(pieces),
+            chunk_len=CHUNK_LEN,
+        )
+
+    def decode(self, cuda: CudaLibrary, workspace: Any) -> None:
+        cuda("dca_decode", workspace, **self.decode_fields())
+
+    def decode_fields(self) -> dict[str, Any]:
+        import torch
+
+        if not hasattr(self, "lengths"):
+            self.lengths = torch.full((1,), self.keys, dtype=torch.int32, device="cuda")
+        return {
+            "q": self.q,
+            "out": self.out,
+            "cache": self.cache,
+            "block_tables": self.table,
+            "lengths": self.lengths,
+            "scale": self.scale,
+            "activation": "bfloat16",
+            "batch": 1,
+            "heads": self.heads,
+            "table_width": len(self.table),
+            "chunk_len": CHUNK_LEN,
+        }
+
+
+def bench_dense(cuda: CudaLibrary) -> None:
+    """40/8 heads: 8,192 rows at long contexts, and causal at 16,384, beside PyTorch's FlashAttention-2 and cuDNN."""
+    import torch
+    import torch.nn.functional as functional
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    print("\ndense prefill, 40/8 heads, bf16          ours              FlashAttention-2       cuDNN")
+    heads, kv_heads = MODELS["14B"]
+    for rows, keys in ((16384, 16384), (8192, 131072), (8192, 1015808)):
+        sequence = Sequence(heads, kv_heads, keys, rows)
+        pairs = rows * (keys - (rows - 1) / 2)
+        flop = 4 * heads * HEAD_DIM * pairs
+        ours = milliseconds(lambda s=sequence: s.dense(cuda))  # type: ignore[misc]
+        whole_flop = flop if rows == keys else 4 * heads * HEAD_DIM * rows * keys
+        q = sequence.q[0].transpose(0, 1)[None]
+        k, v = (
+            pool.view(-1, kv_heads, HEAD_DIM)[:keys].transpose(0, 1)[None].repeat_interleave(heads // kv_heads, 1)
+            for pool in (sequence.key, sequence.value)
+        )
+        others = []
+        for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
+            with sdpa_kernel(backend):
+                time = milliseconds(
+                    lambda q=q, k=k, v=v, causal=rows == keys: functional.scaled_dot_product_attention(  # type: ignore[misc]
+                        q, k, v, is_causal=causal
+                    ),
+                    3,
+                )
+            others.append(whole_flop / time / 1e9)
+        speed = flop / ours / 1e9
+        print(
+            f"{rows:6,} rows, {keys:9,} keys {ours:10.2f} ms {speed:5.0f} TFLOP/s {others[0]:5.0f} TFLOP/s "
+            f"({speed / others[0]:.2f}x) {others[1]:5.0f} TFLOP/s ({speed / others[1]:.2f}x)",
+            flush=True,
+        )
+        del sequence, q, k, v
+        torch.cuda.empty_cache()
+
+
+class Piece:
+    """One piece of a sparse prefill: its lines, its index tables, and the kernels that work on them."""
+
+    def __init__(self, sequence: Sequence, lines: sparse_workload.Lines, row: int, rows: int, begin: int) -> None:
+        import torch
+
+        self.sequence, self.row, self.rows, self.begin = sequence, row, rows, begin
+        end = begin + rows
+        heads, row_blocks = sequence.heads, -(-rows // 64)
+        self.columns = torch.from_numpy(lines.columns).cuda()
+        self.slashes = torch.from_numpy(lines.slashes(end)).cuda()
+        block_width = min(self.slashes.shape[1] + 12, end // 64 + 3)
+        column_width = self.columns.shape[1] + 15
+        self.tables = {
+            "blocks": torch.empty(heads, row_blocks, block_width, dtype=torch.int32, device="cuda"),
+            "columns": torch.empty(heads, row_blocks, column_width, dtype=torch.int32, device="cuda"),
+            "counts": torch.empty(heads, row_blocks, 6, dtype=torch.int32, device="cuda"),
+            "block_width": block_width,
+            "column_width": column_width,
+        }
+
+    def convert(self, cuda: CudaLibrary) -> None:
+        cuda(
+            "sparse_index",
+            columns=self.columns,
+            slashes=self.slashes,
+            tables=self.tables,
+            heads=self.sequence.heads,
+            selected_columns=self.columns.shape[1],
+            selected_slashes=self.slashes.shape[1],
+            begin=self.begin,
+            rows=self.rows,
+            chunk_len=CHUNK_LEN,
+            block=64,
+        )
+
+    def attend(self, cuda: CudaLibrary) -> None:
+        sequence = self.sequence
+        cuda(
+            "dca_sparse_prefill",
+            q=sequence.q,
+            out=sequence.out,
+            lse=None,
+            cache=sequence.cache,
+            block_table=sequence.table,
+            tables=self.tables,
+            activation="bfloat16",
+            scale=HEAD_DIM**-0.5,
+            tokens=sequence.rows,
+            heads=sequence.heads,
+            row=self.row,
+            begin=self.begin,
+            rows=self.rows,
+            chunk_len=CHUNK_LEN,
+        )
+
+    def keys_a_row(self) -> float:
+        counts = self.tables["counts"].float().mean((0, 1))
+        return float(64 * counts[:3].sum() + counts[3:].sum())
+
+
+class Peer:
+    """SGLang's index conversion and sparse attention, one causal stage over keys without pages."""
+
+    def __init__(self, folder: Path) -> None:
+        import torch
+
+        spec = importlib.util.spec_from_file_location("common_ops", folder / "common_ops.abi3.so")
+        assert spec is not None and spec.loader is not None
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+        self._ops = torch.ops.sgl_kernel
+
+    def times(self, sequence: Sequence, lines: sparse_workload.Lines) -> tuple[float, float, float]:
+        """Milliseconds of conversion and of attention, and the keys that a row visits."""
+        import torch
+
+        columns, offsets, column_counts, offset_counts = (torch.from_numpy(part).cuda() for part in lines)
+        rows, keys, heads = sequence.rows, sequence.keys, sequence.heads
+        q = sequence.q[0]
+        k, v = (pool.view(-1, sequence.kv_heads, HEAD_DIM) for pool in (sequence.key, sequence.value))
+        lengths = [torch.tensor([n], device="cuda", dtype=torch.int32) for n in (rows, keys)]
+        bounds = [torch.tensor([0, n], device="cuda", dtype=torch.int32) for n in (rows, keys)]
+        shapes = ((), (offsets.shape[1],), (), (columns.shape[1],))
+        index = [torch.zeros(1, heads, rows // 64, *shape, device="cuda", dtype=torch.int32) for shape in shapes]
+
+        def convert() -> None:
+            self._ops.convert_vertical_slash_indexes_mergehead.default(
+                *index, *lengths, columns[None], offsets[None], column_counts, offset_counts, rows, 64, 64, True
+            )
+
+        def attend() -> None:
+            self._ops.varlen_fwd_sparse.default(
+                q, k, v, *index, None, *bounds, None, None, rows, keys, 0.0, HEAD_DIM**-0.5, False, True, 0.0, False, None
+            )
+
+        converting = milliseconds(convert)
+        return converting, milliseconds(attend), float(64 * index[0].float().mean() + index[2].float().mean())
+
+
+def bench_sparse(cuda: CudaLibrary, peer: Peer | None, models: list[str], seed: int) -> None:
+    """The workloads with L = 253,952 and all their stages; the peer runs the same lines as one causal stage."""
+    import torch
+
+    print("\nsparse prefill, 32,768 rows, bf16                ours: convert  attend  keys a row    peer: convert  attend  keys a row   speed")
+    for model in models:
+        heads, kv_heads = MODELS[model]
+        for workload in sparse_workload.WORKLOADS:
+            lines = sparse_workload.make(workload, sparse_workload.budgets_of(workload.budgets, heads), seed)
+            sequence = Sequence(heads, kv_heads, workload.keys, workload.rows)
+            pieces = [Piece(sequence, lines, row, rows, begin) for _, row, rows, begin in sequence.pieces().tolist()]
+            converting = milliseconds(lambda ps=pieces: [piece.convert(cuda) for piece in ps])  # type: ignore[misc]
+            attending = milliseconds(lambda ps=pieces: [piece.attend(cuda) for piece in ps])  # type: ignore[misc]
+            keys = sum(piece.keys_a_row() * piece.rows for piece in pieces) / workload.rows
+            speed = 4 * heads * HEAD_DIM * workload.rows * keys / attending / 1e9
+            line = f"{model} {workload!s:42} {converting:8.2f} {attending:8.2f} {keys:8,.0f} {speed:4.0f} TFLOP/s"
+            if peer is not None:
+                their_convert, their_attend, their_keys = peer.times(sequence, lines)
+                ratio = (their_convert + their_attend) / (converting + attending)
+                line += f" {their_convert:8.2f} {their_attend:8.2f} {their_keys:8,.0f} {ratio:8.2f}x"
+            print(line, flush=True)
+            del sequence, pieces
+            torch.cuda.empty_cache()
+
+
+def bench_probe(cuda: CudaLibrary) -> None:
+    """Probe and top-k with budgets (1000, 6096), beside the time to read K and the two products."""
+    import torch
+
+    bandwidth = copy_bandwidth()
+    print(f"\nprobe and selection, budgets (1000, 6096); copy {bandwidth / 1e12:.2f} TB/s")
+    for model, (heads, kv_heads) in MODELS.items():
+        for keys in (131072, 1015808):
+            sequence = Sequence(heads, kv_heads, keys, 64)
+            sums = [torch.empty(heads, keys, device="cuda") for _ in range(2)]
+            sizes = [torch.full((heads,), size, dtype=torch.int32, device="cuda") for size in (1000, 6096)]
+            chosen = [torch.empty(heads, size, dtype=torch.int32, device="cuda") for size in (1000, 6096)]
+            fields: dict[str, Any] = {
+                "q": sequence.q,
+                "cache": sequence.cache,
+                "block_table": sequence.table,
+                "vertical": sums[0],
+                "slash": sums[1],
+                "activation": "bfloat16",
+                "scale": HEAD_DIM**-0.5,
+                "rows": 64,
+                "heads": heads,
+                "end": keys,
+                "chunk_len": CHUNK_LEN,
+            }
+            size = cuda.workspace_bytes("dca_probe", **fields)
+            workspace = torch.empty(size, dtype=torch.uint8, device="cuda")
+            probing = milliseconds(lambda f=fields, w=workspace: cuda("dca_probe", w, **f))  # type: ignore[misc]
+
+            def select(sums: Any = sums, sizes: Any = sizes, chosen: Any = chosen, keys: int = keys, heads: int = heads) -> None:
+                cuda(
+                    "select_critical",
+                    vertical=sums[0],
+                    slash=sums[1],
+                    vertical_sizes=sizes[0],
+                    slash_sizes=sizes[1],
+                    columns=chosen[0],
+                    slashes=chosen[1],
+                    heads=heads,
+                    keys=keys,
+                    column_width=1000,
+                    slash_width=6096,
+                    forced_columns=30,
+                    forced_diagonals=100,
+                )
+
+            selecting = milliseconds(select)
+            reading = 2 * keys * kv_heads * HEAD_DIM * 2 / bandwidth * 1e3
+            products = 2 * 2 * heads * 64 * keys * HEAD_DIM / 790e12 * 1e3
+            print(
+                f"{model} {keys:9,} keys: probe {probing:6.2f} ms, top-k {selecting:5.2f} ms, together "
+                f"{probing + selecting:6.2f} ms; floor {max(reading, products):.2f} ms (reading K twice {reading:.2f}, "
+                f"two products at 790 TFLOP/s {products:.2f})",
+                flush=True,
+            )
+            del sequence, sums
+            torch.cuda.empty_cache()
+
+
+def bench_decode(cuda: CudaLibrary) -> None:
+    """Batch 1, keys and values read once, beside a device copy; two caches in turn."""
+    import torch
+
+    bandwidth = copy_bandwidth()
+    print(f"\ndecode attention, batch 1, bf16; copy {bandwidth / 1e12:.2f} TB/s")
+    for model, (heads, kv_heads) in MODELS.items():
+        for keys in (4096, 131072, 1010000):
+            copies = 2 if keys > 100000 else 16
+            sequences = [Sequence(heads, kv_heads, keys, 1) for _ in range(copies)]
+            for sequence in sequences:
+                sequence.q = torch.randn(3, 1, heads, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
+            fields = sequences[0].decode_fields()
+            size = cuda.workspace_bytes("dca_decode", **fields)
+            workspace = torch.empty(size, dtype=torch.uint8, device="cuda")
+            stream = torch.cuda.Stream()
+            torch.cuda.synchronize()
+            with torch.cuda.stream(stream):
+                for sequence in sequences:
+                    sequence.decode(cuda, workspace)
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                for sequence in sequences:
+                    sequence.decode(cuda, workspace)
+            time = milliseconds(graph.replay, 15) / copies
+            read = 2 * keys * kv_heads * HEAD_DIM * 2
+            print(
+                f"{model} {keys:9,} keys: {time * 1e3:8.1f} us, {read / time / 1e9:6.2f} TB/s, "
+                f"{read / time * 1e3 / bandwidth:.2f} of the copy",
+                flush=True,
+            )
+            del sequences, graph
+            torch.cuda.empty_cache()
+
+
+def fetch_peer(folder: Path) -> None:
+    """Takes the sm_90 ops out of SGLang's kernel wheel on PyPI."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", PEER_WHEEL]
+        command += ["--python-version", "3.12", "--platform", "manylinux2014_x86_64", "-d", temporary]
+        subprocess.run(command, check=True)
+        (wheel,) = Path(temporary).glob("*.whl")
+        (folder / "common_ops.abi3.so").write_bytes(zipfile.ZipFile(wheel).read(PEER_OPS))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", help="dense, sparse, probe, decode; default: all")
+    parser.add_argument("--peer", type=Path, help="the folder that --fetch-peer filled")
+    parser.add_argument("--fetch-peer", type=Path, metavar="DIR")
+    parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    if arguments.fetch_peer is not None:
+        fetch_peer(arguments.fetch_peer)
+        return 0
+    import torch
+
+    parts = arguments.parts or ["dense", "sparse", "probe", "decode"]
+    cuda = CudaLibrary()
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+    if "dense" in parts:
+        bench_dense(cuda)
+    if "sparse" in parts:
+        bench_sparse(cuda, Peer(arguments.peer) if arguments.peer else None, arguments.models, arguments.seed)
+    if "probe" in parts:
+        bench_probe(cuda)
+    if "decode" in parts:
+        bench_decode(cuda)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,118 @@
+"""The CUDA kernels through their C interface, on tensors of PyTorch: for tests and benchmarks that need no Paddle.
+
+    python tools/cuda_library.py [--arch sm_90a ...]     builds build/libqwen1m_cuda.so
+
+Structs are read off custom_ops/include/qwen1m_ops.h, so that they cannot disagree with it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import re
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+HEADER = ROOT / "custom_ops" / "include" / "qwen1m_ops.h"
+LIBRARY = ROOT / "build" / "libqwen1m_cuda.so"
+sys.path.insert(0, str(ROOT / "custom_ops"))
+
+C_TYPES: dict[str, Any] = {
+    "int32_t": ctypes.c_int32,
+    "int64_t": ctypes.c_int64,
+    "float": ctypes.c_float,
+    "qwen1m_dtype": ctypes.c_int,
+}
+DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
+
+
+def read_structs(header: Path = HEADER) -> dict[str, type[ctypes.Structure]]:
+    """Every struct of the C interface by its name without `qwen1m_`."""
+    text = re.sub(r"//[^\n]*", "", header.read_text(encoding="utf-8"))
+    structs: dict[str, type[ctypes.Structure]] = {}
+    for body, name in re.findall(r"typedef struct \{(.*?)\} qwen1m_(\w+);", text, re.DOTALL):
+        fields: list[tuple[str, Any]] = []
+        for declaration in filter(None, (line.strip() for line in body.split(";"))):
+            kind, names = re.match(r"(?:const )?(\w+)\s*(.*)", declaration, re.DOTALL).groups()  # type: ignore[union-attr]
+            for field in (part.strip() for part in names.split(",")):
+                short = kind.replace("qwen1m_", "")
+                c_type = ctypes.c_void_p if field.startswith("*") else C_TYPES.get(kind) or structs[short]
+                fields.append((field.lstrip("* "), c_type))
+        structs[name] = type(name, (ctypes.Structure,), {"_fields_": fields})
+    return structs
+
+
+class CudaLibrary:
+    """Calls kernels by name with the fields of their struct as keywords: tensors, numbers, dtypes, dicts for structs."""
+
+    def __init__(self, path: Path = LIBRARY) -> None:
+        self._library = ctypes.CDLL(str(path))
+        self._structs = read_structs()
+
+    def struct(self, name: str, fields: dict[str, Any]) -> ctypes.Structure:
+        kind = self._structs[name]
+        names = [field[0] for field in kind._fields_]
+        if unknown := set(fields) ^ set(names):
+            raise TypeError(f"{name}: fields that are missing or unknown: {sorted(unknown)}")
+        return kind(*(self._value(dict(kind._fields_)[field], fields[field]) for field in names))
+
+    def _value(self, c_type: Any, value: Any) -> Any:
+        if isinstance(value, dict):
+            return self.struct(c_type.__name__, value)
+        if hasattr(value, "data_ptr"):
+            assert value.is_contiguous()
+            return value.data_ptr()
+        if hasattr(value, "ctypes"):
+            return value.ctypes.data
+        name = str(value).replace("torch.", "")
+        return DTYPES.get(name, value)
+
+    def workspace_bytes(self, op: str, **fields: Any) -> int:
+        """Bytes that the op's workspace must have; 0 when it takes none."""
+        function = getattr(self._library, f"qwen1m_cuda_{op}_workspace", None)
+        if function is None:
+            return 0
+        function.restype = ctypes.c_int64
+        return int(function(ctypes.byref(self.struct(op, fields))))
+
+    def __call__(self, op: str, workspace: Any = None, **fields: Any) -> None:
+        """Launches an op on PyTorch's current stream; a workspace is made where none is given."""
+        import torch
+
+        arguments: list[Any] = [ctypes.byref(self.struct(op, fields))]
+        if hasattr(self._library, f"qwen1m_cuda_{op}_workspace"):
+            if workspace is None:
+                size = self.workspace_bytes(op, **fields)
+                workspace = torch.full((size,), 0xFF, dtype=torch.uint8, device="cuda")
+            arguments.append(ctypes.c_void_p(workspace.data_ptr()))
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        status = getattr(self._library, f"qwen1m_cuda_{op}")(*arguments, stream)
+        if status != 0:
+            raise RuntimeError(f"{op}: CUDA error {status}")
+
+
+def build(archs: Iterable[str] = (), out: Path = LIBRARY) -> Path:
+    """Compiles the kernels into one library without Paddle."""
+    from build_cuda import build_library
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    build_library(out, list(archs))
+    return out
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", nargs="*", default=[], help="sm_80, sm_90a, compute_80 (PTX); default: the first two")
+    try:
+        print(build(parser.parse_args().arch))
+    except subprocess.CalledProcessError as error:
+        return int(error.returncode)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
