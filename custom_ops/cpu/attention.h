@@ -1,29 +1,13 @@
 // Dual chunk attention on the CPU: dense prefill, decode, probe and sparse prefill over the tile of tiles.h.
 #pragma once
 
+#include "dca_stages.h"
 #include "parallel.h"
 #include "qwen1m_ops.h"
 #include "tiles.h"
 
 namespace qwen1m {
 namespace QWEN1M_ISA {
-
-enum Stage { kIntra = 0, kSucc = 1, kInter = 2, kStages = 3 };
-
-struct Span {
-  int32_t begin, end;
-};
-
-// The keys that `stage` covers for a row at `position`, itself the last key.
-inline Span stage_keys(Stage stage, int32_t position, int32_t chunk_len) {
-  const int32_t chunk = position / chunk_len * chunk_len;
-  const int32_t before = chunk > chunk_len ? chunk - chunk_len : 0;
-  switch (stage) {
-    case kInter: return {0, before};
-    case kSucc: return {before, chunk};
-    default: return {chunk, position + 1};
-  }
-}
 
 // The order in which a row meets its keys.
 constexpr Stage kWalk[kStages] = {kInter, kSucc, kIntra};
@@ -44,7 +28,8 @@ void prefill_tile(const qwen1m_dca_prefill& a, const qwen1m_piece& piece, int fi
     if (keys.begin == keys.end) continue;
     for (int r = 0; r < rows * group; ++r) {
       const int64_t row = stage * static_cast<int64_t>(a.tokens) + step_row + r / group;
-      tile_rows.set_query(r, a.q + (row * a.heads + kv_head * group + r % group) * D, a.scale[piece.sequence] * kLog2E);
+      tile_rows.set_query(r, floats(a.q) + (row * a.heads + kv_head * group + r % group) * D,
+                          a.scale[piece.sequence] * kLog2E);
     }
     for (int32_t k = keys.begin; k < keys.end; k += kTileKeys) {
       tile.count = 0;
@@ -61,7 +46,7 @@ void prefill_tile(const qwen1m_dca_prefill& a, const qwen1m_piece& piece, int fi
   }
   for (int r = 0; r < rows * group; ++r) {
     const int64_t place = (step_row + r / group) * a.heads + kv_head * group + r % group;
-    tile_rows.finish(r, a.out + place * D);
+    tile_rows.finish(r, floats(a.out) + place * D);
     if (a.lse) a.lse[place] = tile_rows.lse(r);
   }
 }
@@ -115,7 +100,7 @@ void dca_decode(const qwen1m_dca_decode& a) {
       if (begin >= end) continue;
       for (int r = 0; r < group; ++r) {
         const int64_t row = stage * static_cast<int64_t>(a.batch) + b;
-        rows.set_query(r, a.q + (row * a.heads + kv_head * group + r) * D, a.scale[b] * kLog2E);
+        rows.set_query(r, floats(a.q) + (row * a.heads + kv_head * group + r) * D, a.scale[b] * kLog2E);
       }
       for (int32_t k = begin; k < end; k += kTileKeys) {
         tile.count = 0;
@@ -135,7 +120,7 @@ void dca_decode(const qwen1m_dca_decode& a) {
   });
   for (int64_t row = 0; row < static_cast<int64_t>(a.batch) * a.heads; ++row) {
     const float* partial = partials.data + row * splits * partial_floats;
-    float* out = a.out + row * D;
+    float* out = floats(a.out) + row * D;
     float top = kNegativeInfinity, total = 0;
     for (int64_t s = 0; s < splits; ++s)
       top = partial[s * partial_floats + D] > top ? partial[s * partial_floats + D] : top;
@@ -175,7 +160,7 @@ void dca_probe(const qwen1m_dca_probe& a) {
       if (begin >= end) continue;
       for (int r = 0; r < max_rows; ++r) {
         const int64_t row = stage * static_cast<int64_t>(a.rows) + r / group;
-        rows.set_query(r, a.q + (row * a.heads + kv_head * group + r % group) * D, a.scale * kLog2E);
+        rows.set_query(r, floats(a.q) + (row * a.heads + kv_head * group + r % group) * D, a.scale * kLog2E);
       }
       for (int32_t k = begin; k < end; k += kTileKeys) {
         tile.count = 0;
@@ -297,7 +282,7 @@ void sparse_tile(const qwen1m_dca_sparse_prefill& a, int block, int head, float*
     if (keys.begin == keys.end) continue;
     for (int r = 0; r < rows; ++r) {
       const int64_t row = stage * static_cast<int64_t>(a.tokens) + step_row + r;
-      tile_rows.set_query(r, a.q + (row * a.heads + head) * D, a.scale * kLog2E);
+      tile_rows.set_query(r, floats(a.q) + (row * a.heads + head) * D, a.scale * kLog2E);
     }
     // A block may overrun the stage's last key, and in the intra stage the block's last row.
     const int32_t limit = stage == kIntra ? begin + rows : keys.end;
@@ -313,7 +298,7 @@ void sparse_tile(const qwen1m_dca_sparse_prefill& a, int block, int head, float*
   }
   for (int r = 0; r < rows; ++r) {
     const int64_t place = (step_row + r) * a.heads + head;
-    tile_rows.finish(r, a.out + place * D);
+    tile_rows.finish(r, floats(a.out) + place * D);
     if (a.lse) a.lse[place] = tile_rows.lse(r);
   }
 }

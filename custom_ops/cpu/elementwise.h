@@ -1,4 +1,4 @@
-// The rest of the step on the CPU: embedding, RMSNorm, rotations and the cache write, SiLU.
+// The rest of the step on the CPU: embedding, casts, RMSNorm, rotations and the cache write, SiLU, decode's inputs.
 #pragma once
 
 #include "parallel.h"
@@ -8,16 +8,27 @@
 namespace qwen1m {
 namespace QWEN1M_ISA {
 
-constexpr int64_t kGrain = 16;  // rows below which a thread is not worth waking
+constexpr int64_t kGrain = 16;           // rows below which a thread is not worth waking
+constexpr int64_t kCastGrain = 1 << 15;  // values below which one is not
 
 template <typename T>
 void embedding(const qwen1m_embedding& a) {
   const T* table = static_cast<const T*>(a.table);
+  float* out = floats(a.out);
   parallel_ranges(a.tokens, kGrain, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       const T* row = table + a.ids[t] * a.width;
-      for (int64_t i = 0; i < a.width; ++i) a.out[t * a.width + i] = widen(row[i]);
+      for (int64_t i = 0; i < a.width; ++i) out[t * a.width + i] = widen(row[i]);
     }
+  });
+}
+
+template <typename T, typename Out>
+void cast(const qwen1m_cast& a) {
+  const T* values = static_cast<const T*>(a.values);
+  Out* out = static_cast<Out*>(a.out);
+  parallel_ranges(a.count, kCastGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) narrow(widen(values[i]), out + i);
   });
 }
 
@@ -28,9 +39,9 @@ void rms_norm(const qwen1m_rms_norm& a) {
   parallel_ranges(a.tokens, kGrain, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       float* residual = a.residual + t * a.width;
-      float* out = a.out + t * a.width;
+      float* out = floats(a.out) + t * a.width;
       if (a.delta) {
-        const float* delta = a.delta + t * a.width;
+        const float* delta = floats(a.delta) + t * a.width;
         for (int64_t i = 0; i < a.width; ++i) residual[i] += delta[i];
       }
       Floats squares{};
@@ -50,9 +61,9 @@ inline void silu_mul(const qwen1m_silu_mul& a) {
   const int64_t whole = a.width / kLanes * kLanes;
   parallel_ranges(a.tokens, kGrain, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
-      const float* gate = a.gate_up + t * 2 * a.width;
+      const float* gate = floats(a.gate_up) + t * 2 * a.width;
       const float* up = gate + a.width;
-      float* out = a.out + t * a.width;
+      float* out = floats(a.out) + t * a.width;
       for (int64_t i = 0; i < whole; i += kLanes) {
         const Floats g = load(gate + i);
         const Floats root = exp2(minimum(g * broadcast(-0.72134752f), broadcast(128.0f)));  // exp(-g / 2)
@@ -63,8 +74,17 @@ inline void silu_mul(const qwen1m_silu_mul& a) {
   });
 }
 
+// cos | sin of float32 angles
+inline void rotary_row(int32_t position, const float* inv_freq, int head_dim, float* out) {
+  const int half = head_dim / 2;
+  for (int i = 0; i < half; ++i) {
+    const float angle = static_cast<float>(position) * inv_freq[i];
+    out[i] = static_cast<float>(__builtin_cos(static_cast<double>(angle)));
+    out[half + i] = static_cast<float>(__builtin_sin(static_cast<double>(angle)));
+  }
+}
+
 inline void rotary_table(const qwen1m_rotary_table& a) {
-  const int half = a.head_dim / 2;
   parallel_ranges(a.rows, kGrain, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       float* out = a.table + row * a.head_dim;
@@ -72,11 +92,7 @@ inline void rotary_table(const qwen1m_rotary_table& a) {
         memcpy(out, out - a.head_dim, sizeof(float) * a.head_dim);
         continue;
       }
-      for (int i = 0; i < half; ++i) {
-        const float angle = static_cast<float>(a.positions[row]) * a.inv_freq[i];
-        out[i] = static_cast<float>(__builtin_cos(static_cast<double>(angle)));
-        out[half + i] = static_cast<float>(__builtin_sin(static_cast<double>(angle)));
-      }
+      rotary_row(a.positions[row], a.inv_freq, a.head_dim, out);
     }
   });
 }
@@ -100,11 +116,11 @@ void rotate_and_cache(const qwen1m_rotate_and_cache& a) {
   const B* bias = static_cast<const B*>(a.bias);
   parallel_ranges(a.tokens, kGrain, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
-      const float* x = a.qkv + t * width;
+      const float* x = floats(a.qkv) + t * width;
       for (int v = 0; v < a.variants; ++v) {
         const int64_t row = static_cast<int64_t>(v) * a.tokens + t;
         for (int h = 0; h < a.heads; ++h) {
-          rotate_head(x + h * d, bias + h * d, a.table + row * d, d, a.q + (row * a.heads + h) * d);
+          rotate_head(x + h * d, bias + h * d, a.table + row * d, d, floats(a.q) + (row * a.heads + h) * d);
         }
       }
       T* key = static_cast<T*>(a.cache.key) + a.slots[t] * kv_heads * d;
@@ -128,12 +144,32 @@ void rotate_queries(const qwen1m_rotate_queries& a) {
       for (int64_t t = begin; t < end; ++t) {
         const int64_t row = static_cast<int64_t>(v) * a.rows + t;
         for (int h = 0; h < a.heads; ++h) {
-          rotate_head(a.qkv + (a.row + t) * width + h * d, bias + h * d, a.table + row * d, d,
-                      a.q + (row * a.heads + h) * d);
+          rotate_head(floats(a.qkv) + (a.row + t) * width + h * d, bias + h * d, a.table + row * d, d,
+                      floats(a.q) + (row * a.heads + h) * d);
         }
       }
     }
   });
+}
+
+inline void decode_inputs(const qwen1m_decode_inputs& a) {
+  const int32_t inter = 2 * a.chunk_len - 1 < a.chunk_size ? 2 * a.chunk_len - 1 : a.chunk_size;
+  for (int b = 0; b < a.batch; ++b) {
+    const int32_t length = ++a.lengths[b], position = length - 1, offset = position % a.chunk_len;
+    const int32_t page = a.block_tables[static_cast<int64_t>(b) * a.table_width + position / a.page_size];
+    a.slots[b] = static_cast<int64_t>(page) * a.page_size + position % a.page_size;
+    const int32_t succ = offset + a.chunk_len < a.chunk_size ? offset + a.chunk_len : a.chunk_size;
+    const int32_t positions[3] = {offset, succ, inter};
+    for (int v = 0; v < 3; ++v) {
+      rotary_row(positions[v], a.inv_freq, a.head_dim, a.table + (static_cast<int64_t>(v) * a.batch + b) * a.head_dim);
+    }
+    double m = 1.0;
+    if (a.original_max_position_embeddings > 0) {
+      const double grown = 0.1 * __builtin_log(static_cast<double>(length) / a.original_max_position_embeddings) + 1.0;
+      m = grown > 1.0 ? grown : 1.0;
+    }
+    a.scale[b] = static_cast<float>(m * m / __builtin_sqrt(static_cast<double>(a.head_dim)));
+  }
 }
 
 }  // namespace QWEN1M_ISA

@@ -36,10 +36,16 @@ inline void rotate_queries_any(const qwen1m_rotate_queries& a) {
   with_type(a.bias_dtype, [&](auto bias) { rotate_queries<decltype(bias)>(a); });
 }
 
+inline void cast_any(const qwen1m_cast& a) {
+  with_type(a.dtype,
+            [&](auto from) { with_type(a.out_dtype, [&](auto to) { cast<decltype(from), decltype(to)>(a); }); });
+}
+
 constexpr Kernels table(const char* isa) {
   return {
       isa,           rotary_table,           rotate_and_cache_any, rotate_queries_any, dca_prefill_any, dca_decode_any,
-      dca_probe_any, dca_sparse_prefill_any, linear_any,           embedding_any,      rms_norm_any,    silu_mul};
+      dca_probe_any, dca_sparse_prefill_any, linear_any,           embedding_any,      rms_norm_any,    silu_mul,
+      cast_any,      decode_inputs};
 }
 
 }  // namespace QWEN1M_ISA

@@ -18,6 +18,8 @@ struct Kernels {
   void (*embedding)(const qwen1m_embedding&);
   void (*rms_norm)(const qwen1m_rms_norm&);
   void (*silu_mul)(const qwen1m_silu_mul&);
+  void (*cast)(const qwen1m_cast&);
+  void (*decode_inputs)(const qwen1m_decode_inputs&);
 };
 
 extern const Kernels kGeneric;

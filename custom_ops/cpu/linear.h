@@ -37,16 +37,18 @@ template <typename T>
 void linear_few(const qwen1m_linear& a) {
   const T* weight = static_cast<const T*>(a.weight);
   const T* bias = static_cast<const T*>(a.bias);
+  const float* x = floats(a.x);
+  float* y = floats(a.y);
   parallel_ranges(a.out_features, 64, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) {
       const T* w = weight + n * a.in_features;
       const float b = bias ? widen(bias[n]) : 0.0f;
       int64_t r = 0;
       for (; r + 4 <= a.tokens; r += 4) {
-        dot_rows<T, 4>(a.x + r * a.in_features, w, a.in_features, b, a.y + r * a.out_features + n, a.out_features);
+        dot_rows<T, 4>(x + r * a.in_features, w, a.in_features, b, y + r * a.out_features + n, a.out_features);
       }
       for (; r < a.tokens; ++r) {
-        dot_rows<T, 1>(a.x + r * a.in_features, w, a.in_features, b, a.y + r * a.out_features + n, a.out_features);
+        dot_rows<T, 1>(x + r * a.in_features, w, a.in_features, b, y + r * a.out_features + n, a.out_features);
       }
     }
   });
@@ -67,6 +69,8 @@ void linear(const qwen1m_linear& a) {
   if (a.tokens <= kDotRows) return linear_few<T>(a);
   const T* weight = static_cast<const T*>(a.weight);
   const T* bias = static_cast<const T*>(a.bias);
+  const float* x = floats(a.x);
+  float* y = floats(a.y);
   const int64_t fit = kTileFloats / a.in_features;
   const int64_t widest = fit < 16 ? 16 : fit < kTileColumns ? fit : kTileColumns;
   const int64_t threads = num_threads();
@@ -79,13 +83,13 @@ void linear(const qwen1m_linear& a) {
     const float* tile = widen_tile(weight + begin * a.in_features, width * a.in_features, arena);
     if (bias) {
       for (int64_t t = 0; t < a.tokens; ++t) {
-        for (int64_t n = 0; n < width; ++n) a.y[t * a.out_features + begin + n] = widen(bias[begin + n]);
+        for (int64_t n = 0; n < width; ++n) y[t * a.out_features + begin + n] = widen(bias[begin + n]);
       }
     }
     scipy_cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, static_cast<blasint>(a.tokens),
-                      static_cast<blasint>(width), static_cast<blasint>(a.in_features), 1.0f, a.x,
+                      static_cast<blasint>(width), static_cast<blasint>(a.in_features), 1.0f, x,
                       static_cast<blasint>(a.in_features), tile, static_cast<blasint>(a.in_features),
-                      bias ? 1.0f : 0.0f, a.y + begin, static_cast<blasint>(a.out_features));
+                      bias ? 1.0f : 0.0f, y + begin, static_cast<blasint>(a.out_features));
   });
 }
 

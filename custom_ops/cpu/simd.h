@@ -45,6 +45,10 @@ void with_type(qwen1m_dtype dtype, const F& f) {
   }
 }
 
+// Activations are float32 on a CPU.
+QWEN1M_INLINE float* floats(void* activations) { return static_cast<float*>(activations); }
+QWEN1M_INLINE const float* floats(const void* activations) { return static_cast<const float*>(activations); }
+
 QWEN1M_INLINE Floats broadcast(float x) { return x - Floats{}; }  // x - 0 is x, x + 0 is not (-0)
 
 QWEN1M_INLINE Floats load(const float* p) {

@@ -4,13 +4,13 @@
 #include <cstdint>
 #include <vector>
 
+#include "dca_stages.h"
 #include "parallel.h"
 #include "qwen1m_ops.h"
 
-namespace {
+using namespace qwen1m;
 
-constexpr int kStages = 3;
-enum Stage { kIntra = 0, kSucc = 1, kInter = 2 };
+namespace {
 
 // Columns and offsets of one stage in its own coordinates: columns ascending from the stage's first key, offsets
 // descending, an offset s standing for key = E - s at the end of a row block (E of convert below).
@@ -29,16 +29,14 @@ std::vector<int32_t> fallback(int32_t keys) {
 
 StageLines split(Stage stage, const int32_t* columns, const int32_t* columns_end, const int32_t* slashes,
                  const int32_t* slashes_end, int32_t begin, int32_t rows, int32_t chunk_len) {
-  const int32_t end = begin + rows;
-  const int32_t chunk = begin / chunk_len * chunk_len;
-  const int32_t before = std::max(0, chunk - chunk_len);
+  const Span keys = stage_keys(stage, begin + rows - 1, chunk_len);
   StageLines lines;
-  lines.first_key = stage == kIntra ? chunk : stage == kSucc ? before : 0;
-  lines.keys = (stage == kIntra ? end : stage == kSucc ? chunk : before) - lines.first_key;
+  lines.first_key = keys.begin;
+  lines.keys = keys.end - keys.begin;
   // A diagonal that hits a later stage on the last row passes through this one on earlier rows.
-  const int32_t last_slash = stage == kIntra ? end : lines.first_key + lines.keys + rows;
+  const int32_t last_slash = stage == kIntra ? keys.end : keys.end + rows;
   const int32_t* column = std::lower_bound(columns, columns_end, lines.first_key);
-  for (; column != columns_end && *column < lines.first_key + lines.keys; ++column) {
+  for (; column != columns_end && *column < keys.end; ++column) {
     lines.columns.push_back(*column - lines.first_key);
   }
   const int32_t* slash = std::lower_bound(slashes, slashes_end, lines.first_key);
@@ -110,8 +108,7 @@ void convert(const StageLines& lines, int32_t start, int32_t rows, bool causal, 
 
 void qwen1m_cpu_sparse_index(const qwen1m_sparse_index* a) {
   const int32_t row_blocks = (a->rows + a->block - 1) / a->block;
-  const int threads = std::min(qwen1m::num_threads(), a->heads);
-  const int32_t chunk = a->begin / a->chunk_len * a->chunk_len;
+  const int threads = std::min(num_threads(), a->heads);
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
   for (int head = 0; head < a->heads; ++head) {
     const int32_t* columns = a->columns + static_cast<int64_t>(head) * a->selected_columns;
@@ -128,8 +125,7 @@ void qwen1m_cpu_sparse_index(const qwen1m_sparse_index* a) {
       int32_t* counts = a->tables.counts + entry * 2 * kStages;
       for (const Stage stage : {kInter, kSucc, kIntra}) {
         const int32_t blocks_before = out.num_blocks, columns_before = out.num_columns;
-        const bool present = stage == kIntra || chunk >= (stage == kSucc ? 1 : 2) * a->chunk_len;
-        if (present) convert(lines[stage], r * a->block, a->rows, stage == kIntra, a->block, &out);
+        if (lines[stage].keys > 0) convert(lines[stage], r * a->block, a->rows, stage == kIntra, a->block, &out);
         counts[stage] = out.num_blocks - blocks_before;
         counts[kStages + stage] = out.num_columns - columns_before;
       }

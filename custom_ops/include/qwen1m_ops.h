@@ -210,8 +210,8 @@ typedef struct {
   const int32_t* top_k;
   const float* top_p;
   const float* repetition_penalty;
-  const int32_t* banned;       // [B, banned_width], -1 for none
-  const int64_t* banned_steps; // [B]: banned ids are so while the step is below this
+  const int32_t* banned;        // [B, banned_width], -1 for none
+  const int64_t* banned_steps;  // [B]: banned ids are so while the step is below this
   const int64_t* seeds;
   int64_t* steps;  // [B], grow by one
   int64_t* ids;
