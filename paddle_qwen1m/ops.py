@@ -7,8 +7,14 @@ Attention reads a paged cache: `key_cache` and `value_cache` are [pages, page_si
 lists its pages in order. Cached keys are rotated at p mod L and never multiplied by the temperature: the caller puts
 m(n)^2 into `scale`. L is `chunk_len` = chunk_size - local_size, a multiple of page_size.
 
-Activations are float32 on a CPU; weights and caches are float32, bfloat16 or float16. Shapes and types are checked as
-the op is called (custom_ops/paddle); what does not fit raises ValueError naming the op, the argument and what it got.
+An op runs where its tensors lie, all on one device. Activations are float32 on a CPU, where weights and caches are
+float32, bfloat16 or float16; on a GPU activations, weights and caches are of one type, bfloat16 or float16, and a page
+holds a power of two of tokens, at least 64. The residual stream, rotary tables, scales, LSE, sums and logits are
+float32 everywhere.
+
+Shapes and types are checked as the op is called (custom_ops/paddle); what does not fit raises ValueError naming the op,
+the argument and what it got. Values (ids, slots, lengths, pages) are checked on a CPU only: on a GPU an op launches its
+kernels and does not wait.
 """
 
 from __future__ import annotations
@@ -30,6 +36,8 @@ from paddle_qwen1m.threads import default_num_threads
 LIBRARY = Path(__file__).with_name("_ops.so")
 PROBE_ROWS = 64
 BLOCK = 64
+FEW_ROWS = 16
+"""Up to so many rows a linear layer on a GPU is a custom op, which reads the weights once; above, a GEMM of cuBLAS."""
 
 
 class Stage(IntEnum):
@@ -58,7 +66,10 @@ _registered = False
 
 
 def load() -> None:
-    """Register the ops with Paddle, once. Raises ImportError, saying what to do, when the package was not built."""
+    """Register the ops with Paddle, once. Raises ImportError, saying what to do, when the package was not built.
+
+    Where Paddle's device is a GPU that the ops cannot use, a warning says why and the device becomes the CPU.
+    """
     global _registered
     if _registered:
         return
@@ -66,12 +77,32 @@ def load() -> None:
         raise ImportError(
             f"{LIBRARY} is missing: the custom ops were not built; run `pip install . --no-build-isolation`"
         )
-    if not paddle.device.get_device().startswith("cpu"):
-        warnings.warn("the custom ops run on a CPU only: Paddle's device is set to cpu", stacklevel=2)
-        paddle.device.set_device("cpu")
     load_op_meta_info_and_register_op(str(LIBRARY))
     _registered = True
     set_num_threads(default_num_threads())
+    if not paddle.device.get_device().startswith("cpu"):
+        obstacle = gpu_obstacle()
+        if obstacle is not None:
+            warnings.warn(f"{obstacle}: Paddle's device is set to cpu", stacklevel=2)
+            paddle.device.set_device("cpu")
+
+
+def gpu_obstacle() -> str | None:
+    """Why the ops cannot run on Paddle's GPU, or None when they can."""
+    if not paddle.device.is_compiled_with_cuda() or paddle.device.cuda.device_count() == 0:
+        return "Paddle has no NVIDIA GPU"
+    if not hasattr(_library(), "qwen1m_cuda_linear"):
+        return "the custom ops were built without CUDA kernels"
+    major, minor = paddle.device.cuda.get_device_capability()
+    if major < 8:
+        return f"the CUDA kernels need compute capability 8.0, this GPU has {major}.{minor}"
+    return None
+
+
+def on_gpu() -> bool:
+    """Whether tensors are made on a GPU now, by `paddle.device.set_device` or by Paddle's default."""
+    load()
+    return paddle.device.get_device().startswith("gpu")
 
 
 def _call(name: str, *arguments: object) -> list[paddle.Tensor]:
@@ -106,23 +137,39 @@ def cpu_isa() -> str:
 
 
 def embedding(ids: paddle.Tensor, table: paddle.Tensor) -> paddle.Tensor:
-    """Rows `ids` (int64 [T]) of `table` [vocab, N], as activations [T, N]."""
+    """Rows `ids` (int64 [T]) of `table` [vocab, N]: the residual stream, float32 [T, N]."""
     return _call("embedding", ids, table)[0]
 
 
 def rms_norm(hidden: paddle.Tensor, weight: paddle.Tensor, eps: float) -> paddle.Tensor:
-    """hidden / sqrt(mean(hidden^2) + eps) * weight over the last axis of [T, N]."""
+    """hidden / sqrt(mean(hidden^2) + eps) * weight over the last axis of float32 [T, N], as activations."""
     return _call("rms_norm", hidden, weight, eps)[0]
 
 
 def add_rms_norm(delta: paddle.Tensor, residual: paddle.Tensor, weight: paddle.Tensor, eps: float) -> paddle.Tensor:
-    """Adds `delta` [T, N] to `residual` in place and returns the RMSNorm of the sum."""
+    """Adds `delta` [T, N] to `residual` float32 in place and returns the RMSNorm of the sum, as activations."""
     return _call("add_rms_norm", delta, residual, weight, eps)[1]
 
 
-def linear(x: paddle.Tensor, weight: paddle.Tensor, bias: paddle.Tensor | None = None) -> paddle.Tensor:
-    """x [T, K] times the transpose of `weight` [N, K] (as published, out by in), plus `bias` [N]: [T, N]."""
-    return _call("linear", x, weight, bias)[0]
+def linear(
+    x: paddle.Tensor, weight: paddle.Tensor, bias: paddle.Tensor | None = None, *, float32: bool = False
+) -> paddle.Tensor:
+    """x [T, K] times the transpose of `weight` [N, K] (as published, out by in), plus `bias` [N]: [T, N].
+
+    The result is activations, or float32 when asked for. On a GPU more than FEW_ROWS rows are multiplied by Paddle's
+    matmul, which rounds to the activations' type first and takes no bias (ValueError).
+    """
+    if x.shape[0] <= FEW_ROWS or not x.place.is_gpu_place():
+        return _call("linear", x, weight, bias, float32)[0]
+    if bias is not None:
+        raise ValueError(f"linear: bias must be None for more than {FEW_ROWS} rows on a GPU, got {x.shape[0]} rows")
+    y = paddle.matmul(x, weight, transpose_y=True)
+    return cast(y, "float32") if float32 else y
+
+
+def cast(values: paddle.Tensor, dtype: str) -> paddle.Tensor:
+    """`values` as "float32", "bfloat16" or "float16", rounded to nearest even."""
+    return _call("cast", values, dtype)[0]
 
 
 def silu_mul(gate_up: paddle.Tensor) -> paddle.Tensor:
@@ -197,6 +244,33 @@ def dca_decode(
     lengths int32 [B] count the token itself, whose key is in the cache; block_tables int32 [B, W]; scale float32 [B].
     """
     return _call("dca_decode", q, key_cache, value_cache, block_tables, lengths, scale, chunk_len)[0]
+
+
+def decode_inputs(
+    lengths: paddle.Tensor,
+    block_tables: paddle.Tensor,
+    inv_freq: paddle.Tensor,
+    page_size: int,
+    chunk_len: int,
+    chunk_size: int,
+    original_max_position_embeddings: int,
+) -> tuple[paddle.Tensor, paddle.Tensor, paddle.Tensor]:
+    """Where the next token of each of B sequences goes and how it is rotated; their lengths grow by one in place.
+
+    lengths int32 [B], block_tables int32 [B, W], inv_freq float32 [D/2]. Returns slots int64 [B], the rotary table of
+    all three variants float32 [3, B, D], and the scales D^-0.5 m(length)^2 float32 [B].
+    """
+    _, slots, table, scale = _call(
+        "decode_inputs",
+        lengths,
+        block_tables,
+        inv_freq,
+        page_size,
+        chunk_len,
+        chunk_size,
+        original_max_position_embeddings,
+    )
+    return slots, table, scale
 
 
 def dca_probe(
@@ -288,16 +362,18 @@ def sample(
     top_p: paddle.Tensor,
     repetition_penalty: paddle.Tensor,
     banned: paddle.Tensor,
+    banned_steps: paddle.Tensor,
     seeds: paddle.Tensor,
     steps: paddle.Tensor,
 ) -> tuple[paddle.Tensor, paddle.Tensor]:
     """One token a row of float32 logits [B, vocab]: ids int64 [B] and log-probabilities float32 [B].
 
     In this order: repetition penalty over `seen` (uint8 [B, vocab], the drawn token is marked in place), banned ids
-    (int32 [B, E], -1 for none), temperature (0 takes the arg-max, ties to the lower id), top_k (0 for all), top_p. The
-    draw depends on (seed, step) alone. The log-probability is that of the penalised logits before the temperature.
+    (int32 [B, E], -1 for none) while the row's step is below its `banned_steps` (int64 [B]), temperature (0 takes the
+    arg-max, ties to the lower id), top_k (0 for all), top_p. The draw depends on (seed, step) alone, int64 [B] each;
+    steps grow by one in place. The log-probability is that of the penalised logits before the temperature.
     """
-    _, ids, logprobs = _call(
-        "sample", logits, seen, temperature, top_k, top_p, repetition_penalty, banned, seeds, steps
+    *_, ids, logprobs = _call(
+        "sample", logits, seen, temperature, top_k, top_p, repetition_penalty, banned, banned_steps, seeds, steps
     )
     return ids, logprobs

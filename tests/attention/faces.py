@@ -72,6 +72,9 @@ class OpFace:
     def linear(self, x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:
         return array(ops.linear(tensor(x), self._stored(weight), None if bias is None else self._stored(bias)))
 
+    def cast(self, values: np.ndarray, dtype: str) -> np.ndarray:
+        return array(ops.cast(self._stored(values), dtype))
+
     def silu_mul(self, gate_up: np.ndarray) -> np.ndarray:
         return array(ops.silu_mul(tensor(gate_up)))
 
@@ -132,6 +135,22 @@ class OpFace:
         lengths_and_scale = _int32(lengths), tensor(np.asarray(scale, dtype=np.float32))
         return array(ops.dca_decode(tensor(q), *caches, tensor(block_tables), *lengths_and_scale, chunk_len))
 
+    def decode_inputs(
+        self,
+        lengths: np.ndarray,
+        block_tables: np.ndarray,
+        inv_freq: np.ndarray,
+        page_size: int,
+        chunk_len: int,
+        chunk_size: int,
+        original: int,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        grown = _int32(lengths)
+        inputs = grown, _int32(block_tables), tensor(inv_freq), page_size, chunk_len, chunk_size, original
+        slots, table, scale = (array(result) for result in ops.decode_inputs(*inputs))
+        lengths[:] = array(grown)
+        return slots, table, scale
+
     def dca_probe(
         self, q: np.ndarray, key_cache: np.ndarray, block_table: np.ndarray, end: int, chunk_len: int, scale: float
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -190,10 +209,11 @@ class OpFace:
         top_p: np.ndarray,
         repetition_penalty: np.ndarray,
         banned: np.ndarray,
+        banned_steps: np.ndarray,
         seeds: np.ndarray,
         steps: np.ndarray,
     ) -> tuple[np.ndarray, np.ndarray]:
-        marks = tensor(seen)
+        marks, counts = tensor(seen), tensor(steps.astype(np.int64))
         ids, logprobs = ops.sample(
             tensor(logits),
             marks,
@@ -202,10 +222,11 @@ class OpFace:
             tensor(top_p),
             tensor(repetition_penalty),
             _int32(banned),
+            tensor(banned_steps.astype(np.int64)),
             tensor(seeds.astype(np.int64)),
-            tensor(steps.astype(np.int64)),
+            counts,
         )
-        seen[:] = array(marks)
+        seen[:], steps[:] = array(marks), array(counts)
         return array(ids), array(logprobs)
 
     def _stored(self, numbers: np.ndarray) -> paddle.Tensor:

@@ -125,6 +125,43 @@ def test_gather_rows_refuses_rows_that_do_not_exist() -> None:
 
 
 @each_storage
+@pytest.mark.parametrize("dtype", STORAGE)
+def test_cast_rounds_once(rng: np.random.Generator, storage: str, dtype: str) -> None:
+    """Every pair of types, to nearest even, over more values than one thread takes."""
+    values = stored(rng.standard_normal((7, 12345)) * 10.0 ** rng.uniform(-4, 4, (7, 1)), storage)
+    np.testing.assert_array_equal(OpFace(storage).cast(values, dtype), stored(values, dtype))
+
+
+def test_cast_refuses_other_types() -> None:
+    with pytest.raises(ValueError, match="cast: dtype must be float32, bfloat16 or float16, got int8"):
+        OpFace().cast(np.zeros(3), "int8")
+
+
+@pytest.mark.parametrize("original", [0, 1000, 262144])
+@pytest.mark.parametrize("chunk_len, chunk_size", [(256, 288), (256, 511), (253952, 262144)])
+def test_decode_inputs(rng: np.random.Generator, chunk_len: int, chunk_size: int, original: int) -> None:
+    """Slots through the block tables, three rotations and the scale of the new length, at chunk and page borders."""
+    lengths = np.array([0, 1, 31, 32, 255, 256, 511, 512, 1023, 262143, 262144, 1009999], np.int32)
+    tables = rng.permutation(len(lengths) * 31563).reshape(len(lengths), -1).astype(np.int32)
+    inv_freq = oracle.inverse_frequencies(128, 1e7)
+    results = []
+    for face in (ORACLE, OpFace()):
+        grown = lengths.copy()
+        results.append((*face.decode_inputs(grown, tables, inv_freq, 32, chunk_len, chunk_size, original), grown))
+    (slots, table, scale, grown), (got_slots, got_table, got_scale, got_grown) = results
+    np.testing.assert_array_equal(got_grown, lengths + 1)
+    np.testing.assert_array_equal(grown, lengths + 1)
+    np.testing.assert_array_equal(got_slots, slots)
+    assert error(got_table, table) < 1e-7 and error(got_scale, scale) < 1e-7
+
+
+def test_decode_inputs_refuses_a_full_table() -> None:
+    """A token that no page of the table could hold is an error, not a read of other memory."""
+    with pytest.raises(ValueError, match="decode_inputs: the block table has room for 64 keys, of which 64 are taken"):
+        OpFace().decode_inputs(np.array([64]), np.array([[0, 1]]), np.ones(64), 32, 256, 288, 0)
+
+
+@each_storage
 @pytest.mark.parametrize("heads, kv_heads, head_dim", [(1, 1, 64), (4, 2, 64), (7, 1, 128), (10, 2, 128)])
 @pytest.mark.parametrize("variants", [1, 2, 3])
 def test_rotate_and_cache(

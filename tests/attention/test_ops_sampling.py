@@ -16,9 +16,12 @@ def sample(face: Face, logits: np.ndarray, **settings: object) -> tuple[np.ndarr
     rows, vocabulary = logits.shape
     seen = np.array(settings.pop("seen", np.zeros((rows, vocabulary))), dtype=np.uint8)
     banned = np.array(settings.pop("banned", np.full((rows, 1), -1)), dtype=np.int32)
-    defaults = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0, "seeds": 0, "steps": 0}
-    values = [np.broadcast_to(np.asarray(settings.get(name, value)), rows) for name, value in defaults.items()]
+    defaults = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
+    counts = {"banned_steps": 2**62, "seeds": 0, "steps": 0}
+    values = [np.array(np.broadcast_to(settings.get(n, v), rows)) for n, v in {**defaults, **counts}.items()]
+    steps = values[-1].copy()
     ids, logprobs = face.sample(logits, seen, *values[:4], banned, *values[4:])
+    np.testing.assert_array_equal(values[-1], steps + 1)
     return ids, logprobs, seen
 
 
@@ -90,6 +93,14 @@ def test_penalty_and_bans_come_before_everything(face: Face) -> None:
     np.testing.assert_allclose(logprobs, -1.5 - np.log(np.exp(penalised[2:]).sum()), atol=2e-6)
 
 
+@each_face
+def test_bans_hold_while_the_step_is_below_theirs(face: Face) -> None:
+    """From banned_steps on the banned ids are free."""
+    logits, steps = np.tile([0.0, 2.0, 1.0], (6, 1)), np.arange(6)
+    ids, _, _ = sample(face, logits, temperature=0.0, banned=np.tile([1, -1], (6, 1)), banned_steps=4, steps=steps)
+    assert ids.tolist() == [2, 2, 2, 2, 1, 1]
+
+
 def test_random_settings_match_the_oracle(rng: np.random.Generator) -> None:
     """Every row of a batch has its own settings; ids equal the oracle's, log-probabilities to float32."""
     rows, vocabulary = 300, 1500
@@ -101,6 +112,7 @@ def test_random_settings_match_the_oracle(rng: np.random.Generator) -> None:
         "repetition_penalty": stored(rng.choice([1.0, 1.05, 1.3, 0.8], rows), "float32"),
         "seen": rng.random((rows, vocabulary)) < 0.3,
         "banned": np.where(rng.random((rows, 4)) < 0.5, rng.integers(0, vocabulary, (rows, 4)), -1),
+        "banned_steps": rng.integers(0, 10000, rows),
         "seeds": rng.integers(-(2**62), 2**62, rows),
         "steps": rng.integers(0, 10000, rows),
     }
