@@ -70,7 +70,13 @@ def check_checkpoint(name: str, options: CheckOptions) -> Iterator[Finding]:
 
 
 def available_memory() -> int | None:
-    """Bytes this process can still take: what the kernel calls available, or what a container's limit leaves."""
+    """Bytes this process can still take: the GPU's memory, or what the kernel or a container's limit leaves."""
+    import paddle
+
+    from paddle_qwen1m import ops
+
+    if ops.on_gpu():
+        return int(paddle.device.cuda.get_device_properties().total_memory)
     found = []
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
@@ -125,11 +131,17 @@ def _ops() -> Iterator[Finding]:
 def _gpu() -> Iterator[Finding]:
     import paddle
 
+    from paddle_qwen1m import ops
+
     if paddle.device.is_compiled_with_cuda() and paddle.device.cuda.device_count():
         cuda = paddle.device.cuda
-        major, minor = cuda.get_device_capability(0)
-        name = f"{cuda.device_count()} x {cuda.get_device_name(0)}, compute capability {major}.{minor}"
-        yield Finding(WARN, "GPU", f"{name}: present, not used; this version computes on the CPU")
+        major, minor = cuda.get_device_capability()
+        name = f"{cuda.device_count()} x {cuda.get_device_name()}, compute capability {major}.{minor}"
+        obstacle = ops.gpu_obstacle()
+        if obstacle is None:
+            yield Finding(OK, "GPU", f"{name}: computes on one of them")
+        else:
+            yield Finding(WARN, "GPU", f"{name}: present, not used; {obstacle}")
     elif shutil.which("nvidia-smi"):
         yield Finding(
             WARN, "GPU", f"present, but this Paddle is built without CUDA: pip install paddlepaddle-gpu -i {GPU_INDEX}"
@@ -224,21 +236,24 @@ def _budgets(checkpoint: Checkpoint, options: CheckOptions) -> Iterator[Finding]
 
 
 def _memory(checkpoint: Checkpoint, options: CheckOptions) -> Iterator[Finding]:
-    from paddle_qwen1m.config import EngineOptions
+    from paddle_qwen1m import ops
+    from paddle_qwen1m.config import default_batched_tokens
+    from paddle_qwen1m.model import device_dtypes
 
     config = _read_config(checkpoint)
-    engine = EngineOptions()
-    rows = options.max_num_batched_tokens or engine.max_num_batched_tokens
-    weights = parameters(config) * itemsize(options.dtype or config.dtype)
+    rows = options.max_num_batched_tokens or default_batched_tokens(ops.on_gpu())
+    storage, compute = device_dtypes(options.dtype or config.dtype)
+    weights = parameters(config) * itemsize(storage)
 
     def plan(length: int) -> MemoryPlan:
         return plan_memory(
             config,
             length,
             max_num_batched_tokens=rows,
-            cache_dtype=options.kv_cache_dtype or "float32",
+            cache_dtype=options.kv_cache_dtype or compute,
             weight_bytes=weights,
             sparse=options.sparse,
+            dtype=compute,
         )
 
     limit = options.max_model_len or config.max_position_embeddings

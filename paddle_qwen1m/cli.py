@@ -211,11 +211,9 @@ def _generate(arguments: argparse.Namespace) -> int:
         tokenizer = _load_tokenizer(arguments)
     load_seconds = time.perf_counter() - started
     with _as_input():
-        from paddle_qwen1m.generation import check_length
-
         prompt = _prompt_ids(tokenizer, text, arguments)
         params = _sampling(model, arguments)
-        check_length(len(prompt), params.max_new_tokens, model.engine.max_model_len)
+        model.engine.check_length(len(prompt), params.max_new_tokens)
 
     def decode(tokens: list[int]) -> str:
         return str(tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))

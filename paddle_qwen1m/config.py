@@ -19,7 +19,7 @@ SINK_COLUMNS = 30  # the first columns and the last diagonals are always kept
 LOCAL_DIAGONALS = 100
 DTYPES = ("float32", "bfloat16", "float16")
 SPARSE_THRESHOLD = 32768
-MAX_NUM_BATCHED_TOKENS = 2048
+CPU_BATCHED_TOKENS, GPU_BATCHED_TOKENS = 2048, 32768
 
 
 @dataclass(frozen=True)
@@ -199,21 +199,28 @@ def published_budgets(config: ModelConfig) -> SparseBudgets | None:
     return SparseBudgets.from_file(CONFIGS / name, config.num_layers, config.num_heads) if name else None
 
 
+def default_batched_tokens(on_gpu: bool) -> int:
+    """Tokens of one prefill chunk where nobody chose them."""
+    return GPU_BATCHED_TOKENS if on_gpu else CPU_BATCHED_TOKENS
+
+
 @dataclass(frozen=True)
 class EngineOptions:
     """Limits and switches of one engine.
 
-    max_num_batched_tokens: tokens of one chunk of the chunked prefill. max_model_len: prompt and answer of one request,
-    at most the checkpoint's max_position_embeddings (the default). page_size: tokens of a KV cache page.
-    kv_cache_dtype: default the type that is computed in, float32 on a CPU.
+    max_num_batched_tokens: tokens of one chunk of the chunked prefill; default 2,048 on a CPU, 32,768 on a GPU.
+    max_model_len: prompt and answer of one request, at most the checkpoint's max_position_embeddings (the default).
+    page_size: tokens of a KV cache page. kv_cache_dtype: default, and on a GPU always, the type that is computed in.
+    cuda_graph: whether a decode step on a GPU is captured and replayed.
     """
 
-    max_num_batched_tokens: int = MAX_NUM_BATCHED_TOKENS
+    max_num_batched_tokens: int | None = None
     max_model_len: int | None = None
     sparse: bool = True
     sparse_threshold: int = SPARSE_THRESHOLD
     page_size: int | None = None
     kv_cache_dtype: str | None = None
+    cuda_graph: bool = True
 
     def __post_init__(self) -> None:
         for name in ("max_num_batched_tokens", "max_model_len", "page_size"):

@@ -120,16 +120,6 @@ def read_positions(positions: Sequence[int] | None, batch: Batch) -> list[int]:
     return columns
 
 
-def check_length(prompt: int, max_new_tokens: int, max_model_len: int) -> None:
-    """ValueError when prompt and answer do not fit max_model_len tokens."""
-    if prompt + max_new_tokens > max_model_len:
-        raise ValueError(
-            f"Input prompt ({prompt} tokens) + max_new_tokens ({max_new_tokens}) is too long and exceeds max_model_len "
-            f"({max_model_len} tokens): shorten the prompt, ask for at most {max(0, max_model_len - prompt)} new "
-            "tokens, or increase max_model_len in from_pretrained"
-        )
-
-
 def read_request(
     base: GenerationConfig,
     keywords: dict[str, Any],

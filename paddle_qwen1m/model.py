@@ -20,6 +20,17 @@ def weight(shape: list[int], dtype: str) -> paddle.Tensor:
     return tensor
 
 
+def device_dtypes(dtype: str) -> tuple[str, str]:
+    """How weights of `dtype` are kept on Paddle's current device, and what is computed in.
+
+    A CPU keeps them as they are and computes in float32; a GPU computes in what it keeps, float32 as bfloat16.
+    """
+    if not ops.on_gpu():
+        return dtype, "float32"
+    kept = "bfloat16" if dtype == "float32" else dtype
+    return kept, kept
+
+
 class DecoderLayer(nn.Layer):
     """Pre-norm attention and SwiGLU. The projections of q, k, v and of gate, up are one weight each."""
 
@@ -74,11 +85,15 @@ class DecoderLayer(nn.Layer):
 
 
 class Qwen2OneM(nn.Layer):
-    """Qwen2 for 1M tokens. Weights are stored as `dtype`; activations are float32 on a CPU."""
+    """Qwen2 for 1M tokens, on Paddle's current device. `dtype` is how the weights are kept, `compute_dtype` the type of
+    the activations: see `device_dtypes`.
+    """
 
     def __init__(self, config: ModelConfig, dtype: str) -> None:
         super().__init__()
         self.config = config
+        self.on_gpu = ops.on_gpu()
+        dtype, self.compute_dtype = device_dtypes(dtype)
         self.dtype = dtype
         self.register_buffer("embedding", weight([config.vocab_size, config.hidden_size], dtype))
         self.layers = nn.LayerList([DecoderLayer(config, number, dtype) for number in range(config.num_layers)])
@@ -95,7 +110,7 @@ class Qwen2OneM(nn.Layer):
         budgets: list[LayerBudgets] | None = None,
         observe: Observer | None = None,
     ) -> paddle.Tensor | None:
-        """Logits float32 [n, vocab] of the step's logit rows, None when it wants none; fills the cache."""
+        """Fills the cache; logits float32 [n, vocab] of the rows whose logits the step wants, None without any."""
         eps = self.config.rms_norm_eps
         residual = ops.embedding(step.ids, self.embedding)
         normed = ops.rms_norm(residual, self.layers[0].input_norm, eps)
@@ -105,9 +120,11 @@ class Qwen2OneM(nn.Layer):
             delta = layer.mlp(normed)
             following = self.layers[number + 1].input_norm if number + 1 < len(self.layers) else self.norm
             normed = ops.add_rms_norm(delta, residual, following, eps)
-        if step.logit_rows is None:
-            return None
-        return ops.linear(ops.gather_rows(normed, step.logit_rows), self.head)
+        if step.lengths is None:
+            if step.logit_rows is None:
+                return None
+            normed = ops.gather_rows(normed, step.logit_rows)
+        return ops.linear(normed, self.head, float32=True)
 
     def slots(self) -> dict[str, Slot]:
         """Every published tensor's name with where it goes."""

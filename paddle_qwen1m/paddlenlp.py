@@ -21,7 +21,6 @@ from .engine import Engine
 from .generation import (
     OPTIONS,
     TokenIds,
-    check_length,
     drawn_seed,
     read_batch,
     read_positions,
@@ -54,8 +53,10 @@ INSTEAD = {
 class Qwen2OneMForCausalLM(PretrainedModel):  # type: ignore[misc]
     """Qwen2.5-1M for generation: a PaddleNLP model whose forward pass and generation are this package's engine.
 
+    It runs on Paddle's device, a GPU where the package was built with CUDA kernels.
     config: PaddleNLP's Qwen2Config with a `dual_chunk_attention_config`. dtype: how weights are kept ("float32",
-    "bfloat16", "float16"; default the config's); a CPU computes in float32 whatever they are kept in.
+    "bfloat16", "float16"; default the config's). A CPU computes in float32 whatever they are kept in; a GPU computes in
+    what they are kept in, and keeps float32 as bfloat16, which one line says.
     Building it directly, or by `from_config`, gives random weights: normal(0, initializer_range), reproducible by
     `paddle.seed`. `engine` is the engine for callers who need more than generate.
     """
@@ -74,6 +75,8 @@ class Qwen2OneMForCausalLM(PretrainedModel):  # type: ignore[misc]
         super().__init__(config)
         storage = _dtype_name(dtype or config.dtype or "float32")
         self.model = Qwen2OneM(model_config(config), storage)
+        if self.model.dtype != storage:
+            logger.info(f"weights are kept as {self.model.dtype}: a GPU does not compute in {storage}")
         self.engine = Engine(self.model, options or EngineOptions(), budgets)
         self.use_generation_config(GenerationConfig.from_model_config(config))
         self.eval()
@@ -109,9 +112,9 @@ class Qwen2OneMForCausalLM(PretrainedModel):  # type: ignore[misc]
             without any the prefill is dense.
         sparse: False prefills densely; default: what config.json says, else True.
         sparse_threshold: longer prompts, in tokens, are prefilled sparsely (default: config.json's, else 32,768).
-        max_num_batched_tokens: tokens of one prefill step (default 2,048).
+        max_num_batched_tokens: tokens of one prefill step (default 2,048 on a CPU, 32,768 on a GPU).
         max_model_len: most tokens of prompt and answer together (default: the model's max_position_embeddings).
-        kv_cache_dtype: how keys and values are kept (default: the dtype that is computed in).
+        kv_cache_dtype: how keys and values are kept (default, and on a GPU always: the dtype that is computed in).
         from_hf_hub, from_aistudio, cache_dir, subfolder: as in PaddleNLP. A name is looked up on PaddleNLP's hub, or on
             Hugging Face's with from_hf_hub=True; where the one lacks it, the other is tried.
         low_cpu_mem_usage, convert_from_torch, use_safetensors: accepted and without effect, because there is one
@@ -179,8 +182,7 @@ class Qwen2OneMForCausalLM(PretrainedModel):  # type: ignore[misc]
                     values = np.zeros(slot.shape, dtype=np.float32)
                 else:
                     values = random.standard_normal(slot.shape, dtype=np.float32) * self.config.initializer_range
-                rows = paddle.to_tensor(values, place=paddle.CPUPlace()).astype(slot.tensor.dtype)
-                slot.tensor[slot.row : slot.row + slot.shape[0]] = rows
+                slot.write(paddle.to_tensor(values, place=paddle.CPUPlace()).astype(slot.tensor.dtype))
 
     def use_generation_config(self, generation_config: GenerationConfig) -> None:
         """Make these generate()'s defaults; prompt and answer are returned unless trunc_input is set afterwards."""
@@ -203,7 +205,7 @@ class Qwen2OneMForCausalLM(PretrainedModel):  # type: ignore[misc]
         """
         batch = read_batch(input_ids, attention_mask, self.config.vocab_size)
         columns = read_positions(positions, batch)
-        check_length(batch.ids.shape[1], 0, self.engine.max_model_len)
+        self.engine.check_length(batch.ids.shape[1])
         wanted, order = np.unique(columns, return_inverse=True)
         rows = [
             self.engine.logits(prompt, [int(column) - start for column in wanted])[order]
@@ -258,7 +260,7 @@ class Qwen2OneMForCausalLM(PretrainedModel):  # type: ignore[misc]
             vocab_size=self.config.vocab_size,
         )
         prompts = batch.prompts
-        check_length(max(map(len, prompts)), request.params.max_new_tokens, self.engine.max_model_len)
+        self.engine.check_length(max(map(len, prompts)), request.params.max_new_tokens)
         if streamer is not None and len(prompts) > 1:
             raise ValueError(f"a streamer shows one answer, got a batch of {len(prompts)} prompts")
         params = [request.params] * len(prompts)

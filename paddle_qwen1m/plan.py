@@ -48,16 +48,18 @@ def activation_bytes(config: ModelConfig, rows: int, length: int, sparse: bool, 
     """Peak bytes of a layer over a chunk of `rows` tokens of a context of `length`, logits of the last one included.
 
     Counts the residual and its norm, then the larger of attention (qkv, its rotations, output) and MLP (gate and up,
-    their product), and for a sparse prefill the float32 column and diagonal sums of every head over all keys.
+    their product), and for a sparse prefill the float32 column and diagonal sums of every head over all keys. The
+    residual, rotary tables and logits are float32, the rest is of `dtype`.
     """
     attention, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     chunk_len = config.dual_chunk.chunk_len
     variants = min(3, -(-length // chunk_len))
-    in_attention = (attention + 2 * kv) + variants * (attention + config.head_dim) + attention
-    in_mlp = 3 * config.intermediate_size + config.hidden_size
-    per_row = 2 * config.hidden_size + max(in_attention, in_mlp)
+    size = itemsize(dtype)
+    in_attention = size * ((attention + 2 * kv) + variants * attention + attention) + 4 * variants * config.head_dim
+    in_mlp = size * (3 * config.intermediate_size + config.hidden_size)
+    per_row = (4 + size) * config.hidden_size + max(in_attention, in_mlp)
     sums = 2 * 4 * config.num_heads * length if sparse else 0
-    return itemsize(dtype) * (rows * per_row + config.vocab_size) + sums
+    return rows * per_row + 4 * config.vocab_size + sums
 
 
 def itemsize(dtype: str) -> int:
@@ -75,8 +77,12 @@ def plan_memory(
     cache_dtype: str,
     weight_bytes: int,
     sparse: bool = True,
+    dtype: str = "float32",
 ) -> MemoryPlan:
-    """What one request of `length` tokens, prompt and answer together, needs beside the process itself."""
+    """What one request of `length` tokens, prompt and answer together, needs beside the process itself.
+
+    dtype: what is computed in, float32 on a CPU.
+    """
     if length < 1 or max_num_batched_tokens < 1:
         raise ValueError(
             f"length and max_num_batched_tokens must be at least 1, got {length} and {max_num_batched_tokens}"
@@ -85,7 +91,7 @@ def plan_memory(
         length=length,
         weights=weight_bytes,
         cache=length * cache_bytes_per_token(config, cache_dtype),
-        activations=activation_bytes(config, min(length, max_num_batched_tokens), length, sparse),
+        activations=activation_bytes(config, min(length, max_num_batched_tokens), length, sparse, dtype),
     )
 
 

@@ -53,7 +53,8 @@ class Step:
     (decode), or the rows are prefilled: densely where `dense_pieces` say so, sparsely in `sparse_pieces`.
 
     ids, slots: int64 [T]. rotary: float32 [V, T, D]. block_tables: int32 [S, W]. scale: float32 [S], D^-0.5 m(n)^2.
-    lengths: int32 [S]. dense_pieces: int32 [P, 4]. logit_rows: int64 [n], the rows whose logits are wanted.
+    lengths: int32 [S]. dense_pieces: int32 [P, 4] in host memory. logit_rows: int64 [n], the rows of a prefill whose
+    logits are wanted; decode gives those of every row.
     """
 
     ids: paddle.Tensor
@@ -61,10 +62,18 @@ class Step:
     rotary: paddle.Tensor
     block_tables: paddle.Tensor
     scale: paddle.Tensor
-    logit_rows: paddle.Tensor | None
+    logit_rows: paddle.Tensor | None = None
     lengths: paddle.Tensor | None = None
     dense_pieces: paddle.Tensor | None = None
     sparse_pieces: Sequence[SparsePiece] = ()
+
+
+def page_tables(pages: Sequence[Sequence[int]]) -> paddle.Tensor:
+    """Each sequence's pages in a row, int32 [S, W]; shorter rows end in zeros."""
+    tables = np.zeros((len(pages), max(map(len, pages))), np.int32)
+    for table, row in zip(tables, pages):
+        table[: len(row)] = row
+    return paddle.to_tensor(tables)
 
 
 class StepBuilder:
@@ -88,48 +97,37 @@ class StepBuilder:
                 else:
                     dense.append([number, piece.row, piece.rows, piece.begin])
             row += len(rows.ids)
-        return self._step(
-            batch,
-            cache,
-            logit_rows=paddle.to_tensor(np.asarray(logit_rows, np.int64)) if len(logit_rows) else None,
-            dense_pieces=paddle.to_tensor(np.asarray(dense, np.int32)) if dense else None,
-            sparse_pieces=sparse,
-        )
-
-    def decode(self, batch: Sequence[SequenceRows], cache: PagedCache) -> Step:
-        """The next token of each sequence; logits for every row."""
-        lengths = np.asarray([rows.end for rows in batch], np.int32)
-        logit_rows = np.arange(len(batch), dtype=np.int64)
-        return self._step(batch, cache, logit_rows=paddle.to_tensor(logit_rows), lengths=paddle.to_tensor(lengths))
-
-    def _step(
-        self,
-        batch: Sequence[SequenceRows],
-        cache: PagedCache,
-        logit_rows: paddle.Tensor | None,
-        lengths: paddle.Tensor | None = None,
-        dense_pieces: paddle.Tensor | None = None,
-        sparse_pieces: Sequence[SparsePiece] = (),
-    ) -> Step:
         where = np.concatenate([np.arange(rows.begin, rows.end) for rows in batch])
         variants = positions.num_variants(int(where.max()) + 1, self._dual_chunk.chunk_len)
         rotary_positions = positions.query_positions(where, self._dual_chunk, variants)
-        width = max(cache.pages_for(rows.end) for rows in batch)
-        tables = np.zeros((len(batch), width), np.int32)
-        for table, rows in zip(tables, batch):
-            table[: cache.pages_for(rows.end)] = rows.pages[: cache.pages_for(rows.end)]
         slots = [cache.slots(rows.pages, rows.begin, rows.end) for rows in batch]
         return Step(
             ids=paddle.to_tensor(np.concatenate([rows.ids for rows in batch])),
             slots=paddle.to_tensor(np.concatenate(slots)),
             rotary=ops.rotary_table(paddle.to_tensor(rotary_positions), self._inv_freq),
-            block_tables=paddle.to_tensor(tables),
+            block_tables=page_tables([rows.pages[: cache.pages_for(rows.end)] for rows in batch]),
             scale=paddle.to_tensor(np.asarray([self._scale(rows.length) for rows in batch], np.float32)),
-            logit_rows=logit_rows,
-            lengths=lengths,
-            dense_pieces=dense_pieces,
-            sparse_pieces=sparse_pieces,
+            logit_rows=paddle.to_tensor(np.asarray(logit_rows, np.int64)) if len(logit_rows) else None,
+            dense_pieces=paddle.to_tensor(np.asarray(dense, np.int32), place=paddle.CPUPlace()) if dense else None,
+            sparse_pieces=sparse,
         )
+
+    def decode(self, ids: paddle.Tensor, lengths: paddle.Tensor, block_tables: paddle.Tensor, page_size: int) -> Step:
+        """The next token of each sequence: `ids` int64 [S] go behind `lengths` int32 [S] tokens, which grow in place.
+
+        Nothing is read back and nothing depends on the lengths, so that the step can be captured and replayed.
+        """
+        dual_chunk = self._dual_chunk
+        slots, rotary, scale = ops.decode_inputs(
+            lengths,
+            block_tables,
+            self._inv_freq,
+            page_size,
+            dual_chunk.chunk_len,
+            dual_chunk.chunk_size,
+            dual_chunk.original_max_position_embeddings,
+        )
+        return Step(ids, slots, rotary, block_tables, scale, lengths=lengths)
 
     def _sparse_piece(self, piece: Piece, rows: SequenceRows) -> SparsePiece:
         probe = np.arange(piece.end - piece.probe_rows, piece.end)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import secrets
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -65,7 +66,10 @@ class PrefillProgress:
 
 @dataclass
 class Sequence:
-    """A request and what has become of it. Its first `num_cached` tokens have their keys in `pages`."""
+    """A request and what has become of it. Its first `num_cached` tokens have their keys in `pages`.
+
+    `seed` is that of its params, or a random one.
+    """
 
     index: int
     prompt: np.ndarray
@@ -75,9 +79,11 @@ class Sequence:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish_reason: str | None = None
+    seed: int = field(init=False)
 
     def __post_init__(self) -> None:
         assert self.prompt.ndim == 1 and self.prompt.dtype == np.int64 and len(self.prompt) > 0
+        self.seed = secrets.randbits(63) if self.params.seed is None else self.params.seed & (2**63 - 1)
 
     @property
     def length(self) -> int:

@@ -1,8 +1,8 @@
-"""Turns logits into tokens: keeps, for each sequence, which tokens it has seen."""
+"""How the next tokens of a batch are chosen, as tensors that a sampling step reads and updates in place."""
 
 from __future__ import annotations
 
-import secrets
+from collections.abc import Sequence as ManyOf
 
 import numpy as np
 import paddle
@@ -11,37 +11,33 @@ from paddle_qwen1m import ops
 from paddle_qwen1m.engine.core import Sequence
 
 
-class Sampler:
-    """Samples one token at a time for the sequences of one engine call."""
+class SamplingBatch:
+    """Samples the tokens that follow those which its sequences have so far, one of each at every call."""
 
-    def __init__(self, vocab_size: int) -> None:
-        self._vocab_size = vocab_size
-        self._seen: dict[int, paddle.Tensor] = {}
-        self._seeds: dict[int, int] = {}
+    def __init__(self, sequences: ManyOf[Sequence], vocab_size: int) -> None:
+        params = [sequence.params for sequence in sequences]
+        seen = np.zeros((len(sequences), vocab_size), np.uint8)
+        for row, sequence in zip(seen, sequences):
+            row[sequence.prompt] = 1
+            row[sequence.token_ids] = 1
+        banned = np.full((len(sequences), max(1, *(len(one.eos_token_ids) for one in params))), -1, np.int32)
+        for row, one in zip(banned, params):
+            row[: len(one.eos_token_ids)] = one.eos_token_ids
+        self._inputs = [
+            paddle.to_tensor(values)
+            for values in (
+                seen,
+                np.asarray([one.temperature for one in params], np.float32),
+                np.asarray([one.top_k for one in params], np.int32),
+                np.asarray([one.top_p for one in params], np.float32),
+                np.asarray([one.repetition_penalty for one in params], np.float32),
+                banned,
+                np.asarray([one.min_new_tokens for one in params], np.int64),
+                np.asarray([sequence.seed for sequence in sequences], np.int64),
+                np.asarray([len(sequence.token_ids) for sequence in sequences], np.int64),
+            )
+        ]
 
-    def sample(self, logits: paddle.Tensor, sequence: Sequence) -> tuple[int, float]:
-        """The next token of `sequence` and its log-probability, from its logits float32 [1, vocab]."""
-        params = sequence.params
-        if sequence.index not in self._seen:
-            seen = np.zeros((1, self._vocab_size), np.uint8)
-            seen[0, sequence.prompt] = 1
-            self._seen[sequence.index] = paddle.to_tensor(seen)
-            self._seeds[sequence.index] = secrets.randbits(63) if params.seed is None else params.seed & (2**63 - 1)
-        too_early = len(sequence.token_ids) < params.min_new_tokens
-        banned = params.eos_token_ids if too_early and params.eos_token_ids else (-1,)
-        token, logprob = ops.sample(
-            logits,
-            self._seen[sequence.index],
-            paddle.to_tensor(np.asarray([params.temperature], np.float32)),
-            paddle.to_tensor(np.asarray([params.top_k], np.int32)),
-            paddle.to_tensor(np.asarray([params.top_p], np.float32)),
-            paddle.to_tensor(np.asarray([params.repetition_penalty], np.float32)),
-            paddle.to_tensor(np.asarray([banned], np.int32)),
-            paddle.to_tensor(np.asarray([self._seeds[sequence.index]], np.int64)),
-            paddle.to_tensor(np.asarray([len(sequence.token_ids)], np.int64)),
-        )
-        return int(token.numpy()[0]), float(logprob.numpy()[0])
-
-    def forget(self, sequence: Sequence) -> None:
-        self._seen.pop(sequence.index, None)
-        self._seeds.pop(sequence.index, None)
+    def sample(self, logits: paddle.Tensor) -> tuple[paddle.Tensor, paddle.Tensor]:
+        """Token ids int64 [B] and their log-probabilities float32 [B], from logits float32 [B, vocab]."""
+        return ops.sample(logits, *self._inputs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from paddle_qwen1m.cache import PagedCache
+from paddle_qwen1m.cache import CacheFull, PagedCache
 from paddle_qwen1m.engine.core import Sequence
 
 
@@ -20,7 +20,7 @@ def chunk_end(begin: int, prompt_length: int, max_tokens: int, chunk_len: int) -
 
 
 class Scheduler:
-    """First come, first served. A sequence is admitted when the cache has room for its longest possible answer."""
+    """First come, first served. A sequence is admitted when the cache has the pages for its longest possible answer."""
 
     def __init__(self, cache: PagedCache, max_num_batched_tokens: int, chunk_len: int) -> None:
         self._cache = cache
@@ -28,7 +28,6 @@ class Scheduler:
         self._chunk_len = chunk_len
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
-        self._reserved = 0
 
     def add(self, sequence: Sequence) -> None:
         self._waiting.append(sequence)
@@ -38,26 +37,21 @@ class Scheduler:
         return not self._waiting and not self._running
 
     def next_chunk(self) -> tuple[Sequence, int] | None:
-        """A sequence and the end of its next prefill chunk, with pages for it; None when no prompt can go on."""
+        """A sequence and the end of its next prefill chunk; None when no prompt can go on."""
         partial = next((sequence for sequence in self._running if not sequence.is_prefilled), None)
         sequence = partial or self._admit()
         if sequence is None:
             return None
-        end = chunk_end(sequence.num_cached, len(sequence.prompt), self._max_tokens, self._chunk_len)
-        self._cache.grow(sequence.pages, end)
-        return sequence, end
+        return sequence, chunk_end(sequence.num_cached, len(sequence.prompt), self._max_tokens, self._chunk_len)
 
     def next_batch(self) -> list[Sequence]:
-        """Every running sequence, with pages for one more token each."""
-        for sequence in self._running:
-            self._cache.grow(sequence.pages, sequence.length)
+        """Every running sequence."""
         return list(self._running)
 
     def retire(self, sequence: Sequence) -> None:
         """Takes a finished or aborted sequence out and frees its pages."""
         if sequence in self._running:
             self._running.remove(sequence)
-            self._reserved -= self._cache.pages_for(sequence.max_length)
         else:
             self._waiting.remove(sequence)
         self._cache.shrink(sequence.pages, 0)
@@ -65,9 +59,9 @@ class Scheduler:
     def _admit(self) -> Sequence | None:
         if not self._waiting:
             return None
-        need = self._cache.pages_for(self._waiting[0].max_length)
-        if self._reserved + need > self._cache.num_pages:
+        try:
+            self._cache.grow(self._waiting[0].pages, self._waiting[0].max_length)
+        except CacheFull:
             return None
-        self._reserved += need
         self._running.append(self._waiting.popleft())
         return self._running[-1]

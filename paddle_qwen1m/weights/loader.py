@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import ctypes
+import io
 import math
 import os
 import sys
 from collections import defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Callable
 
 import numpy as np
 import paddle
 from tqdm import tqdm
 
 from .checkpoint import Checkpoint, summarise
-from .safetensors import STORAGE, Array, CheckpointError, read_rows
+from .safetensors import STORAGE, Array, CheckpointError, TensorInfo, read_rows
 
 DTYPES = {paddle.float32: "F32", paddle.float16: "F16", paddle.bfloat16: "BF16"}
 DERIVED_SUFFIX = "rotary_emb.inv_freq"
+STAGING_BYTES = 64 << 20  # what is read before it is copied to a GPU
 
 
 @dataclass(frozen=True)
 class Slot:
     """Where a published tensor of `shape` goes: rows row .. row + shape[0] of `tensor`.
 
-    `tensor` is a contiguous parameter in CPU memory, float32, float16 or bfloat16; ValueError when it is not.
+    `tensor` is a contiguous parameter, float32, float16 or bfloat16; ValueError when it is not.
     """
 
     tensor: paddle.Tensor
@@ -44,8 +46,11 @@ class Slot:
             raise ValueError(f"weights are float32, float16 or bfloat16, got a parameter of {self.tensor.dtype}")
         if not self.tensor.is_contiguous():
             raise ValueError(f"a parameter of shape {whole} is not contiguous: what is read into it would be lost")
-        if not self.tensor.place.is_cpu_place():
-            raise ValueError(f"weights are read into CPU memory, got a parameter on {self.tensor.place}")
+
+    def write(self, rows: paddle.Tensor, first: int = 0) -> None:
+        """Copies rows of the published tensor from host memory, in the parameter's type, from its row `first` on."""
+        begin = self.row + first
+        self.tensor[begin : begin + rows.shape[0]].copy_(rows, True)
 
 
 def load_checkpoint(
@@ -58,8 +63,9 @@ def load_checkpoint(
     """Read every published tensor named in `slots` from a checkpoint directory into its place.
 
     Files hold float32, float16 or bfloat16; a parameter of another of the three gets the value rounded to nearest even.
-    Tensors in `ignore` and rotary tables may be in the checkpoint and are skipped. Memory beyond the parameters is a
-    few MB; nothing is written to the directory. With `progress`, a bar goes to stderr when that is a terminal.
+    Tensors in `ignore` and rotary tables may be in the checkpoint and are skipped. Host memory beyond the parameters is
+    a few MB, for parameters on a GPU STAGING_BYTES more; nothing is written to the directory. With `progress`, a bar
+    goes to stderr when that is a terminal.
     Raises CheckpointError, before anything is read, when files, names or shapes do not fit: see Checkpoint.
     """
     checkpoint = Checkpoint(directory)
@@ -78,8 +84,7 @@ def load_checkpoint(
         for path, names in by_file.items():
             with open(path, "rb", buffering=0) as file:
                 for name in names:
-                    out, dtype = _destination(slots[name])
-                    read_rows(file, name, checkpoint.tensors[name], out, dtype, on_bytes=bar.update)
+                    _read(file, name, checkpoint.tensors[name], slots[name], bar.update)
 
 
 def _check(checkpoint: Checkpoint, slots: Mapping[str, Slot], ignore: Collection[str]) -> None:
@@ -101,6 +106,23 @@ def _check(checkpoint: Checkpoint, slots: Mapping[str, Slot], ignore: Collection
             f"{checkpoint.directory} does not fit the model that its config.json describes:\n{summarise(problems)}\n"
             "Check that config.json and the safetensors files are of the same model, or download the directory again."
         )
+
+
+def _read(file: io.RawIOBase, name: str, info: TensorInfo, slot: Slot, on_bytes: Callable[[int], Any]) -> None:
+    """Reads a tensor where it belongs: into a parameter in host memory itself, to a GPU through a buffer."""
+    if slot.tensor.place.is_cpu_place():
+        out, dtype = _destination(slot)
+        read_rows(file, name, info, out, dtype, on_bytes=on_bytes)
+        return
+    dtype = DTYPES[slot.tensor.dtype]
+    width = math.prod(slot.shape[1:])
+    step = max(1, STAGING_BYTES // (width * STORAGE[dtype].itemsize))
+    for begin in range(0, slot.shape[0], step):
+        end = min(begin + step, slot.shape[0])
+        staged = np.empty((end - begin) * width, STORAGE[dtype])
+        read_rows(file, name, info, staged, dtype, rows=(begin, end), on_bytes=on_bytes)
+        # Paddle reads uint16 as bfloat16
+        slot.write(paddle.to_tensor(staged.reshape(-1, *slot.shape[1:]), place=paddle.CPUPlace()), begin)
 
 
 def _destination(slot: Slot) -> tuple[Array, str]:
