@@ -110,7 +110,7 @@ def _check(checkpoint: Checkpoint, slots: Mapping[str, Slot], ignore: Collection
 
 def _read(file: io.RawIOBase, name: str, info: TensorInfo, slot: Slot, on_bytes: Callable[[int], Any]) -> None:
     """Reads a tensor where it belongs: into a parameter in host memory itself, to a GPU through a buffer."""
-    if slot.tensor.place.is_cpu_place():
+    if _is_in_host_memory(slot.tensor):
         out, dtype = _destination(slot)
         read_rows(file, name, info, out, dtype, on_bytes=on_bytes)
         return
@@ -123,6 +123,10 @@ def _read(file: io.RawIOBase, name: str, info: TensorInfo, slot: Slot, on_bytes:
         read_rows(file, name, info, staged, dtype, rows=(begin, end), on_bytes=on_bytes)
         # Paddle reads uint16 as bfloat16
         slot.write(paddle.to_tensor(staged.reshape(-1, *slot.shape[1:]), place=paddle.CPUPlace()), begin)
+
+
+def _is_in_host_memory(tensor: paddle.Tensor) -> bool:
+    return bool(tensor.place.is_cpu_place())
 
 
 def _destination(slot: Slot) -> tuple[Array, str]:
