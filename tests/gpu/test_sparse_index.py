@@ -1,0 +1,146 @@
+"""Index conversion on a GPU beside the oracle: the same blocks, columns and counts, entry by entry."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from index_vectors import GOLDEN
+
+from paddle_qwen1m.attention import oracle
+
+torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+
+POISON = -7
+GUARD = 64
+
+
+def convert(
+    cuda: Any, columns: np.ndarray, slashes: np.ndarray, begin: int, rows: int, chunk_len: int, block: int
+) -> oracle.SparseIndex:
+    """The index of a piece, in tables of the widths that the op gives them; entries that nobody wrote are POISON."""
+    heads, row_blocks = len(columns), -(-rows // block)
+    block_width = min(slashes.shape[1] + 2 + 2 * 5, (begin + rows) // block + 3)
+    shapes = [(heads, row_blocks, width) for width in (block_width, columns.shape[1] + 3 * 5, 6)]
+    tables = [torch.full((int(np.prod(s)) + GUARD,), POISON, dtype=torch.int32, device="cuda") for s in shapes]
+    cuda(
+        "sparse_index",
+        columns=torch.from_numpy(np.ascontiguousarray(columns, np.int32)).cuda(),
+        slashes=torch.from_numpy(np.ascontiguousarray(slashes, np.int32)).cuda(),
+        tables={
+            "blocks": tables[0],
+            "columns": tables[1],
+            "counts": tables[2],
+            "block_width": shapes[0][2],
+            "column_width": shapes[1][2],
+        },
+        heads=heads,
+        selected_columns=columns.shape[1],
+        selected_slashes=slashes.shape[1],
+        begin=begin,
+        rows=rows,
+        chunk_len=chunk_len,
+        block=block,
+    )
+    results = [table.cpu().numpy() for table in tables]
+    assert all((result[-GUARD:] == POISON).all() for result in results), "written behind the end"
+    return oracle.SparseIndex(*(r[:-GUARD].reshape(shape) for r, shape in zip(results, shapes)))
+
+
+def assert_equal_to_the_oracle(
+    cuda: Any, columns: np.ndarray, slashes: np.ndarray, begin: int, rows: int, chunk_len: int, block: int = 64
+) -> None:
+    got = convert(cuda, columns, slashes, begin, rows, chunk_len, block)
+    expected = oracle.sparse_index(columns, slashes, begin, rows, chunk_len, block)
+    piece = f"piece [{begin}, {begin + rows}), chunks of {chunk_len}, blocks of {block}"
+    np.testing.assert_array_equal(got.counts, expected.counts, f"counts; {piece}")
+    for name, table, wanted, counts in (
+        ("blocks", got.blocks, expected.blocks, expected.counts[..., :3]),
+        ("columns", got.columns, expected.columns, expected.counts[..., 3:]),
+    ):
+        width = max(table.shape[2], wanted.shape[2])
+        table, wanted = (
+            np.pad(t, ((0, 0), (0, 0), (0, width - t.shape[2])), constant_values=POISON) for t in (table, wanted)
+        )
+        wanted = np.where(np.arange(width) < counts.sum(axis=2, keepdims=True), wanted, POISON)
+        np.testing.assert_array_equal(table, wanted, f"{name}; {piece}")
+
+
+def padded(rows: list[np.ndarray], width: int) -> np.ndarray:
+    return np.stack([np.r_[row, np.full(width - len(row), oracle.PADDING)].astype(np.int32) for row in rows])
+
+
+def random_lines(rng: np.random.Generator, keys: int, most: int) -> np.ndarray:
+    """Ascending distinct keys: scattered, in runs, in one part of the sequence, all of them, or none."""
+    kind = rng.integers(0, 6)
+    if kind == 0:
+        return np.arange(keys)
+    if kind == 1:
+        return np.empty(0, int)
+    spread = keys if kind < 4 else max(1, keys // int(rng.integers(2, 9)))
+    low = int(rng.integers(0, keys - spread + 1))
+    chosen = low + rng.integers(0, spread, rng.integers(1, most + 1))
+    if rng.random() < 0.5:
+        chosen = (chosen[: len(chosen) // 8 + 1, None] + np.arange(rng.integers(1, 200))).ravel()
+    return np.unique(chosen[chosen < keys])
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden_vectors(cuda: Any, name: str) -> None:
+    """Section 6, exact: as the intra stage of a piece that ends at kv, or the succ stage before one."""
+    rows, keys, causal, block, columns, offsets, expected = GOLDEN[name]
+    begin = keys - rows if causal else keys
+    slashes = np.sort([begin + rows - 1 - s for s in offsets])
+    index = convert(cuda, np.array([columns]), slashes[None], begin, rows, 2 * keys if causal else keys, block)
+    stage = oracle.INTRA if causal else oracle.SUCC
+    got = [oracle.index_stage(index, 0, r, stage) for r in range(len(expected))]
+    assert [(r.blocks, r.columns) for r in got] == expected
+
+
+@pytest.mark.parametrize("block", [1, 2, 16, 64, 128])
+def test_equal_to_the_oracle(cuda: Any, rng: np.random.Generator, block: int) -> None:
+    """Pieces that start anywhere in a chunk, stages with and without lines of their own, heads of different budgets."""
+    for _ in range(60):
+        chunk_len = int(rng.choice([2, 8, 30]) if block < 16 else rng.choice([64, 128, 192, 448, 1000]))
+        begin = int(rng.integers(0, 5 * chunk_len))
+        rows = int(rng.integers(1, chunk_len - begin % chunk_len + 1))
+        keys = begin + rows
+        lines = [[random_lines(rng, keys, 60) for _ in range(4)] for _ in range(2)]
+        if rng.random() < 0.5:
+            lines[1] = [np.unique(np.r_[max(0, keys - 100) : keys, line]) for line in lines[1]]
+        width = max(1, *(len(line) for part in lines for line in part))
+        assert_equal_to_the_oracle(
+            cuda, padded(lines[0], width), padded(lines[1], width + 3), begin, rows, chunk_len, block
+        )
+
+
+@pytest.mark.parametrize("rows", [1, 63, 64, 65, 2048, 2111])
+def test_every_column_and_every_diagonal(cuda: Any, rows: int) -> None:
+    """Full budgets, one or the other or both, in the third chunk."""
+    chunk_len = 2112
+    begin = 2 * chunk_len + (chunk_len - rows) // 2
+    keys = begin + rows
+    everything, few = np.arange(keys)[None], np.r_[0:30, keys - 100 : keys][None]
+    for columns, slashes in ((everything, everything), (everything, few), (few, everything)):
+        assert_equal_to_the_oracle(cuda, columns, slashes, begin, rows, chunk_len)
+
+
+def test_no_selection_at_all(cuda: Any) -> None:
+    """Only what keeps a stage from being empty."""
+    nothing = np.full((2, 5), oracle.PADDING)
+    for begin, rows, chunk_len in ((0, 200, 256), (300, 150, 256), (700, 3, 256), (9, 1, 3)):
+        assert_equal_to_the_oracle(cuda, nothing, nothing, begin, rows, chunk_len)
+
+
+@pytest.mark.parametrize("run", [1, 8, 64])
+def test_a_million_keys(cuda: Any, rng: np.random.Generator, run: int) -> None:
+    """The last piece of 1,015,808 keys in chunks of the real length: local diagonals and runs anywhere."""
+    begin, rows, chunk_len = 983_040, 8_192, 253_952
+    keys = begin + rows
+    columns, slashes = [], []
+    for budget in (1000, 130):
+        columns.append(np.unique(np.r_[0:30, rng.integers(0, keys, budget - 30)]))
+        starts = rng.integers(0, keys - run, 4096 // run)
+        slashes.append(np.unique(np.r_[keys - 2048 : keys, (starts[:, None] + np.arange(run)).ravel()]))
+    assert_equal_to_the_oracle(cuda, padded(columns, 1000), padded(slashes, 6144), begin, rows, chunk_len)
