@@ -29,13 +29,16 @@ void sample_row(const qwen1m_sample& a, int row) {
   const float* source = a.logits + static_cast<int64_t>(row) * a.vocab;
   uint8_t* seen = a.seen + static_cast<int64_t>(row) * a.vocab;
   std::vector<float> logits(source, source + a.vocab);
+  for (float& x : logits) x = std::fmax(x, -std::numeric_limits<float>::infinity());  // NaN counts as -inf
   const float penalty = a.repetition_penalty[row];
   if (penalty != 1.0f) {
     for (int i = 0; i < a.vocab; ++i) {
       if (seen[i]) logits[i] = logits[i] > 0 ? logits[i] / penalty : logits[i] * penalty;
     }
   }
-  for (int i = 0; i < a.banned_width; ++i) {
+  const int64_t step = a.steps[row]++;
+  const int num_banned = step < a.banned_steps[row] ? a.banned_width : 0;
+  for (int i = 0; i < num_banned; ++i) {
     const int32_t id = a.banned[static_cast<int64_t>(row) * a.banned_width + i];
     if (id >= 0) logits[id] = -std::numeric_limits<float>::infinity();
   }
@@ -58,7 +61,7 @@ void sample_row(const qwen1m_sample& a, int row) {
     double kept = 0;
     int count = 0;
     for (; count < k && (count == 0 || kept / total < a.top_p[row]); ++count) kept += weights[count];
-    const double goal = static_cast<double>(uniform(a.seeds[row], a.steps[row])) * kept;
+    const double goal = static_cast<double>(uniform(a.seeds[row], step)) * kept;
     double running = 0;
     int i = 0;
     for (; i < count - 1; ++i) {
