@@ -132,9 +132,14 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--max-model-len", type=_at_least(1), metavar="N", help="most tokens of prompt and answer together"
     )
-    group.add_argument("--max-num-batched-tokens", type=_at_least(1), metavar="N", help="tokens of one prefill chunk")
+    group.add_argument(
+        "--max-num-batched-tokens",
+        type=_at_least(1),
+        metavar="N",
+        help="tokens of one prefill chunk (default: 2,048 on a CPU, 32,768 on a GPU)",
+    )
     group.add_argument("--dtype", choices=list(ITEMSIZE), help="how weights are kept (default: as in the checkpoint)")
-    group.add_argument("--kv-cache-dtype", choices=list(ITEMSIZE), help="how keys and values are kept")
+    group.add_argument("--kv-cache-dtype", choices=list(ITEMSIZE), help="how keys and values are kept on a CPU")
     group.add_argument("--sparse-budgets", metavar="FILE", help="per-head budgets of the sparse prefill")
     group.add_argument("--no-sparse", action="store_true", help="prefill densely at every length")
 

@@ -73,6 +73,11 @@ def test_activations_grow_with_the_chunk_not_with_the_context_when_dense() -> No
     assert activation_bytes(MODEL_14B, 4096, 1_000_000, sparse=True) - short == 2 * 4 * 40 * 1_000_000
 
 
+def test_in_16_bits_residual_rotary_tables_and_logits_keep_32() -> None:
+    wide, narrow = (activation_bytes(MODEL_7B, 2048, 2048, sparse=False, dtype=d) for d in ("float32", "bfloat16"))
+    assert wide - narrow == 2 * 2048 * (3584 + 3 * 18_944 + 3584)
+
+
 def test_a_plan_adds_up_and_counts_no_more_rows_than_there_are_tokens() -> None:
     plan = plan_memory(
         MODEL_7B, 1000, max_num_batched_tokens=4096, cache_dtype="bfloat16", weight_bytes=10**9, sparse=False

@@ -118,6 +118,14 @@ def test_p07_the_model_does_not_see_prefill_chunks(
     np.testing.assert_allclose(parts, whole, rtol=0, atol=2e-5 * np.abs(whole).max())
 
 
+def test_defaults_are_those_of_the_device(model: Qwen2OneM) -> None:
+    """On a CPU: chunks of 2,048 tokens and a cache of what is computed in; what was chosen stays."""
+    options = Engine(model, EngineOptions()).options
+    assert (options.max_num_batched_tokens, options.kv_cache_dtype) == (2048, "float32")
+    options = Engine(model, EngineOptions(max_num_batched_tokens=77, kv_cache_dtype="bfloat16")).options
+    assert (options.max_num_batched_tokens, options.kv_cache_dtype) == (77, "bfloat16")
+
+
 @pytest.mark.parametrize("page_size", [48, 256, 3])
 def test_p13_an_engine_refuses_pages_that_do_not_divide_the_chunk(model: Qwen2OneM, page_size: int) -> None:
     """Property 13: the error names both numbers."""
