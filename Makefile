@@ -10,7 +10,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install -qq --disable-pip-version-check --no-input
 CPP := $(shell find custom_ops -name '*.h' -o -name '*.cpp' -o -name '*.cc' -o -name '*.cuh' -o -name '*.cu')
 # .venv has a Paddle for CPUs, so that no CUDA source is built into it
-SOURCES := setup.py custom_ops/build_cuda.py $(filter-out %.cu %.cuh,$(CPP))
+SOURCES := setup.py custom_ops/cuda/build_cuda.py $(filter-out %.cu %.cuh,$(CPP))
 # $(call needs,KEY): the requirements that pyproject.toml lists under KEY.
 needs = $(shell awk '/^$(1) = \[/ {on = 1} on {print} on && /\]$$/ {exit}' pyproject.toml | grep -o '"[^"]*"')
 

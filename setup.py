@@ -14,7 +14,7 @@ from typing import NoReturn
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-sys.path.insert(0, str(Path(__file__).resolve().parent / "custom_ops"))
+sys.path.insert(0, str(Path(__file__).resolve().parent / "custom_ops" / "cuda"))
 import build_cuda
 
 ROOT = Path(__file__).resolve().parent

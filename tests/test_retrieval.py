@@ -1,25 +1,21 @@
-"""Retrieval beyond the trained length on the needle checkpoint: sparse prefill loses nothing that dense finds.
-
-Decode is dense, so a generated answer hides what sparse prefill lost. Here question and answer stand in the prompt, the
-document is prefilled once, every question with its answer runs as the last chunk, and an answer counts when each of
-its tokens is the arg-max of the logits before it.
-"""
+"""Retrieval beyond the trained length on the needle checkpoint: sparse prefill loses nothing that dense finds."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from needle_documents import Document, DocumentMaker, Encode, Needle, messages, prompt, prompt_head, prompt_tail
+from needle_reading import Visits, visited_pairs
+from needle_reading import read as read_answers
 from paddlenlp.transformers import AutoModelForCausalLM, AutoTokenizer
 
 from paddle_qwen1m import ops
-from paddle_qwen1m.attention.positions import Piece
 
 TOKENS = 16384
 NEEDLES = 16
@@ -54,53 +50,6 @@ def engine(needle_checkpoint: Path) -> Callable[..., Any]:
     return make
 
 
-@dataclass
-class Visits:
-    """(row, key) pairs of all layers and heads of the sparse pieces observed: visited, causal, and read by probes."""
-
-    config: dict[str, Any]
-    visited: int = 0
-    causal: int = 0
-    probed: int = 0
-    rows: dict[int, int] = field(default_factory=dict)
-
-    def __call__(self, layer: int, piece: Piece, index: ops.SparseIndex) -> None:
-        begin, rows = piece.begin, piece.rows
-        heads = self.config["num_attention_heads"]
-        dual_chunk = self.config["dual_chunk_attention_config"]
-        chunk_len = dual_chunk["chunk_size"] - dual_chunk["local_size"]
-        self.visited += visited_pairs(index, begin, rows, chunk_len)
-        self.causal += heads * sum(range(begin + 1, begin + rows + 1))
-        self.probed += heads * piece.probe_rows * piece.end
-        self.rows[layer] = self.rows.get(layer, 0) + rows
-
-    def __str__(self) -> str:
-        return f"{self.visited / self.causal:.2%} of the pairs visited, probes {self.probed / self.causal:.2%}"
-
-
-def visited_pairs(index: ops.SparseIndex, begin: int, rows: int, chunk_len: int) -> int:
-    """Unmasked (row, key) pairs of the blocks and columns of one piece, all heads."""
-    blocks, columns, counts = (np.asarray(table.numpy(), np.int64) for table in index)
-    chunk_start = begin // chunk_len * chunk_len
-    visited = 0
-    for row_block in range(counts.shape[1]):
-        first = begin + row_block * ops.BLOCK
-        positions = np.arange(first, min(first + ops.BLOCK, begin + rows))
-        # keys of a stage end here, for each row: intra, succ, inter
-        ends = [positions + 1, np.full_like(positions, chunk_start), np.full_like(positions, chunk_start - chunk_len)]
-        for head in range(counts.shape[0]):
-            for table, width, stage_counts in (
-                (blocks, ops.BLOCK, counts[head, row_block, :3]),
-                (columns, 1, counts[head, row_block, 3:]),
-            ):
-                taken = 0
-                for stage in (ops.Stage.INTER, ops.Stage.SUCC, ops.Stage.INTRA):
-                    keys = table[head, row_block, taken : taken + stage_counts[stage]]
-                    taken += stage_counts[stage]
-                    visited += int((ends[stage][:, None] - keys[None, :]).clip(0, width).sum())
-    return visited
-
-
 @dataclass(frozen=True)
 class Reading:
     """What one engine made of a set of documents."""
@@ -116,21 +65,8 @@ class Reading:
 
 def read(engine: Any, documents: list[Document], encode: Encode, config: dict[str, Any]) -> Reading:
     """Asks for every needle of every document."""
-    right: list[bool] = []
-    in_document, in_question = Visits(config), Visits(config)
-    for document in documents:
-        document_ids = np.asarray(encode(prompt_head() + document.text), np.int64)
-        turns = [(encode(prompt_tail(needle)), encode(needle.sentence)) for needle in document.needles]
-        longest = max(len(question) + len(answer) for question, answer in turns)
-        engine.observe = in_document
-        with engine.prefilled(document_ids, prompt_length=len(document_ids) + longest) as context:
-            engine.observe = in_question
-            for question, answer in turns:
-                before = range(len(question) - 1, len(question) + len(answer) - 1)
-                logits = context.extend_logits(np.asarray(question + answer, np.int64), list(before))
-                right.append(logits.argmax(-1).tolist() == answer)
-        engine.observe = None
-    return Reading(right, in_document, in_question)
+    document, question = Visits(config), Visits(config)
+    return Reading(read_answers(engine, documents, encode, document, question), document, question)
 
 
 def budget_file(folder: Path, vertical: int, slash: int, config: dict[str, Any]) -> Path:

@@ -19,7 +19,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 HEADER = ROOT / "custom_ops" / "include" / "qwen1m_ops.h"
 LIBRARY = ROOT / "build" / "libqwen1m_cuda.so"
-sys.path.insert(0, str(ROOT / "custom_ops"))
+sys.path.insert(0, str(ROOT / "custom_ops" / "cuda"))
 
 C_TYPES: dict[str, Any] = {
     "int32_t": ctypes.c_int32,

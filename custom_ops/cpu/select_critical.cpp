@@ -12,6 +12,7 @@ namespace {
 
 // Sums are at least 0, so their bits order as they do. Larger sums give smaller ranks, ties the lower index.
 uint64_t rank(float sum, bool forced, uint32_t index) {
+  sum += 0.0f;  // -0 becomes 0
   uint32_t bits;
   std::memcpy(&bits, &sum, sizeof(bits));
   return (static_cast<uint64_t>(forced ? 0 : UINT32_MAX - bits) << 32) | index;

@@ -1,6 +1,6 @@
 """Compiles custom_ops/cuda with nvcc: for setup.py, CI, and tools that use the kernels without Paddle.
 
-python custom_ops/build_cuda.py     compiles every kernel and keeps nothing
+python custom_ops/cuda/build_cuda.py     compiles every kernel and keeps nothing
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def compile_objects(out: Path, architectures: Sequence[str] = ARCHITECTURES, ext
     """One object file a .cu, compiled on all cores. Raises CalledProcessError; nvcc's messages are on stderr."""
     nvcc = find_nvcc()
     assert nvcc is not None
-    options = [*FLAGS, f"-I{FOLDER / 'include'}", *map(gencode, architectures), *extra]
+    options = [*FLAGS, f"-I{FOLDER.parent / 'include'}", *map(gencode, architectures), *extra]
 
     def compile_one(source: Path) -> Path:
         target = out / f"{source.stem}.o"
@@ -69,7 +69,7 @@ def compile_objects(out: Path, architectures: Sequence[str] = ARCHITECTURES, ext
         return target
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        return list(pool.map(compile_one, sorted((FOLDER / "cuda").glob("*.cu"))))
+        return list(pool.map(compile_one, sorted(FOLDER.glob("*.cu"))))
 
 
 def build_library(out: Path, architectures: Sequence[str] = ARCHITECTURES) -> None:
