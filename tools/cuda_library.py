@@ -47,7 +47,7 @@ def read_structs(header: Path = HEADER) -> dict[str, type[ctypes.Structure]]:
 
 
 class CudaLibrary:
-    """Calls kernels by name with the fields of their struct as keywords: tensors, numbers, dtypes, dicts for structs."""
+    """Calls kernels by name, the fields of their struct as keywords: tensors, numbers, dtypes, dicts for structs."""
 
     def __init__(self, path: Path = LIBRARY) -> None:
         self._library = ctypes.CDLL(str(path))

@@ -1,10 +1,11 @@
 """How much of what is hidden the needle checkpoint finds, by length: dense, sparse, and with the forced keys alone.
 
-    python tools/retrieval.py [--tokens 65536 262144] [--answers 208] [--needles 16]     dense beside sparse
-    python tools/retrieval.py --table [--tokens 16384 ... 1048576]                       sparse, until nothing is found
+    python tools/retrieval.py [--tokens 65536 262144] [--answers 208] [--needles 16] [--columns N]
+    python tools/retrieval.py --table [--tokens 16384 ... 1048576]       sparse alone, length after length
 
-On whatever device Paddle uses. Question and answer stand in the prompt (see needle_reading.py). The share of pairs is an
-upper bound: whole blocks, masked cells included.
+On whatever device Paddle uses. Question and answer stand in the prompt (see needle_reading.py). The share of pairs is
+an upper bound: whole blocks, masked cells included. --columns gives every head so many columns and the forced diagonals
+in place of the checkpoint's budgets, which were chosen for 16,384 tokens.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from paddlenlp.utils.log import logger
 import paddle_qwen1m  # noqa: F401  (importing it registers the model)
 from paddle_qwen1m import ops
 from paddle_qwen1m.attention.positions import Piece
-from paddle_qwen1m.config import SparseBudgets
+from paddle_qwen1m.config import LOCAL_DIAGONALS, SparseBudgets
 
 CHECKPOINT = Path(__file__).resolve().parent.parent / "checkpoints" / "needle"
 FIRST_SEED = 1000
@@ -75,8 +76,9 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, nargs="*")
     parser.add_argument("--answers", type=int, default=208, help="at least so many a cell (default: %(default)s)")
     parser.add_argument("--needles", type=int, default=16, help="hidden facts a document (default: %(default)s)")
-    parser.add_argument("--budgets", type=Path, help="sparse budgets in place of the checkpoint's")
+    parser.add_argument("--columns", type=int)
     parser.add_argument("--table", action="store_true")
+    parser.add_argument("--only", nargs="*", choices=("dense", "sparse", "forced keys alone"))
     arguments = parser.parse_args()
     logger.set_level("ERROR")
     tokenizer = AutoTokenizer.from_pretrained(str(CHECKPOINT))
@@ -87,15 +89,16 @@ def main() -> int:
     def encode(text: str) -> list[int]:
         return list(tokenizer(text)["input_ids"])
 
-    budgets = {} if arguments.budgets is None else {"sparse_budgets": str(arguments.budgets)}
-    readers = {"sparse": Reader(config, **budgets)}
-    if not arguments.table:
-        forced = SparseBudgets.uniform(*FORCED_ALONE, config["num_hidden_layers"], config["num_attention_heads"])
-        readers = {
-            "dense": Reader(config, sparse=False),
-            **readers,
-            "forced keys alone": Reader(config, sparse_budgets=forced),
-        }
+    def uniform(columns: int, diagonals: int) -> SparseBudgets:
+        return SparseBudgets.uniform(columns, diagonals, config["num_hidden_layers"], config["num_attention_heads"])
+
+    options: dict[str, dict[str, Any]] = {
+        "dense": {"sparse": False},
+        "sparse": {"sparse_budgets": uniform(arguments.columns, LOCAL_DIAGONALS)} if arguments.columns else {},
+        "forced keys alone": {"sparse_budgets": uniform(*FORCED_ALONE)},
+    }
+    chosen = arguments.only or (["sparse"] if arguments.table else list(options))
+    readers = {name: Reader(config, **options[name]) for name in chosen}
     maker = DocumentMaker(encode)
     documents_a_cell = -(-arguments.answers // arguments.needles)
     holds = 0

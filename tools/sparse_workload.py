@@ -1,7 +1,7 @@
 """Columns and diagonals of a sparse prefill, the same for every kernel that is timed on them.
 
-A head's diagonals are the nearest ones and runs of adjacent offsets that start anywhere, not at multiples of a tile: real
-heads concentrate near the diagonal and in bands. Its columns are uniform over the keys that every row may see.
+A head's diagonals are the nearest ones and runs of adjacent offsets that start anywhere, not at multiples of a tile:
+real heads concentrate near the diagonal and in bands. Its columns are uniform over the keys that every row may see.
 """
 
 from __future__ import annotations

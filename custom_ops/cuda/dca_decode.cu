@@ -141,8 +141,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
   const int64_t variant = static_cast<int64_t>(a.batch) * a.heads * D;
   const Stage latest = length > 2 * a.chunk_len ? kInter : length > a.chunk_len ? kSucc : kIntra;
   for (int stage = kIntra; stage <= latest; ++stage) {
-    load_rows<T, D, kGroupRows, kThreads>(queries + stage * kGroupRows * SharedRows<D>::kRowBytes, q + stage * variant, D,
-                                          0, rows);
+    load_rows<T, D, kGroupRows, kThreads>(queries + stage * kGroupRows * SharedRows<D>::kRowBytes, q + stage * variant,
+                                          D, 0, rows);
   }
 #pragma unroll
   for (int i = 0; i < kDecodeRing - 1; ++i) load(first + i);
@@ -173,7 +173,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
   __syncthreads();
 
   // The warps' softmaxes become the block's.
-  float* warp_out = reinterpret_cast<float*>(shared);                                    // [kWarps, kGroupRows, D]
+  float* warp_out = reinterpret_cast<float*>(shared);                                      // [kWarps, kGroupRows, D]
   float2* warp_statistic = reinterpret_cast<float2*>(warp_out + kWarps * kGroupRows * D);  // [kWarps, kGroupRows]
 #pragma unroll
   for (int h = 0; h < 2; ++h) {

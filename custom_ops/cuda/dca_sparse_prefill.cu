@@ -75,7 +75,9 @@ struct SparseWalk {
   __device__ void prefetch(int tile, int tiles) {
     if (tile >= tiles) return;
     const int row = threadIdx.x, column = (tile - num_blocks) * kTileKeys + row;
-    following = tile < num_blocks ? __ldg(blocks + tile) + row : column < num_columns ? __ldg(columns + column) : kNoKey;
+    following = tile < num_blocks      ? __ldg(blocks + tile) + row
+                : column < num_columns ? __ldg(columns + column)
+                                       : kNoKey;
     if (following >= limit) following = kNoKey;
   }
 

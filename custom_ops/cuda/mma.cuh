@@ -46,14 +46,16 @@ __device__ inline void load_matrices_transposed(uint32_t (&m)[4], uint32_t row) 
                : "memory");
 }
 
-// c[16, 8] += a[16, 16] * b[16, 8]. Lane 4g + p holds c at rows g (c[0], c[1]) and g + 8 (c[2], c[3]), columns 2p, 2p + 1.
+// c[16, 8] += a[16, 16] * b[16, 8]. Lane 4g + p holds c at rows g (c[0], c[1]) and g + 8 (c[2], c[3]), columns 2p, 2p
+// + 1.
 template <typename T>
 __device__ inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 
 template <>
 __device__ inline void multiply_add<bf16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
@@ -61,7 +63,8 @@ __device__ inline void multiply_add<bf16>(float (&c)[4], const uint32_t (&a)[4],
 template <>
 __device__ inline void multiply_add<f16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
@@ -114,8 +117,8 @@ __device__ inline uint32_t transposed_operand(int lane) {
   return SharedRows<D>::address(0, lane / 16 * 8 + lane % 8, lane / 8 % 2);
 }
 
-// The same for rows further down (a multiple of 16) and for values [16 * step, 16 * step + 16). Tiles begin at multiples
-// of a row's size, so that the permutation of chunks is a single exclusive or.
+// The same for rows further down (a multiple of 16) and for values [16 * step, 16 * step + 16). Tiles begin at
+// multiples of a row's size, so that the permutation of chunks is a single exclusive or.
 template <int D>
 __device__ inline uint32_t at(uint32_t place, int row, int step) {
   return (place ^ (step << 5)) + row * SharedRows<D>::kRowBytes;

@@ -193,7 +193,8 @@ struct WarpRows {
 template <int D, int kThreads>
 struct TileCopy {
   static constexpr int kChunks = SharedRows<D>::kChunks, kRowsAtOnce = kThreads / kChunks;
-  static_assert(kRowsAtOnce % 4 == 0, "the permutation of chunks changes in one bit from one row of a thread to the next");
+  static_assert(kRowsAtOnce % 4 == 0,
+                "the permutation of chunks changes in one bit from one row of a thread to the next");
 
   const int row = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
 
@@ -203,7 +204,8 @@ struct TileCopy {
   }
 };
 
-// A block copies kRows rows to a tile; row r is `stride` values after row r - 1, and rows outside [begin, end) are zero.
+// A block copies kRows rows to a tile; row r is `stride` values after row r - 1, and rows outside [begin, end) are
+// zero.
 template <typename T, int D, int kRows, int kThreads>
 __device__ inline void load_rows(uint32_t tile, const T* first, int64_t stride, int begin, int end) {
   const TileCopy<D, kThreads> copy;

@@ -117,7 +117,7 @@ def paged(
 
 @dataclass
 class Reference:
-    """Attention of some rows in float64: out [R, H, D]; mass [R, H] = || p |v| ||, the scale of rounding; lse [R, H]."""
+    """Attention of some rows in float64: out [R, H, D]; mass [R, H] = || p |v| ||, the scale of rounding; lse."""
 
     out: Tensor
     mass: Tensor
