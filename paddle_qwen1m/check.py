@@ -216,14 +216,12 @@ def _tokenizer(checkpoint: Checkpoint) -> Iterator[Finding]:
 
 
 def _budgets(checkpoint: Checkpoint, options: CheckOptions) -> Iterator[Finding]:
-    from paddle_qwen1m.config import EngineOptions
-    from paddle_qwen1m.paddlenlp import SPARSE_CONFIG, find_budgets
+    from paddle_qwen1m.paddlenlp import SPARSE_CONFIG, look_up_budgets
 
     if not options.sparse:
         yield Finding(OK, "sparse budgets", "sparse prefill is switched off")
         return
-    budgets = find_budgets(checkpoint, _read_config(checkpoint), options.sparse_budgets, EngineOptions())
-    beside = checkpoint.file(SPARSE_CONFIG)
+    budgets, source = look_up_budgets(checkpoint, _read_config(checkpoint), options.sparse_budgets)
     if budgets is None:
         yield Finding(
             WARN,
@@ -231,16 +229,17 @@ def _budgets(checkpoint: Checkpoint, options: CheckOptions) -> Iterator[Finding]
             f"none: every prefill is dense; put {SPARSE_CONFIG} beside the weights or give --sparse-budgets",
         )
     else:
-        source = options.sparse_budgets or beside or "those published for this shape, which the package carries"
-        yield Finding(OK, "sparse budgets", str(source))
+        yield Finding(OK, "sparse budgets", source)
 
 
 def _memory(checkpoint: Checkpoint, options: CheckOptions) -> Iterator[Finding]:
     from paddle_qwen1m import ops
     from paddle_qwen1m.config import default_batched_tokens
     from paddle_qwen1m.model import device_dtypes
+    from paddle_qwen1m.paddlenlp import look_up_budgets
 
     config = _read_config(checkpoint)
+    budgets = look_up_budgets(checkpoint, config, options.sparse_budgets)[0] if options.sparse else None
     rows = options.max_num_batched_tokens or default_batched_tokens(ops.on_gpu())
     storage, compute = device_dtypes(options.dtype or config.dtype)
     weights = parameters(config) * itemsize(storage)
@@ -252,7 +251,7 @@ def _memory(checkpoint: Checkpoint, options: CheckOptions) -> Iterator[Finding]:
             max_num_batched_tokens=rows,
             cache_dtype=options.kv_cache_dtype or compute,
             weight_bytes=weights,
-            sparse=options.sparse,
+            budgets=budgets,
             dtype=compute,
         )
 

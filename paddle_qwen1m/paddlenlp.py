@@ -33,6 +33,7 @@ from .weights import load_checkpoint
 DUAL_CHUNK = "dual_chunk_attention_config"
 SPARSE_CONFIG = "sparse_attention_config.json"
 GENERATION_CONFIG = "generation_config.json"
+PUBLISHED = "those published for this shape, which the package carries"
 ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen2OneMForCausalLM")
 HUB_OPTIONS = ("from_hf_hub", "from_aistudio", "cache_dir", "subfolder")
 INSTEAD = {
@@ -334,24 +335,30 @@ def find_budgets(
     explicit: str | os.PathLike[str] | SparseBudgets | None,
     options: EngineOptions,
 ) -> SparseBudgets | None:
-    """Sparse budgets: `explicit`, else the file beside the weights, else the published ones of this shape, else None.
-
-    Says in one log line when the last two apply. Raises ValueError for a file that does not fit the model.
-    """
-    if isinstance(explicit, SparseBudgets):
-        return explicit
-    path = checkpoint.extra_file(SPARSE_CONFIG) if explicit is None else Path(explicit)
-    if path is not None:
-        return SparseBudgets.from_file(path, config.num_layers, config.num_heads)
-    published = published_budgets(config)
-    if published is None:
+    """The budgets of `look_up_budgets`; one log line says when they are the published ones or when there are none."""
+    budgets, source = look_up_budgets(checkpoint, config, explicit)
+    if budgets is None:
         logger.warning(
             f"{checkpoint.name} has no {SPARSE_CONFIG}: prompts longer than {options.sparse_threshold:,} tokens are "
             "prefilled densely; give sparse_budgets=FILE (--sparse-budgets FILE) for sparse prefill"
         )
-    else:
+    elif source == PUBLISHED:
         logger.info(f"{checkpoint.name} has no {SPARSE_CONFIG}: using the budgets published for this shape")
-    return published
+    return budgets
+
+
+def look_up_budgets(
+    checkpoint: Checkpoint, config: ModelConfig, explicit: str | os.PathLike[str] | SparseBudgets | None
+) -> tuple[SparseBudgets | None, str]:
+    """Sparse budgets and their source: `explicit`, else the file beside the weights, else those published for this
+    shape, else None. Raises ValueError for a file that does not fit the model.
+    """
+    if isinstance(explicit, SparseBudgets):
+        return explicit, "given"
+    path = checkpoint.extra_file(SPARSE_CONFIG) if explicit is None else Path(explicit)
+    if path is not None:
+        return SparseBudgets.from_file(path, config.num_layers, config.num_heads), str(path)
+    return published_budgets(config), PUBLISHED
 
 
 def _read_generation_config(path: Path) -> GenerationConfig:

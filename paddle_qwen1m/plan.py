@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Callable
 
 if TYPE_CHECKING:
-    from paddle_qwen1m.config import ModelConfig
+    from paddle_qwen1m.config import ModelConfig, SparseBudgets
 
+BLOCK = 64  # rows of a row block, keys of a block of keys
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -44,12 +45,25 @@ def cache_bytes_per_token(config: ModelConfig, dtype: str) -> int:
     return 2 * config.num_layers * config.num_kv_heads * config.head_dim * itemsize(dtype)
 
 
-def activation_bytes(config: ModelConfig, rows: int, length: int, sparse: bool, dtype: str = "float32") -> int:
+def sparse_bytes(config: ModelConfig, rows: int, length: int, budgets: SparseBudgets) -> int:
+    """Bytes that choosing keys for `rows` tokens takes in the layer that takes most.
+
+    The float32 sums of every head's columns and diagonals over all keys, and what each block of rows visits: int32
+    tables as wide as the largest budget of the layer, blocks no more than the keys hold.
+    """
+    blocks = min(int(budgets.slash.max()), length // BLOCK)
+    entries = -(-rows // BLOCK) * (blocks + min(int(budgets.vertical.max()), length))
+    return 4 * config.num_heads * (2 * length + entries)
+
+
+def activation_bytes(
+    config: ModelConfig, rows: int, length: int, budgets: SparseBudgets | None = None, dtype: str = "float32"
+) -> int:
     """Peak bytes of a layer over a chunk of `rows` tokens of a context of `length`, logits of the last one included.
 
-    Counts the residual and its norm, then the larger of attention (qkv, its rotations, output) and MLP (gate and up,
-    their product), and for a sparse prefill the float32 column and diagonal sums of every head over all keys. The
-    residual, rotary tables and logits are float32, the rest is of `dtype`.
+    Counts the residual and its norm, then the larger of attention (qkv, its rotations, output, and with `budgets` what
+    choosing the keys takes) and MLP (gate and up, their product). The residual, rotary tables and logits are float32,
+    the rest is of `dtype`.
     """
     attention, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     chunk_len = config.dual_chunk.chunk_len
@@ -57,9 +71,9 @@ def activation_bytes(config: ModelConfig, rows: int, length: int, sparse: bool, 
     size = itemsize(dtype)
     in_attention = size * ((attention + 2 * kv) + variants * attention + attention) + 4 * variants * config.head_dim
     in_mlp = size * (3 * config.intermediate_size + config.hidden_size)
-    per_row = (4 + size) * config.hidden_size + max(in_attention, in_mlp)
-    sums = 2 * 4 * config.num_heads * length if sparse else 0
-    return rows * per_row + 4 * config.vocab_size + sums
+    choosing = 0 if budgets is None else sparse_bytes(config, rows, length, budgets)
+    stream = rows * (4 + size) * config.hidden_size
+    return stream + max(rows * in_attention + choosing, rows * in_mlp) + 4 * config.vocab_size
 
 
 def itemsize(dtype: str) -> int:
@@ -76,12 +90,12 @@ def plan_memory(
     max_num_batched_tokens: int,
     cache_dtype: str,
     weight_bytes: int,
-    sparse: bool = True,
+    budgets: SparseBudgets | None = None,
     dtype: str = "float32",
 ) -> MemoryPlan:
     """What one request of `length` tokens, prompt and answer together, needs beside the process itself.
 
-    dtype: what is computed in, float32 on a CPU.
+    budgets: of a sparse prefill; None when it is dense. dtype: what is computed in, float32 on a CPU.
     """
     if length < 1 or max_num_batched_tokens < 1:
         raise ValueError(
@@ -91,7 +105,7 @@ def plan_memory(
         length=length,
         weights=weight_bytes,
         cache=length * cache_bytes_per_token(config, cache_dtype),
-        activations=activation_bytes(config, min(length, max_num_batched_tokens), length, sparse, dtype),
+        activations=activation_bytes(config, min(length, max_num_batched_tokens), length, budgets, dtype),
     )
 
 

@@ -8,8 +8,15 @@ from typing import Any
 
 import pytest
 
-from paddle_qwen1m.config import ModelConfig
-from paddle_qwen1m.plan import activation_bytes, cache_bytes_per_token, longest_context, parameters, plan_memory
+from paddle_qwen1m.config import ModelConfig, SparseBudgets, published_budgets
+from paddle_qwen1m.plan import (
+    activation_bytes,
+    cache_bytes_per_token,
+    longest_context,
+    parameters,
+    plan_memory,
+    sparse_bytes,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED: dict[str, Any] = {
@@ -67,23 +74,33 @@ def test_tied_embeddings_are_counted_once() -> None:
 
 
 def test_activations_grow_with_the_chunk_not_with_the_context_when_dense() -> None:
-    short = activation_bytes(MODEL_14B, 4096, 800_000, sparse=False)
-    assert activation_bytes(MODEL_14B, 4096, 1_000_000, sparse=False) == short
-    assert activation_bytes(MODEL_14B, 8192, 1_000_000, sparse=False) > 1.9 * short
-    assert activation_bytes(MODEL_14B, 4096, 1_000_000, sparse=True) - short == 2 * 4 * 40 * 1_000_000
+    short = activation_bytes(MODEL_14B, 4096, 800_000)
+    assert activation_bytes(MODEL_14B, 4096, 1_000_000) == short
+    assert activation_bytes(MODEL_14B, 8192, 1_000_000) > 1.9 * short
+
+
+def test_choosing_keys_takes_sums_over_all_of_them_and_a_table_for_each_block_of_rows() -> None:
+    budgets = SparseBudgets.uniform(1000, 6096, 48, 40)
+    assert sparse_bytes(MODEL_14B, 4096, 1_000_000, budgets) == 4 * 40 * (2_000_000 + 64 * (1000 + 6096))
+    assert sparse_bytes(MODEL_14B, 64, 64_000, budgets) == 4 * 40 * (128_000 + 1000 + 1000), "blocks hold 64 keys each"
+
+
+def test_choosing_keys_counts_where_attention_takes_more_than_the_mlp() -> None:
+    budgets = SparseBudgets.uniform(1000, 6096, 48, 40)
+    grown = [activation_bytes(MODEL_14B, 64, length, budgets) for length in (800_000, 1_000_000)]
+    assert grown[1] - grown[0] == 2 * 4 * 40 * 200_000
+    assert activation_bytes(MODEL_14B, 32_768, 40_000, budgets) == activation_bytes(MODEL_14B, 32_768, 40_000)
 
 
 def test_in_16_bits_residual_rotary_tables_and_logits_keep_32() -> None:
-    wide, narrow = (activation_bytes(MODEL_7B, 2048, 2048, sparse=False, dtype=d) for d in ("float32", "bfloat16"))
+    wide, narrow = (activation_bytes(MODEL_7B, 2048, 2048, dtype=d) for d in ("float32", "bfloat16"))
     assert wide - narrow == 2 * 2048 * (3584 + 3 * 18_944 + 3584)
 
 
 def test_a_plan_adds_up_and_counts_no_more_rows_than_there_are_tokens() -> None:
-    plan = plan_memory(
-        MODEL_7B, 1000, max_num_batched_tokens=4096, cache_dtype="bfloat16", weight_bytes=10**9, sparse=False
-    )
+    plan = plan_memory(MODEL_7B, 1000, max_num_batched_tokens=4096, cache_dtype="bfloat16", weight_bytes=10**9)
     assert plan.cache == 57_344_000
-    assert plan.activations == activation_bytes(MODEL_7B, 1000, 1000, sparse=False)
+    assert plan.activations == activation_bytes(MODEL_7B, 1000, 1000)
     assert plan.total == plan.weights + plan.cache + plan.activations
 
 
@@ -110,7 +127,8 @@ def test_an_unknown_dtype_or_an_empty_context_is_refused() -> None:
 @pytest.mark.parametrize(("name", "config"), [("7B", MODEL_7B), ("14B", MODEL_14B)], ids=["7B", "14B"])
 def test_the_readme_states_these_figures(name: str, config: ModelConfig) -> None:
     weights, token = 2 * parameters(config), cache_bytes_per_token(config, "bfloat16")
-    activations = activation_bytes(config, 2048, 1_010_000, sparse=True)
-    sizes = [f"{size / 1e9:.1f} GB" for size in (weights, 131_072 * token, 1_010_000 * token, activations)]
+    on_cpu = activation_bytes(config, 2048, 1_010_000, published_budgets(config))
+    on_gpu = activation_bytes(config, 32_768, 1_010_000, published_budgets(config), "bfloat16")
+    sizes = [f"{size / 1e9:.1f} GB" for size in (weights, 131_072 * token, 1_010_000 * token, on_cpu, on_gpu)]
     row = " | ".join([name, sizes[0], f"{token:,} B", *sizes[1:]])
     assert f"| {row} |" in (ROOT / "README.md").read_text(encoding="utf-8")

@@ -163,6 +163,7 @@ def prefill(name: str, tokens: int, new_tokens: int) -> None:
         max_num_batched_tokens=rows,
         cache_dtype="bfloat16",
         weight_bytes=2 * parameters(config),
+        budgets=published_budgets(config),
         dtype="bfloat16",
     )
     prompt = random_prompt(model, tokens)
