@@ -79,18 +79,26 @@ class CudaLibrary:
         function.restype = ctypes.c_int64
         return int(function(ctypes.byref(self.struct(op, fields))))
 
-    def __call__(self, op: str, workspace: Any = None, **fields: Any) -> None:
-        """Launches an op on PyTorch's current stream; a workspace is made where none is given."""
+    def make_workspace(self, size: int) -> Any:
+        """Device memory of `size` bytes, poisoned."""
         import torch
 
+        return torch.full((size,), 0xFF, dtype=torch.uint8, device="cuda")
+
+    def stream(self) -> int:
+        """The stream that launches go to: PyTorch's current one."""
+        import torch
+
+        return int(torch.cuda.current_stream().cuda_stream)
+
+    def __call__(self, op: str, workspace: Any = None, **fields: Any) -> None:
+        """Launches an op; a workspace is made where none is given."""
         arguments: list[Any] = [ctypes.byref(self.struct(op, fields))]
         if hasattr(self._library, f"qwen1m_cuda_{op}_workspace"):
             if workspace is None:
-                size = self.workspace_bytes(op, **fields)
-                workspace = torch.full((size,), 0xFF, dtype=torch.uint8, device="cuda")
+                workspace = self.make_workspace(self.workspace_bytes(op, **fields))
             arguments.append(ctypes.c_void_p(workspace.data_ptr()))
-        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        status = getattr(self._library, f"qwen1m_cuda_{op}")(*arguments, stream)
+        status = getattr(self._library, f"qwen1m_cuda_{op}")(*arguments, ctypes.c_void_p(self.stream()))
         if status != 0:
             raise RuntimeError(f"{op}: CUDA error {status}")
 

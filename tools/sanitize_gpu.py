@@ -1,0 +1,368 @@
+"""Runs every CUDA kernel on small odd shapes under compute-sanitizer: memory errors, then races in shared memory.
+
+    python tools/cuda_library.py && python tools/sanitize_gpu.py [memcheck] [racecheck]
+
+Without PyTorch, whose own libraries would take the sanitizer minutes; what the kernels compute is the tests' affair.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+from cuda_library import CudaLibrary
+
+TOOLS = ("memcheck", "racecheck")
+CHUNK_LEN, PAGE = 256, 64
+EXIT_CODE = 9
+
+
+class Runtime:
+    """The few calls of the CUDA runtime that hold arrays on the device."""
+
+    def __init__(self) -> None:
+        home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+        self._library = ctypes.CDLL(f"{home}/lib64/libcudart.so")
+
+    def call(self, name: str, *arguments: Any) -> None:
+        status = getattr(self._library, name)(*arguments)
+        if status != 0:
+            raise RuntimeError(f"{name}: CUDA error {status}")
+
+
+class DeviceArray:
+    """A copy of a numpy array on the device, of exactly its size."""
+
+    def __init__(self, runtime: Runtime, values: np.ndarray) -> None:
+        values = np.ascontiguousarray(values)
+        self._pointer = ctypes.c_void_p()
+        runtime.call("cudaMalloc", ctypes.byref(self._pointer), ctypes.c_size_t(values.nbytes))
+        runtime.call(
+            "cudaMemcpy", self._pointer, ctypes.c_void_p(values.ctypes.data), ctypes.c_size_t(values.nbytes), 1
+        )
+
+    def data_ptr(self) -> int:
+        assert self._pointer.value is not None
+        return self._pointer.value
+
+    def is_contiguous(self) -> bool:
+        return True
+
+
+class PlainLibrary(CudaLibrary):
+    """The kernels on the default stream, without PyTorch."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        super().__init__()
+        self._runtime = runtime
+
+    def make_workspace(self, size: int) -> DeviceArray:
+        return DeviceArray(self._runtime, np.full(size, 0xFF, np.uint8))
+
+    def stream(self) -> int:
+        return 0
+
+
+class Kernels:
+    """Calls every op once for one head size."""
+
+    def __init__(self, head_dim: int) -> None:
+        self.runtime = Runtime()
+        self.cuda = PlainLibrary(self.runtime)
+        self.rng = np.random.default_rng(head_dim)
+        self.head_dim, self.heads, self.kv_heads = head_dim, 5, 1
+
+    def array(self, values: np.ndarray) -> DeviceArray:
+        return DeviceArray(self.runtime, values)
+
+    def normal(self, *shape: int) -> DeviceArray:
+        """bfloat16."""
+        values = self.rng.standard_normal(shape).astype(np.float32)
+        return self.array((values.view(np.uint32) >> 16).astype(np.uint16))
+
+    def floats(self, *shape: int) -> DeviceArray:
+        return self.array(self.rng.random(shape).astype(np.float32))
+
+    def integers(self, kind: Any, below: int, *shape: int) -> DeviceArray:
+        return self.array(self.rng.integers(0, below, shape).astype(kind))
+
+    def cache(self, pages: int) -> dict[str, Any]:
+        shape = (pages, PAGE, self.kv_heads, self.head_dim)
+        return {
+            "key": self.normal(*shape),
+            "value": self.normal(*shape),
+            "dtype": "bfloat16",
+            "page_size": PAGE,
+            "kv_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+        }
+
+    def prefill(self, length: int, rows: int) -> None:
+        """Probe, selection, conversion, sparse and dense attention of the last rows of one sequence."""
+        pages = -(-length // PAGE)
+        cache, table = self.cache(pages), self.array(self.rng.permutation(pages).astype(np.int32))
+        begin, variants = length - rows, min(3, (length - 1) // CHUNK_LEN + 1)
+        q, out = self.normal(variants, rows, self.heads, self.head_dim), self.normal(rows, self.heads, self.head_dim)
+        lse = self.floats(rows, self.heads)
+        scale = self.head_dim**-0.5
+        common = {"q": q, "out": out, "lse": lse, "cache": cache, "activation": "bfloat16", "tokens": rows}
+        common |= {"heads": self.heads, "chunk_len": CHUNK_LEN}
+        self.cuda(
+            "dca_prefill",
+            **common,
+            block_tables=table,
+            pieces=np.asarray([[0, 0, rows, begin]], np.int32),
+            scale=self.array(np.asarray([scale], np.float32)),
+            table_width=pages,
+            num_pieces=1,
+        )
+        probe_rows = min(64, rows)
+        sums = [self.floats(self.heads, length) for _ in range(2)]
+        self.cuda(
+            "dca_probe",
+            q=self.normal(variants, probe_rows, self.heads, self.head_dim),
+            cache=cache,
+            block_table=table,
+            vertical=sums[0],
+            slash=sums[1],
+            activation="bfloat16",
+            scale=scale,
+            rows=probe_rows,
+            heads=self.heads,
+            end=length,
+            chunk_len=CHUNK_LEN,
+        )
+        widths = [min(size, length) for size in (60, 150)]
+        chosen = [self.integers(np.int32, 1, self.heads, width) for width in widths]
+        sizes = [self.array(np.full(self.heads, size, np.int32)) for size in (60, 150)]
+        self.cuda(
+            "select_critical",
+            vertical=sums[0],
+            slash=sums[1],
+            vertical_sizes=sizes[0],
+            slash_sizes=sizes[1],
+            columns=chosen[0],
+            slashes=chosen[1],
+            heads=self.heads,
+            keys=length,
+            column_width=widths[0],
+            slash_width=widths[1],
+            forced_columns=30,
+            forced_diagonals=100,
+        )
+        row_blocks, block_width = -(-rows // 64), min(widths[1] + 12, length // 64 + 3)
+        tables = {
+            "blocks": self.integers(np.int32, 1, self.heads, row_blocks, block_width),
+            "columns": self.integers(np.int32, 1, self.heads, row_blocks, widths[0] + 15),
+            "counts": self.integers(np.int32, 1, self.heads, row_blocks, 6),
+            "block_width": block_width,
+            "column_width": widths[0] + 15,
+        }
+        self.cuda(
+            "sparse_index",
+            columns=chosen[0],
+            slashes=chosen[1],
+            tables=tables,
+            heads=self.heads,
+            selected_columns=widths[0],
+            selected_slashes=widths[1],
+            begin=begin,
+            rows=rows,
+            chunk_len=CHUNK_LEN,
+            block=64,
+        )
+        self.cuda(
+            "dca_sparse_prefill", **common, block_table=table, tables=tables, scale=scale, row=0, begin=begin, rows=rows
+        )
+
+    def decode(self, lengths: list[int]) -> None:
+        batch, width = len(lengths), -(-max(lengths) // PAGE)
+        tables = self.integers(np.int32, width, batch, width)
+        state = self.array(np.asarray(lengths, np.int32) - 1)
+        scale = self.floats(batch)
+        self.cuda(
+            "decode_inputs",
+            lengths=state,
+            block_tables=tables,
+            inv_freq=self.floats(self.head_dim // 2),
+            slots=self.integers(np.int64, 1, batch),
+            table=self.floats(3, batch, self.head_dim),
+            scale=scale,
+            batch=batch,
+            table_width=width,
+            page_size=PAGE,
+            head_dim=self.head_dim,
+            chunk_len=CHUNK_LEN,
+            chunk_size=CHUNK_LEN + 64,
+            original_max_position_embeddings=256,
+        )
+        self.cuda(
+            "dca_decode",
+            q=self.normal(3, batch, self.heads, self.head_dim),
+            out=self.normal(batch, self.heads, self.head_dim),
+            cache=self.cache(width),
+            block_tables=tables,
+            lengths=state,
+            scale=scale,
+            activation="bfloat16",
+            batch=batch,
+            heads=self.heads,
+            table_width=width,
+            chunk_len=CHUNK_LEN,
+        )
+
+    def layers(self, tokens: int, width: int) -> None:
+        half = "bfloat16"
+        heads, kv_heads, d = self.heads, self.kv_heads, self.head_dim
+        features = (heads + 2 * kv_heads) * d
+        residual = self.floats(tokens, width)
+        self.cuda(
+            "embedding",
+            ids=self.integers(np.int64, 50, tokens),
+            table=self.normal(50, width),
+            out=residual,
+            tokens=tokens,
+            width=width,
+            dtype=half,
+            out_dtype="float32",
+        )
+        self.cuda(
+            "rms_norm",
+            delta=self.normal(tokens, width),
+            residual=residual,
+            weight=self.normal(width),
+            out=self.normal(tokens, width),
+            tokens=tokens,
+            width=width,
+            eps=1e-6,
+            activation=half,
+            dtype=half,
+        )
+        self.cuda(
+            "silu_mul",
+            gate_up=self.normal(tokens, 2 * width),
+            out=self.normal(tokens, width),
+            tokens=tokens,
+            width=width,
+            activation=half,
+        )
+        self.cuda(
+            "cast",
+            values=residual,
+            out=self.normal(tokens, width),
+            count=tokens * width,
+            dtype="float32",
+            out_dtype=half,
+        )
+        table = self.floats(3, tokens, d)
+        self.cuda(
+            "rotary_table",
+            positions=self.integers(np.int32, 5000, 3 * tokens),
+            inv_freq=self.floats(d // 2),
+            table=table,
+            rows=3 * tokens,
+            head_dim=d,
+        )
+        qkv, bias, pages = self.normal(tokens, features), self.normal(features), -(-tokens // PAGE)
+        self.cuda(
+            "rotate_and_cache",
+            qkv=qkv,
+            bias=bias,
+            table=table,
+            slots=self.array(self.rng.permutation(pages * PAGE)[:tokens].astype(np.int64)),
+            q=self.normal(3, tokens, heads, d),
+            cache=self.cache(pages),
+            activation=half,
+            bias_dtype=half,
+            variants=3,
+            tokens=tokens,
+            heads=heads,
+        )
+        rows = min(tokens, 3)
+        self.cuda(
+            "rotate_queries",
+            qkv=qkv,
+            bias=bias,
+            table=self.floats(2, rows, d),
+            q=self.normal(2, rows, heads, d),
+            activation=half,
+            bias_dtype=half,
+            variants=2,
+            row=tokens - rows,
+            rows=rows,
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=d,
+        )
+        for few in (1, min(tokens, 16)):
+            self.cuda(
+                "linear",
+                x=self.normal(few, width),
+                weight=self.normal(77, width),
+                bias=self.normal(77),
+                y=self.floats(few, 77),
+                tokens=few,
+                in_features=width,
+                out_features=77,
+                activation=half,
+                out_dtype="float32",
+                dtype=half,
+            )
+
+    def sample(self, vocab: int) -> None:
+        temperatures = np.asarray([0.0, 0.7, 1.0, 1.3], np.float32)
+        batch = len(temperatures)
+        self.cuda(
+            "sample",
+            logits=self.floats(batch, vocab),
+            seen=self.integers(np.uint8, 2, batch, vocab),
+            temperature=self.array(temperatures),
+            top_k=self.array(np.asarray([0, 20, 0, 600], np.int32)),
+            top_p=self.array(np.asarray([1.0, 0.8, 0.9, 1.0], np.float32)),
+            repetition_penalty=self.array(np.asarray([1.0, 1.05, 1.0, 1.2], np.float32)),
+            banned=self.array(np.asarray([[3], [-1], [5], [0]], np.int32)),
+            banned_steps=self.integers(np.int64, 5, batch),
+            seeds=self.integers(np.int64, 1000, batch),
+            steps=self.integers(np.int64, 3, batch),
+            ids=self.integers(np.int64, 1, batch),
+            logprobs=self.floats(batch),
+            batch=batch,
+            vocab=vocab,
+            banned_width=1,
+        )
+
+
+def run() -> None:
+    for head_dim in (128, 64):
+        kernels = Kernels(head_dim)
+        for length, rows in ((1, 1), (65, 65), (300, 40), (700, 130), (769, 1)):
+            kernels.prefill(length, rows)
+        kernels.decode([1, 65, 257, 700])
+        kernels.layers(1, 64)
+        kernels.layers(19, 264)
+        kernels.sample(4100)
+        kernels.runtime.call("cudaDeviceSynchronize")
+
+
+def main() -> int:
+    if sys.argv[1:] == ["run"]:
+        run()
+        return 0
+    failed = 0
+    for tool in sys.argv[1:] or TOOLS:
+        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", str(EXIT_CODE)]
+        command += [sys.executable, __file__, "run"]
+        status = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        print(f"{tool}: {status.stdout.strip().splitlines()[-1]}", flush=True)
+        if status.returncode != 0:
+            print(status.stdout[-4000:])
+            failed = 1
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())
