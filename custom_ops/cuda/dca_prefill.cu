@@ -80,21 +80,17 @@ struct DenseWalk {
 
 int qwen1m_cuda_dca_prefill(const qwen1m_dca_prefill* a, qwen1m_stream stream) {
   using namespace qwen1m::cuda;
-  return with_half_type(a->activation, [&](auto type) {
-    using T = decltype(type);
-    for (int first = 0; first < a->num_pieces; first += kMaxPieces) {
-      DenseArguments arguments{*a, {}};
-      arguments.num_pieces = a->num_pieces - first < kMaxPieces ? a->num_pieces - first : kMaxPieces;
-      int64_t tiles = 0;
-      for (int p = 0; p < arguments.num_pieces; ++p) {
-        arguments.piece[p] = a->pieces[first + p];
-        tiles += ceil_div(arguments.piece[p].rows, DenseWalk::kTileRows);
-      }
-      const dim3 grid(static_cast<unsigned>(tiles), a->heads);
-      const int status = a->cache.head_dim == 128 ? launch_prefill<T, 128, DenseWalk>(arguments, grid, stream)
-                                                  : launch_prefill<T, 64, DenseWalk>(arguments, grid, stream);
-      if (status != cudaSuccess) return status;
+  for (int first = 0; first < a->num_pieces; first += kMaxPieces) {
+    DenseArguments arguments{*a, {}};
+    arguments.num_pieces = a->num_pieces - first < kMaxPieces ? a->num_pieces - first : kMaxPieces;
+    int64_t tiles = 0;
+    for (int p = 0; p < arguments.num_pieces; ++p) {
+      arguments.piece[p] = a->pieces[first + p];
+      tiles += ceil_div(arguments.piece[p].rows, DenseWalk::kTileRows);
     }
-    return static_cast<int>(cudaSuccess);
-  });
+    const dim3 grid(static_cast<unsigned>(tiles), a->heads);
+    const int status = launch_prefill<DenseWalk>(arguments, grid, stream);
+    if (status != cudaSuccess) return status;
+  }
+  return cudaSuccess;
 }

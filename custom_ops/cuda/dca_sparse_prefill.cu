@@ -96,10 +96,6 @@ struct SparseWalk {
 
 int qwen1m_cuda_dca_sparse_prefill(const qwen1m_dca_sparse_prefill* a, qwen1m_stream stream) {
   using namespace qwen1m::cuda;
-  return with_half_type(a->activation, [&](auto type) {
-    using T = decltype(type);
-    const dim3 grid(static_cast<unsigned>(ceil_div(a->rows, SparseWalk::kTileRows)), a->heads);
-    return a->cache.head_dim == 128 ? launch_prefill<T, 128, SparseWalk>(*a, grid, stream)
-                                    : launch_prefill<T, 64, SparseWalk>(*a, grid, stream);
-  });
+  const dim3 grid(static_cast<unsigned>(ceil_div(a->rows, SparseWalk::kTileRows)), a->heads);
+  return launch_prefill<SparseWalk>(*a, grid, stream);
 }

@@ -321,13 +321,22 @@ __global__ void __launch_bounds__(Walk::kWarps* kWarp, Walk::kBlocks)
 }
 
 template <typename T, int D, typename Walk>
-int launch_prefill(const typename Walk::Arguments& a, dim3 grid, qwen1m_stream stream) {
+int launch_prefill_of(const typename Walk::Arguments& a, dim3 grid, qwen1m_stream stream) {
   const auto kernel = prefill_kernel<T, D, Walk>;
   constexpr int kBytes = prefill_shared_bytes<D, Walk>();
   const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (status != cudaSuccess) return status;
   kernel<<<grid, Walk::kWarps * kWarp, kBytes, as_stream(stream)>>>(a);
   return cudaGetLastError();
+}
+
+template <typename Walk>
+int launch_prefill(const typename Walk::Arguments& a, dim3 grid, qwen1m_stream stream) {
+  return with_half_type(a.activation, [&](auto type) {
+    using T = decltype(type);
+    return a.cache.head_dim == 128 ? launch_prefill_of<T, 128, Walk>(a, grid, stream)
+                                   : launch_prefill_of<T, 64, Walk>(a, grid, stream);
+  });
 }
 
 // Where the keys of one sequence lie: page_size is a power of two.
