@@ -93,6 +93,7 @@ def test_document_question_and_answer_encode_apart_as_together(encode: Encode) -
     needle = document.needles[0]
     parts = (prompt_head() + document.text, prompt_tail(needle), needle.sentence)
     assert [token for part in parts for token in encode(part)] == encode("".join(parts))
+    assert encode(prompt_head()) + DocumentMaker(encode).ids(document) == encode(parts[0])
 
 
 @pytest.mark.parametrize("tokens", [1024, 4096])

@@ -91,12 +91,13 @@ class DocumentMaker:
     """Makes documents of a given number of tokens.
 
     A text of sentences encodes to the concatenation of what its sentences encode to, each with the space before it,
-    so lengths are sums of known lengths and a document of a million tokens is made without encoding it.
+    so lengths are sums of known lengths and a document of a million tokens is made, and its ids are known, without
+    encoding it.
     """
 
     def __init__(self, encode: Encode) -> None:
         self._encode = encode
-        self._lengths: dict[str, int] = {}
+        self._ids: dict[str, list[int]] = {}
         self._frame = len(encode(prompt_head())) + len(encode(prompt_tail(Needle("", ""))))
 
     def make(self, tokens: int, needles: int, seed: int, depth: float | None = None) -> Document:
@@ -125,10 +126,17 @@ class DocumentMaker:
             filler.append(sentence)
         return Document(tuple(hide(rng, filler, hidden, depth)), tuple(hidden))
 
+    def ids(self, document: Document) -> list[int]:
+        """What the document's text encodes to."""
+        return [token for sentence in document.sentences for token in self._sentence_ids(sentence)]
+
     def _length(self, sentence: str) -> int:
-        if sentence not in self._lengths:
-            self._lengths[sentence] = len(self._encode(f" {sentence}"))
-        return self._lengths[sentence]
+        return len(self._sentence_ids(sentence))
+
+    def _sentence_ids(self, sentence: str) -> list[int]:
+        if sentence not in self._ids:
+            self._ids[sentence] = self._encode(f" {sentence}")
+        return self._ids[sentence]
 
 
 def draw_needles(rng: np.random.Generator, count: int) -> list[Needle]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from needle_documents import Document, Encode, prompt_head, prompt_tail
+from needle_documents import Document, DocumentMaker, Encode, prompt_head, prompt_tail
 
 from paddle_qwen1m import ops
 from paddle_qwen1m.attention.attend import Observer
@@ -69,9 +69,9 @@ def read(
     engine: Any, documents: list[Document], encode: Encode, in_document: Observer, in_question: Observer
 ) -> list[bool]:
     """Asks for every needle of every document: which answers are right. The observers see each part's sparse pieces."""
-    right: list[bool] = []
+    maker, right = DocumentMaker(encode), []
     for document in documents:
-        document_ids = np.asarray(encode(prompt_head() + document.text), np.int64)
+        document_ids = np.asarray(encode(prompt_head()) + maker.ids(document), np.int64)
         turns = [(encode(prompt_tail(needle)), encode(needle.sentence)) for needle in document.needles]
         longest = max(len(question) + len(answer) for question, answer in turns)
         engine.observe = in_document
