@@ -359,7 +359,7 @@ def main() -> int:
         status = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         print(f"{tool}: {status.stdout.strip().splitlines()[-1]}", flush=True)
         if status.returncode != 0:
-            print(status.stdout[-4000:])
+            print(status.stdout[:4000])
             failed = 1
     return failed
 

@@ -111,9 +111,10 @@ __device__ void walk_keys(const ProbeArguments& a, uint32_t shared, int32_t begi
       const T* keys = pool + pages.slot(first) * cache_row + lane % kChunks * 8;
 #pragma unroll
       for (int r = lane / kChunks; r < kWarpKeys; r += kWarp / kChunks) {
+        const int readable = min(r, a.end - 1 - first);
         copy_async_or_zero(
             SharedRows<D>::address(ring + (first / kWarpKeys % kProbeRing) * kTileBytes, r, lane % kChunks),
-            keys + r * cache_row, first + r < a.end);
+            keys + readable * cache_row, r == readable);
       }
     }
     copy_commit();

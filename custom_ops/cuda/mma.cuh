@@ -16,7 +16,7 @@ __device__ inline void copy_async(uint32_t shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
 }
 
-// The same; zeros, and nothing is read, when not `valid`. Costs several instructions more.
+// The same; zeros when not `valid`, though the address must be readable all the same. Costs several instructions more.
 __device__ inline void copy_async_or_zero(uint32_t shared, const void* global, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(valid ? 16 : 0)
                : "memory");

@@ -220,7 +220,8 @@ __device__ inline void load_rows(uint32_t tile, const T* first, int64_t stride, 
   } else {
 #pragma unroll
     for (int i = 0; i < kRows; i += kRowsAtOnce) {
-      copy_async_or_zero(copy.target(tile, i), source, copy.row + i >= begin && copy.row + i < end);
+      const bool valid = copy.row + i >= begin && copy.row + i < end;
+      copy_async_or_zero(copy.target(tile, i), valid ? source : first + begin * stride, valid);
       source += kRowsAtOnce * stride;
     }
   }
