@@ -10,6 +10,7 @@ import io
 import json
 import logging
 import os
+import re
 import secrets
 import sys
 import time
@@ -377,9 +378,65 @@ def _sampling(model: Qwen2OneMForCausalLM, arguments: argparse.Namespace) -> Sam
     return params if params.seed is not None else replace(params, seed=secrets.randbits(31))
 
 
+def _convert_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SRC", help="directory with a checkpoint in any of the formats")
+    parser.add_argument(
+        "destination", metavar="DST", help="a new or empty directory, or that of the same command before"
+    )
+    parser.add_argument("--format", required=True, choices=["paddlenlp", "tensor-parallel", "huggingface"])
+    parser.add_argument(
+        "--tensor-parallel-size", type=_at_least(1), default=1, metavar="N", help="ranks of the format tensor-parallel"
+    )
+    parser.add_argument("--dtype", choices=list(ITEMSIZE), help="round to this type (default: as in the checkpoint)")
+    parser.add_argument("--quantization", choices=["none", "int8", "fp8"], default="none", help="default %(default)s")
+    parser.add_argument(
+        "--max-shard-size", type=_size, metavar="SIZE", help="such as 5GB or 512MiB (default: shards as they are)"
+    )
+    parser.add_argument("--verify", action="store_true", help="read everything again and compare shapes and checksums")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be written, from index and headers")
+
+
+def _size(text: str) -> int:
+    """Bytes, such as 512MiB or 5GB."""
+    found = re.fullmatch(r"(\d+)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
+    if found is None or int(found[1]) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 5GB or 512MiB")
+    return int(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2].upper() or " ")
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    from paddle_qwen1m.weights.convert import convert, describe, plan
+
+    if arguments.quantization != "none":
+        raise InputError(
+            f"--quantization {arguments.quantization}: there are no kernels that compute with {arguments.quantization} "
+            "weights yet; leave it out"
+        )
+    wanted = {
+        "degree": arguments.tensor_parallel_size,
+        "dtype": arguments.dtype,
+        "max_shard_bytes": arguments.max_shard_size,
+    }
+    with _as_input():
+        if arguments.dry_run:
+            for line in describe(plan(arguments.source, arguments.format, **wanted)):
+                print(line)
+            return 0
+        started = time.perf_counter()
+        outcome = convert(arguments.source, arguments.destination, arguments.format, verify=arguments.verify, **wanted)
+    seconds = time.perf_counter() - started
+    print(
+        f"{arguments.destination}: {arguments.format}, {outcome.files} files of weights, {outcome.nbytes:,} bytes"
+        f"{f', {outcome.kept} of them there already' if outcome.kept else ''}"
+        f"{', verified' if arguments.verify else ''}; {seconds:.1f} s"
+    )
+    return 0
+
+
 COMMANDS = (
     Command("generate", "answer a question about a document, or continue a text", _generate_arguments, _generate),
     Command("check", "tell whether this machine and a checkpoint will work", _check_arguments, _check, logging.ERROR),
+    Command("convert", "write a checkpoint in another format", _convert_arguments, _convert),
 )
 
 

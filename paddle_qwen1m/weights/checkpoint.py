@@ -6,11 +6,14 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from .record import refuse_unfinished
 from .safetensors import CheckpointError, TensorInfo, read_header
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+RANK_PREFIX = "rank-"  # of a rank's folder in a rank set
 LISTED = 8
 
 
@@ -26,7 +29,7 @@ class Checkpoint:
     """The tensors of a directory that holds model.safetensors, or shards and model.safetensors.index.json.
 
     Only headers are read. Raises CheckpointError naming file and tensor when a file is missing or corrupt, or when the
-    index and the files disagree.
+    index and the files disagree, or when a conversion into the directory has not ended.
     """
 
     directory: Path
@@ -36,6 +39,7 @@ class Checkpoint:
         self.directory = Path(directory)
         if not self.directory.is_dir():
             raise CheckpointError(f"{self.directory} is not a directory: give the directory that holds {SINGLE_NAME}")
+        refuse_unfinished(self.directory.parent if self.directory.name.startswith(RANK_PREFIX) else self.directory)
         index, single = self.directory / INDEX_NAME, self.directory / SINGLE_NAME
         if index.exists():
             self.tensors = _read_sharded(index)
@@ -56,7 +60,13 @@ class Checkpoint:
         return max((info.nbytes for info in self.tensors.values()), default=0)
 
 
-def _read_sharded(index: Path) -> dict[str, TensorInfo]:
+def read_weight_map(index: Path) -> dict[str, str]:
+    """The file of every tensor, by an index. Raises CheckpointError."""
+    weight_map: dict[str, str] = _read_index(index)["weight_map"]
+    return weight_map
+
+
+def _read_index(index: Path) -> dict[str, Any]:
     try:
         content = json.loads(index.read_text(encoding="utf-8"))
     except OSError as error:
@@ -71,7 +81,12 @@ def _read_sharded(index: Path) -> dict[str, TensorInfo]:
             raise CheckpointError(
                 f"{index}: tensor {name!r} is mapped to {file!r}, not to a file of the same directory"
             )
+    return content
 
+
+def _read_sharded(index: Path) -> dict[str, TensorInfo]:
+    content = _read_index(index)
+    weight_map = content["weight_map"]
     files = sorted(set(weight_map.values()))
     if SINGLE_NAME not in files and (index.parent / SINGLE_NAME).exists():
         raise CheckpointError(

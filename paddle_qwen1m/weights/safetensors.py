@@ -54,6 +54,24 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     Raises CheckpointError when the file is missing, truncated or not safetensors, or when its header contradicts itself
     or the file's size.
     """
+    raw, size = _read_raw_header(path)
+    length = len(raw)
+    entries = _parse(raw, path)
+    tensors = {name: _entry(name, entry, path, 8 + length) for name, entry in entries.items()}
+    ordered = dict(sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)))
+    _check_layout(ordered, path, 8 + length, size)
+    return ordered
+
+
+def read_header_text(path: Path) -> str:
+    """The JSON text of a file's header as it is, padding included. Errors as in read_header."""
+    raw, _ = _read_raw_header(path)
+    _parse(raw, path)
+    return raw.decode("utf-8")
+
+
+def _read_raw_header(path: Path) -> tuple[bytes, int]:
+    """The header's bytes and the size of the file."""
     try:
         size = path.stat().st_size
         with path.open("rb", buffering=0) as file:
@@ -76,11 +94,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             _read_exact(file, memoryview(raw), 8, f"{path}: header")
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    entries = _parse(bytes(raw), path)
-    tensors = {name: _entry(name, entry, path, 8 + length) for name, entry in entries.items()}
-    ordered = dict(sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)))
-    _check_layout(ordered, path, 8 + length, size)
-    return ordered
+    return bytes(raw), size
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
