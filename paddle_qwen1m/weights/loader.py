@@ -17,7 +17,8 @@ import paddle
 from tqdm import tqdm
 
 from .checkpoint import Checkpoint, summarise
-from .safetensors import STORAGE, Array, CheckpointError, TensorInfo, read_rows
+from .safetensors import STORAGE, Array, CheckpointError, TensorInfo
+from .window import read_matrix
 
 DTYPES = {paddle.float32: "F32", paddle.float16: "F16", paddle.bfloat16: "BF16"}
 DERIVED_SUFFIX = "rotary_emb.inv_freq"
@@ -60,7 +61,7 @@ def load_checkpoint(
     ignore: Collection[str] = (),
     progress: bool = True,
 ) -> None:
-    """Read every published tensor named in `slots` from a checkpoint directory into its place.
+    """Read every published tensor named in `slots` from a checkpoint directory into its place, transposed if need be.
 
     Files hold float32, float16 or bfloat16; a parameter of another of the three gets the value rounded to nearest even.
     Tensors in `ignore` and rotary tables may be in the checkpoint and are skipped. Host memory beyond the parameters is
@@ -112,7 +113,7 @@ def _read(file: io.RawIOBase, name: str, info: TensorInfo, slot: Slot, on_bytes:
     """Reads a tensor where it belongs: into a parameter in host memory itself, to a GPU through a buffer."""
     if _is_in_host_memory(slot.tensor):
         out, dtype = _destination(slot)
-        read_rows(file, name, info, out, dtype, on_bytes=on_bytes)
+        read_matrix(file, name, info, out, dtype, (0, slot.shape[0]), on_bytes=on_bytes)
         return
     dtype = DTYPES[slot.tensor.dtype]
     width = math.prod(slot.shape[1:])
@@ -120,7 +121,7 @@ def _read(file: io.RawIOBase, name: str, info: TensorInfo, slot: Slot, on_bytes:
     for begin in range(0, slot.shape[0], step):
         end = min(begin + step, slot.shape[0])
         staged = np.empty((end - begin) * width, STORAGE[dtype])
-        read_rows(file, name, info, staged, dtype, rows=(begin, end), on_bytes=on_bytes)
+        read_matrix(file, name, info, staged, dtype, (begin, end), on_bytes=on_bytes)
         # Paddle reads uint16 as bfloat16
         slot.write(paddle.to_tensor(staged.reshape(-1, *slot.shape[1:]), place=paddle.CPUPlace()), begin)
 

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 PADDLENLP_PREFIX = "qwen2."
 PREFIX = "model."
-HEAD = "lm_head.weight"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 DERIVED_SUFFIX = "rotary_emb.inv_freq"
 
 
@@ -29,7 +29,7 @@ def published_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     for name, rows in (("q", query), ("k", key), ("v", key)):
         layer[f"self_attn.{name}_proj.weight"] = (rows, hidden)
         layer[f"self_attn.{name}_proj.bias"] = (rows,)
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, hidden)}
     for number in range(config.num_layers):
         shapes.update({f"model.layers.{number}.{name}": shape for name, shape in layer.items()})
     shapes["model.norm.weight"] = (hidden,)

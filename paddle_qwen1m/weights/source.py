@@ -115,11 +115,11 @@ def _stored(directory: Path, model: ModelConfig, absent: list[str] | None) -> Ma
     """Tensors by stored name. With a list, missing shards are named in it and described by the config."""
     index = directory / INDEX_NAME
     if absent is None or not index.exists():
-        return Checkpoint(directory).tensors
+        return Checkpoint(directory).stored
     weight_map = read_weight_map(index)
     absent += [file for file in sorted(set(weight_map.values())) if not (directory / file).exists()]
     if not absent:
-        return Checkpoint(directory).tensors
+        return Checkpoint(directory).stored
     shapes, dtype = names.published_shapes(model), DTYPE_NAMES[model.dtype]
     paddlenlp = names.are_paddlenlp(weight_map)
     found = {file: read_header(directory / file) for file in set(weight_map.values()) - set(absent)}

@@ -10,7 +10,7 @@ from typing import Callable
 
 import numpy as np
 
-from .safetensors import STORAGE, Array, TensorInfo, read_rows
+from .safetensors import Array, TensorInfo, read_rows
 
 BLOCK_BYTES = 8 << 20  # of the file, read before it is placed
 TILE_ROWS, TILE_COLUMNS = 64, 512  # of a transposed block: stays in the first two caches
@@ -52,12 +52,38 @@ def as_matrix(shape: Sequence[int]) -> tuple[int, int]:
     return rows, columns
 
 
+def read_matrix(
+    file: io.RawIOBase,
+    name: str,
+    info: TensorInfo,
+    out: Array,
+    dtype: str,
+    rows: tuple[int, int],
+    columns: tuple[int, int] | None = None,
+    on_bytes: Callable[[int], None] | None = None,
+) -> None:
+    """`safetensors.read_rows` for a tensor that may lie transposed in its file; asks the file for no more than that."""
+    if not info.transposed:
+        read_rows(file, name, info, out, dtype, rows, columns, on_bytes)
+        return
+    stored = replace(info, shape=info.shape[::-1], transposed=False)
+    height, (first, last) = rows[1] - rows[0], columns or (0, info.shape[1])
+    target = out.reshape(height, last - first)
+    step = max(1, BLOCK_BYTES // max(1, height * out.itemsize))
+    block = np.empty(min(step, last - first) * height, out.dtype)
+    for start in range(first, last, step):
+        stop = min(start + step, last)
+        part = block[: (stop - start) * height]
+        read_rows(file, name, stored, part, dtype, (start, stop), rows, on_bytes)
+        transpose(part.reshape(-1, height), target[:, start - first : stop - first])
+
+
 def read_window(
     open_file: Callable[[Path], io.RawIOBase], pieces: Sequence[Piece], first_row: int, out: Array, dtype: str
 ) -> None:
     """Fill `out` [rows, width], contiguous, in the storage of `dtype`, with the matrix' rows from `first_row` on.
 
-    The pieces cover the matrix without overlaps. A transposed piece is read whole, whatever the number of rows.
+    The pieces cover the matrix without overlaps. A transposed piece is walked through whole for any number of rows.
     Errors as in `safetensors.read_rows`.
     """
     for piece in pieces:
@@ -65,22 +91,17 @@ def read_window(
         if begin >= end or not piece.width:
             continue
         target = out[begin - first_row : end - first_row, piece.column : piece.column + piece.width]
-        file, rows = open_file(piece.info.file), slice(begin - piece.row, end - piece.row)
-        if not piece.transposed and target.flags.c_contiguous:
-            read_rows(file, piece.name, piece.info, target.reshape(-1), dtype, (rows.start, rows.stop))
+        file, rows = open_file(piece.info.file), (begin - piece.row, end - piece.row)
+        info = replace(piece.info, shape=(piece.height, piece.width), transposed=piece.transposed)
+        if target.flags.c_contiguous:
+            read_matrix(file, piece.name, info, target.reshape(-1), dtype, rows)
             continue
-        first, last = (0, piece.width) if piece.transposed else (rows.start, rows.stop)
-        stored_width = as_matrix(piece.info.shape)[1]
-        step = max(1, BLOCK_BYTES // (stored_width * STORAGE[dtype].itemsize))
-        buffer = np.empty((min(step, last - first), stored_width), STORAGE[dtype])
-        for start in range(first, last, step):
-            block = buffer[: min(step, last - start)]
-            stop = start + len(block)
-            read_rows(file, piece.name, piece.info, block.reshape(-1), dtype, (start, stop))
-            if piece.transposed:
-                transpose(block[:, rows], target[:, start:stop])
-            else:
-                target[start - first : stop - first] = block
+        step = max(1, BLOCK_BYTES // (piece.width * out.itemsize))
+        for start in range(0, len(target), step):
+            stop = min(start + step, len(target))
+            block = np.empty((stop - start, piece.width), out.dtype)
+            read_matrix(file, piece.name, info, block.reshape(-1), dtype, (rows[0] + start, rows[0] + stop))
+            target[start:stop] = block
 
 
 def transpose(source: Array, target: Array) -> None:
