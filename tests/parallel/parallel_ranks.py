@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -13,9 +14,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from paddle_qwen1m.config import ModelConfig
+from paddle_qwen1m.weights import Checkpoint
+from paddle_qwen1m.weights.safetensors import read_rows
 from paddle_qwen1m.weights.sharding import part_of, rank_directory
 
 ROOT = Path(__file__).parents[2]
@@ -113,12 +116,15 @@ def write_shards(directory: Path, tensors: Mapping[str, np.ndarray], shards: int
 
 
 def cut(source: Path, directory: Path, degree: int) -> Path:
-    """The checkpoint as one set of shards a rank. bfloat16 is kept as the bits that it is."""
+    """The checkpoint as one set of float32 shards a rank."""
     described = json.loads((source / "config.json").read_text(encoding="utf-8"))
     config = ModelConfig.from_dict(described)
     tensors: dict[str, np.ndarray] = {}
-    for file in sorted(source.glob("*.safetensors")):
-        tensors.update(load_file(file))
+    for name, info in Checkpoint(source).tensors.items():
+        values = np.empty(math.prod(info.shape), np.float32)
+        with open(info.file, "rb", buffering=0) as file:
+            read_rows(file, name, info, values, "F32")
+        tensors[name] = values.reshape(info.shape)
     for rank in range(degree):
         held = {}
         for name, values in tensors.items():

@@ -1,6 +1,6 @@
 """Runs of a model that the tests do on one rank and, as a script under the launcher, on several.
 
-    cases.py JOB OUT    JOB is a JSON list of loads (see `run`); rank k writes OUT/rank-k.npz
+    parallel_cases.py JOB OUT    JOB is a JSON list of loads (see `run`); rank k writes OUT/rank-k.npz
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-TOOLS = Path(__file__).parents[2] / "tools"
 Results = dict[str, np.ndarray]
 SAMPLED = {"temperature": 1.5, "top_k": 50, "top_p": 0.95, "repetition_penalty": 1.1, "seed": 5}
 
@@ -20,14 +19,13 @@ SAMPLED = {"temperature": 1.5, "top_k": 50, "top_p": 0.95, "repetition_penalty":
 def run(loads: list[dict[str, Any]], degree: int) -> Results:
     """What every run of every load gives, under "load/run/what".
 
-    load: name, model (directory), sparse ([columns, diagonals] of each head, or null), runs.
-    run: name, tokens, positions (for logits) or new_tokens with sampling parameters, replay (a results file of one
-    rank whose index sets are used instead of chosen ones, under the key of the same load and run).
+    load: name, model (directory), sparse ([columns, diagonals] at least of a head, or null), runs.
+    run: name, tokens, positions (for logits) or new_tokens with sampling parameters, replay ([file, key]: the index
+    sets of that run on one rank are used instead of chosen ones).
     """
     import paddle_qwen1m.paddlenlp as module
     from paddle_qwen1m.config import SparseBudgets
     from paddle_qwen1m.engine import SamplingParams
-    from paddle_qwen1m.weights import CheckpointError  # noqa: F401
 
     results: Results = {}
     load_checkpoint = module.load_checkpoint
@@ -43,8 +41,11 @@ def run(loads: list[dict[str, Any]], degree: int) -> Results:
         config = json.loads((Path(load["model"]) / "config.json").read_text(encoding="utf-8"))
         options: dict[str, Any] = {"sparse": False}
         if load["sparse"] is not None:
-            shape = config["num_hidden_layers"], config["num_attention_heads"]
-            options = {"sparse_budgets": SparseBudgets.uniform(*load["sparse"], *shape), "sparse_threshold": 256}
+            layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
+            spread = np.arange(layers * heads, dtype=np.int32).reshape(layers, heads)
+            columns, diagonals = load["sparse"]
+            budgets = SparseBudgets(columns + 7 * spread % 50, diagonals + 11 * spread % 60)
+            options = {"sparse_budgets": budgets, "sparse_threshold": 256}
         model = module.Qwen2OneMForCausalLM.from_pretrained(
             load["model"], tensor_parallel_degree=degree, dtype=load.get("dtype", "float32"), **options
         )
@@ -54,7 +55,7 @@ def run(loads: list[dict[str, Any]], degree: int) -> Results:
             prompt = tokens(one["tokens"], config["vocab_size"])
             seen: list[Any] = []
             engine.observe = lambda layer, piece, index, seen=seen: seen.append((layer, piece.begin, *index))  # noqa: B023
-            with replayed(one.get("replay"), key, engine.model.group):
+            with replayed(engine.model.group, *one.get("replay", [])):
                 if "positions" in one:
                     results[f"{key}/logits"] = engine.logits(prompt, one["positions"])
                 else:
@@ -73,8 +74,8 @@ def run(loads: list[dict[str, Any]], degree: int) -> Results:
 class replayed:
     """Within it, the engine takes its heads' index sets from a results file, in the order they were recorded."""
 
-    def __init__(self, file: str | None, key: str, group: Any) -> None:
-        self._file, self._key, self._group = file, key, group
+    def __init__(self, group: Any, file: str | None = None, key: str = "") -> None:
+        self._group, self._file, self._key = group, file, key
 
     def __enter__(self) -> None:
         import paddle
