@@ -262,23 +262,7 @@ class Peer:
 
         def attend() -> None:
             self._ops.varlen_fwd_sparse.default(
-                q,
-                k,
-                v,
-                *index,
-                None,
-                *bounds,
-                None,
-                None,
-                rows,
-                keys,
-                0.0,
-                HEAD_DIM**-0.5,
-                False,
-                True,
-                0.0,
-                False,
-                None,
+                q, k, v, *index, None, *bounds, None, None, rows, keys, 0.0, HEAD_DIM**-0.5, False, True, 0.0, False, None
             )
 
         converting = milliseconds(convert)
@@ -289,9 +273,7 @@ def bench_sparse(cuda: CudaLibrary, peer: Peer | None, models: list[str], seed: 
     """The workloads with L = 253,952 and all their stages; the peer runs the same lines as one causal stage."""
     import torch
 
-    print(
-        "\nsparse prefill, 32,768 rows, bf16                ours: convert  attend  keys a row    peer: convert  attend  keys a row   speed"
-    )
+    print("\nsparse prefill, 32,768 rows, bf16                ours: convert  attend  keys a row    peer: convert  attend  keys a row   speed")
     for model in models:
         heads, kv_heads = MODELS[model]
         for workload in sparse_workload.WORKLOADS:
@@ -341,9 +323,7 @@ def bench_probe(cuda: CudaLibrary) -> None:
             workspace = torch.empty(size, dtype=torch.uint8, device="cuda")
             probing = milliseconds(lambda f=fields, w=workspace: cuda("dca_probe", w, **f))  # type: ignore[misc]
 
-            def select(
-                sums: Any = sums, sizes: Any = sizes, chosen: Any = chosen, keys: int = keys, heads: int = heads
-            ) -> None:
+            def select(sums: Any = sums, sizes: Any = sizes, chosen: Any = chosen, keys: int = keys, heads: int = heads) -> None:
                 cuda(
                     "select_critical",
                     vertical=sums[0],

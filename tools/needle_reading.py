@@ -65,9 +65,7 @@ def visited_pairs(index: ops.SparseIndex, begin: int, rows: int, chunk_len: int)
     return visited
 
 
-def read(
-    engine: Any, documents: list[Document], encode: Encode, in_document: Observer, in_question: Observer
-) -> list[bool]:
+def read(engine: Any, documents: list[Document], encode: Encode, in_document: Observer, in_question: Observer) -> list[bool]:
     """Asks for every needle of every document: which answers are right. The observers see each part's sparse pieces."""
     right: list[bool] = []
     for document in documents:

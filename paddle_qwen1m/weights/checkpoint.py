@@ -12,10 +12,10 @@ from typing import Any
 from . import names
 from .record import refuse_unfinished
 from .safetensors import CheckpointError, TensorInfo, read_header
+from .sharding import RANK_PREFIX
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-RANK_PREFIX = "rank-"  # of a rank's folder in a rank set
 LISTED = 8
 
 

@@ -15,17 +15,15 @@ from . import names
 from .checkpoint import INDEX_NAME, SINGLE_NAME
 from .record import RECORD_NAME, PublishedFiles
 from .safetensors import DTYPE_BYTES
-from .sharding import Part, check_degree, part_of
+from .sharding import RANK_SETS, Part, check_degree, part_of, rank_directory
 from .source import (
     CONFIG_NAME,
-    DEGREE_KEY,
     DTYPE_NAMES,
     HUGGINGFACE,
     PADDLENLP,
     TENSOR_PARALLEL,
     Source,
     Tensor,
-    rank_directory,
 )
 
 COMPANIONS = ("*.json", "*.txt", "*.jinja", "*.md", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*")
@@ -113,7 +111,8 @@ def plan_conversion(
         for file, tensors in partition.items()
     ]
     indexes: dict[str, bytes] = {}
-    if list(partition) != [SINGLE_NAME]:
+    had_index = partition is source.partition and published is not None and published.index is not None
+    if had_index or list(partition) != [SINGLE_NAME]:
         for rank in range(degree):
             targets = [group.targets[rank] for group in groups]
             indexes[_place(form, rank, degree, INDEX_NAME)] = _index(form, targets, published)
@@ -201,9 +200,9 @@ def _index(form: str, targets: Sequence[Target], published: PublishedFiles | Non
 
 def _config(source: Source, form: str, degree: int, dtype: str | None) -> bytes:
     """The published file itself where it says the same."""
-    values = {key: value for key, value in source.config.items() if key != DEGREE_KEY}
+    values = {key: value for key, value in source.config.items() if key != RANK_SETS}
     if form == TENSOR_PARALLEL:
-        values[DEGREE_KEY] = degree
+        values[RANK_SETS] = degree
     if dtype is not None:
         values["dtype" if "dtype" in values and "torch_dtype" not in values else "torch_dtype"] = dtype
     if source.published is not None and json.loads(source.published.config) == values:

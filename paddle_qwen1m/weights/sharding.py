@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from paddle_qwen1m.config import ModelConfig
 
 ROWS, COLUMNS = 0, 1
+RANK_SETS = "tensor_parallel_size"
+"""Field of config.json: the checkpoint holds a set of weights for each of so many ranks."""
+RANK_PREFIX = "rank-"
 QUERY_ROWS = ("self_attn.q_proj.weight", "self_attn.q_proj.bias")
 KEY_ROWS = tuple(f"self_attn.{name}_proj.{kind}" for name in "kv" for kind in ("weight", "bias"))
 INNER_ROWS = ("mlp.gate_proj.weight", "mlp.up_proj.weight")
@@ -24,6 +29,16 @@ class Part(NamedTuple):
     @property
     def size(self) -> int:
         return self.end - self.begin
+
+
+def rank_sets(config: Mapping[str, Any]) -> int | None:
+    """For how many ranks the checkpoint of this config.json is cut; None for a whole one."""
+    return config.get(RANK_SETS)
+
+
+def rank_directory(rank: int, degree: int) -> str:
+    """Folder of a checkpoint that is cut for ranks, with the shards and the index of one of them."""
+    return f"{RANK_PREFIX}{rank:05d}-of-{degree:05d}"
 
 
 def degrees(config: ModelConfig) -> list[int]:
@@ -65,6 +80,18 @@ def check_degree(config: ModelConfig, degree: int) -> None:
 def vocabulary_share(config: ModelConfig, degree: int) -> int:
     """Rows of the vocabulary of every rank but the last ones, which hold what is left when it does not divide."""
     return -(-config.vocab_size // degree)
+
+
+def local_config(config: ModelConfig, degree: int) -> ModelConfig:
+    """The shapes of what one rank holds: its heads, its part of the MLP and its `vocabulary_share`."""
+    check_degree(config, degree)
+    return replace(
+        config,
+        num_heads=config.num_heads // degree,
+        num_kv_heads=max(1, config.num_kv_heads // degree),
+        intermediate_size=config.intermediate_size // degree,
+        vocab_size=vocabulary_share(config, degree),
+    )
 
 
 def part_of(config: ModelConfig, name: str, degree: int, rank: int) -> Part | None:

@@ -12,20 +12,14 @@ from typing import Any
 from paddle_qwen1m.config import ModelConfig
 
 from . import names, sharding
-from .checkpoint import INDEX_NAME, RANK_PREFIX, Checkpoint, read_weight_map, summarise
+from .checkpoint import INDEX_NAME, Checkpoint, read_weight_map, summarise
 from .record import PublishedFiles, Record, refuse_unfinished
 from .safetensors import STORAGE, CheckpointError, TensorInfo, read_header
 from .window import Piece
 
 CONFIG_NAME = "config.json"
-DEGREE_KEY = "tensor_parallel_size"  # of config.json of a rank set
 HUGGINGFACE, PADDLENLP, TENSOR_PARALLEL = "huggingface", "paddlenlp", "tensor-parallel"
 DTYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-
-
-def rank_directory(rank: int, degree: int) -> str:
-    """The folder of one rank within a rank set."""
-    return f"{RANK_PREFIX}{rank:05d}-of-{degree:05d}"
 
 
 @dataclass(frozen=True)
@@ -75,7 +69,7 @@ def open_source(directory: Path, *, allow_absent: bool = False) -> Source:
         raise CheckpointError(f"{directory / CONFIG_NAME}: {error}") from None
     refuse_unfinished(directory)
     record = Record.read(directory)
-    degree = config.get(DEGREE_KEY)
+    degree = sharding.rank_sets(config)
     absent: list[str] = []
     if degree is not None:
         form = TENSOR_PARALLEL
@@ -151,12 +145,12 @@ def _partition(stored: Mapping[str, TensorInfo], form: str) -> dict[str, list[st
 
 def _rank_set(directory: Path, model: ModelConfig, degree: Any) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
     if not isinstance(degree, int) or degree < 2:
-        raise CheckpointError(f"{directory / CONFIG_NAME}: {DEGREE_KEY} must be at least 2, got {degree!r}")
+        raise CheckpointError(f"{directory / CONFIG_NAME}: {sharding.RANK_SETS} must be at least 2, got {degree!r}")
     try:
         sharding.check_degree(model, degree)
     except ValueError as error:
         raise CheckpointError(f"{directory / CONFIG_NAME}: {error}") from None
-    ranks = [Checkpoint(directory / rank_directory(rank, degree)) for rank in range(degree)]
+    ranks = [Checkpoint(directory / sharding.rank_directory(rank, degree)) for rank in range(degree)]
     problems: list[str] = []
     tensors: dict[str, Tensor] = {}
     for name, first in ranks[0].tensors.items():

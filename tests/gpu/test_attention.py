@@ -183,7 +183,9 @@ def test_decode_batch_of_different_lengths(
 
 @pytest.mark.parametrize("length", [16385, 131071, 300001])
 def test_decode_of_long_contexts(cuda: Any, rng: np.random.Generator, length: int) -> None:
-    context = cases.random_context(rng, length, 1, heads=10, kv_heads=2, chunk_len=65536, page_size=256, sharpness=4.0)
+    context = cases.random_context(
+        rng, length, 1, heads=10, kv_heads=2, chunk_len=65536, page_size=256, sharpness=4.0
+    )
     assert cases.worst(cases.run_decode(cuda, [context]), cases.reference(context, [0])) <= BOUND
 
 

@@ -64,7 +64,9 @@ def test_sums_of_columns_and_diagonals(
 @pytest.mark.parametrize("length", [131072, 300001])
 def test_sums_of_long_contexts(cuda: Any, rng: np.random.Generator, length: int) -> None:
     """Every span of keys, and the diagonals that pass from one to the next."""
-    context = cases.random_context(rng, length, 64, heads=10, kv_heads=2, chunk_len=65536, page_size=256, sharpness=4.0)
+    context = cases.random_context(
+        rng, length, 64, heads=10, kv_heads=2, chunk_len=65536, page_size=256, sharpness=4.0
+    )
     for got, expected in zip(cases.run_probe(cuda, context), exact_sums(context)):
         assert largest_error(got, expected) < 2e-4
 
@@ -77,7 +79,9 @@ def test_the_same_sums_every_time(cuda: Any, rng: np.random.Generator) -> None:
 
 def test_keys_far_above_the_budget_are_selected(cuda: Any, rng: np.random.Generator) -> None:
     """Every key whose float64 sum beats the k-th by 1e-3 relative is among the k selected."""
-    context = cases.random_context(rng, 100003, 64, heads=10, kv_heads=2, chunk_len=32768, page_size=256, sharpness=4.0)
+    context = cases.random_context(
+        rng, 100003, 64, heads=10, kv_heads=2, chunk_len=32768, page_size=256, sharpness=4.0
+    )
     sums, exact = cases.run_probe(cuda, context), exact_sums(context)
     heads, length, sizes = 10, context.length, (1000, 6096)
     size_tables = [torch.full((heads,), size, dtype=torch.int32, device="cuda") for size in sizes]
