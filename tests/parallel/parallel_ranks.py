@@ -56,6 +56,11 @@ class Process:
         return self._process.returncode, output
 
 
+    def kill(self) -> None:
+        """Kills the process alone, not what it started."""
+        self._process.kill()
+
+
 def launcher(degree: int, logs: Path, script: Sequence[str | Path], *options: str) -> list[str | Path]:
     return [
         "-m", "paddle.distributed.launch", "--nproc_per_node", str(degree), "--log_dir", logs, *options, *script
