@@ -55,7 +55,6 @@ class Process:
             pytest.fail(f"it did not end within {seconds:g} s and printed:\n{output[-4000:]}")
         return self._process.returncode, output
 
-
     def kill(self) -> None:
         """Kills the process alone, not what it started."""
         self._process.kill()

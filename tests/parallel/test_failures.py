@@ -65,7 +65,7 @@ def test_a_degree_that_does_not_fit_is_refused_before_anything_is_read(tmp_path:
     config = json.loads((NEEDLE / "config.json").read_text(encoding="utf-8"))
     config.update(num_attention_heads=28, num_key_value_heads=4, hidden_size=3584, intermediate_size=18944)
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    with pytest.raises(ValueError, match="one of 1, 2, 4 .*got 8: for 8 devices use 4 and two replicas"):
+    with pytest.raises(ValueError, match=r"one of 1, 2, 4 .*got 8: for 8 devices use 4 and two replicas"):
         Qwen2OneMForCausalLM.from_pretrained(str(tmp_path), tensor_parallel_degree=8)
 
 
