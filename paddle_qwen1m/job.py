@@ -100,7 +100,7 @@ class Job:
         return value
 
     def fail(self, reason: str, status: int = FAILED) -> NoReturn:
-        """Ends every rank of the job, and this process with `status`."""
+        """Ends every rank of the job with `status`."""
         time.sleep(ECHO_SECONDS)
         sys.stdout.flush()
         self._end(self._described(self.rank, socket.gethostname(), reason), status)
@@ -136,14 +136,14 @@ class Job:
                     elif message["kind"] == "lost":
                         self._end(self._described(peer.rank, peer.host, message["reason"]), FAILED)
                     else:
-                        self._end(message["text"], FAILED)
+                        self._end(message["text"], message["status"])
 
     def _end(self, text: str, status: int) -> NoReturn:
         """Tells the others (rank 0 tells all, the rest tell rank 0) and ends the process, whatever its threads do."""
         for peer in self._peers.values():
             with contextlib.suppress(OSError):
                 peer.socket.settimeout(HELLO_SECONDS)
-                peer.send({"kind": "failed", "text": text})
+                peer.send({"kind": "failed", "text": text, "status": status})
                 peer.socket.shutdown(socket.SHUT_WR)
         os.write(2, f"error: {text}\n".encode(errors="replace"))
         os._exit(status)

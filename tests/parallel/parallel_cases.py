@@ -1,6 +1,6 @@
 """Runs of a model that the tests do on one rank and, as a script under the launcher, on several.
 
-    parallel_cases.py JOB OUT    JOB is a JSON list of loads (see `run`); rank k writes OUT/rank-k.npz
+parallel_cases.py JOB OUT    JOB is a JSON list of loads (see `run`); rank k writes OUT/rank-k.npz
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def run(loads: list[dict[str, Any]], degree: int) -> Results:
             key = f"{load['name']}/{one['name']}"
             prompt = tokens(one["tokens"], config["vocab_size"])
             seen: list[Any] = []
-            engine.observe = lambda layer, piece, index, seen=seen: seen.append((layer, piece.begin, *index))  # noqa: B023
+            engine.observe = lambda layer, piece, index, seen=seen: seen.append((layer, piece.begin, *index))
             with replayed(engine.model.group, *one.get("replay", [])):
                 if "positions" in one:
                     results[f"{key}/logits"] = engine.logits(prompt, one["positions"])

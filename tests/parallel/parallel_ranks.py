@@ -55,6 +55,10 @@ class Process:
             pytest.fail(f"it did not end within {seconds:g} s and printed:\n{output[-4000:]}")
         return self._process.returncode, output
 
+    def kill(self) -> None:
+        """Kills the process alone, not what it started."""
+        self._process.kill()
+
 
 def launcher(degree: int, logs: Path, script: Sequence[str | Path], *options: str) -> list[str | Path]:
     return [

@@ -1,4 +1,4 @@
-"""Two and four CPU ranks under the launcher give what one rank gives, and each reads its own part of the files alone."""
+"""Two and four CPU ranks under the launcher give what one rank gives, and read their own parts of the files alone."""
 
 from __future__ import annotations
 
