@@ -411,6 +411,7 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--verify", action="store_true", help="read everything again and compare shapes and checksums")
     parser.add_argument("--dry-run", action="store_true", help="print what would be written, from index and headers")
+    _add_debug(parser)
 
 
 def _size(text: str) -> int:
