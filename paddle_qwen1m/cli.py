@@ -10,9 +10,11 @@ import io
 import json
 import logging
 import os
+import re
 import secrets
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -144,7 +146,8 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--no-sparse", action="store_true", help="prefill densely at every length")
 
 
-def _generate_arguments(parser: argparse.ArgumentParser) -> None:
+def generate_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `generate`, which tools/generate.py has too."""
     parser.add_argument("--model", required=True, metavar="DIR", help="checkpoint directory, or a hub name")
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object instead of the text, and no progress"
@@ -170,6 +173,8 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
         "--sparse-threshold", type=_at_least(0), metavar="N", help="longer prompts are prefilled sparsely"
     )
     parser.add_argument("--threads", type=_at_least(1), metavar="N", help="CPU threads (default: all)")
+    _add_debug(parser)
+    parser.set_defaults(tensor_parallel_degree=1)
 
 
 def _check_arguments(parser: argparse.ArgumentParser) -> None:
@@ -177,6 +182,11 @@ def _check_arguments(parser: argparse.ArgumentParser) -> None:
         "model", nargs="?", metavar="MODEL", help="checkpoint directory, or a hub name; without it the machine alone"
     )
     _add_model_options(parser)
+    _add_debug(parser)
+
+
+def _add_debug(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--debug", action="store_true", help="show warnings, log lines and the traceback of an error")
 
 
 def _check(arguments: argparse.Namespace) -> int:
@@ -201,7 +211,8 @@ def _check(arguments: argparse.Namespace) -> int:
     return FAILED if failed else 0
 
 
-def _generate(arguments: argparse.Namespace) -> int:
+def generate(arguments: argparse.Namespace) -> int:
+    """Answers; on rank 0 of a job with the others' help."""
     if arguments.raw and arguments.system is not None:
         raise InputError("--system has no place in a --raw prompt: write it into the text")
     if arguments.greedy and arguments.temperature:
@@ -209,13 +220,14 @@ def _generate(arguments: argparse.Namespace) -> int:
     if arguments.question is not None and not arguments.question.strip():
         raise InputError("--question is empty")
     text = user_text(read_document(arguments.prompt_file), arguments.question)
+    from paddle_qwen1m.worker import Leader
 
     started = time.perf_counter()
-    with _as_input():
-        model = _load_model(arguments)
+    with as_input():
+        model = load_model(arguments)
         tokenizer = _load_tokenizer(arguments)
     load_seconds = time.perf_counter() - started
-    with _as_input():
+    with as_input():
         prompt = _prompt_ids(tokenizer, text, arguments)
         params = _sampling(model, arguments)
         model.engine.check_length(len(prompt), params.max_new_tokens)
@@ -231,8 +243,10 @@ def _generate(arguments: argparse.Namespace) -> int:
         if not arguments.json:
             stream.put(token)
 
+    leader = Leader(model.engine)
     with run:
-        completion = model.engine.generate([prompt], params, on_token=on_token, on_prefill=run.prefill)[0]
+        completion = leader.generate([prompt], [params], on_token=on_token, on_prefill=run.prefill)[0]
+    leader.close()
     report = {
         "text": decode(completion.token_ids),
         "finish_reason": completion.finish_reason,
@@ -313,7 +327,7 @@ def _print_now(text: str) -> None:
 
 
 @contextmanager
-def _as_input() -> Iterator[None]:
+def as_input() -> Iterator[None]:
     """What the model refuses here is the user's input, not a failure; a damaged checkpoint is one all the same."""
     from paddle_qwen1m.weights import CheckpointError
 
@@ -325,7 +339,8 @@ def _as_input() -> Iterator[None]:
         raise InputError(str(error)) from error
 
 
-def _load_model(arguments: argparse.Namespace) -> Qwen2OneMForCausalLM:
+def load_model(arguments: argparse.Namespace) -> Qwen2OneMForCausalLM:
+    """The model that the options name, or this rank's part of it."""
     from paddle_qwen1m import ops
     from paddle_qwen1m.paddlenlp import Qwen2OneMForCausalLM
 
@@ -333,7 +348,10 @@ def _load_model(arguments: argparse.Namespace) -> Qwen2OneMForCausalLM:
         ops.set_num_threads(arguments.threads)
     options = {name: getattr(arguments, name) for name in LOADING_OPTIONS}
     return Qwen2OneMForCausalLM.from_pretrained(
-        arguments.model, sparse=False if arguments.no_sparse else None, **options
+        arguments.model,
+        sparse=False if arguments.no_sparse else None,
+        tensor_parallel_degree=arguments.tensor_parallel_degree,
+        **options,
     )
 
 
@@ -377,9 +395,66 @@ def _sampling(model: Qwen2OneMForCausalLM, arguments: argparse.Namespace) -> Sam
     return params if params.seed is not None else replace(params, seed=secrets.randbits(31))
 
 
+def _convert_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SRC", help="directory with a checkpoint in any of the formats")
+    parser.add_argument(
+        "destination", metavar="DST", help="a new or empty directory, or that of the same command before"
+    )
+    parser.add_argument("--format", required=True, choices=["paddlenlp", "tensor-parallel", "huggingface"])
+    parser.add_argument(
+        "--tensor-parallel-size", type=_at_least(1), default=1, metavar="N", help="ranks of the format tensor-parallel"
+    )
+    parser.add_argument("--dtype", choices=list(ITEMSIZE), help="round to this type (default: as in the checkpoint)")
+    parser.add_argument("--quantization", choices=["none", "int8", "fp8"], default="none", help="default %(default)s")
+    parser.add_argument(
+        "--max-shard-size", type=_size, metavar="SIZE", help="such as 5GB or 512MiB (default: shards as they are)"
+    )
+    parser.add_argument("--verify", action="store_true", help="read everything again and compare shapes and checksums")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be written, from index and headers")
+    _add_debug(parser)
+
+
+def _size(text: str) -> int:
+    """Bytes, such as 512MiB or 5GB."""
+    found = re.fullmatch(r"(\d+)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
+    if found is None or int(found[1]) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 5GB or 512MiB")
+    return int(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2].upper() or " ")
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    from paddle_qwen1m.weights.convert import convert, describe, plan
+
+    if arguments.quantization != "none":
+        raise InputError(
+            f"--quantization {arguments.quantization}: there are no kernels that compute with {arguments.quantization} "
+            "weights yet; leave it out"
+        )
+    wanted = {
+        "degree": arguments.tensor_parallel_size,
+        "dtype": arguments.dtype,
+        "max_shard_bytes": arguments.max_shard_size,
+    }
+    with as_input():
+        if arguments.dry_run:
+            for line in describe(plan(arguments.source, arguments.format, **wanted)):
+                print(line)
+            return 0
+        started = time.perf_counter()
+        outcome = convert(arguments.source, arguments.destination, arguments.format, verify=arguments.verify, **wanted)
+    seconds = time.perf_counter() - started
+    print(
+        f"{arguments.destination}: {arguments.format}, {outcome.files} files of weights, {outcome.nbytes:,} bytes"
+        f"{f', {outcome.kept} of them there already' if outcome.kept else ''}"
+        f"{', verified' if arguments.verify else ''}; {seconds:.1f} s"
+    )
+    return 0
+
+
 COMMANDS = (
-    Command("generate", "answer a question about a document, or continue a text", _generate_arguments, _generate),
+    Command("generate", "answer a question about a document, or continue a text", generate_arguments, generate),
     Command("check", "tell whether this machine and a checkpoint will work", _check_arguments, _check, logging.ERROR),
+    Command("convert", "write a checkpoint in another format", _convert_arguments, _convert),
 )
 
 
@@ -389,7 +464,6 @@ def _parser() -> argparse.ArgumentParser:
     for command in COMMANDS:
         own = commands.add_parser(command.name, help=command.summary, description=command.summary, allow_abbrev=False)
         command.configure(own)
-        own.add_argument("--debug", action="store_true", help="show warnings, log lines and the traceback of an error")
         own.set_defaults(run=command.run, log_level=command.log_level)
     return parser
 
@@ -419,12 +493,27 @@ def _one_line(error: BaseException) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of paddle-qwen1m; returns the exit status."""
     arguments = _parser().parse_args(argv)
+    return execute(arguments.run, arguments, arguments.log_level, _show_error)
+
+
+def _show_error(reason: str, status: int) -> int:
+    print(f"error: {reason}", file=sys.stderr)
+    return status
+
+
+def execute(
+    command: Callable[[argparse.Namespace], int],
+    arguments: argparse.Namespace,
+    log_level: int,
+    on_error: Callable[[str, int], int],
+) -> int:
+    """Runs a command; returns its exit status, of a failure what `on_error` makes of reason and status."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
-        with nullcontext() if arguments.debug else _quiet(arguments.log_level):
-            return int(arguments.run(arguments))
+        with nullcontext() if arguments.debug else _quiet(log_level):
+            return command(arguments)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return INTERRUPTED
@@ -433,9 +522,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return FAILED
     except Exception as error:
         if arguments.debug:
-            raise
-        print(f"error: {_one_line(error)}", file=sys.stderr)
-        return BAD_INPUT if isinstance(error, InputError) else FAILED
+            traceback.print_exc()
+        return on_error(_one_line(error), BAD_INPUT if isinstance(error, InputError) else FAILED)
 
 
 if __name__ == "__main__":

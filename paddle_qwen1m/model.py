@@ -10,7 +10,9 @@ from paddle_qwen1m.attention.attend import LayerBudgets, Observer, attend
 from paddle_qwen1m.attention.step import Step
 from paddle_qwen1m.cache import PagedCache
 from paddle_qwen1m.config import ModelConfig, SparseBudgets
+from paddle_qwen1m.parallel import ALONE, Group
 from paddle_qwen1m.weights import Slot
+from paddle_qwen1m.weights.sharding import local_config, part_of
 
 
 def weight(shape: list[int], dtype: str) -> paddle.Tensor:
@@ -32,17 +34,19 @@ def device_dtypes(dtype: str) -> tuple[str, str]:
 
 
 class DecoderLayer(nn.Layer):
-    """Pre-norm attention and SwiGLU. The projections of q, k, v and of gate, up are one weight each."""
+    """Pre-norm attention and SwiGLU of a rank's share. The projections of q, k, v and of gate, up are one weight each."""
 
-    def __init__(self, config: ModelConfig, number: int, dtype: str) -> None:
+    def __init__(self, config: ModelConfig, number: int, dtype: str, group: Group) -> None:
         super().__init__()
         self.config = config
+        self.local = local = local_config(config, group.degree)
+        self.group = group
         self.number = number
-        hidden, inner = config.hidden_size, config.intermediate_size
+        hidden, inner = local.hidden_size, local.intermediate_size
         self.register_buffer("input_norm", weight([hidden], dtype))
-        self.register_buffer("qkv_weight", weight([config.qkv_width, hidden], dtype))
-        self.register_buffer("qkv_bias", weight([config.qkv_width], dtype))
-        self.register_buffer("output_weight", weight([hidden, config.num_heads * config.head_dim], dtype))
+        self.register_buffer("qkv_weight", weight([local.qkv_width, hidden], dtype))
+        self.register_buffer("qkv_bias", weight([local.qkv_width], dtype))
+        self.register_buffer("output_weight", weight([hidden, local.num_heads * local.head_dim], dtype))
         self.register_buffer("post_attention_norm", weight([hidden], dtype))
         self.register_buffer("gate_up_weight", weight([2 * inner, hidden], dtype))
         self.register_buffer("down_weight", weight([hidden, inner], dtype))
@@ -60,48 +64,61 @@ class DecoderLayer(nn.Layer):
         q = ops.rotate_and_cache(qkv, self.qkv_bias, step.rotary, step.slots, keys, values)
         chunk_len = self.config.dual_chunk.chunk_len
         out = attend(q, qkv, self.qkv_bias, keys, values, step, chunk_len, self.number, budgets, observe)
-        return ops.linear(out.reshape([hidden.shape[0], -1]), self.output_weight)
+        return self.group.all_reduce(ops.linear(out.reshape([hidden.shape[0], -1]), self.output_weight))
 
     def mlp(self, hidden: paddle.Tensor) -> paddle.Tensor:
-        return ops.linear(ops.silu_mul(ops.linear(hidden, self.gate_up_weight)), self.down_weight)
+        return self.group.all_reduce(
+            ops.linear(ops.silu_mul(ops.linear(hidden, self.gate_up_weight)), self.down_weight)
+        )
 
     def slots(self) -> dict[str, Slot]:
-        """Where the layer's published tensors go."""
-        config = self.config
+        """Where the layer's published tensors, or the rank's parts of them, go."""
+        config, local = self.config, self.local
         hidden, inner = config.hidden_size, config.intermediate_size
         query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        slots = {
-            "input_layernorm.weight": Slot(self.input_norm, 0, (hidden,)),
-            "self_attn.o_proj.weight": Slot(self.output_weight, 0, (hidden, query)),
-            "post_attention_layernorm.weight": Slot(self.post_attention_norm, 0, (hidden,)),
-            "mlp.gate_proj.weight": Slot(self.gate_up_weight, 0, (inner, hidden)),
-            "mlp.up_proj.weight": Slot(self.gate_up_weight, inner, (inner, hidden)),
-            "mlp.down_proj.weight": Slot(self.down_weight, 0, (hidden, inner)),
+        key_row, value_row = (local.num_heads * local.head_dim, (local.num_heads + local.num_kv_heads) * local.head_dim)
+        places = {
+            "input_layernorm.weight": (self.input_norm, 0, (hidden,)),
+            "self_attn.q_proj.weight": (self.qkv_weight, 0, (query, hidden)),
+            "self_attn.k_proj.weight": (self.qkv_weight, key_row, (key, hidden)),
+            "self_attn.v_proj.weight": (self.qkv_weight, value_row, (key, hidden)),
+            "self_attn.q_proj.bias": (self.qkv_bias, 0, (query,)),
+            "self_attn.k_proj.bias": (self.qkv_bias, key_row, (key,)),
+            "self_attn.v_proj.bias": (self.qkv_bias, value_row, (key,)),
+            "self_attn.o_proj.weight": (self.output_weight, 0, (hidden, query)),
+            "post_attention_layernorm.weight": (self.post_attention_norm, 0, (hidden,)),
+            "mlp.gate_proj.weight": (self.gate_up_weight, 0, (inner, hidden)),
+            "mlp.up_proj.weight": (self.gate_up_weight, local.intermediate_size, (inner, hidden)),
+            "mlp.down_proj.weight": (self.down_weight, 0, (hidden, inner)),
         }
-        for name, row, rows in (("q", 0, query), ("k", query, key), ("v", query + key, key)):
-            slots[f"self_attn.{name}_proj.weight"] = Slot(self.qkv_weight, row, (rows, hidden))
-            slots[f"self_attn.{name}_proj.bias"] = Slot(self.qkv_bias, row, (rows,))
-        return {f"model.layers.{self.number}.{name}": slot for name, slot in slots.items()}
+        prefix = f"model.layers.{self.number}."
+        return {
+            prefix + name: Slot(*place, part_of(config, name, self.group.degree, self.group.rank))
+            for name, place in places.items()
+        }
 
 
 class Qwen2OneM(nn.Layer):
     """Qwen2 for 1M tokens, on Paddle's current device. `dtype` is how the weights are kept, `compute_dtype` the type of
-    the activations: see `device_dtypes`.
+    the activations: see `device_dtypes`. In a tensor parallel group it is one rank's share: `config` is that of the whole
+    model, `local` that of the share.
     """
 
-    def __init__(self, config: ModelConfig, dtype: str) -> None:
+    def __init__(self, config: ModelConfig, dtype: str, group: Group = ALONE) -> None:
         super().__init__()
         self.config = config
+        self.group = group
+        self.local = local = local_config(config, group.degree)
         self.on_gpu = ops.on_gpu()
         dtype, self.compute_dtype = device_dtypes(dtype)
         self.dtype = dtype
-        self.register_buffer("embedding", weight([config.vocab_size, config.hidden_size], dtype))
-        self.layers = nn.LayerList([DecoderLayer(config, number, dtype) for number in range(config.num_layers)])
+        self.register_buffer("embedding", weight([local.vocab_size, config.hidden_size], dtype))
+        self.layers = nn.LayerList([DecoderLayer(config, number, dtype, group) for number in range(config.num_layers)])
         self.register_buffer("norm", weight([config.hidden_size], dtype))
         if config.tie_word_embeddings:
             self.head = self.embedding
         else:
-            self.register_buffer("head", weight([config.vocab_size, config.hidden_size], dtype))
+            self.register_buffer("head", weight([local.vocab_size, config.hidden_size], dtype))
 
     def forward(
         self,
@@ -111,8 +128,9 @@ class Qwen2OneM(nn.Layer):
         observe: Observer | None = None,
     ) -> paddle.Tensor | None:
         """Fills the cache; logits float32 [n, vocab] of the rows whose logits the step wants, None without any."""
-        eps = self.config.rms_norm_eps
-        residual = ops.embedding(step.ids, self.embedding)
+        eps, vocabulary, group = self.config.rms_norm_eps, self.config.vocab_size, self.group
+        first = group.rank * self.local.vocab_size
+        residual = group.all_reduce(ops.embedding(step.ids, self.embedding, first=first, vocabulary=vocabulary))
         normed = ops.rms_norm(residual, self.layers[0].input_norm, eps)
         for number, layer in enumerate(self.layers):
             mixed = layer.attention(normed, step, cache, budgets[number] if budgets else None, observe)
@@ -124,22 +142,27 @@ class Qwen2OneM(nn.Layer):
             if step.logit_rows is None:
                 return None
             normed = ops.gather_rows(normed, step.logit_rows)
-        return ops.linear(normed, self.head, float32=True)
+        return group.gather_columns(ops.linear(normed, self.head, float32=True), vocabulary)
 
     def slots(self) -> dict[str, Slot]:
-        """Every published tensor's name with where it goes."""
-        config = self.config
+        """Every published tensor's name with where it, or the rank's part of it, goes."""
+        config, group = self.config, self.group
         vocabulary = (config.vocab_size, config.hidden_size)
+        part = part_of(config, "lm_head.weight", group.degree, group.rank)
         slots = {
-            "model.embed_tokens.weight": Slot(self.embedding, 0, vocabulary),
+            "model.embed_tokens.weight": Slot(self.embedding, 0, vocabulary, part),
             "model.norm.weight": Slot(self.norm, 0, (config.hidden_size,)),
         }
         if not config.tie_word_embeddings:
-            slots["lm_head.weight"] = Slot(self.head, 0, vocabulary)
+            slots["lm_head.weight"] = Slot(self.head, 0, vocabulary, part)
         for layer in self.layers:
             slots.update(layer.slots())
         return slots
 
 
-def layer_budgets(budgets: SparseBudgets) -> list[LayerBudgets]:
-    return [LayerBudgets(budgets, layer) for layer in range(len(budgets.vertical))]
+def layer_budgets(budgets: SparseBudgets, group: Group = ALONE) -> list[LayerBudgets]:
+    """Each layer's budgets of the rank's heads."""
+    layers, heads = budgets.vertical.shape
+    own = slice(group.rank * heads // group.degree, (group.rank + 1) * heads // group.degree)
+    local = SparseBudgets(budgets.vertical[:, own], budgets.slash[:, own])
+    return [LayerBudgets(local, layer) for layer in range(layers)]

@@ -136,9 +136,14 @@ def cpu_isa() -> str:
     return str(name().decode())
 
 
-def embedding(ids: paddle.Tensor, table: paddle.Tensor) -> paddle.Tensor:
-    """Rows `ids` (int64 [T]) of `table` [vocab, N]: the residual stream, float32 [T, N]."""
-    return _call("embedding", ids, table)[0]
+def embedding(
+    ids: paddle.Tensor, table: paddle.Tensor, *, first: int = 0, vocabulary: int | None = None
+) -> paddle.Tensor:
+    """Rows `ids` (int64 [T]) of `table` [rows, N]: the residual stream, float32 [T, N].
+
+    A table that holds a part of a vocabulary, its rows from `first` on, gives zeros for the ids of other parts.
+    """
+    return _call("embedding", ids, table, first, table.shape[0] if vocabulary is None else vocabulary)[0]
 
 
 def rms_norm(hidden: paddle.Tensor, weight: paddle.Tensor, eps: float) -> paddle.Tensor:
@@ -178,7 +183,7 @@ def silu_mul(gate_up: paddle.Tensor) -> paddle.Tensor:
 
 
 def gather_rows(hidden: paddle.Tensor, rows: paddle.Tensor) -> paddle.Tensor:
-    """Rows `rows` (int64 [n]) of `hidden` [T, N]."""
+    """Rows `rows` (int64 [n]) of `hidden` [T, N], activations or float32."""
     return _call("gather_rows", hidden, rows)[0]
 
 

@@ -28,7 +28,9 @@ from .generation import (
 )
 from .hub import Checkpoint, HubError, locate, read_json
 from .model import Qwen2OneM
+from .parallel import ALONE, Group, start
 from .weights import load_checkpoint
+from .weights.sharding import check_degree, rank_directory, rank_sets
 
 DUAL_CHUNK = "dual_chunk_attention_config"
 SPARSE_CONFIG = "sparse_attention_config.json"
@@ -72,10 +74,11 @@ class Qwen2OneMForCausalLM(PretrainedModel):  # type: ignore[misc]
         dtype: str | None = None,
         options: EngineOptions | None = None,
         budgets: SparseBudgets | None = None,
+        group: Group = ALONE,
     ) -> None:
         super().__init__(config)
         storage = _dtype_name(dtype or config.dtype or "float32")
-        self.model = Qwen2OneM(model_config(config), storage)
+        self.model = Qwen2OneM(model_config(config), storage, group)
         if self.model.dtype != storage:
             logger.info(f"weights are kept as {self.model.dtype}: a GPU does not compute in {storage}")
         self.engine = Engine(self.model, options or EngineOptions(), budgets)
@@ -95,6 +98,9 @@ class Qwen2OneMForCausalLM(PretrainedModel):  # type: ignore[misc]
         max_num_batched_tokens: int | None = None,
         max_model_len: int | None = None,
         kv_cache_dtype: str | None = None,
+        tensor_parallel_degree: int = 1,
+        tensor_parallel_rank: int | None = None,
+        tensor_parallel_output: bool = False,
         from_hf_hub: bool = False,
         from_aistudio: bool = False,
         cache_dir: str | os.PathLike[str] | None = None,
@@ -116,13 +122,17 @@ class Qwen2OneMForCausalLM(PretrainedModel):  # type: ignore[misc]
         max_num_batched_tokens: tokens of one prefill step (default 2,048 on a CPU, 32,768 on a GPU).
         max_model_len: most tokens of prompt and answer together (default: the model's max_position_embeddings).
         kv_cache_dtype: how keys and values are kept (default, and on a GPU always: the dtype that is computed in).
+        tensor_parallel_degree: how many processes, started by `python -m paddle.distributed.launch`, share the model;
+            each reads its own part alone, and all of them call generate with the same input. tensor_parallel_rank:
+            this process's number, which the launcher gives it anyway. tensor_parallel_output: accepted and without
+            effect, logits are always whole.
         from_hf_hub, from_aistudio, cache_dir, subfolder: as in PaddleNLP. A name is looked up on PaddleNLP's hub, or on
             Hugging Face's with from_hf_hub=True; where the one lacks it, the other is tried.
         low_cpu_mem_usage, convert_from_torch, use_safetensors: accepted and without effect, because there is one
             loader: it reads the published files as they are, one tensor at a time, and writes nothing.
 
-        Raises TypeError for other options, FileNotFoundError, HubError (an OSError), weights.CheckpointError or
-        ValueError, each saying what does not fit.
+        Raises TypeError for other options, FileNotFoundError, HubError (an OSError), weights.CheckpointError,
+        ValueError or job.StartError, each saying what does not fit.
         """
         _refuse(unknown)
         checkpoint = (
@@ -141,6 +151,20 @@ class Qwen2OneMForCausalLM(PretrainedModel):  # type: ignore[misc]
             )
         pretrained_config = Qwen2Config.from_dict(described)
         shapes = model_config(pretrained_config)
+        degree = max(1, tensor_parallel_degree)
+        check_degree(shapes, degree)
+        sets = rank_sets(described)
+        if sets not in (None, degree):
+            raise ValueError(
+                f"{checkpoint.name} is a set of weights for {sets} tensor parallel ranks: load it with "
+                f"tensor_parallel_degree={sets} under a launcher of {sets} processes, or convert it for another "
+                f"degree; got {degree}"
+            )
+        group = start(degree)
+        if tensor_parallel_rank not in (None, -1, group.rank):
+            raise ValueError(
+                f"this process is rank {group.rank} of {degree}, got tensor_parallel_rank {tensor_parallel_rank}"
+            )
         if sparse is None:
             sparse = sparse_budgets is not None or shapes.dual_chunk.sparse_attention_enabled
         if sparse_threshold is None:
@@ -159,11 +183,15 @@ class Qwen2OneMForCausalLM(PretrainedModel):  # type: ignore[misc]
         budgets = find_budgets(checkpoint, shapes, sparse_budgets, options) if sparse else None
         generation = checkpoint.extra_file(GENERATION_CONFIG)
         with no_init_weights(_enable=True):
-            model = cls(pretrained_config, dtype=storage, options=options, budgets=budgets)
+            model = cls(pretrained_config, dtype=storage, options=options, budgets=budgets, group=group)
         if generation is not None:
             model.use_generation_config(_read_generation_config(generation))
         tied = {"lm_head.weight"} if shapes.tie_word_embeddings else set()
-        load_checkpoint(checkpoint.fetch_weights(), model.model.slots(), ignore=tied)
+        directory, slots = checkpoint.fetch_weights(), model.model.slots()
+        if sets is not None:
+            directory = directory / rank_directory(group.rank, degree)
+            slots = {name: slot.without_slicing() for name, slot in slots.items()}
+        load_checkpoint(directory, slots, ignore=tied, progress=group.rank == 0)
         return model
 
     @classmethod
@@ -178,11 +206,11 @@ class Qwen2OneMForCausalLM(PretrainedModel):  # type: ignore[misc]
         with paddle.no_grad():
             for name, slot in self.model.slots().items():
                 if name.endswith("norm.weight"):
-                    values = np.ones(slot.shape, dtype=np.float32)
+                    values = np.ones(slot.held_shape, dtype=np.float32)
                 elif name.endswith(".bias"):
-                    values = np.zeros(slot.shape, dtype=np.float32)
+                    values = np.zeros(slot.held_shape, dtype=np.float32)
                 else:
-                    values = random.standard_normal(slot.shape, dtype=np.float32) * self.config.initializer_range
+                    values = random.standard_normal(slot.held_shape, dtype=np.float32) * self.config.initializer_range
                 slot.write(paddle.to_tensor(values, place=paddle.CPUPlace()).astype(slot.tensor.dtype))
 
     def use_generation_config(self, generation_config: GenerationConfig) -> None:
@@ -383,18 +411,14 @@ def _tensor(array: np.ndarray) -> paddle.Tensor:
 
 
 def _refuse(unknown: dict[str, Any]) -> None:
-    """TypeError for options that do not exist, naming what to write instead; a tensor parallel degree of 1 is fine."""
-    harmless = {
-        "tensor_parallel_degree": (-1, 0, 1),
-        "tensor_parallel_rank": (-1, 0),
-        "tensor_parallel_output": (True, False),
-    }
-    names = sorted(key for key, value in unknown.items() if value not in harmless.get(key, ()))
+    """TypeError for options that do not exist, naming what to write instead."""
+    names = sorted(unknown)
     if not names:
         return
     hints: list[str] = [f"instead of {key} write {INSTEAD[key]}" for key in names if key in INSTEAD]
     options = (
-        "dtype, config, sparse_budgets, sparse, sparse_threshold, max_num_batched_tokens, max_model_len, kv_cache_dtype"
+        "dtype, config, sparse_budgets, sparse, sparse_threshold, max_num_batched_tokens, max_model_len, "
+        "kv_cache_dtype, tensor_parallel_degree"
     )
     raise TypeError(
         f"from_pretrained() has no option {', '.join(names)}; "

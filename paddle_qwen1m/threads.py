@@ -15,10 +15,13 @@ if "OMP_WAIT_POLICY" not in os.environ:
 
 
 def default_num_threads() -> int:
-    """OMP_NUM_THREADS where the user set it, else the cores this process may run on.
+    """OMP_NUM_THREADS where the user set it, else this process's share of the cores that it may run on.
 
-    Importing Paddle sets OMP_NUM_THREADS to 1 when it is not set, so that once Paddle is imported a 1 says nothing.
+    Importing Paddle sets OMP_NUM_THREADS to 1 when it is not set, so that once Paddle is imported, or its launcher has
+    started this process, a 1 says nothing. The launcher's processes of this machine share the cores.
     """
-    if _WISH.isdigit() and int(_WISH) >= 1 and not (_WISH == "1" and _PADDLE_WAS_IMPORTED):
+    launched = os.environ.get("PADDLE_LOCAL_SIZE", "")
+    if _WISH.isdigit() and int(_WISH) >= 1 and not (_WISH == "1" and (_PADDLE_WAS_IMPORTED or launched)):
         return int(_WISH)
-    return len(os.sched_getaffinity(0))
+    cores = len(os.sched_getaffinity(0))
+    return max(1, cores // int(launched)) if launched.isdigit() and int(launched) > 1 else cores

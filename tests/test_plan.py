@@ -17,6 +17,7 @@ from paddle_qwen1m.plan import (
     plan_memory,
     sparse_bytes,
 )
+from paddle_qwen1m.weights.sharding import degrees, local_config
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED: dict[str, Any] = {
@@ -122,6 +123,24 @@ def test_an_unknown_dtype_or_an_empty_context_is_refused() -> None:
         cache_bytes_per_token(MODEL_7B, "int4")
     with pytest.raises(ValueError, match="got 0 and 4096"):
         plan_memory(MODEL_7B, 0, max_num_batched_tokens=4096, cache_dtype="float32", weight_bytes=0)
+
+
+@pytest.mark.parametrize(("name", "config"), [("7B", MODEL_7B), ("14B", MODEL_14B)], ids=["7B", "14B"])
+def test_the_readme_states_what_a_rank_needs(name: str, config: ModelConfig) -> None:
+    for degree in degrees(config)[1:]:
+        local = local_config(config, degree)
+        plan = plan_memory(
+            local,
+            1_010_000,
+            max_num_batched_tokens=32_768,
+            cache_dtype="bfloat16",
+            weight_bytes=2 * parameters(local),
+            budgets=published_budgets(config),
+            dtype="bfloat16",
+        )
+        short = 131_072 * cache_bytes_per_token(local, "bfloat16")
+        sizes = [f"{n / 1e9:.1f} GB" for n in (plan.weights, short, plan.cache, plan.activations, plan.total)]
+        assert f"| {' | '.join([name, str(degree), *sizes])} |" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(("name", "config"), [("7B", MODEL_7B), ("14B", MODEL_14B)], ids=["7B", "14B"])

@@ -127,6 +127,8 @@ class Cases:
             "out": empty(rows, self._model.hidden, dtype=out_dtype),
             "tokens": rows,
             "width": self._model.hidden,
+            "rows": VOCABULARY,
+            "first": 0,
             "dtype": "bfloat16",
             "out_dtype": out_dtype,
         }

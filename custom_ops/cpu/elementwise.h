@@ -17,7 +17,12 @@ void embedding(const qwen1m_embedding& a) {
   float* out = floats(a.out);
   parallel_ranges(a.tokens, kGrain, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
-      const T* row = table + a.ids[t] * a.width;
+      const int64_t at = a.ids[t] - a.first;
+      if (at < 0 || at >= a.rows) {
+        memset(out + t * a.width, 0, sizeof(float) * a.width);
+        continue;
+      }
+      const T* row = table + at * a.width;
       for (int64_t i = 0; i < a.width; ++i) out[t * a.width + i] = widen(row[i]);
     }
   });

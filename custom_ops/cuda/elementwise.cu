@@ -29,13 +29,15 @@ constexpr int kEmbeddingVectors = 4;
 template <typename T, typename Out, int N>
 __global__ void __launch_bounds__(kThreads) embedding_kernel(const qwen1m_embedding a) {
   for (int64_t t = blockIdx.y; t < a.tokens; t += gridDim.y) {
-    const T* from = static_cast<const T*>(a.table) + a.ids[t] * a.width;
+    const int64_t row = a.ids[t] - a.first;
+    const bool held = row >= 0 && row < a.rows;
+    const T* from = static_cast<const T*>(a.table) + (held ? row : 0) * a.width;
     Out* to = static_cast<Out*>(a.out) + t * a.width;
     Vector<T, N> values[kEmbeddingVectors];
 #pragma unroll
     for (int j = 0; j < kEmbeddingVectors; ++j) {
       const int64_t i = column_of<N, kEmbeddingVectors>(j);
-      if (i < a.width) values[j] = load_vector<N>(from + i);
+      values[j] = held && i < a.width ? load_vector<N>(from + i) : Vector<T, N>{};
     }
 #pragma unroll
     for (int j = 0; j < kEmbeddingVectors; ++j) {

@@ -157,11 +157,12 @@ typedef struct {
   qwen1m_dtype activation, out_dtype, dtype;  // of x, of y, of the weight and bias
 } qwen1m_linear;
 
+// The table holds the rows of ids first .. first + rows; other ids give zeros.
 typedef struct {
   const int64_t* ids;
-  const void* table;  // [vocab, width]
+  const void* table;  // [rows, width]
   void* out;          // [tokens, width]
-  int64_t tokens, width;
+  int64_t tokens, width, rows, first;
   qwen1m_dtype dtype, out_dtype;
 } qwen1m_embedding;
 

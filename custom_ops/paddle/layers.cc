@@ -14,13 +14,14 @@ void expect_indices(const Call& call, const Tensor& indices, int64_t count, cons
   }
 }
 
-Tensors embedding(const Tensor& ids, const Tensor& table) {
+// `table` holds the rows of ids `first` .. of a vocabulary; other ids give zeros.
+Tensors embedding(const Tensor& ids, const Tensor& table, int64_t first, int64_t vocabulary) {
   Call call(ids);
   call.expect(ids, "ids", DataType::INT64, {-1});
   const qwen1m_dtype type = call.expect_stored(table, "table", {-1, -1});
-  const int64_t tokens = ids.shape()[0], vocab = table.shape()[0], width = table.shape()[1];
+  const int64_t tokens = ids.shape()[0], rows = table.shape()[0], width = table.shape()[1];
   call.expect_width(width);
-  expect_indices(call, ids, vocab, "id", " is outside the vocabulary of " + text(vocab));
+  expect_indices(call, ids, vocabulary, "id", " is outside the vocabulary of " + text(vocabulary));
   const Tensor out = call.make({tokens, width}, DataType::FLOAT32);
   call.run(
       qwen1m_embedding{
@@ -29,6 +30,8 @@ Tensors embedding(const Tensor& ids, const Tensor& table) {
           .out = memory(out),
           .tokens = tokens,
           .width = width,
+          .rows = rows,
+          .first = first,
           .dtype = type,
           .out_dtype = QWEN1M_FLOAT32,
       },
@@ -38,12 +41,14 @@ Tensors embedding(const Tensor& ids, const Tensor& table) {
 
 Tensors gather_rows(const Tensor& hidden, const Tensor& rows) {
   Call call(hidden);
-  const qwen1m_dtype type = call.expect_activation(hidden, "hidden", {-1, -1});
+  call.expect_shape(hidden, "hidden", {-1, -1});
+  const bool wide = hidden.dtype() == DataType::FLOAT32;
+  const qwen1m_dtype type = wide ? QWEN1M_FLOAT32 : call.expect_activation(hidden, "hidden", {-1, -1});
   call.expect(rows, "rows", DataType::INT64, {-1});
   const int64_t tokens = hidden.shape()[0], width = hidden.shape()[1], count = rows.shape()[0];
   call.expect_width(width);
   expect_indices(call, rows, tokens, "row", " is not one of the " + text(tokens) + " rows");
-  const Tensor out = call.make_activation({count, width});
+  const Tensor out = call.make({count, width}, hidden.dtype());
   call.run(
       qwen1m_embedding{
           .ids = rows.data<int64_t>(),
@@ -51,6 +56,8 @@ Tensors gather_rows(const Tensor& hidden, const Tensor& rows) {
           .out = memory(out),
           .tokens = count,
           .width = width,
+          .rows = tokens,
+          .first = 0,
           .dtype = type,
           .out_dtype = type,
       },
@@ -160,7 +167,11 @@ Tensors cast(const Tensor& values, const std::string& dtype) {
 }  // namespace
 }  // namespace qwen1m
 
-PD_BUILD_OP(qwen1m_embedding).Inputs({"ids", "table"}).Outputs({"out"}).SetKernelFn(PD_KERNEL(qwen1m::embedding));
+PD_BUILD_OP(qwen1m_embedding)
+    .Inputs({"ids", "table"})
+    .Outputs({"out"})
+    .Attrs({"first: int64_t", "vocabulary: int64_t"})
+    .SetKernelFn(PD_KERNEL(qwen1m::embedding));
 
 PD_BUILD_OP(qwen1m_gather_rows).Inputs({"hidden", "rows"}).Outputs({"out"}).SetKernelFn(PD_KERNEL(qwen1m::gather_rows));
 

@@ -129,9 +129,11 @@ def decode_inputs(
 # Everything around attention
 
 
-def embedding(ids: Array, table: Array) -> Array:
-    """Rows [T, hidden] of table [vocab, hidden]."""
-    return _wide(table)[ids]
+def embedding(ids: Array, table: Array, first: int = 0) -> Array:
+    """Rows [T, hidden] of table [rows, hidden], which holds ids from `first` on; zeros for the others."""
+    at = ids - first
+    held = (at >= 0) & (at < len(table))
+    return np.where(held[:, None], _wide(table)[np.where(held, at, 0)], 0.0)
 
 
 def rms_norm(hidden: Array, weight: Array, eps: float) -> Array:

@@ -57,7 +57,7 @@ class Engine:
             )
         self.page_size = page_size
         self.budgets = budgets
-        self._budgets = layer_budgets(budgets) if budgets is not None and options.sparse else None
+        self._budgets = layer_budgets(budgets, model.group) if budgets is not None and options.sparse else None
         self.max_model_len = options.max_model_len or config.max_position_embeddings
         self.max_num_batched_tokens = options.max_num_batched_tokens or default_batched_tokens(model.on_gpu)
         self.kv_cache_dtype = options.kv_cache_dtype or model.compute_dtype
@@ -91,6 +91,8 @@ class Engine:
         for prompt, choice in zip(prompts, choices):
             self._check(prompt, choice.max_new_tokens)
         sequences = [Sequence(index, *pair) for index, pair in enumerate(zip(prompts, choices))]
+        for sequence, seed in zip(sequences, self.model.group.share([sequence.seed for sequence in sequences])):
+            sequence.seed = seed
         lengths = [sequence.max_length for sequence in sequences]
         with self._cache(lengths) as cache, closing(self._decoder(cache)) as decoder:
             scheduler = Scheduler(cache, self.max_num_batched_tokens, self.model.config.dual_chunk.chunk_len)
@@ -176,7 +178,7 @@ class Engine:
     def _cache(self, lengths: ManyOf[int]) -> Iterator[PagedCache]:
         """A cache with room for sequences of these lengths; its memory is given back at the end."""
         num_pages = sum(-(-length // self.page_size) for length in lengths)
-        cache = PagedCache(self.model.config, num_pages, self.page_size, self.kv_cache_dtype)
+        cache = PagedCache(self.model.local, num_pages, self.page_size, self.kv_cache_dtype)
         try:
             yield cache
         finally:

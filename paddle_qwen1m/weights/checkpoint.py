@@ -5,9 +5,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+from . import names
+from .record import refuse_unfinished
 from .safetensors import CheckpointError, TensorInfo, read_header
+from .sharding import RANK_PREFIX
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -25,27 +30,31 @@ def summarise(problems: Sequence[str]) -> str:
 class Checkpoint:
     """The tensors of a directory that holds model.safetensors, or shards and model.safetensors.index.json.
 
+    `tensors` are the published ones, in a directory in PaddleNLP's own form too; `stored` are those of the files.
     Only headers are read. Raises CheckpointError naming file and tensor when a file is missing or corrupt, or when the
-    index and the files disagree.
+    index and the files disagree, or when a conversion into the directory has not ended.
     """
 
     directory: Path
     tensors: Mapping[str, TensorInfo]
+    stored: Mapping[str, TensorInfo]
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         self.directory = Path(directory)
         if not self.directory.is_dir():
             raise CheckpointError(f"{self.directory} is not a directory: give the directory that holds {SINGLE_NAME}")
+        refuse_unfinished(self.directory.parent if self.directory.name.startswith(RANK_PREFIX) else self.directory)
         index, single = self.directory / INDEX_NAME, self.directory / SINGLE_NAME
         if index.exists():
-            self.tensors = _read_sharded(index)
+            self.stored = _read_sharded(index)
         elif single.exists():
-            self.tensors = read_header(single)
+            self.stored = read_header(single)
         else:
             raise CheckpointError(
                 f"{self.directory} holds neither {INDEX_NAME} nor {SINGLE_NAME}: "
                 "this loader reads checkpoints in the published safetensors layout; download one of the two"
             )
+        self.tensors = _as_published(self.stored) if names.are_paddlenlp(self.stored) else self.stored
 
     @property
     def total_bytes(self) -> int:
@@ -56,7 +65,25 @@ class Checkpoint:
         return max((info.nbytes for info in self.tensors.values()), default=0)
 
 
-def _read_sharded(index: Path) -> dict[str, TensorInfo]:
+def _as_published(stored: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """A head that is as tall as the embedding is the embedding once more, and not transposed."""
+    head, embedding = stored.get(names.HEAD), stored.get(names.to_paddlenlp(names.EMBEDDING))
+    tied = head is not None and embedding is not None and head.shape == embedding.shape != head.shape[::-1]
+    published = {}
+    for stored_name, info in stored.items():
+        name = names.from_paddlenlp(stored_name)
+        flip = names.is_transposed(name, tied)
+        published[name] = replace(info, shape=info.shape[::-1], transposed=True) if flip else info
+    return published
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """The file of every tensor, by an index. Raises CheckpointError."""
+    weight_map: dict[str, str] = _read_index(index)["weight_map"]
+    return weight_map
+
+
+def _read_index(index: Path) -> dict[str, Any]:
     try:
         content = json.loads(index.read_text(encoding="utf-8"))
     except OSError as error:
@@ -71,7 +98,12 @@ def _read_sharded(index: Path) -> dict[str, TensorInfo]:
             raise CheckpointError(
                 f"{index}: tensor {name!r} is mapped to {file!r}, not to a file of the same directory"
             )
+    return content
 
+
+def _read_sharded(index: Path) -> dict[str, TensorInfo]:
+    content = _read_index(index)
+    weight_map = content["weight_map"]
     files = sorted(set(weight_map.values()))
     if SINGLE_NAME not in files and (index.parent / SINGLE_NAME).exists():
         raise CheckpointError(

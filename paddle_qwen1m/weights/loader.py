@@ -17,16 +17,18 @@ import paddle
 from tqdm import tqdm
 
 from .checkpoint import Checkpoint, summarise
-from .safetensors import STORAGE, Array, CheckpointError, TensorInfo, read_rows
+from .names import DERIVED_SUFFIX
+from .safetensors import DTYPE_BYTES, STORAGE, Array, CheckpointError, TensorInfo
+from .sharding import COLUMNS, ROWS, Part
+from .window import read_matrix
 
 DTYPES = {paddle.float32: "F32", paddle.float16: "F16", paddle.bfloat16: "BF16"}
-DERIVED_SUFFIX = "rotary_emb.inv_freq"
 STAGING_BYTES = 64 << 20  # what is read before it is copied to a GPU
 
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a published tensor of `shape` goes: rows row .. row + shape[0] of `tensor`.
+    """Where a published tensor of `shape`, or the `part` of it that this rank holds, goes: rows `row` .. of `tensor`.
 
     `tensor` is a contiguous parameter, float32, float16 or bfloat16; ValueError when it is not.
     """
@@ -34,21 +36,31 @@ class Slot:
     tensor: paddle.Tensor
     row: int
     shape: tuple[int, ...]
+    part: Part | None = None
 
     def __post_init__(self) -> None:
-        whole = tuple(self.tensor.shape)
-        fits = self.shape and self.shape[1:] == whole[1:] and 0 <= self.row <= whole[0] - self.shape[0]
+        whole, held = tuple(self.tensor.shape), self.held_shape
+        fits = held and held[1:] == whole[1:] and 0 <= self.row <= whole[0] - held[0]
         if not fits:
-            raise ValueError(
-                f"a tensor of shape {self.shape} does not fit at row {self.row} of a parameter of shape {whole}"
-            )
+            raise ValueError(f"a tensor of shape {held} does not fit at row {self.row} of a parameter of shape {whole}")
         if self.tensor.dtype not in DTYPES:
             raise ValueError(f"weights are float32, float16 or bfloat16, got a parameter of {self.tensor.dtype}")
         if not self.tensor.is_contiguous():
             raise ValueError(f"a parameter of shape {whole} is not contiguous: what is read into it would be lost")
 
+    @property
+    def held_shape(self) -> tuple[int, ...]:
+        """Shape of what goes here."""
+        if self.part is None:
+            return self.shape
+        return (*self.shape[: self.part.axis], self.part.size, *self.shape[self.part.axis + 1 :])
+
+    def without_slicing(self) -> Slot:
+        """The slot for a tensor that is already cut to the rank's part."""
+        return Slot(self.tensor, self.row, self.held_shape)
+
     def write(self, rows: paddle.Tensor, first: int = 0) -> None:
-        """Copies rows of the published tensor from host memory, in the parameter's type, from its row `first` on."""
+        """Copies rows of what goes here from host memory, in the parameter's type, from its row `first` on."""
         begin = self.row + first
         self.tensor[begin : begin + rows.shape[0]].copy_(rows, True)
 
@@ -59,9 +71,11 @@ def load_checkpoint(
     *,
     ignore: Collection[str] = (),
     progress: bool = True,
-) -> None:
-    """Read every published tensor named in `slots` from a checkpoint directory into its place.
+) -> int:
+    """Read every published tensor named in `slots`, or its part, from a checkpoint directory into its place.
 
+    A directory in PaddleNLP's own form is as good: its tensors are renamed, and transposed while they stream.
+    Returns the bytes that were asked of the files' data: those that the slots hold, and no others.
     Files hold float32, float16 or bfloat16; a parameter of another of the three gets the value rounded to nearest even.
     Tensors in `ignore` and rotary tables may be in the checkpoint and are skipped. Host memory beyond the parameters is
     a few MB, for parameters on a GPU STAGING_BYTES more; nothing is written to the directory. With `progress`, a bar
@@ -73,8 +87,15 @@ def load_checkpoint(
     by_file: dict[os.PathLike[str], list[str]] = defaultdict(list)
     for name in sorted(slots, key=lambda name: (checkpoint.tensors[name].file, checkpoint.tensors[name].offset)):
         by_file[checkpoint.tensors[name].file].append(name)
+    asked = 0
+
+    def count(nbytes: int) -> None:
+        nonlocal asked
+        asked += nbytes
+        bar.update(nbytes)
+
     with tqdm(
-        total=sum(checkpoint.tensors[name].nbytes for name in slots),
+        total=sum(_held_bytes(checkpoint.tensors[name], slot) for name, slot in slots.items()),
         desc="Loading weights",
         unit="B",
         unit_scale=True,
@@ -84,7 +105,12 @@ def load_checkpoint(
         for path, names in by_file.items():
             with open(path, "rb", buffering=0) as file:
                 for name in names:
-                    _read(file, name, checkpoint.tensors[name], slots[name], bar.update)
+                    _read(file, name, checkpoint.tensors[name], slots[name], count)
+    return asked
+
+
+def _held_bytes(info: TensorInfo, slot: Slot) -> int:
+    return math.prod(slot.held_shape) * DTYPE_BYTES[info.dtype]
 
 
 def _check(checkpoint: Checkpoint, slots: Mapping[str, Slot], ignore: Collection[str]) -> None:
@@ -110,19 +136,22 @@ def _check(checkpoint: Checkpoint, slots: Mapping[str, Slot], ignore: Collection
 
 def _read(file: io.RawIOBase, name: str, info: TensorInfo, slot: Slot, on_bytes: Callable[[int], Any]) -> None:
     """Reads a tensor where it belongs: into a parameter in host memory itself, to a GPU through a buffer."""
+    held, part = slot.held_shape, slot.part
+    first = part.begin if part is not None and part.axis == ROWS else 0
+    columns = (part.begin, part.end) if part is not None and part.axis == COLUMNS else None
     if _is_in_host_memory(slot.tensor):
         out, dtype = _destination(slot)
-        read_rows(file, name, info, out, dtype, on_bytes=on_bytes)
+        read_matrix(file, name, info, out, dtype, (first, first + held[0]), columns, on_bytes)
         return
     dtype = DTYPES[slot.tensor.dtype]
-    width = math.prod(slot.shape[1:])
+    width = math.prod(held[1:])
     step = max(1, STAGING_BYTES // (width * STORAGE[dtype].itemsize))
-    for begin in range(0, slot.shape[0], step):
-        end = min(begin + step, slot.shape[0])
+    for begin in range(0, held[0], step):
+        end = min(begin + step, held[0])
         staged = np.empty((end - begin) * width, STORAGE[dtype])
-        read_rows(file, name, info, staged, dtype, rows=(begin, end), on_bytes=on_bytes)
+        read_matrix(file, name, info, staged, dtype, (first + begin, first + end), columns, on_bytes)
         # Paddle reads uint16 as bfloat16
-        slot.write(paddle.to_tensor(staged.reshape(-1, *slot.shape[1:]), place=paddle.CPUPlace()), begin)
+        slot.write(paddle.to_tensor(staged.reshape(-1, *held[1:]), place=paddle.CPUPlace()), begin)
 
 
 def _is_in_host_memory(tensor: paddle.Tensor) -> bool:
@@ -132,7 +161,7 @@ def _is_in_host_memory(tensor: paddle.Tensor) -> bool:
 def _destination(slot: Slot) -> tuple[Array, str]:
     """The slot's memory as a flat writable array, and its dtype."""
     dtype = DTYPES[slot.tensor.dtype]
-    count, width = math.prod(slot.shape), math.prod(slot.shape[1:])
+    count, width = math.prod(slot.held_shape), math.prod(slot.held_shape[1:])
     address = slot.tensor.data_ptr() + slot.row * width * STORAGE[dtype].itemsize
     memory: Any = (ctypes.c_char * (count * STORAGE[dtype].itemsize)).from_address(address)
     return np.frombuffer(memory, STORAGE[dtype]), dtype

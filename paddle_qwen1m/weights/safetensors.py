@@ -36,12 +36,16 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies: `nbytes` bytes from byte `offset` of `file`, row-major."""
+    """Where one tensor lies: `nbytes` bytes from byte `offset` of `file`, row-major.
+
+    `transposed`: the file holds the transposed matrix of the one that `shape` describes; see window.read_matrix.
+    """
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
     offset: int
+    transposed: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -54,6 +58,24 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     Raises CheckpointError when the file is missing, truncated or not safetensors, or when its header contradicts itself
     or the file's size.
     """
+    raw, size = _read_raw_header(path)
+    length = len(raw)
+    entries = _parse(raw, path)
+    tensors = {name: _entry(name, entry, path, 8 + length) for name, entry in entries.items()}
+    ordered = dict(sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)))
+    _check_layout(ordered, path, 8 + length, size)
+    return ordered
+
+
+def read_header_text(path: Path) -> str:
+    """The JSON text of a file's header as it is, padding included. Errors as in read_header."""
+    raw, _ = _read_raw_header(path)
+    _parse(raw, path)
+    return raw.decode("utf-8")
+
+
+def _read_raw_header(path: Path) -> tuple[bytes, int]:
+    """The header's bytes and the size of the file."""
     try:
         size = path.stat().st_size
         with path.open("rb", buffering=0) as file:
@@ -76,11 +98,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             _read_exact(file, memoryview(raw), 8, f"{path}: header")
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    entries = _parse(bytes(raw), path)
-    tensors = {name: _entry(name, entry, path, 8 + length) for name, entry in entries.items()}
-    ordered = dict(sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)))
-    _check_layout(ordered, path, 8 + length, size)
-    return ordered
+    return bytes(raw), size
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -162,13 +180,15 @@ def read_rows(
     out: Array,
     dtype: str,
     rows: tuple[int, int] | None = None,
+    columns: tuple[int, int] | None = None,
     on_bytes: Callable[[int], None] | None = None,
 ) -> None:
-    """Read tensor `name`, or its rows [rows[0], rows[1]) along the first axis, into `out`.
+    """Read tensor `name`, or its rows [rows[0], rows[1]) along the first axis, into `out`; of a row those columns.
 
-    `file` is `info.file` opened unbuffered. `out` is a flat contiguous array of exactly those elements, in the storage
-    of `dtype` (F32, F16 or BF16; see STORAGE). Equal dtypes are read without a copy; otherwise tiles of TILE_ELEMENTS
-    are converted, narrowing rounded to nearest even. `on_bytes` is told the bytes of the file as they are read.
+    `file` is `info.file` opened unbuffered, and asked for no other bytes. `out` is a flat contiguous array of exactly
+    those elements, in the storage of `dtype` (F32, F16 or BF16; see STORAGE). Equal dtypes are read without a copy;
+    otherwise tiles of TILE_ELEMENTS are converted, narrowing rounded to nearest even. `on_bytes` is told the bytes of
+    the file as they are read.
     Raises CheckpointError when the file ends early, its dtype is none of the three, or a value is beyond float16.
     """
     if info.dtype not in STORAGE:
@@ -180,21 +200,27 @@ def read_rows(
     begin, end = rows if rows is not None else (0, total)
     if not 0 <= begin <= end <= total:
         raise ValueError(f"rows [{begin}, {end}) are not within the {total} rows of tensor {name!r}")
-    width = math.prod(info.shape[1:])
+    whole = math.prod(info.shape[1:])
+    left, right = columns if columns is not None else (0, whole)
+    if not 0 <= left <= right <= whole:
+        raise ValueError(f"columns [{left}, {right}) are not within the {whole} columns of tensor {name!r}")
+    width = right - left
     count = (end - begin) * width
     if out.shape != (count,) or out.dtype != STORAGE[dtype] or not out.flags.c_contiguous:
         raise ValueError(f"tensor {name!r} needs a flat {STORAGE[dtype]} array of {count}, got {out.dtype} {out.shape}")
     where = f"{info.file}: tensor {name!r}"
     source_type = STORAGE[info.dtype]
-    position = info.offset + begin * width * source_type.itemsize
-    buffer = np.empty(0 if info.dtype == dtype else min(count, TILE_ELEMENTS), source_type)
-    for start in range(0, count, TILE_ELEMENTS):
-        target = out[start : start + TILE_ELEMENTS]
+    # Runs of elements that are neighbours in the file, and how far it is from one to the next.
+    run, pitch = (min(count, TILE_ELEMENTS), TILE_ELEMENTS) if width == whole else (width, whole)
+    buffer = np.empty(0 if info.dtype == dtype else run, source_type)
+    position = info.offset + (begin * whole + left) * source_type.itemsize
+    for start in range(0, count, max(1, run)):
+        target = out[start : start + run]
         source = target if info.dtype == dtype else buffer[: target.size]
         _read_exact(file, source.data.cast("B"), position, where)
         if info.dtype != dtype:
             _convert(source, info.dtype, target, dtype, where)
-        position += source.nbytes
+        position += pitch * source_type.itemsize
         if on_bytes is not None:
             on_bytes(source.nbytes)
 

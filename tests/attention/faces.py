@@ -57,8 +57,10 @@ class OpFace:
         self.storage = storage
         self.name = f"op-{storage}"
 
-    def embedding(self, ids: np.ndarray, table: np.ndarray) -> np.ndarray:
-        return array(ops.embedding(tensor(ids), self._stored(table)))
+    def embedding(
+        self, ids: np.ndarray, table: np.ndarray, first: int = 0, vocabulary: int | None = None
+    ) -> np.ndarray:
+        return array(ops.embedding(tensor(ids), self._stored(table), first=first, vocabulary=vocabulary))
 
     def rms_norm(self, hidden: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
         return array(ops.rms_norm(tensor(hidden), self._stored(weight), eps))

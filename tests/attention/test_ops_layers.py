@@ -22,6 +22,18 @@ def test_embedding_rows_are_exact(rng: np.random.Generator, width: int, storage:
     np.testing.assert_array_equal(OpFace(storage).embedding(ids, table), ORACLE.embedding(ids, table))
 
 
+@each_storage
+@pytest.mark.parametrize("first", [0, 20, 60])
+def test_a_part_of_the_vocabulary_gives_zeros_for_the_rest(rng: np.random.Generator, first: int, storage: str) -> None:
+    """The parts' embeddings add up to that of the whole table."""
+    table = stored(rng.standard_normal((30, 64)), storage)
+    ids = rng.integers(0, 100, 64)
+    got = OpFace(storage).embedding(ids, table, first, vocabulary=100)
+    np.testing.assert_array_equal(got, oracle.embedding(ids, table, first))
+    outside = (ids < first) | (ids >= first + 30)
+    assert outside.any() and (got[outside] == 0).all() and (got[~outside] != 0).all()
+
+
 @pytest.mark.parametrize("ids", [[-1], [50], [0, 1 << 40]])
 def test_embedding_refuses_ids_outside_the_vocabulary(ids: list[int]) -> None:
     """An id outside the table is an error that names it, not a read of other memory."""

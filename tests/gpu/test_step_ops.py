@@ -80,12 +80,15 @@ ROWS = [(1, 8), (3, 896), (17, 3584), (2, 5120), (1000, 1000), (70000, 8)]
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("tokens, width", ROWS)
 def test_embedding(cuda: Any, rng: np.random.Generator, tokens: int, width: int, dtype: torch.dtype) -> None:
-    """Rows as stored, in float32 and in the table's type; the first and the last id, repeated and out of order."""
-    vocab = 1531
+    """Rows as stored, in float32 and in the table's type; the first and the last id, repeated and out of order.
+
+    A table that begins at another id gives zeros for what it does not hold.
+    """
+    vocab, first = 1531, 97
     table = stored(rng.standard_normal((vocab, width)), dtype)
     ids = torch.from_numpy(rng.integers(0, vocab, tokens))
     ids[0], ids[-1] = vocab - 1, 0 if tokens > 1 else vocab - 1
-    for out_dtype in {torch.float32, dtype}:
+    for out_dtype, begin, rows in itertools.product({torch.float32, dtype}, (0, first), (vocab, 1000)):
         out = poisoned(tokens, width, dtype=out_dtype)
         cuda(
             "embedding",
@@ -94,10 +97,15 @@ def test_embedding(cuda: Any, rng: np.random.Generator, tokens: int, width: int,
             out=out,
             tokens=tokens,
             width=width,
+            rows=rows,
+            first=begin,
             dtype=dtype,
             out_dtype=out_dtype,
         )
-        assert same_bits(out, table.cpu()[ids].to(out_dtype))
+        at = ids - begin
+        held = (at >= 0) & (at < rows)
+        expected = torch.where(held[:, None], table.cpu()[at.clamp(0, rows - 1)], torch.zeros((), dtype=dtype))
+        assert same_bits(out, expected.to(out_dtype))
 
 
 @pytest.mark.parametrize("dtype, out_dtype", list(itertools.product(TYPES, TYPES)))

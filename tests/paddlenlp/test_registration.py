@@ -127,7 +127,14 @@ def test_a_config_given_by_hand_replaces_config_json(
 
 
 def test_paddlenlps_loading_options_are_accepted(needle_checkpoint: Path) -> None:
-    options = {"low_cpu_mem_usage": True, "convert_from_torch": True, "tensor_parallel_degree": 1, "subfolder": None}
+    options = {
+        "low_cpu_mem_usage": True,
+        "convert_from_torch": True,
+        "tensor_parallel_degree": 1,
+        "tensor_parallel_rank": 0,
+        "tensor_parallel_output": False,
+        "subfolder": None,
+    }
     assert type(AutoModelForCausalLM.from_pretrained(str(needle_checkpoint), **options)) is Qwen2OneMForCausalLM
 
 
@@ -138,7 +145,6 @@ def test_paddlenlps_loading_options_are_accepted(needle_checkpoint: Path) -> Non
         ({"device_map": "auto"}, "instead of device_map write paddle.device.set_device"),
         ({"trust_remote_code": True}, "instead of trust_remote_code write nothing"),
         ({"max_lenght": 3}, "no option max_lenght; it has: dtype, config, sparse_budgets"),
-        ({"tensor_parallel_degree": 2}, "no option tensor_parallel_degree"),
     ],
 )
 def test_options_that_do_not_exist_are_refused_with_what_does(

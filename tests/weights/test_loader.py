@@ -11,6 +11,7 @@ import pytest
 from checkpoint_files import write_file, write_sharded
 
 from paddle_qwen1m.weights import CheckpointError, Slot, load_checkpoint
+from paddle_qwen1m.weights.sharding import Part
 
 RNG = np.random.default_rng(1)
 
@@ -71,6 +72,34 @@ def test_the_way_to_a_gpu_goes_through_a_buffer(checkpoint, monkeypatch, dtype, 
     fused = np.concatenate([expected["q"], expected["k"], expected["v"]])
     np.testing.assert_allclose(values(qkv), fused, rtol=tolerance, atol=tolerance * 2.0**-10)
     np.testing.assert_allclose(values(norm), expected["norm"], rtol=tolerance, atol=tolerance * 2.0**-10)
+
+
+@pytest.mark.parametrize("on_gpu", [False, True], ids=["host", "staged"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("part", [Part(0, 2, 5), Part(1, 1, 3), Part(0, 4, 4)], ids=["rows", "columns", "nothing"])
+def test_a_part_is_read_and_nothing_else(checkpoint, monkeypatch, part, dtype, on_gpu):
+    """Only its bytes are asked of the file, and only its place is written."""
+    if on_gpu:
+        monkeypatch.setattr("paddle_qwen1m.weights.loader._is_in_host_memory", lambda _: False)
+        monkeypatch.setattr("paddle_qwen1m.weights.loader.STAGING_BYTES", 16)
+    directory, expected = checkpoint
+    held = expected["q"].take(range(part.begin, part.end), part.axis)
+    table = parameter([8, held.shape[1]], dtype)
+    asked = load_checkpoint(directory, {"q": Slot(table, 1, (6, 4), part)}, ignore={"k", "v", "norm"})
+    assert asked == 4 * held.size
+    np.testing.assert_allclose(values(table)[1 : 1 + len(held)], held, rtol=2.0**-8 if dtype == "bfloat16" else 0)
+    assert (np.delete(values(table), slice(1, 1 + len(held)), axis=0) == 7.0).all()
+
+
+def test_a_tensor_that_is_cut_already_is_read_whole(tmp_path):
+    piece = RNG.standard_normal((6, 2)).astype(np.float32)
+    write_file(tmp_path / "model.safetensors", {"w": piece})
+    weight = parameter([6, 2])
+    slot = Slot(weight, 0, (6, 4), Part(1, 2, 4))
+    with pytest.raises(CheckpointError, match=r"has shape \[6, 2\], the model's config.json asks for \[6, 4\]"):
+        load_checkpoint(tmp_path, {"w": slot})
+    load_checkpoint(tmp_path, {"w": slot.without_slicing()})
+    np.testing.assert_array_equal(values(weight), piece)
 
 
 def test_only_the_slots_rows_of_a_parameter_are_written(checkpoint):

@@ -1,0 +1,153 @@
+"""The tensor parallel group of this process: its rank, and the collectives of a forward pass.
+
+On a CPU they go through gloo, on a GPU through NCCL on the stream of the computation, where a CUDA graph captures them.
+"""
+
+from __future__ import annotations
+
+import atexit
+import math
+import os
+import sys
+from typing import Any
+
+import numpy as np
+import paddle
+from paddle.base import core
+
+from paddle_qwen1m import ops
+from paddle_qwen1m.job import Job, free_port, join, launched_rank, launched_ranks
+
+GROUP_OF_ONE = "PADDLE_QWEN1M_GROUP_OF_ONE"
+"""Environment variable: 1 sends the collectives of one rank through a real process group."""
+GROUP_ID = 1010
+"""Paddle's number of the process group, far from those that fleet gives out."""
+LAUNCH = "python -m paddle.distributed.launch"
+
+
+class Group:
+    """One rank alone: nothing is reduced, gathered or shared."""
+
+    rank = 0
+    degree = 1
+
+    def all_reduce(self, values: paddle.Tensor) -> paddle.Tensor:
+        """`values`, contiguous, replaced by their sum over all ranks."""
+        return values
+
+    def gather_columns(self, values: paddle.Tensor, columns: int) -> paddle.Tensor:
+        """The ranks' `values` float32 [n, share] side by side, the first `columns` of them: [n, columns]."""
+        return values
+
+    def share(self, value: Any) -> Any:
+        """Rank 0's value on every rank: numbers, text, lists and dicts, through the host."""
+        return value
+
+    def fail(self, reason: str, status: int) -> int:
+        """Says why this rank cannot go on; ends the process with `status` where there are others, and them too."""
+        print(f"error: {reason}", file=sys.stderr)
+        return status
+
+
+ALONE = Group()
+
+
+class ProcessGroup(Group):
+    """Ranks that a launcher started; `job` is None for a group of one."""
+
+    def __init__(self, job: Job | None) -> None:
+        self.rank, self.degree = (job.rank, job.degree) if job is not None else (0, 1)
+        self.job = job
+        self._on_gpu = ops.on_gpu()
+        address, port = job.store_address if job is not None else ("127.0.0.1", free_port("127.0.0.1"))
+        paddle_core: Any = core  # ProcessGroupNCCL is in builds with CUDA alone
+        kind = paddle_core.ProcessGroupNCCL if self._on_gpu else paddle_core.ProcessGroupGloo
+        self._store = core.TCPStore(address, port, self.rank == 0, self.degree)
+        self._group = kind.create(self._store, self.rank, self.degree, GROUP_ID)
+        self._orders: dict[tuple[int, int, int], paddle.Tensor] = {}
+
+    def all_reduce(self, values: paddle.Tensor) -> paddle.Tensor:
+        if self._on_gpu:
+            self._group.all_reduce_on_calc_stream(values, core.ReduceOp.SUM)
+        else:
+            self._group.all_reduce(values, core.ReduceOp.SUM, True).wait()
+        return values
+
+    def gather_columns(self, values: paddle.Tensor, columns: int) -> paddle.Tensor:
+        rows, share = values.shape
+        gathered = paddle.empty([self.degree * rows, share], values.dtype)
+        if self._on_gpu:
+            self._group.all_gather_into_tensor_on_calc_stream(gathered, values)
+        else:
+            self._group.all_gather_into_tensor(gathered, values, True).wait()
+        if rows == 1 and columns == self.degree * share:
+            return gathered.reshape([1, columns])
+        width = math.gcd(share, columns)
+        order = self._order(rows, share, columns, width)
+        return ops.gather_rows(gathered.reshape([-1, width]), order).reshape([rows, columns])
+
+    def share(self, value: Any) -> Any:
+        return value if self.job is None else self.job.share(value)
+
+    def fail(self, reason: str, status: int) -> int:
+        return super().fail(reason, status) if self.job is None else self.job.fail(reason, status)
+
+    def _order(self, rows: int, share: int, columns: int, width: int) -> paddle.Tensor:
+        """Which pieces of `width` of the gathered [degree, rows, share] make up [rows, columns].
+
+        Made once for a shape, and kept: a captured step reads it at every replay.
+        """
+        key = rows, share, columns
+        if key not in self._orders:
+            first = np.arange(0, columns, width)
+            rank, within = first // share, first % share // width
+            pieces = (rank * rows + np.arange(rows)[:, None]) * (share // width) + within
+            self._orders[key] = paddle.to_tensor(pieces.reshape(-1).astype(np.int64))
+        return self._orders[key]
+
+
+_started: Group | None = None
+
+
+def start(degree: int) -> Group:
+    """The group of `degree` ranks that this process belongs to, made at the first call, with every other rank.
+
+    From then on the death of a rank, and an exception that nothing catches, ends all of them: see Job. Raises
+    ValueError when the launcher started another number of processes, job.StartError when they do not all come.
+    """
+    global _started
+    ranks = launched_ranks()
+    if degree == 1 and os.environ.get(GROUP_OF_ONE) != "1":
+        return ALONE
+    if degree != 1 and ranks == 1:
+        raise ValueError(
+            f"tensor_parallel_degree={degree} needs {degree} processes and this is one: start them with `{LAUNCH} "
+            f"--devices 0,1,... SCRIPT` on GPUs, or `{LAUNCH} --nproc_per_node {degree} SCRIPT` on a CPU"
+        )
+    if degree not in (1, ranks):
+        raise ValueError(
+            f"tensor_parallel_degree must be the number of processes that were launched, {ranks}, got {degree}: start "
+            "each replica of the model with a launcher of its own"
+        )
+    if _started is None:
+        if ops.on_gpu():
+            paddle.device.set_device(f"gpu:{paddle.distributed.ParallelEnv().device_id}")
+        os.environ.setdefault("PADDLE_TRAINER_ID", "0")  # NCCL's group asks for it
+        job = None
+        if degree > 1:
+            job = join(launched_rank(), os.environ["PADDLE_TRAINER_ENDPOINTS"].split(","))
+            _end_together(job)
+        _started = ProcessGroup(job)
+    return _started
+
+
+def _end_together(job: Job) -> None:
+    """An exception that ends this process ends the job; so does not its regular end."""
+    show = sys.excepthook
+
+    def report(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        show(kind, error, trace)
+        job.fail(f"{kind.__name__}: {error}")
+
+    sys.excepthook = report
+    atexit.register(job.leave)

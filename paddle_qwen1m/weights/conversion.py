@@ -1,0 +1,240 @@
+"""The plan of a conversion: every file that will be written, down to its headers, before any data is read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from typing import Any
+
+from . import names
+from .checkpoint import INDEX_NAME, SINGLE_NAME
+from .record import RECORD_NAME, PublishedFiles
+from .safetensors import DTYPE_BYTES
+from .sharding import RANK_SETS, Part, check_degree, part_of, rank_directory
+from .source import (
+    CONFIG_NAME,
+    DTYPE_NAMES,
+    HUGGINGFACE,
+    PADDLENLP,
+    TENSOR_PARALLEL,
+    Source,
+    Tensor,
+)
+
+COMPANIONS = ("*.json", "*.txt", "*.jinja", "*.md", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*")
+FORMATS = {HUGGINGFACE: "pt", PADDLENLP: "np", TENSOR_PARALLEL: "pt"}  # what safetensors metadata says of the layout
+Entry = tuple[str, str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A file of weights to write: `header` with its length before it, then `parts` of the group's tensors."""
+
+    file: str
+    header: bytes
+    entries: tuple[Entry, ...]
+    parts: tuple[Part | None, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.header) + sum(_nbytes(dtype, shape) for _, dtype, shape in self.entries)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Files that are written in one pass over the same tensors; `flipped`: which of them are written transposed."""
+
+    tensors: tuple[Tensor, ...]
+    dtypes: tuple[str, ...]
+    flipped: tuple[bool, ...]
+    targets: tuple[Target, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`companions` are copied, `documents` and then `indexes` written; both map a path to its content."""
+
+    source: Source
+    form: str
+    degree: int
+    groups: tuple[Group, ...]
+    companions: tuple[str, ...]
+    documents: Mapping[str, bytes]
+    indexes: Mapping[str, bytes]
+
+    @property
+    def targets(self) -> list[Target]:
+        return [target for group in self.groups for target in group.targets]
+
+    @property
+    def digest(self) -> str:
+        """Identifies what is read and what is written: an interrupted conversion goes on only where it is the same."""
+        seen = [(str(file.relative_to(self.source.directory)), file.stat()) for file in self.source.files]
+        directory = self.source.directory
+        what = [
+            self.form,
+            [(file, status.st_size, status.st_mtime_ns) for file, status in seen],
+            [(name, hashlib.sha256((directory / name).read_bytes()).hexdigest()) for name in self.companions],
+            [(target.file, target.header.decode("utf-8", "surrogateescape")) for target in self.targets],
+            [(file, text.decode()) for file, text in (*self.documents.items(), *self.indexes.items())],
+        ]
+        return hashlib.sha256(json.dumps(what).encode()).hexdigest()
+
+
+def plan_conversion(
+    source: Source, form: str, *, degree: int = 1, dtype: str | None = None, max_shard_bytes: int | None = None
+) -> Plan:
+    """What it takes to write `source` in `form`; the same every time.
+
+    dtype: convert every tensor to "float32", "float16" or "bfloat16"; None keeps each as it is.
+    max_shard_bytes: distribute the tensors anew, over files that are no larger unless one tensor is; None keeps the
+        partition of the published form, as far as it is known, or of the source.
+    Raises ValueError for a degree that does not fit form or model.
+    """
+    if form == TENSOR_PARALLEL:
+        if degree < 2:
+            raise ValueError(f"the format {form} needs a tensor parallel size of at least 2, got {degree}")
+        check_degree(source.model, degree)
+    elif degree != 1:
+        raise ValueError(f"a tensor parallel size of {degree} needs the format {TENSOR_PARALLEL}, not {form}")
+    partition = source.partition
+    if max_shard_bytes is not None:
+        partition = _distribute(source, degree, dtype, max_shard_bytes)
+    published = source.published
+    groups = [
+        _group(source, form, degree, dtype, file, tensors, published if partition is source.partition else None)
+        for file, tensors in partition.items()
+    ]
+    indexes: dict[str, bytes] = {}
+    had_index = partition is source.partition and published is not None and published.index is not None
+    if had_index or list(partition) != [SINGLE_NAME]:
+        for rank in range(degree):
+            targets = [group.targets[rank] for group in groups]
+            indexes[_place(form, rank, degree, INDEX_NAME)] = _index(form, targets, published)
+    return Plan(
+        source,
+        form,
+        degree,
+        tuple(groups),
+        _companions(source),
+        {CONFIG_NAME: _config(source, form, degree, dtype)},
+        indexes,
+    )
+
+
+def _group(
+    source: Source,
+    form: str,
+    degree: int,
+    dtype: str | None,
+    file: str,
+    members: Sequence[str],
+    published: PublishedFiles | None,
+) -> Group:
+    tensors = [source.tensors[name] for name in members]
+    dtypes = [DTYPE_NAMES[dtype] if dtype else tensor.dtype for tensor in tensors]
+    tied = source.model.tie_word_embeddings
+    flipped = [form == PADDLENLP and names.is_transposed(name, tied) for name in members]
+    targets = []
+    for rank in range(degree):
+        parts = [part_of(source.model, name, degree, rank) for name in members]
+        entries: list[Entry] = []
+        for tensor, own, flip, part in zip(tensors, dtypes, flipped, parts):
+            name = names.to_paddlenlp(tensor.name) if form == PADDLENLP else tensor.name
+            entries.append((name, own, _shape(tensor.shape, flip, part)))
+        header = _header(form, file, entries, published)
+        targets.append(Target(_place(form, rank, degree, file), header, tuple(entries), tuple(parts)))
+    return Group(tuple(tensors), tuple(dtypes), tuple(flipped), tuple(targets))
+
+
+def _shape(shape: tuple[int, ...], flipped: bool, part: Part | None) -> tuple[int, ...]:
+    if part is not None:
+        shape = (*shape[: part.axis], part.size, *shape[part.axis + 1 :])
+    return shape[::-1] if flipped else shape
+
+
+def _nbytes(dtype: str, shape: Sequence[int]) -> int:
+    return math.prod(shape) * DTYPE_BYTES[dtype]
+
+
+def _place(form: str, rank: int, degree: int, file: str) -> str:
+    return f"{rank_directory(rank, degree)}/{file}" if form == TENSOR_PARALLEL else file
+
+
+def _header(form: str, file: str, entries: Sequence[Entry], published: PublishedFiles | None) -> bytes:
+    """The published header itself where it describes the same tensors."""
+    metadata = {"format": FORMATS[form]}
+    if form == HUGGINGFACE and published is not None:
+        if published.entries(file) == list(entries):
+            raw = published.headers[file].encode("utf-8")
+            return struct.pack("<Q", len(raw)) + raw
+        metadata = published.metadata(file) or metadata
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name, dtype, shape in entries:
+        begin, end = end, end + _nbytes(dtype, shape)
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    raw += b" " * (-len(raw) % 8)
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def _index(form: str, targets: Sequence[Target], published: PublishedFiles | None) -> bytes:
+    """The published index itself where it says the same."""
+    weight_map = {name: target.file.rsplit("/", 1)[-1] for target in targets for name, _, _ in target.entries}
+    total = sum(target.nbytes - len(target.header) for target in targets)
+    known: dict[str, Any] = {}
+    if form == HUGGINGFACE and published is not None and published.index is not None:
+        known = json.loads(published.index)
+    metadata = {**known.get("metadata", {}), "total_size": total}
+    index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+    if published is not None and published.index is not None and index == known:
+        return published.index.encode("utf-8")
+    return json.dumps(index, indent=2).encode("utf-8") + b"\n"
+
+
+def _config(source: Source, form: str, degree: int, dtype: str | None) -> bytes:
+    """The published file itself where it says the same."""
+    values = {key: value for key, value in source.config.items() if key != RANK_SETS}
+    if form == TENSOR_PARALLEL:
+        values[RANK_SETS] = degree
+    if dtype is not None:
+        values["dtype" if "dtype" in values and "torch_dtype" not in values else "torch_dtype"] = dtype
+    if source.published is not None and json.loads(source.published.config) == values:
+        return source.published.config.encode("utf-8")
+    return json.dumps(values, indent=2, ensure_ascii=False).encode("utf-8") + b"\n"
+
+
+def _companions(source: Source) -> tuple[str, ...]:
+    """Tokenizer, generation settings, sparse budgets, texts: what lies beside the weights and is copied as it is."""
+    own = (CONFIG_NAME, RECORD_NAME)
+    return tuple(
+        path.name
+        for path in sorted(source.directory.iterdir())
+        if path.is_file()
+        and path.name not in own
+        and not path.name.startswith(".")
+        and not path.name.endswith(".index.json")
+        and any(fnmatch(path.name, pattern) for pattern in COMPANIONS)
+    )
+
+
+def _distribute(source: Source, degree: int, dtype: str | None, limit: int) -> dict[str, list[str]]:
+    shards: list[list[str]] = []
+    room = 0
+    for name in (name for members in source.partition.values() for name in members):
+        tensor, part = source.tensors[name], part_of(source.model, name, degree, 0)
+        nbytes = _nbytes(DTYPE_NAMES[dtype] if dtype else tensor.dtype, _shape(tensor.shape, False, part))
+        if not shards or nbytes > room:
+            shards.append([])
+            room = limit
+        shards[-1].append(name)
+        room -= nbytes
+    if len(shards) == 1:
+        return {SINGLE_NAME: shards[0]}
+    return {f"model-{number:05d}-of-{len(shards):05d}.safetensors": shard for number, shard in enumerate(shards, 1)}

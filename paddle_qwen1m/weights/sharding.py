@@ -1,0 +1,124 @@
+"""Which part of each published tensor a rank of a tensor parallel group holds. No Paddle in here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from paddle_qwen1m.config import ModelConfig
+
+ROWS, COLUMNS = 0, 1
+RANK_SETS = "tensor_parallel_size"
+"""Field of config.json: the checkpoint holds a set of weights for each of so many ranks."""
+RANK_PREFIX = "rank-"
+QUERY_ROWS = ("self_attn.q_proj.weight", "self_attn.q_proj.bias")
+KEY_ROWS = tuple(f"self_attn.{name}_proj.{kind}" for name in "kv" for kind in ("weight", "bias"))
+INNER_ROWS = ("mlp.gate_proj.weight", "mlp.up_proj.weight")
+VOCABULARY_ROWS = ("model.embed_tokens.weight", "lm_head.weight")
+
+
+class Part(NamedTuple):
+    """Rows (axis 0) or columns (axis 1) [begin, end) of a published tensor."""
+
+    axis: int
+    begin: int
+    end: int
+
+    @property
+    def size(self) -> int:
+        return self.end - self.begin
+
+
+def rank_sets(config: Mapping[str, Any]) -> int | None:
+    """For how many ranks the checkpoint of this config.json is cut; None for a whole one."""
+    return config.get(RANK_SETS)
+
+
+def rank_directory(rank: int, degree: int) -> str:
+    """Folder of a checkpoint that is cut for ranks, with the shards and the index of one of them."""
+    return f"{RANK_PREFIX}{rank:05d}-of-{degree:05d}"
+
+
+def degrees(config: ModelConfig) -> list[int]:
+    """The degrees that a model can be split to, ascending.
+
+    Every divisor of its KV heads, and above them the multiples of the KV heads that divide the query heads, where
+    several ranks hold the same KV head. Each must divide the MLP's intermediate size too.
+    """
+    heads, kv_heads = config.num_heads, config.num_kv_heads
+    return [
+        degree
+        for degree in range(1, heads + 1)
+        if heads % degree == 0
+        and config.intermediate_size % degree == 0
+        and (kv_heads % degree == 0 or degree % kv_heads == 0)
+    ]
+
+
+def check_degree(config: ModelConfig, degree: int) -> None:
+    """ValueError for a degree that the model cannot be split to, naming those that work and what to do instead."""
+    works = degrees(config)
+    if degree in works:
+        return
+    smaller = max((one for one in works if one < degree), default=None)
+    advice = f"use {works[0]}"
+    if smaller is not None:
+        advice = f"use {smaller}"
+        replicas = degree // smaller
+        if replicas > 1:
+            count = {2: "two", 3: "three", 4: "four"}.get(replicas, f"{replicas:,}")
+            advice = f"for {degree} devices use {smaller} and {count} replicas"
+    raise ValueError(
+        f"tensor_parallel_degree must be one of {', '.join(map(str, works))} for a model of {config.num_heads} query "
+        f"heads, {config.num_kv_heads} KV heads and intermediate_size {config.intermediate_size}, got {degree}: "
+        f"{advice}"
+    )
+
+
+def vocabulary_share(config: ModelConfig, degree: int) -> int:
+    """Rows of the vocabulary of every rank but the last ones, which hold what is left when it does not divide."""
+    return -(-config.vocab_size // degree)
+
+
+def local_config(config: ModelConfig, degree: int) -> ModelConfig:
+    """The shapes of what one rank holds: its heads, its part of the MLP and its `vocabulary_share`."""
+    check_degree(config, degree)
+    return replace(
+        config,
+        num_heads=config.num_heads // degree,
+        num_kv_heads=max(1, config.num_kv_heads // degree),
+        intermediate_size=config.intermediate_size // degree,
+        vocab_size=vocabulary_share(config, degree),
+    )
+
+
+def part_of(config: ModelConfig, name: str, degree: int, rank: int) -> Part | None:
+    """What `rank` holds of the published tensor `name`; None: all of it, as every rank does.
+
+    The parts of the ranks in order are the whole tensor, except that ranks which share a KV head each hold its rows.
+    The vocabulary is split into `vocabulary_share` rows a rank; the last ranks may hold fewer, or none.
+    """
+    if degree == 1:
+        return None
+    if name in VOCABULARY_ROWS:
+        share = vocabulary_share(config, degree)
+        return Part(ROWS, min(rank * share, config.vocab_size), min((rank + 1) * share, config.vocab_size))
+    if name.endswith(QUERY_ROWS):
+        return _even(ROWS, config.num_heads * config.head_dim, degree, rank)
+    if name.endswith(KEY_ROWS):
+        kv_degree = min(degree, config.num_kv_heads)
+        return _even(ROWS, config.num_kv_heads * config.head_dim, kv_degree, rank * kv_degree // degree)
+    if name.endswith(INNER_ROWS):
+        return _even(ROWS, config.intermediate_size, degree, rank)
+    if name.endswith("self_attn.o_proj.weight"):
+        return _even(COLUMNS, config.num_heads * config.head_dim, degree, rank)
+    if name.endswith("mlp.down_proj.weight"):
+        return _even(COLUMNS, config.intermediate_size, degree, rank)
+    return None
+
+
+def _even(axis: int, size: int, degree: int, rank: int) -> Part:
+    share = size // degree
+    return Part(axis, rank * share, (rank + 1) * share)

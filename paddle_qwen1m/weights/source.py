@@ -1,0 +1,209 @@
+"""A checkpoint directory in any of the forms this package reads or writes, seen as the published tensors."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from paddle_qwen1m.config import ModelConfig
+
+from . import names, sharding
+from .checkpoint import INDEX_NAME, Checkpoint, read_weight_map, summarise
+from .record import PublishedFiles, Record, refuse_unfinished
+from .safetensors import STORAGE, CheckpointError, TensorInfo, read_header
+from .window import Piece
+
+CONFIG_NAME = "config.json"
+HUGGINGFACE, PADDLENLP, TENSOR_PARALLEL = "huggingface", "paddlenlp", "tensor-parallel"
+DTYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A published tensor: its shape, and the stored pieces of the matrix it is; see window.Piece."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+
+
+@dataclass(frozen=True)
+class Source:
+    """`partition`: the files of the published form, and their tensors in the order of the data.
+
+    `published`: what the published form looked like, where that is known. `absent`: files of weights that are not
+    there; shapes and dtypes of their tensors are then those of config.json.
+    """
+
+    directory: Path
+    form: str
+    config: Mapping[str, Any]
+    model: ModelConfig
+    tensors: Mapping[str, Tensor]
+    partition: Mapping[str, Sequence[str]]
+    published: PublishedFiles | None
+    absent: Sequence[str] = ()
+
+    @property
+    def files(self) -> list[Path]:
+        """Every file of weights, once."""
+        return sorted({piece.info.file for tensor in self.tensors.values() for piece in tensor.pieces})
+
+
+def open_source(directory: Path, *, allow_absent: bool = False) -> Source:
+    """Reads config.json, indexes and headers, and checks that they are a whole model.
+
+    With `allow_absent` the shards of an index may be missing. Raises CheckpointError saying what does not fit.
+    """
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory} is not a directory: give the directory that holds a checkpoint")
+    config = read_object(directory / CONFIG_NAME)
+    try:
+        model = ModelConfig.from_dict(config)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{directory / CONFIG_NAME}: {error}") from None
+    refuse_unfinished(directory)
+    record = Record.read(directory)
+    degree = sharding.rank_sets(config)
+    absent: list[str] = []
+    if degree is not None:
+        form = TENSOR_PARALLEL
+        tensors, partition = _rank_set(directory, model, degree)
+    else:
+        stored = _stored(directory, model, absent if allow_absent else None)
+        form = PADDLENLP if names.are_paddlenlp(stored) else HUGGINGFACE
+        tensors = dict(_whole(name, info, form, model) for name, info in stored.items())
+        partition = _partition(stored, form)
+    _check(directory, tensors, names.published_shapes(model))
+    published = record.published if record is not None and form != HUGGINGFACE else None
+    if form == HUGGINGFACE and not absent:
+        published = PublishedFiles.of(directory, CONFIG_NAME, INDEX_NAME, list(partition))
+    elif published is not None:
+        known = {file: [name for name, _, _ in published.entries(file)] for file in published.headers}
+        if {name for members in known.values() for name in members} == set(tensors):
+            partition = known
+        else:
+            published = None
+    return Source(directory, form, config, model, tensors, partition, published, absent)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; CheckpointError when it cannot be read or holds anything else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a {type(value).__name__}, expected an object")
+    return value
+
+
+def _stored(directory: Path, model: ModelConfig, absent: list[str] | None) -> Mapping[str, TensorInfo]:
+    """Tensors by stored name. With a list, missing shards are named in it and described by the config."""
+    index = directory / INDEX_NAME
+    if absent is None or not index.exists():
+        return Checkpoint(directory).stored
+    weight_map = read_weight_map(index)
+    absent += [file for file in sorted(set(weight_map.values())) if not (directory / file).exists()]
+    if not absent:
+        return Checkpoint(directory).stored
+    shapes, dtype = names.published_shapes(model), DTYPE_NAMES[model.dtype]
+    paddlenlp = names.are_paddlenlp(weight_map)
+    found = {file: read_header(directory / file) for file in set(weight_map.values()) - set(absent)}
+    tensors = {}
+    for stored, file in weight_map.items():
+        name = names.from_paddlenlp(stored)
+        if file in found and stored in found[file]:
+            tensors[stored] = found[file][stored]
+        elif name in shapes:
+            flip = paddlenlp and names.is_transposed(name, model.tie_word_embeddings)
+            tensors[stored] = TensorInfo(directory / file, dtype, shapes[name][:: -1 if flip else 1], 0)
+    return tensors
+
+
+def _whole(stored: str, info: TensorInfo, form: str, model: ModelConfig) -> tuple[str, Tensor]:
+    name = names.from_paddlenlp(stored) if form == PADDLENLP else stored
+    flip = form == PADDLENLP and names.is_transposed(name, model.tie_word_embeddings)
+    shape = info.shape[::-1] if flip else info.shape
+    return name, Tensor(name, info.dtype, shape, (Piece(stored, info, transposed=flip),))
+
+
+def _partition(stored: Mapping[str, TensorInfo], form: str) -> dict[str, list[str]]:
+    partition: dict[str, list[str]] = {}
+    for name, info in sorted(stored.items(), key=lambda item: (item[1].file.name, item[1].offset)):
+        published = names.from_paddlenlp(name) if form == PADDLENLP else name
+        partition.setdefault(info.file.name, []).append(published)
+    return partition
+
+
+def _rank_set(directory: Path, model: ModelConfig, degree: Any) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
+    if not isinstance(degree, int) or degree < 2:
+        raise CheckpointError(f"{directory / CONFIG_NAME}: {sharding.RANK_SETS} must be at least 2, got {degree!r}")
+    try:
+        sharding.check_degree(model, degree)
+    except ValueError as error:
+        raise CheckpointError(f"{directory / CONFIG_NAME}: {error}") from None
+    ranks = [Checkpoint(directory / sharding.rank_directory(rank, degree)) for rank in range(degree)]
+    problems: list[str] = []
+    tensors: dict[str, Tensor] = {}
+    for name, first in ranks[0].tensors.items():
+        holders = [rank for rank in range(degree) if name in ranks[rank].tensors]
+        if len(holders) < degree:
+            problems += [f"rank {rank} lacks tensor {name!r}" for rank in range(degree) if rank not in holders]
+            continue
+        pieces, whole = _pieces(ranks, model, name, problems)
+        if {rank.tensors[name].dtype for rank in ranks} != {first.dtype}:
+            problems.append(f"tensor {name!r} has several dtypes")
+        tensors[name] = Tensor(name, first.dtype, whole, pieces)
+    if problems:
+        raise CheckpointError(f"{directory} is not one whole rank set:\n{summarise(problems)}")
+    return tensors, _partition(ranks[0].tensors, TENSOR_PARALLEL)
+
+
+def _pieces(
+    ranks: Sequence[Checkpoint], model: ModelConfig, name: str, problems: list[str]
+) -> tuple[tuple[Piece, ...], tuple[int, ...]]:
+    """The ranks' parts of a tensor, each once, and its whole shape."""
+    parts = [sharding.part_of(model, name, len(ranks), rank) for rank in range(len(ranks))]
+    if parts[0] is None:
+        return (Piece(name, ranks[0].tensors[name]),), ranks[0].tensors[name].shape
+    axis = parts[0].axis
+    pieces: dict[int, Piece] = {}
+    size = max(part.end for part in parts if part is not None)
+    whole = ranks[0].tensors[name].shape
+    whole = (*whole[:axis], size, *whole[axis + 1 :])
+    for rank, part in enumerate(parts):
+        info = ranks[rank].tensors[name]
+        assert part is not None
+        expected = (*whole[:axis], part.size, *whole[axis + 1 :])
+        if info.shape != expected:
+            problems.append(f"rank {rank}: tensor {name!r} has shape {list(info.shape)}, expected {list(expected)}")
+        elif part.size:
+            row, column = (part.begin, 0) if axis == sharding.ROWS else (0, part.begin)
+            pieces.setdefault(part.begin, Piece(name, info, row, column))
+    return tuple(pieces.values()), whole
+
+
+def _check(directory: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    problems = [f"missing: tensor {name!r}" for name in shapes if name not in tensors]
+    for name, tensor in tensors.items():
+        if name in shapes and tensor.shape != shapes[name]:
+            problems.append(
+                f"tensor {name!r} has shape {list(tensor.shape)}, config.json asks for {list(shapes[name])}"
+            )
+        elif name not in shapes and name != names.HEAD and not name.endswith(names.DERIVED_SUFFIX):
+            problems.append(f"tensor {name!r} has no place in the model")
+        elif tensor.dtype not in STORAGE:
+            problems.append(f"tensor {name!r} is {tensor.dtype}, not one of {', '.join(STORAGE)}")
+    if problems:
+        raise CheckpointError(
+            f"{os.fspath(directory)} does not fit the model that its config.json describes:\n{summarise(problems)}\n"
+            "Check that config.json and the safetensors files are of the same model, or download the directory again."
+        )

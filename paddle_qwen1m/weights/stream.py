@@ -1,0 +1,133 @@
+"""The data of a conversion: panels of the source's tensors go to the files of the plan, and are read back to verify."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Callable
+
+import numpy as np
+from tqdm import tqdm
+
+from .conversion import Group, Plan, Target
+from .durable import publish
+from .record import Record
+from .safetensors import STORAGE, Array
+from .sharding import ROWS, Part
+from .window import as_matrix, read_window
+from .writer import OutputFile, Writer
+
+PANEL_BYTES = 8 << 20  # of a tensor, read and written at once
+TRANSPOSED_PANEL_BYTES = 160 << 20  # the same where every panel takes a pass over the tensor's file
+
+
+def write_shards(plan: Plan, destination: Path, record: Record, progress: bool) -> None:
+    """Writes the files of weights that are not in the record, each under a temporary name until it is whole.
+
+    A file is in the record once it is synced, and only then gets its name.
+    """
+
+    def publish_file(file: OutputFile) -> None:
+        name = file.path.relative_to(destination).as_posix()
+        record.files[name] = {"bytes": file.nbytes, "sha256": file.sha256}
+        record.write(destination)
+        publish(file.path)
+
+    total = sum(target.nbytes for target in plan.targets if target.file not in record.files)
+    with Writer(publish_file) as writer, _bar("Converting", total, progress) as bar:
+        for group in plan.groups:
+            targets = [target for target in group.targets if target.file not in record.files]
+            if targets:
+                _write_group(group, targets, destination, writer, bar)
+
+
+def _write_group(group: Group, targets: list[Target], destination: Path, writer: Writer, bar: tqdm) -> None:
+    files = [writer.open(destination / target.file) for target in targets]
+
+    def put(file: OutputFile, data: memoryview) -> None:
+        writer.put(file, data)
+        bar.update(len(data))
+
+    for file, target in zip(files, targets):
+        put(file, memoryview(target.header))
+    with ExitStack() as stack:
+        opened: dict[Path, io.RawIOBase] = {}
+
+        def open_file(path: Path) -> io.RawIOBase:
+            if path not in opened:
+                opened[path] = stack.enter_context(open(path, "rb", buffering=0))
+            return opened[path]
+
+        for number in range(len(group.tensors)):
+            for first, panel in _panels(group, number, open_file):
+                for file, target in zip(files, targets):
+                    part = _cut(panel, first, target.parts[number])
+                    if part.size:
+                        put(file, part.reshape(-1).view(np.uint8).data)
+    for file in files:
+        writer.finish(file)
+
+
+def _panels(group: Group, number: int, open_file: Callable[[Path], io.RawIOBase]) -> Iterator[tuple[int, Array]]:
+    """A tensor as it is written, in ranges of rows, each with its first row; every panel is memory of its own."""
+    tensor, dtype = group.tensors[number], group.dtypes[number]
+    pieces = tensor.pieces
+    rows, width = as_matrix(tensor.shape)
+    if group.flipped[number]:
+        pieces = tuple(piece.flipped() for piece in pieces)
+        rows, width = width, rows
+    budget = TRANSPOSED_PANEL_BYTES if any(piece.transposed for piece in pieces) else PANEL_BYTES
+    itemsize = STORAGE[dtype].itemsize
+    step = max(1, budget // max(1, width * itemsize))
+    for first in range(0, rows, step):
+        panel = np.empty((min(step, rows - first), width), STORAGE[dtype])
+        read_window(open_file, pieces, first, panel, dtype)
+        yield first, panel
+
+
+def _cut(panel: Array, first: int, part: Part | None) -> Array:
+    """What a target holds of a panel whose first row is the tensor's row `first`."""
+    if part is None:
+        return panel
+    if part.axis == ROWS:
+        return panel[max(0, part.begin - first) : max(0, part.end - first)]
+    return np.ascontiguousarray(panel[:, part.begin : part.end])
+
+
+def differing_shards(plan: Plan, destination: Path, record: Record, progress: bool) -> list[str]:
+    """Reads every file of weights again; names those whose size, header or SHA-256 are not what was written."""
+    wrong = []
+    with _bar("Verifying", sum(target.nbytes for target in plan.targets), progress) as bar:
+        for target in plan.targets:
+            path = destination / target.file
+            if not _is_as_written(path, target, record.files[target.file], bar):
+                wrong.append(target.file)
+    return wrong
+
+
+def _is_as_written(path: Path, target: Target, entry: dict[str, object], bar: tqdm) -> bool:
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(PANEL_BYTES))
+    with open(path, "rb", buffering=0) as file:
+        os.posix_fadvise(
+            file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED
+        )  # what is on the disk, not what is still in memory
+        if file.read(len(target.header)) != target.header:
+            return False
+        digest.update(target.header)
+        nbytes = len(target.header)
+        while got := file.readinto(buffer):
+            digest.update(buffer[:got])
+            bar.update(got)
+            nbytes += got
+    return nbytes == target.nbytes == entry["bytes"] and digest.hexdigest() == entry["sha256"]
+
+
+def _bar(title: str, total: int, progress: bool) -> tqdm:
+    shown = progress and sys.stderr.isatty()
+    return tqdm(total=total, desc=title, unit="B", unit_scale=True, file=sys.stderr, disable=not shown)

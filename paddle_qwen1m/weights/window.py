@@ -1,0 +1,113 @@
+"""Reads a range of rows of a tensor that lies in files in one piece or several, as it is or transposed."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Callable
+
+import numpy as np
+
+from .safetensors import Array, TensorInfo, read_rows
+
+BLOCK_BYTES = 8 << 20  # of the file, read before it is placed
+TILE_ROWS, TILE_COLUMNS = 64, 512  # of a transposed block: stays in the first two caches
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stored tensor whose first element is element (row, column) of a matrix; vectors are matrices of one column.
+
+    `transposed`: the stored rows are columns of the matrix.
+    """
+
+    name: str
+    info: TensorInfo
+    row: int = 0
+    column: int = 0
+    transposed: bool = False
+
+    @property
+    def height(self) -> int:
+        rows, columns = as_matrix(self.info.shape)
+        return columns if self.transposed else rows
+
+    @property
+    def width(self) -> int:
+        rows, columns = as_matrix(self.info.shape)
+        return rows if self.transposed else columns
+
+    def flipped(self) -> Piece:
+        """The same piece of the transposed matrix."""
+        return replace(self, row=self.column, column=self.row, transposed=not self.transposed)
+
+
+def as_matrix(shape: Sequence[int]) -> tuple[int, int]:
+    """Rows and columns of a tensor of one or two dimensions. ValueError for more."""
+    if len(shape) > 2:
+        raise ValueError(f"weights have one or two dimensions, got shape {list(shape)}")
+    rows, columns = (*shape, 1, 1)[:2]
+    return rows, columns
+
+
+def read_matrix(
+    file: io.RawIOBase,
+    name: str,
+    info: TensorInfo,
+    out: Array,
+    dtype: str,
+    rows: tuple[int, int],
+    columns: tuple[int, int] | None = None,
+    on_bytes: Callable[[int], None] | None = None,
+) -> None:
+    """`safetensors.read_rows` for a tensor that may lie transposed in its file; asks the file for no more than that."""
+    if not info.transposed:
+        read_rows(file, name, info, out, dtype, rows, columns, on_bytes)
+        return
+    stored = replace(info, shape=info.shape[::-1], transposed=False)
+    height, (first, last) = rows[1] - rows[0], columns or (0, info.shape[1])
+    target = out.reshape(height, last - first)
+    step = max(1, BLOCK_BYTES // max(1, height * out.itemsize))
+    block = np.empty(min(step, last - first) * height, out.dtype)
+    for start in range(first, last, step):
+        stop = min(start + step, last)
+        part = block[: (stop - start) * height]
+        read_rows(file, name, stored, part, dtype, (start, stop), rows, on_bytes)
+        transpose(part.reshape(-1, height), target[:, start - first : stop - first])
+
+
+def read_window(
+    open_file: Callable[[Path], io.RawIOBase], pieces: Sequence[Piece], first_row: int, out: Array, dtype: str
+) -> None:
+    """Fill `out` [rows, width], contiguous, in the storage of `dtype`, with the matrix' rows from `first_row` on.
+
+    The pieces cover the matrix without overlaps. A transposed piece is walked through whole for any number of rows.
+    Errors as in `safetensors.read_rows`.
+    """
+    for piece in pieces:
+        begin, end = max(first_row, piece.row), min(first_row + len(out), piece.row + piece.height)
+        if begin >= end or not piece.width:
+            continue
+        target = out[begin - first_row : end - first_row, piece.column : piece.column + piece.width]
+        file, rows = open_file(piece.info.file), (begin - piece.row, end - piece.row)
+        info = replace(piece.info, shape=(piece.height, piece.width), transposed=piece.transposed)
+        if target.flags.c_contiguous:
+            read_matrix(file, piece.name, info, target.reshape(-1), dtype, rows)
+            continue
+        step = max(1, BLOCK_BYTES // (piece.width * out.itemsize))
+        for start in range(0, len(target), step):
+            stop = min(start + step, len(target))
+            block = np.empty((stop - start, piece.width), out.dtype)
+            read_matrix(file, piece.name, info, block.reshape(-1), dtype, (rows[0] + start, rows[0] + stop))
+            target[start:stop] = block
+
+
+def transpose(source: Array, target: Array) -> None:
+    """target = source.T, tile by tile: numpy alone walks through one of the two against its cache lines."""
+    height, width = source.shape
+    for row in range(0, height, TILE_ROWS):
+        for column in range(0, width, TILE_COLUMNS):
+            tile = source[row : row + TILE_ROWS, column : column + TILE_COLUMNS]
+            target[column : column + TILE_COLUMNS, row : row + TILE_ROWS] = tile.T

@@ -1,0 +1,112 @@
+"""Writes files of weights on a thread of its own, syncs and publishes them on another, while more is being read."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Callable
+
+from .durable import temporary
+
+WRITE_BYTES = 8 << 20
+QUEUED = 4  # pieces that wait to be written; what they hold is the writer's memory
+UNSYNCED = 16  # files that wait to be synced
+
+
+class OutputFile:
+    """One file under its temporary name, written from beginning to end."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.nbytes = 0
+        self._digest = hashlib.sha256()
+        self._descriptor: int | None = os.open(temporary(path), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+
+    @property
+    def sha256(self) -> str:
+        return self._digest.hexdigest()
+
+    def write(self, data: memoryview) -> None:
+        assert self._descriptor is not None
+        while data:
+            piece = data[:WRITE_BYTES]
+            done = os.write(self._descriptor, piece)
+            self._digest.update(piece[:done])
+            # begins to write to the disk now, so that little is left for the sync
+            os.posix_fadvise(self._descriptor, self.nbytes, done, os.POSIX_FADV_DONTNEED)
+            self.nbytes += done
+            data = data[done:]
+
+    def sync(self) -> None:
+        assert self._descriptor is not None
+        os.fsync(self._descriptor)
+        self.close()
+
+    def close(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+class Writer:
+    """A context: `put` and `finish` return at once, errors come up in a later call or at the end.
+
+    `publish` is called, one file after the other, with each file that is whole and synced. When the context is left
+    with an error, files that are not published are removed.
+    """
+
+    def __init__(self, publish: Callable[[OutputFile], None]) -> None:
+        self._publish = publish
+        self._writing = ThreadPoolExecutor(1, "write")
+        self._syncing = ThreadPoolExecutor(1, "sync")
+        self._writes: deque[Future[Any]] = deque()
+        self._syncs: deque[Future[Any]] = deque()
+        self._open: set[OutputFile] = set()
+
+    def open(self, path: Path) -> OutputFile:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = OutputFile(path)
+        self._open.add(file)
+        return file
+
+    def put(self, file: OutputFile, data: memoryview) -> None:
+        """Append to a file. `data` must not change afterwards."""
+        _wait(self._writes, QUEUED)
+        self._writes.append(self._writing.submit(file.write, data))
+
+    def finish(self, file: OutputFile) -> None:
+        """Sync and publish a file once all that was put is written."""
+        _wait(self._syncs, UNSYNCED)
+        self._writes.append(self._writing.submit(self._hand_over, file))
+
+    def _hand_over(self, file: OutputFile) -> None:
+        self._syncs.append(self._syncing.submit(self._complete, file))
+
+    def _complete(self, file: OutputFile) -> None:
+        file.sync()
+        self._publish(file)
+        self._open.discard(file)
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_rest: object) -> None:
+        try:
+            if kind is None:
+                _wait(self._writes, 0)
+                _wait(self._syncs, 0)
+        finally:
+            self._writing.shutdown(cancel_futures=True)
+            self._syncing.shutdown(cancel_futures=True)
+            for file in self._open:
+                file.close()
+                temporary(file.path).unlink(missing_ok=True)
+
+
+def _wait(futures: deque[Future[Any]], most: int) -> None:
+    """Until at most that many are under way; raises what one of them raised."""
+    while futures and (len(futures) > most or futures[0].done()):
+        futures.popleft().result()

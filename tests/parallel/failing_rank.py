@@ -1,0 +1,50 @@
+"""A user's script in which one rank fails: failing_rank.py MODEL PIDS RANK WHEN HOW
+
+WHEN: prefill (after the first chunk) or decode (after the third token). HOW: kill (SIGKILL) or raise. Every rank writes
+its process id into the folder PIDS.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from paddle_qwen1m import Qwen2OneMForCausalLM
+from paddle_qwen1m.engine import PrefillProgress, SamplingParams
+from paddle_qwen1m.job import launched_rank, launched_ranks
+
+
+def main() -> None:
+    model, pids, rank, when, how = sys.argv[1:]
+    (Path(pids) / str(launched_rank())).write_text(str(os.getpid()), encoding="utf-8")
+    ours = launched_rank() == int(rank)
+
+    def fail() -> None:
+        if how == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise LookupError("the dog ate it")
+
+    def on_prefill(progress: PrefillProgress) -> None:
+        if ours and when == "prefill":
+            fail()
+
+    seen: list[int] = []
+
+    def on_token(_index: int, token: int) -> None:
+        seen.append(token)
+        if ours and when == "decode" and len(seen) == 3:
+            fail()
+
+    engine = Qwen2OneMForCausalLM.from_pretrained(
+        model, tensor_parallel_degree=launched_ranks(), max_num_batched_tokens=256, sparse=False
+    ).engine
+    prompt = np.arange(8000, dtype=np.int64) % 700
+    engine.generate([prompt], SamplingParams(max_new_tokens=5000), on_token=on_token, on_prefill=on_prefill)
+
+
+if __name__ == "__main__":
+    main()

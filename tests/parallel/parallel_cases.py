@@ -1,0 +1,145 @@
+"""Runs of a model that the tests do on one rank and, as a script under the launcher, on several.
+
+parallel_cases.py JOB OUT    JOB is a JSON list of loads (see `run`); rank k writes OUT/rank-k.npz
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Results = dict[str, np.ndarray]
+SAMPLED = {"temperature": 1.5, "top_k": 50, "top_p": 0.95, "repetition_penalty": 1.1, "seed": 5}
+
+
+def run(loads: list[dict[str, Any]], degree: int) -> Results:
+    """What every run of every load gives, under "load/run/what".
+
+    load: name, model (directory), sparse ([columns, diagonals] at least of a head, or null), runs.
+    run: name, tokens, positions (for logits) or new_tokens with sampling parameters, replay ([file, key]: the index
+    sets of that run on one rank are used instead of chosen ones).
+    """
+    import paddle_qwen1m.paddlenlp as module
+    from paddle_qwen1m.config import SparseBudgets
+    from paddle_qwen1m.engine import SamplingParams
+
+    results: Results = {}
+    load_checkpoint = module.load_checkpoint
+    for load in loads:
+
+        def measured(*arguments: Any, _name: str = load["name"], **options: Any) -> int:
+            before = asked_bytes()
+            asked = load_checkpoint(*arguments, **options)
+            results[f"{_name}/asked"] = np.array([asked, asked_bytes() - before])
+            return asked
+
+        module.load_checkpoint = measured
+        config = json.loads((Path(load["model"]) / "config.json").read_text(encoding="utf-8"))
+        options: dict[str, Any] = {"sparse": False}
+        if load["sparse"] is not None:
+            layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
+            spread = np.arange(layers * heads, dtype=np.int32).reshape(layers, heads)
+            columns, diagonals = load["sparse"]
+            budgets = SparseBudgets(columns + 7 * spread % 50, diagonals + 11 * spread % 60)
+            options = {"sparse_budgets": budgets, "sparse_threshold": 256}
+        model = module.Qwen2OneMForCausalLM.from_pretrained(
+            load["model"], tensor_parallel_degree=degree, dtype=load.get("dtype", "float32"), **options
+        )
+        engine = model.engine
+        for one in load["runs"]:
+            key = f"{load['name']}/{one['name']}"
+            prompt = tokens(one["tokens"], config["vocab_size"])
+            seen: list[Any] = []
+            engine.observe = lambda layer, piece, index, seen=seen: seen.append((layer, piece.begin, *index))
+            with replayed(engine.model.group, *one.get("replay", [])):
+                if "positions" in one:
+                    results[f"{key}/logits"] = engine.logits(prompt, one["positions"])
+                else:
+                    params = SamplingParams(max_new_tokens=one["new_tokens"], **one.get("params", {}))
+                    completion = engine.generate([prompt], params)[0]
+                    results[f"{key}/tokens"] = np.array(completion.token_ids)
+                    results[f"{key}/logprobs"] = np.array(completion.logprobs)
+            for number, (layer, begin, *index) in enumerate(seen):
+                results[f"{key}/index/{number}/place"] = np.array([layer, begin])
+                for field, values in zip(("blocks", "columns", "counts"), index):
+                    results[f"{key}/index/{number}/{field}"] = values.numpy()
+    module.load_checkpoint = load_checkpoint
+    return results
+
+
+class replayed:
+    """Within it, the engine takes its heads' index sets from a results file, in the order they were recorded."""
+
+    def __init__(self, group: Any, file: str | None = None, key: str = "") -> None:
+        self._group, self._file, self._key = group, file, key
+
+    def __enter__(self) -> None:
+        import paddle
+
+        from paddle_qwen1m import ops
+        from paddle_qwen1m.attention import attend
+
+        self._module, self._chosen = attend, attend.critical_index
+        if self._file is None:
+            return
+        recorded = np.load(self._file)
+        number = iter(range(1 << 30))
+
+        def index(sparse: Any, qkv: Any, bias: Any, keys: Any, chunk_len: int, heads: int, budgets: Any) -> Any:
+            own = slice(self._group.rank * heads, (self._group.rank + 1) * heads)
+            prefix = f"{self._key}/index/{next(number)}"
+            assert recorded[f"{prefix}/place"][1] == sparse.piece.begin
+            fields = (recorded[f"{prefix}/{field}"][own] for field in ("blocks", "columns", "counts"))
+            return ops.SparseIndex(*(paddle.to_tensor(values) for values in fields))
+
+        attend.critical_index = index
+
+    def __exit__(self, *_error: object) -> None:
+        self._module.critical_index = self._chosen
+
+
+def tokens(count: int, vocab_size: int) -> np.ndarray:
+    """A prompt, the same everywhere: random, with a passage of it that comes again."""
+    rng = np.random.default_rng(count)
+    ids = rng.integers(0, vocab_size, count)
+    ids[count // 2 : count // 2 + count // 8] = ids[: count // 8]
+    return ids
+
+
+def asked_bytes() -> int:
+    """Bytes that this process has asked of files so far."""
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("rchar"))
+
+
+def index_sets(results: Results, key: str) -> dict[tuple[int, ...], tuple[bytes, ...]]:
+    """What every head visits from every block of rows: {(piece, head, row block): its set}."""
+    sets: dict[tuple[int, ...], tuple[bytes, ...]] = {}
+    number = 0
+    while f"{key}/index/{number}/place" in results:
+        blocks, columns, counts = (results[f"{key}/index/{number}/{f}"] for f in ("blocks", "columns", "counts"))
+        for head in range(len(counts)):
+            for row, count in enumerate(counts[head]):
+                sets[number, head, row] = (
+                    blocks[head, row, : count[:3].sum()].tobytes(),
+                    columns[head, row, : count[3:].sum()].tobytes(),
+                )
+        number += 1
+    return sets
+
+
+def main() -> None:
+    job, out = sys.argv[1:]
+    import paddle_qwen1m  # noqa: F401
+    from paddle_qwen1m.job import launched_rank, launched_ranks
+
+    results = run(json.loads(Path(job).read_text(encoding="utf-8")), launched_ranks())
+    np.savez(Path(out) / f"rank-{launched_rank()}.npz", **results)
+
+
+if __name__ == "__main__":
+    main()

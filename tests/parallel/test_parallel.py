@@ -1,0 +1,186 @@
+"""Two and four CPU ranks under the launcher give what one rank gives, and read their own parts of the files alone."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import parallel_cases
+import pytest
+from parallel_ranks import NEEDLE, cut, launch, shapes, write_checkpoint
+
+from paddle_qwen1m.config import ModelConfig
+from paddle_qwen1m.weights.sharding import part_of
+
+CASES = Path(parallel_cases.__file__)
+SHORT, LONG = 300, 20_000
+DUAL_CHUNK = {"chunk_size": 128, "local_size": 32, "original_max_position_embeddings": 128}
+RANDOM: dict[str, dict[str, Any]] = {
+    "eight": {
+        "num_hidden_layers": 3, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 64,
+        "hidden_size": 256, "intermediate_size": 320, "vocab_size": 1003, "dual_chunk_attention_config": DUAL_CHUNK,
+    },
+    "replicated": {
+        "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 64,
+        "hidden_size": 192, "intermediate_size": 256, "vocab_size": 640, "tie_word_embeddings": True,
+        "dual_chunk_attention_config": DUAL_CHUNK,
+    },
+}  # fmt: skip
+NAMES = ["needle", *RANDOM]
+MODES = ["dense", "sparse"]
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("checkpoints")
+    return {"needle": NEEDLE, **{name: write_checkpoint(folder / name, **changes) for name, changes in RANDOM.items()}}
+
+
+def loads(checkpoints: dict[str, Path], length: int, names: list[str]) -> list[dict[str, Any]]:
+    """Every checkpoint dense and sparse: logits, greedy and seeded answers."""
+    positions = [0, 1, length // 2, length - 2, length - 1]
+    return [
+        {
+            "name": f"{name}-{mode}",
+            "model": str(checkpoints[name]),
+            "sparse": [40, 120] if mode == "sparse" else None,
+            "runs": [
+                {"name": "logits", "tokens": length, "positions": positions},
+                {"name": "greedy", "tokens": length, "new_tokens": 24},
+                {"name": "sampled", "tokens": length, "new_tokens": 24, "params": parallel_cases.SAMPLED},
+            ],
+        }
+        for name in names
+        for mode in MODES
+    ]
+
+
+def on_ranks(
+    degree: int, jobs: list[dict[str, Any]], folder: Path, alone: parallel_cases.Results, seconds: float
+) -> list[parallel_cases.Results]:
+    """The same loads on several ranks, from the published layout and from files cut for them; what each rank found.
+
+    Sparse logits are computed twice, the second time with the index sets of one rank.
+    """
+    recorded = folder / "alone.npz"
+    np.savez(recorded, **alone)
+    spread = []
+    for load in jobs:
+        runs = list(load["runs"])
+        if load["sparse"] is not None:
+            runs.append({**runs[0], "name": "replayed"})
+        spread.append({**load, "runs": runs})
+        whole = Path(load["model"])
+        ranks = folder / f"{whole.name}-cut"
+        if not ranks.exists():
+            cut(whole, ranks, degree)
+        spread.append({**load, "name": f"{load['name']}-cut", "model": str(ranks), "runs": load["runs"][:1]})
+    for load in spread:
+        for one in load["runs"]:
+            if one["name"] == "replayed":
+                one["replay"] = [str(recorded), f"{load['name']}/logits"]
+    job = folder / "job.json"
+    job.write_text(json.dumps(spread), encoding="utf-8")
+    status, output = launch(degree, folder / "logs", [CASES, job, folder], seconds)
+    assert status == 0, output[-6000:]
+    results = []
+    for rank in range(degree):
+        with np.load(folder / f"rank-{rank}.npz") as found:
+            results.append(dict(found))
+    return results
+
+
+@pytest.fixture(scope="session")
+def alone(checkpoints: dict[str, Path]) -> parallel_cases.Results:
+    return parallel_cases.run(loads(checkpoints, SHORT, NAMES), 1)
+
+
+@pytest.fixture(scope="session", params=[2, 4])
+def spread(
+    request: pytest.FixtureRequest,
+    checkpoints: dict[str, Path],
+    alone: parallel_cases.Results,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> list[parallel_cases.Results]:
+    folder = tmp_path_factory.mktemp(f"degree-{request.param}")
+    return on_ranks(request.param, loads(checkpoints, SHORT, NAMES), folder, alone, seconds=150)
+
+
+def assert_close(got: np.ndarray, expected: np.ndarray) -> None:
+    error = np.abs(got - expected).max() / np.abs(expected).max()
+    assert got.shape == expected.shape and error <= 1e-5, f"logits are off by {error:.2e} of the largest one"
+
+
+def differing_sets(ranks: list[parallel_cases.Results], alone: parallel_cases.Results, key: str) -> float:
+    """The share of the index sets of all heads that are not those of one rank."""
+    expected = parallel_cases.index_sets(alone, key)
+    got = {}
+    for rank, results in enumerate(ranks):
+        sets = parallel_cases.index_sets(results, key)
+        heads = 1 + max(head for _, head, _ in sets)
+        got.update({(piece, rank * heads + head, row): one for (piece, head, row), one in sets.items()})
+    assert got.keys() == expected.keys() and len(expected) > 0
+    return sum(got[place] != one for place, one in expected.items()) / len(expected)
+
+
+def check(ranks: list[parallel_cases.Results], alone: parallel_cases.Results, load: str) -> None:
+    """All that acceptance asks of one load."""
+    for results in ranks:
+        for cut_or_not in ("", "-cut"):
+            if load.endswith("dense"):
+                assert_close(results[f"{load}{cut_or_not}/logits/logits"], alone[f"{load}/logits/logits"])
+        if load.endswith("sparse"):
+            assert_close(results[f"{load}/replayed/logits"], alone[f"{load}/logits/logits"])
+        for kind in ("greedy", "sampled"):
+            np.testing.assert_array_equal(results[f"{load}/{kind}/tokens"], alone[f"{load}/{kind}/tokens"])
+            np.testing.assert_allclose(
+                results[f"{load}/{kind}/logprobs"], alone[f"{load}/{kind}/logprobs"], rtol=0, atol=2e-3
+            )
+        np.testing.assert_array_equal(results[f"{load}/logits/logits"], ranks[0][f"{load}/logits/logits"])
+        np.testing.assert_array_equal(results[f"{load}-cut/logits/logits"], results[f"{load}/logits/logits"])
+    if load.endswith("sparse"):
+        share = differing_sets(ranks, alone, f"{load}/logits")
+        print(f"{load}: {share:.3%} of the index sets differ")
+        assert share <= 0.01
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", NAMES)
+def test_ranks_give_what_one_gives(
+    spread: list[parallel_cases.Results], alone: parallel_cases.Results, name: str, mode: str
+) -> None:
+    """Logits within 1e-5 of the largest, the same tokens greedy and sampled, on every rank, 300 tokens."""
+    check(spread, alone, f"{name}-{mode}")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("layout", ["", "-cut"], ids=["published", "cut"])
+def test_a_rank_reads_its_part_of_the_files_alone(
+    spread: list[parallel_cases.Results], checkpoints: dict[str, Path], name: str, layout: str
+) -> None:
+    config = ModelConfig.from_dict(json.loads((checkpoints[name] / "config.json").read_text(encoding="utf-8")))
+    size = 2 if name == "needle" and not layout else 4
+    for rank, results in enumerate(spread):
+        share = 0
+        for tensor, shape in shapes(config).items():
+            part = part_of(config, tensor, len(spread), rank)
+            share += size * (math.prod(shape) if part is None else part.size * math.prod(shape) // shape[part.axis])
+        counted, asked_of_the_system = results[f"{name}-dense{layout}/asked"]
+        assert counted == share
+        assert share <= asked_of_the_system <= 1.05 * share + 64_000  # headers and indices of small files
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("degree", [2, 4])
+@pytest.mark.parametrize("name", NAMES)
+def test_ranks_give_what_one_gives_at_20_000_tokens(
+    checkpoints: dict[str, Path], tmp_path: Path, name: str, degree: int
+) -> None:
+    jobs = loads(checkpoints, LONG, [name])
+    alone = parallel_cases.run(jobs, 1)
+    ranks = on_ranks(degree, jobs, tmp_path, alone, seconds=1200)
+    for mode in MODES:
+        check(ranks, alone, f"{name}-{mode}")
