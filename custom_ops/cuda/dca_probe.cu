@@ -293,7 +293,7 @@ __global__ void __launch_bounds__(kThreads, 2) sums_kernel(const __grid_constant
   const uint32_t shared = shared_address(memory);
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, head = blockIdx.y;
   const int32_t block_begin = blockIdx.x * kWarps * a.span, begin = block_begin + warp * a.span;
-  load_queries<T, D>(a, shared, block_begin - kHalo, min(block_begin + kWarps * a.span, a.end));
+  load_queries<T, D>(a, shared, max(block_begin - kHalo, 0), min(block_begin + kWarps * a.span, a.end));
   if (begin >= a.end) return;
 
   float log_sum[kRowTiles8][2];
