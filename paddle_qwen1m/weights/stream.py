@@ -7,6 +7,7 @@ import io
 import os
 import sys
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Callable
@@ -20,10 +21,12 @@ from .record import Record
 from .safetensors import STORAGE, Array
 from .sharding import ROWS, Part
 from .window import as_matrix, read_window
-from .writer import OutputFile, Writer
+from .writer import Buffers, OutputFile, Writer
 
-PANEL_BYTES = 8 << 20  # of a tensor, read and written at once
-TRANSPOSED_PANEL_BYTES = 160 << 20  # the same where every panel takes a pass over the tensor's file
+# Bytes of a tensor that are read and written at once, and how many of these are in memory; where the file and what is
+# written are transposed to one another, every panel is a pass over the tensor, hence large ones.
+PANEL_BYTES, PANELS = 1 << 20, 16
+TRANSPOSED_PANEL_BYTES, TRANSPOSED_PANELS = 160 << 20, 3
 
 
 def write_shards(plan: Plan, destination: Path, record: Record, progress: bool) -> None:
@@ -40,18 +43,21 @@ def write_shards(plan: Plan, destination: Path, record: Record, progress: bool) 
 
     total = sum(target.nbytes for target in plan.targets if target.file not in record.files)
     with Writer(publish_file) as writer, _bar("Converting", total, progress) as bar:
+        memory = Buffers(PANELS), Buffers(TRANSPOSED_PANELS)
         for group in plan.groups:
             targets = [target for target in group.targets if target.file not in record.files]
             if targets:
-                _write_group(group, targets, destination, writer, bar)
+                _write_group(group, targets, destination, writer, memory, bar)
 
 
-def _write_group(group: Group, targets: list[Target], destination: Path, writer: Writer, bar: tqdm) -> None:
+def _write_group(
+    group: Group, targets: list[Target], destination: Path, writer: Writer, memory: tuple[Buffers, Buffers], bar: tqdm
+) -> None:
     files = [writer.open(destination / target.file) for target in targets]
 
-    def put(file: OutputFile, data: memoryview) -> None:
-        writer.put(file, data)
+    def put(file: OutputFile, data: memoryview) -> Future[None]:
         bar.update(len(data))
+        return writer.put(file, data)
 
     for file, target in zip(files, targets):
         put(file, memoryview(target.header))
@@ -64,30 +70,33 @@ def _write_group(group: Group, targets: list[Target], destination: Path, writer:
             return opened[path]
 
         for number in range(len(group.tensors)):
-            for first, panel in _panels(group, number, open_file):
+            for first, panel, buffers in _panels(group, number, open_file, memory):
+                written = None
                 for file, target in zip(files, targets):
                     part = _cut(panel, first, target.parts[number])
                     if part.size:
-                        put(file, part.reshape(-1).view(np.uint8).data)
+                        written = put(file, part.reshape(-1).view(np.uint8).data)
+                buffers.give_back(written)
     for file in files:
         writer.finish(file)
 
 
-def _panels(group: Group, number: int, open_file: Callable[[Path], io.RawIOBase]) -> Iterator[tuple[int, Array]]:
-    """A tensor as it is written, in ranges of rows, each with its first row; every panel is memory of its own."""
-    tensor, dtype = group.tensors[number], group.dtypes[number]
+def _panels(
+    group: Group, number: int, open_file: Callable[[Path], io.RawIOBase], memory: tuple[Buffers, Buffers]
+) -> Iterator[tuple[int, Array, Buffers]]:
+    """A tensor as it is written, in ranges of rows, each with its first row and the ring its memory is of."""
+    tensor, dtype = group.tensors[number], STORAGE[group.dtypes[number]]
     pieces = tensor.pieces
     rows, width = as_matrix(tensor.shape)
     if group.flipped[number]:
         pieces = tuple(piece.flipped() for piece in pieces)
         rows, width = width, rows
-    budget = TRANSPOSED_PANEL_BYTES if any(piece.transposed for piece in pieces) else PANEL_BYTES
-    itemsize = STORAGE[dtype].itemsize
-    step = max(1, budget // max(1, width * itemsize))
+    transposed = any(piece.transposed for piece in pieces)
+    step = max(1, (TRANSPOSED_PANEL_BYTES if transposed else PANEL_BYTES) // max(1, width * dtype.itemsize))
     for first in range(0, rows, step):
-        panel = np.empty((min(step, rows - first), width), STORAGE[dtype])
-        read_window(open_file, pieces, first, panel, dtype)
-        yield first, panel
+        panel = memory[transposed].take((min(step, rows - first), width), dtype)
+        read_window(open_file, pieces, first, panel, group.dtypes[number])
+        yield first, panel, memory[transposed]
 
 
 def _cut(panel: Array, first: int, part: Part | None) -> Array:

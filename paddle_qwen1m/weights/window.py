@@ -12,7 +12,7 @@ import numpy as np
 
 from .safetensors import Array, TensorInfo, read_rows
 
-BLOCK_BYTES = 8 << 20  # of the file, read before it is placed
+BLOCK_BYTES = 2 << 20  # of the file, read before it is placed
 TILE_ROWS, TILE_COLUMNS = 64, 512  # of a transposed block: stays in the first two caches
 
 

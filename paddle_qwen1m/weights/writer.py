@@ -9,10 +9,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Callable
 
-from .durable import temporary
+import numpy as np
 
-WRITE_BYTES = 8 << 20
-QUEUED = 4  # pieces that wait to be written; what they hold is the writer's memory
+from .durable import temporary
+from .safetensors import Array
+
+WRITE_BYTES = 1 << 20  # is hashed while it is still in a cache
+QUEUED = 64  # pieces that wait to be written
 UNSYNCED = 16  # files that wait to be synced
 
 
@@ -35,8 +38,6 @@ class OutputFile:
             piece = data[:WRITE_BYTES]
             done = os.write(self._descriptor, piece)
             self._digest.update(piece[:done])
-            # begins to write to the disk now, so that little is left for the sync
-            os.posix_fadvise(self._descriptor, self.nbytes, done, os.POSIX_FADV_DONTNEED)
             self.nbytes += done
             data = data[done:]
 
@@ -72,10 +73,12 @@ class Writer:
         self._open.add(file)
         return file
 
-    def put(self, file: OutputFile, data: memoryview) -> None:
-        """Append to a file. `data` must not change afterwards."""
+    def put(self, file: OutputFile, data: memoryview) -> Future[None]:
+        """Append to a file. `data` must not change before the future is done."""
         _wait(self._writes, QUEUED)
-        self._writes.append(self._writing.submit(file.write, data))
+        written = self._writing.submit(file.write, data)
+        self._writes.append(written)
+        return written
 
     def finish(self, file: OutputFile) -> None:
         """Sync and publish a file once all that was put is written."""
@@ -104,6 +107,29 @@ class Writer:
             for file in self._open:
                 file.close()
                 temporary(file.path).unlink(missing_ok=True)
+
+
+class Buffers:
+    """A ring of arrays to fill and put, used again once they are written: fresh memory costs as much as filling it."""
+
+    def __init__(self, count: int) -> None:
+        self._ring: deque[tuple[Array, Future[None] | None]] = deque([(np.empty(0, np.uint8), None)] * count)
+
+    def take(self, shape: tuple[int, int], dtype: np.dtype[Any]) -> Array:
+        """An array in the buffer that was given back first; waits until that one is written."""
+        buffer, written = self._ring[0]
+        if written is not None:
+            written.result()
+        nbytes = shape[0] * shape[1] * dtype.itemsize
+        if buffer.nbytes < nbytes:
+            buffer = np.empty(nbytes, np.uint8)
+        self._ring[0] = buffer, None
+        return buffer[:nbytes].view(dtype).reshape(shape)
+
+    def give_back(self, written: Future[None] | None) -> None:
+        """What was taken last is free once that is written."""
+        self._ring[0] = self._ring[0][0], written
+        self._ring.rotate(-1)
 
 
 def _wait(futures: deque[Future[Any]], most: int) -> None:
