@@ -91,9 +91,15 @@ class Job:
         threading.Thread(target=self._watch, name="job watch", daemon=True).start()
 
     def share(self, value: Any) -> Any:
-        """Rank 0's value (anything that JSON has) on every rank; all ranks call it, in the same order."""
+        """Rank 0's value (anything that JSON has) on every rank; all ranks call it, in the same order.
+
+        RuntimeError when rank 0 is done and shares nothing more.
+        """
         if self.rank != 0:
-            return self._shared.get()
+            message = self._shared.get()
+            if message["kind"] == "bye":
+                raise RuntimeError("rank 0 ended while this rank waited for it")
+            return message["value"]
         for peer in self._peers.values():
             with contextlib.suppress(OSError):  # the watch sees it too, and knows what to do
                 peer.send({"kind": "value", "value": value})
@@ -131,8 +137,9 @@ class Job:
                         message = {"kind": "lost", "reason": "killed or crashed, its connection is closed"}
                     if self._ending or message["kind"] == "bye":
                         selector.unregister(peer.socket)
+                        self._shared.put({"kind": "bye"})
                     elif message["kind"] == "value":
-                        self._shared.put(message["value"])
+                        self._shared.put(message)
                     elif message["kind"] == "lost":
                         self._end(self._described(peer.rank, peer.host, message["reason"]), FAILED)
                     else:
@@ -164,7 +171,6 @@ def join(rank: int, endpoints: list[str]) -> Job:
 
     Raises StartError when they do not all come within PADDLE_QWEN1M_START_SECONDS (300).
     """
-    _end_with_the_launcher()
     host, _, port = endpoints[0].rpartition(":")
     limit = float(os.environ.get(START_SECONDS, DEFAULT_START_SECONDS))
     if rank == 0:
@@ -177,8 +183,8 @@ def free_port(host: str) -> int:
         return int(server.getsockname()[1])
 
 
-def _end_with_the_launcher() -> None:
-    """A launcher that is killed leaves no rank behind."""
+def end_with_the_launcher() -> None:
+    """From now on the end of the process that started this one, even by SIGKILL, ends it too."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 

@@ -34,7 +34,9 @@ def device_dtypes(dtype: str) -> tuple[str, str]:
 
 
 class DecoderLayer(nn.Layer):
-    """Pre-norm attention and SwiGLU of a rank's share. The projections of q, k, v and of gate, up are one weight each."""
+    """Pre-norm attention and SwiGLU, a rank's share of them. The projections of q, k, v and of gate, up are one weight
+    each.
+    """
 
     def __init__(self, config: ModelConfig, number: int, dtype: str, group: Group) -> None:
         super().__init__()
@@ -100,8 +102,8 @@ class DecoderLayer(nn.Layer):
 
 class Qwen2OneM(nn.Layer):
     """Qwen2 for 1M tokens, on Paddle's current device. `dtype` is how the weights are kept, `compute_dtype` the type of
-    the activations: see `device_dtypes`. In a tensor parallel group it is one rank's share: `config` is that of the whole
-    model, `local` that of the share.
+    the activations: see `device_dtypes`. In a tensor parallel group it is one rank's share: `config` is that of the
+    whole model, `local` that of the share.
     """
 
     def __init__(self, config: ModelConfig, dtype: str, group: Group = ALONE) -> None:

@@ -16,7 +16,7 @@ import paddle
 from paddle.base import core
 
 from paddle_qwen1m import ops
-from paddle_qwen1m.job import Job, free_port, join, launched_rank, launched_ranks
+from paddle_qwen1m.job import Job, end_with_the_launcher, free_port, join, launched_rank, launched_ranks
 
 GROUP_OF_ONE = "PADDLE_QWEN1M_GROUP_OF_ONE"
 """Environment variable: 1 sends the collectives of one rank through a real process group."""
@@ -142,7 +142,8 @@ def start(degree: int) -> Group:
 
 
 def _end_together(job: Job) -> None:
-    """An exception that ends this process ends the job; so does not its regular end."""
+    """An exception that ends this process ends the job; its regular end does not. No rank outlives its launcher."""
+    end_with_the_launcher()
     show = sys.excepthook
 
     def report(kind: type[BaseException], error: BaseException, trace: Any) -> None:

@@ -19,7 +19,8 @@ SAMPLED = {"temperature": 1.5, "top_k": 50, "top_p": 0.95, "repetition_penalty":
 def run(loads: list[dict[str, Any]], degree: int) -> Results:
     """What every run of every load gives, under "load/run/what".
 
-    load: name, model (directory), sparse ([columns, diagonals] at least of a head, or null), runs.
+    load: name, model (directory), document (directory of a tokenizer: prompts are texts, not random tokens), sparse
+    ([columns, diagonals] at least of a head; [] for the checkpoint's own budgets; null for none), runs.
     run: name, tokens, positions (for logits) or new_tokens with sampling parameters, replay ([file, key]: the index
     sets of that run on one rank are used instead of chosen ones).
     """
@@ -39,20 +40,23 @@ def run(loads: list[dict[str, Any]], degree: int) -> Results:
 
         module.load_checkpoint = measured
         config = json.loads((Path(load["model"]) / "config.json").read_text(encoding="utf-8"))
-        options: dict[str, Any] = {"sparse": False}
-        if load["sparse"] is not None:
+        options: dict[str, Any] = {"sparse": load["sparse"] is not None, "sparse_threshold": 256}
+        if load["sparse"]:
             layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
             spread = np.arange(layers * heads, dtype=np.int32).reshape(layers, heads)
             columns, diagonals = load["sparse"]
             budgets = SparseBudgets(columns + 7 * spread % 50, diagonals + 11 * spread % 60)
-            options = {"sparse_budgets": budgets, "sparse_threshold": 256}
+            options["sparse_budgets"] = budgets
         model = module.Qwen2OneMForCausalLM.from_pretrained(
             load["model"], tensor_parallel_degree=degree, dtype=load.get("dtype", "float32"), **options
         )
         engine = model.engine
         for one in load["runs"]:
             key = f"{load['name']}/{one['name']}"
-            prompt = tokens(one["tokens"], config["vocab_size"])
+            if "document" in load:
+                prompt = document(Path(load["document"]), one["tokens"])
+            else:
+                prompt = tokens(one["tokens"], config["vocab_size"])
             seen: list[Any] = []
             engine.observe = lambda layer, piece, index, seen=seen: seen.append((layer, piece.begin, *index))
             with replayed(engine.model.group, *one.get("replay", [])):
@@ -108,6 +112,17 @@ def tokens(count: int, vocab_size: int) -> np.ndarray:
     ids = rng.integers(0, vocab_size, count)
     ids[count // 2 : count // 2 + count // 8] = ids[: count // 8]
     return ids
+
+
+def document(model: Path, count: int) -> np.ndarray:
+    """A text of the kind that the needle checkpoint was trained on, and a question about it; about `count` tokens."""
+    from needle_documents import DocumentMaker
+    from needle_documents import prompt as ask
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    text = DocumentMaker(lambda text: tokenizer.encode(text).ids).make(count, 4, seed=0)
+    return np.asarray(tokenizer.encode(ask(text, text.needles[0])).ids, np.int64)
 
 
 def asked_bytes() -> int:

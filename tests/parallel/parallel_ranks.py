@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -50,10 +51,16 @@ class Process:
         try:
             output, _ = self._process.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
-            os.killpg(self._process.pid, signal.SIGKILL)
+            self._kill_all()
             output, _ = self._process.communicate()
             pytest.fail(f"it did not end within {seconds:g} s and printed:\n{output[-4000:]}")
+        except BaseException:
+            self._kill_all()
+            raise
         return self._process.returncode, output
+
+    def _kill_all(self) -> None:
+        os.killpg(self._process.pid, signal.SIGKILL)
 
     def kill(self) -> None:
         """Kills the process alone, not what it started."""
@@ -136,4 +143,7 @@ def cut(source: Path, directory: Path, degree: int) -> Path:
             held[name] = values if part is None else values.take(range(part.begin, part.end), part.axis)
         write_shards(directory / rank_directory(rank, degree), held, 2)
     (directory / "config.json").write_text(json.dumps({**described, "tensor_parallel_size": degree}), encoding="utf-8")
+    budgets = source / "sparse_attention_config.json"
+    if budgets.exists():
+        shutil.copy(budgets, directory)
     return directory

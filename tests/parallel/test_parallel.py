@@ -40,13 +40,19 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def loads(checkpoints: dict[str, Path], length: int, names: list[str]) -> list[dict[str, Any]]:
-    """Every checkpoint dense and sparse: logits, greedy and seeded answers."""
-    positions = [0, 1, length // 2, length - 2, length - 1]
+    """Every checkpoint dense and sparse: logits, greedy and seeded answers.
+
+    A long prompt of the trained one is a text, and its budgets are its own: random tokens leave rows with next to
+    nothing to attend to, whose rounding its layers magnify.
+    """
+    positions = [0, 1, length // 4, length // 2, length - 100, length - 50]
+    texts = {"needle": {"document": str(NEEDLE)}} if length == LONG else {}
     return [
         {
             "name": f"{name}-{mode}",
             "model": str(checkpoints[name]),
-            "sparse": [40, 120] if mode == "sparse" else None,
+            "sparse": ([] if name in texts else [40, 120]) if mode == "sparse" else None,
+            **texts.get(name, {}),
             "runs": [
                 {"name": "logits", "tokens": length, "positions": positions},
                 {"name": "greedy", "tokens": length, "new_tokens": 24},
@@ -63,25 +69,25 @@ def on_ranks(
 ) -> list[parallel_cases.Results]:
     """The same loads on several ranks, from the published layout and from files cut for them; what each rank found.
 
-    Sparse logits are computed twice, the second time with the index sets of one rank.
+    Sparse logits are computed twice, the second time with the index sets of one rank. So are the long answers of random
+    weights, whose scores are full of near ties: one other key in thousands of sets is enough for another token.
     """
     recorded = folder / "alone.npz"
     np.savez(recorded, **alone)
     spread = []
     for load in jobs:
-        runs = list(load["runs"])
+        runs = [dict(one) for one in load["runs"]]
         if load["sparse"] is not None:
-            runs.append({**runs[0], "name": "replayed"})
+            runs.append({**runs[0], "name": "replayed", "replay": [str(recorded), f"{load['name']}/logits"]})
+        if load["sparse"] and runs[0]["tokens"] == LONG:
+            for one in runs[1:3]:
+                one["replay"] = [str(recorded), f"{load['name']}/{one['name']}"]
         spread.append({**load, "runs": runs})
         whole = Path(load["model"])
         ranks = folder / f"{whole.name}-cut"
         if not ranks.exists():
             cut(whole, ranks, degree)
         spread.append({**load, "name": f"{load['name']}-cut", "model": str(ranks), "runs": load["runs"][:1]})
-    for load in spread:
-        for one in load["runs"]:
-            if one["name"] == "replayed":
-                one["replay"] = [str(recorded), f"{load['name']}/logits"]
     job = folder / "job.json"
     job.write_text(json.dumps(spread), encoding="utf-8")
     status, output = launch(degree, folder / "logs", [CASES, job, folder], seconds)
@@ -111,6 +117,7 @@ def spread(
 
 def assert_close(got: np.ndarray, expected: np.ndarray) -> None:
     error = np.abs(got - expected).max() / np.abs(expected).max()
+    print(f"largest error of a logit: {error:.1e} of the largest logit")
     assert got.shape == expected.shape and error <= 1e-5, f"logits are off by {error:.2e} of the largest one"
 
 
@@ -174,13 +181,13 @@ def test_a_rank_reads_its_part_of_the_files_alone(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("degree", [2, 4])
 @pytest.mark.parametrize("name", NAMES)
-def test_ranks_give_what_one_gives_at_20_000_tokens(
-    checkpoints: dict[str, Path], tmp_path: Path, name: str, degree: int
-) -> None:
+def test_ranks_give_what_one_gives_at_20_000_tokens(checkpoints: dict[str, Path], tmp_path: Path, name: str) -> None:
     jobs = loads(checkpoints, LONG, [name])
     alone = parallel_cases.run(jobs, 1)
-    ranks = on_ranks(degree, jobs, tmp_path, alone, seconds=1200)
-    for mode in MODES:
-        check(ranks, alone, f"{name}-{mode}")
+    for degree in (2, 4):
+        folder = tmp_path / str(degree)
+        folder.mkdir()
+        ranks = on_ranks(degree, jobs, folder, alone, seconds=1200)
+        for mode in MODES:
+            check(ranks, alone, f"{name}-{mode}")
