@@ -165,6 +165,8 @@ def _model(checkpoint: Checkpoint) -> Iterator[Finding]:
 def _files(checkpoint: Checkpoint) -> Iterator[Finding]:
     from paddle_qwen1m.hub import WEIGHTS, WEIGHTS_INDEX, read_json
     from paddle_qwen1m.weights import Checkpoint as Weights
+    from paddle_qwen1m.weights.sharding import rank_sets
+    from paddle_qwen1m.weights.source import open_source
 
     index = checkpoint.file(WEIGHTS_INDEX)
     if checkpoint.hub is not None:
@@ -177,6 +179,11 @@ def _files(checkpoint: Checkpoint) -> Iterator[Finding]:
                 WARN, "files", f"{len(missing)} of {len(shards)} weight files are fetched at the first load{needs}"
             )
             return
+    sets = rank_sets(checkpoint.read_config())
+    if sets is not None:
+        cut = open_source(checkpoint.directory)
+        yield Finding(OK, "files", f"{len(cut.tensors)} tensors, cut for {sets} ranks, complete")
+        return
     weights = Weights(checkpoint.directory)
     files = {tensor.file for tensor in weights.tensors.values()}
     yield Finding(

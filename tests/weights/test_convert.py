@@ -15,11 +15,11 @@ import safetensors.numpy
 from paddle_qwen1m import cli
 from paddle_qwen1m.config import ModelConfig
 from paddle_qwen1m.paddlenlp import Qwen2OneMForCausalLM
-from paddle_qwen1m.weights import Checkpoint, CheckpointError
+from paddle_qwen1m.weights import Checkpoint, CheckpointError, Slot, load_checkpoint
 from paddle_qwen1m.weights.convert import ConversionError, convert
 from paddle_qwen1m.weights.names import published_shapes
 from paddle_qwen1m.weights.record import RECORD_NAME
-from paddle_qwen1m.weights.sharding import degrees
+from paddle_qwen1m.weights.sharding import degrees, part_of
 from paddle_qwen1m.weights.window import transpose
 
 ROOT = Path(__file__).parents[2]
@@ -324,3 +324,32 @@ def test_source_and_destination_lie_apart(tmp_path):
         convert(source, tmp_path / "file", "paddlenlp")
     (tmp_path / "file").unlink()
     assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["needle", "group2_sharded_bf16", "group1_tied_f32"])
+def test_a_rank_gets_the_same_from_every_form(name, tmp_path):
+    """And asks the files for its part alone, in PaddleNLP's form too."""
+    directory = next(path for path in PUBLISHED if path.name == name)
+    degree = largest_degree(directory)
+    convert(directory, tmp_path / "np", "paddlenlp")
+    convert(directory, tmp_path / "tp", "tensor-parallel", degree=degree)
+    model = ModelConfig.from_dict(json.loads((directory / "config.json").read_text()))
+    shapes = published_shapes(model)
+    for rank in range(degree):
+
+        def slots(rank=rank):
+            places = {}
+            for tensor, shape in shapes.items():
+                part = part_of(model, tensor, degree, rank)
+                held = shape if part is None else (*shape[: part.axis], part.size, *shape[part.axis + 1 :])
+                places[tensor] = Slot(paddle.zeros(held, model.dtype), 0, shape, part)
+            return places
+
+        sliced, from_paddlenlp = slots(), slots()
+        asked = load_checkpoint(directory, sliced)
+        assert load_checkpoint(tmp_path / "np", from_paddlenlp) == asked
+        own = {tensor: slot.without_slicing() for tensor, slot in slots().items()}
+        assert load_checkpoint(tmp_path / "tp" / f"rank-{rank:05d}-of-{degree:05d}", own) == asked
+        for tensor, slot in sliced.items():
+            assert bool((slot.tensor == from_paddlenlp[tensor].tensor).all()), tensor
+            assert bool((slot.tensor == own[tensor].tensor).all()), tensor
