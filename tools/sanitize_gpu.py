@@ -227,6 +227,8 @@ class Kernels:
             out=residual,
             tokens=tokens,
             width=width,
+            rows=50,
+            first=0,
             dtype=half,
             out_dtype="float32",
         )
