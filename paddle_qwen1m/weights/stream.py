@@ -7,7 +7,6 @@ import io
 import os
 import sys
 from collections.abc import Iterator
-from concurrent.futures import Future
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Callable
@@ -17,11 +16,12 @@ from tqdm import tqdm
 
 from .conversion import Group, Plan, Target
 from .durable import publish
+from .readahead import ReadAheadFile
 from .record import Record
 from .safetensors import STORAGE, Array
 from .sharding import ROWS, Part
 from .window import as_matrix, read_window
-from .writer import Buffers, OutputFile, Writer
+from .writer import Buffers, OutputFile, Piece, Writer
 
 # Bytes of a tensor that are read and written at once, and how many of these are in memory; where the file and what is
 # written are transposed to one another, every panel is a pass over the tensor, hence large ones.
@@ -37,7 +37,7 @@ def write_shards(plan: Plan, destination: Path, record: Record, progress: bool) 
 
     def publish_file(file: OutputFile) -> None:
         name = file.path.relative_to(destination).as_posix()
-        record.files[name] = {"bytes": file.nbytes, "sha256": file.sha256}
+        record.files[name] = {"bytes": file.nbytes, "sha256": file.sha256.hexdigest()}
         record.write(destination)
         publish(file.path)
 
@@ -55,7 +55,7 @@ def _write_group(
 ) -> None:
     files = [writer.open(destination / target.file) for target in targets]
 
-    def put(file: OutputFile, data: memoryview) -> Future[None]:
+    def put(file: OutputFile, data: memoryview) -> Piece:
         bar.update(len(data))
         return writer.put(file, data)
 
@@ -66,17 +66,17 @@ def _write_group(
 
         def open_file(path: Path) -> io.RawIOBase:
             if path not in opened:
-                opened[path] = stack.enter_context(open(path, "rb", buffering=0))
+                opened[path] = stack.enter_context(ReadAheadFile(path))
             return opened[path]
 
         for number in range(len(group.tensors)):
             for first, panel, buffers in _panels(group, number, open_file, memory):
-                written = None
+                last = None
                 for file, target in zip(files, targets):
                     part = _cut(panel, first, target.parts[number])
                     if part.size:
-                        written = put(file, part.reshape(-1).view(np.uint8).data)
-                buffers.give_back(written)
+                        last = put(file, part.reshape(-1).view(np.uint8).data)
+                buffers.give_back(last)
     for file in files:
         writer.finish(file)
 
@@ -122,7 +122,7 @@ def differing_shards(plan: Plan, destination: Path, record: Record, progress: bo
 def _is_as_written(path: Path, target: Target, entry: dict[str, object], bar: tqdm) -> bool:
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(PANEL_BYTES))
-    with open(path, "rb", buffering=0) as file:
+    with ReadAheadFile(path) as file:
         os.posix_fadvise(
             file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED
         )  # what is on the disk, not what is still in memory

@@ -1,4 +1,4 @@
-"""Writes files of weights on a thread of its own, syncs and publishes them on another, while more is being read."""
+"""Writes, hashes and syncs files of weights, each on a thread of its own, while more is being read."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import numpy as np
 from .durable import temporary
 from .safetensors import Array
 
+Piece = tuple["Future[None]", "Future[None]"]  # written, hashed
 WRITE_BYTES = 128 << 10  # larger ones make Linux look for large free pages, which costs it twice the time
 QUEUED = 64  # pieces that wait to be written
 UNSYNCED = 16  # files that wait to be synced
@@ -25,19 +26,13 @@ class OutputFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.nbytes = 0
-        self._digest = hashlib.sha256()
+        self.sha256 = hashlib.sha256()
         self._descriptor: int | None = os.open(temporary(path), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-
-    @property
-    def sha256(self) -> str:
-        return self._digest.hexdigest()
 
     def write(self, data: memoryview) -> None:
         assert self._descriptor is not None
         while data:
-            piece = data[:WRITE_BYTES]
-            done = os.write(self._descriptor, piece)
-            self._digest.update(piece[:done])
+            done = os.write(self._descriptor, data[:WRITE_BYTES])
             self.nbytes += done
             data = data[done:]
 
@@ -62,8 +57,9 @@ class Writer:
     def __init__(self, publish: Callable[[OutputFile], None]) -> None:
         self._publish = publish
         self._writing = ThreadPoolExecutor(1, "write")
+        self._hashing = ThreadPoolExecutor(1, "hash")
         self._syncing = ThreadPoolExecutor(1, "sync")
-        self._writes: deque[Future[Any]] = deque()
+        self._pieces: deque[Future[Any]] = deque()
         self._syncs: deque[Future[Any]] = deque()
         self._open: set[OutputFile] = set()
 
@@ -73,23 +69,25 @@ class Writer:
         self._open.add(file)
         return file
 
-    def put(self, file: OutputFile, data: memoryview) -> Future[None]:
-        """Append to a file. `data` must not change before the future is done."""
-        _wait(self._writes, QUEUED)
-        written = self._writing.submit(file.write, data)
-        self._writes.append(written)
-        return written
+    def put(self, file: OutputFile, data: memoryview) -> Piece:
+        """Append to a file. `data` must not change before both futures are done."""
+        _wait(self._pieces, QUEUED)
+        piece = self._writing.submit(file.write, data), self._hashing.submit(file.sha256.update, data)
+        self._pieces.extend(piece)
+        return piece
 
     def finish(self, file: OutputFile) -> None:
         """Sync and publish a file once all that was put is written."""
         _wait(self._syncs, UNSYNCED)
-        self._writes.append(self._writing.submit(self._hand_over, file))
+        hashed = self._hashing.submit(file.sha256.digest)
+        self._pieces.append(self._writing.submit(self._hand_over, file, hashed))
 
-    def _hand_over(self, file: OutputFile) -> None:
-        self._syncs.append(self._syncing.submit(self._complete, file))
+    def _hand_over(self, file: OutputFile, hashed: Future[bytes]) -> None:
+        self._syncs.append(self._syncing.submit(self._complete, file, hashed))
 
-    def _complete(self, file: OutputFile) -> None:
+    def _complete(self, file: OutputFile, hashed: Future[bytes]) -> None:
         file.sync()
+        hashed.result()
         self._publish(file)
         self._open.discard(file)
 
@@ -99,10 +97,11 @@ class Writer:
     def __exit__(self, kind: type[BaseException] | None, *_rest: object) -> None:
         try:
             if kind is None:
-                _wait(self._writes, 0)
+                _wait(self._pieces, 0)
                 _wait(self._syncs, 0)
         finally:
             self._writing.shutdown(cancel_futures=True)
+            self._hashing.shutdown(cancel_futures=True)
             self._syncing.shutdown(cancel_futures=True)
             for file in self._open:
                 file.close()
@@ -113,22 +112,22 @@ class Buffers:
     """A ring of arrays to fill and put, used again once they are written: fresh memory costs as much as filling it."""
 
     def __init__(self, count: int) -> None:
-        self._ring: deque[tuple[Array, Future[None] | None]] = deque([(np.empty(0, np.uint8), None)] * count)
+        self._ring: deque[tuple[Array, Piece | None]] = deque([(np.empty(0, np.uint8), None)] * count)
 
     def take(self, shape: tuple[int, int], dtype: np.dtype[Any]) -> Array:
         """An array in the buffer that was given back first; waits until that one is written."""
-        buffer, written = self._ring[0]
-        if written is not None:
-            written.result()
+        buffer, piece = self._ring[0]
+        for future in piece or ():
+            future.result()
         nbytes = shape[0] * shape[1] * dtype.itemsize
         if buffer.nbytes < nbytes:
             buffer = np.empty(nbytes, np.uint8)
         self._ring[0] = buffer, None
         return buffer[:nbytes].view(dtype).reshape(shape)
 
-    def give_back(self, written: Future[None] | None) -> None:
-        """What was taken last is free once that is written."""
-        self._ring[0] = self._ring[0][0], written
+    def give_back(self, last: Piece | None) -> None:
+        """What was taken last is free once the last piece that was put of it is done."""
+        self._ring[0] = self._ring[0][0], last
         self._ring.rotate(-1)
 
 
