@@ -7,7 +7,7 @@
 #include <algorithm>
 
 #include "dca_stages.h"
-#include "prefill_tile.cuh"
+#include "row_loads.cuh"
 
 namespace qwen1m {
 namespace cuda {
@@ -280,9 +280,7 @@ int64_t qwen1m_cuda_dca_decode_workspace(const qwen1m_dca_decode* a) {
 
 int qwen1m_cuda_dca_decode(const qwen1m_dca_decode* a, void* workspace, qwen1m_stream stream) {
   using namespace qwen1m::cuda;
-  return with_half_type(a->activation, [&](auto type) {
-    using T = decltype(type);
-    return a->cache.head_dim == 128 ? launch_decode<T, 128>(*a, workspace, stream)
-                                    : launch_decode<T, 64>(*a, workspace, stream);
+  return with_shape(a->activation, a->cache.head_dim, [&](auto type, auto head_dim) {
+    return launch_decode<decltype(type), decltype(head_dim)::value>(*a, workspace, stream);
   });
 }

@@ -8,7 +8,7 @@
 #include <algorithm>
 
 #include "dca_stages.h"
-#include "prefill_tile.cuh"
+#include "row_loads.cuh"
 
 namespace qwen1m {
 namespace cuda {
@@ -377,8 +377,7 @@ int64_t qwen1m_cuda_dca_probe_workspace(const qwen1m_dca_probe* a) {
 int qwen1m_cuda_dca_probe(const qwen1m_dca_probe* a, void* workspace, qwen1m_stream stream) {
   using namespace qwen1m::cuda;
   const ProbeArguments arguments = plan(*a, workspace);
-  return with_half_type(a->activation, [&](auto type) {
-    using T = decltype(type);
-    return a->cache.head_dim == 128 ? launch_probe<T, 128>(arguments, stream) : launch_probe<T, 64>(arguments, stream);
+  return with_shape(a->activation, a->cache.head_dim, [&](auto type, auto head_dim) {
+    return launch_probe<decltype(type), decltype(head_dim)::value>(arguments, stream);
   });
 }
