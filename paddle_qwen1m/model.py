@@ -12,7 +12,11 @@ from paddle_qwen1m.cache import PagedCache
 from paddle_qwen1m.config import ModelConfig, SparseBudgets
 from paddle_qwen1m.parallel import ALONE, Group
 from paddle_qwen1m.weights import Slot
+from paddle_qwen1m.weights.names import EMBEDDING, HEAD, published_shapes
 from paddle_qwen1m.weights.sharding import local_config, part_of
+
+Place = tuple[paddle.Tensor, int]
+"""A parameter, and the row of it where a published tensor begins."""
 
 
 def weight(shape: list[int], dtype: str) -> paddle.Tensor:
@@ -71,31 +75,25 @@ class DecoderLayer(nn.Layer):
             ops.linear(ops.silu_mul(ops.linear(hidden, self.gate_up_weight)), self.down_weight)
         )
 
-    def slots(self) -> dict[str, Slot]:
-        """Where the layer's published tensors, or the rank's parts of them, go."""
-        config, local = self.config, self.local
-        hidden, inner = config.hidden_size, config.intermediate_size
-        query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    def places(self) -> dict[str, Place]:
+        """Where the layer's published tensors, or the rank's parts of them, begin."""
+        local = self.local
         key_row, value_row = (local.num_heads * local.head_dim, (local.num_heads + local.num_kv_heads) * local.head_dim)
-        places = {
-            "input_layernorm.weight": (self.input_norm, 0, (hidden,)),
-            "self_attn.q_proj.weight": (self.qkv_weight, 0, (query, hidden)),
-            "self_attn.k_proj.weight": (self.qkv_weight, key_row, (key, hidden)),
-            "self_attn.v_proj.weight": (self.qkv_weight, value_row, (key, hidden)),
-            "self_attn.q_proj.bias": (self.qkv_bias, 0, (query,)),
-            "self_attn.k_proj.bias": (self.qkv_bias, key_row, (key,)),
-            "self_attn.v_proj.bias": (self.qkv_bias, value_row, (key,)),
-            "self_attn.o_proj.weight": (self.output_weight, 0, (hidden, query)),
-            "post_attention_layernorm.weight": (self.post_attention_norm, 0, (hidden,)),
-            "mlp.gate_proj.weight": (self.gate_up_weight, 0, (inner, hidden)),
-            "mlp.up_proj.weight": (self.gate_up_weight, local.intermediate_size, (inner, hidden)),
-            "mlp.down_proj.weight": (self.down_weight, 0, (hidden, inner)),
+        places: dict[str, Place] = {
+            "input_layernorm.weight": (self.input_norm, 0),
+            "self_attn.q_proj.weight": (self.qkv_weight, 0),
+            "self_attn.k_proj.weight": (self.qkv_weight, key_row),
+            "self_attn.v_proj.weight": (self.qkv_weight, value_row),
+            "self_attn.q_proj.bias": (self.qkv_bias, 0),
+            "self_attn.k_proj.bias": (self.qkv_bias, key_row),
+            "self_attn.v_proj.bias": (self.qkv_bias, value_row),
+            "self_attn.o_proj.weight": (self.output_weight, 0),
+            "post_attention_layernorm.weight": (self.post_attention_norm, 0),
+            "mlp.gate_proj.weight": (self.gate_up_weight, 0),
+            "mlp.up_proj.weight": (self.gate_up_weight, local.intermediate_size),
+            "mlp.down_proj.weight": (self.down_weight, 0),
         }
-        prefix = f"model.layers.{self.number}."
-        return {
-            prefix + name: Slot(*place, part_of(config, name, self.group.degree, self.group.rank))
-            for name, place in places.items()
-        }
+        return {f"model.layers.{self.number}.{name}": place for name, place in places.items()}
 
 
 class Qwen2OneM(nn.Layer):
@@ -146,18 +144,16 @@ class Qwen2OneM(nn.Layer):
 
     def slots(self) -> dict[str, Slot]:
         """Every published tensor's name with where it, or the rank's part of it, goes."""
-        config, group = self.config, self.group
-        vocabulary = (config.vocab_size, config.hidden_size)
-        part = part_of(config, "lm_head.weight", group.degree, group.rank)
-        slots = {
-            "model.embed_tokens.weight": Slot(self.embedding, 0, vocabulary, part),
-            "model.norm.weight": Slot(self.norm, 0, (config.hidden_size,)),
-        }
-        if not config.tie_word_embeddings:
-            slots["lm_head.weight"] = Slot(self.head, 0, vocabulary, part)
+        places: dict[str, Place] = {EMBEDDING: (self.embedding, 0), "model.norm.weight": (self.norm, 0)}
+        if not self.config.tie_word_embeddings:
+            places[HEAD] = (self.head, 0)
         for layer in self.layers:
-            slots.update(layer.slots())
-        return slots
+            places.update(layer.places())
+        shapes, group = published_shapes(self.config), self.group
+        return {
+            name: Slot(tensor, row, shapes[name], part_of(self.config, name, group.degree, group.rank))
+            for name, (tensor, row) in places.items()
+        }
 
 
 def layer_budgets(budgets: SparseBudgets, group: Group = ALONE) -> list[LayerBudgets]:

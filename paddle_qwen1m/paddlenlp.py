@@ -30,6 +30,7 @@ from .hub import Checkpoint, HubError, locate, read_json
 from .model import Qwen2OneM
 from .parallel import ALONE, Group, start
 from .weights import load_checkpoint
+from .weights.names import HEAD
 from .weights.sharding import check_degree, rank_directory, rank_sets
 
 DUAL_CHUNK = "dual_chunk_attention_config"
@@ -186,7 +187,7 @@ class Qwen2OneMForCausalLM(PretrainedModel):  # type: ignore[misc]
             model = cls(pretrained_config, dtype=storage, options=options, budgets=budgets, group=group)
         if generation is not None:
             model.use_generation_config(_read_generation_config(generation))
-        tied = {"lm_head.weight"} if shapes.tie_word_embeddings else set()
+        tied = {HEAD} if shapes.tie_word_embeddings else set()
         directory, slots = checkpoint.fetch_weights(), model.model.slots()
         if sets is not None:
             directory = directory / rank_directory(group.rank, degree)

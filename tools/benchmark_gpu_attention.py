@@ -68,6 +68,7 @@ class Sequence:
         self.q = torch.randn(variants, rows, heads, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
         self.out = torch.empty(rows, heads, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
         self.scale = torch.full((1,), HEAD_DIM**-0.5, device="cuda")
+        self.lengths = torch.full((1,), keys, dtype=torch.int32, device="cuda")
 
     @property
     def cache(self) -> dict[str, Any]:
@@ -112,10 +113,6 @@ class Sequence:
         cuda("dca_decode", workspace, **self.decode_fields())
 
     def decode_fields(self) -> dict[str, Any]:
-        import torch
-
-        if not hasattr(self, "lengths"):
-            self.lengths = torch.full((1,), self.keys, dtype=torch.int32, device="cuda")
         return {
             "q": self.q,
             "out": self.out,

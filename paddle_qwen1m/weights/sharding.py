@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from .names import EMBEDDING, HEAD
+
 if TYPE_CHECKING:
     from paddle_qwen1m.config import ModelConfig
 
@@ -16,7 +18,7 @@ RANK_PREFIX = "rank-"
 QUERY_ROWS = ("self_attn.q_proj.weight", "self_attn.q_proj.bias")
 KEY_ROWS = tuple(f"self_attn.{name}_proj.{kind}" for name in "kv" for kind in ("weight", "bias"))
 INNER_ROWS = ("mlp.gate_proj.weight", "mlp.up_proj.weight")
-VOCABULARY_ROWS = ("model.embed_tokens.weight", "lm_head.weight")
+VOCABULARY_ROWS = (EMBEDDING, HEAD)
 
 
 class Part(NamedTuple):

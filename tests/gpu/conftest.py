@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
 from cuda_library import LIBRARY, CudaLibrary
-
-FOLDER = Path(__file__).resolve().parent
 
 
 def missing() -> str | None:
