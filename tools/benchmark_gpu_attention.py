@@ -372,14 +372,14 @@ def bench_probe(cuda: CudaLibrary) -> None:
 
 
 def bench_decode(cuda: CudaLibrary) -> None:
-    """Batch 1, keys and values read once, beside a device copy; two caches in turn."""
+    """Batch 1, keys and values read once, beside a device copy: calls follow each other in a graph, caches in turn."""
     import torch
 
     bandwidth = copy_bandwidth()
     print(f"\ndecode attention, batch 1, bf16; copy {bandwidth / 1e12:.2f} TB/s")
     for model, (heads, kv_heads) in MODELS.items():
         for keys in (4096, 131072, 1010000):
-            copies = 2 if keys > 100000 else 16
+            copies, rounds = (2, 8) if keys > 100000 else (16, 1)
             sequences = [Sequence(heads, kv_heads, keys, 1) for _ in range(copies)]
             for sequence in sequences:
                 sequence.q = torch.randn(3, 1, heads, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
@@ -394,9 +394,9 @@ def bench_decode(cuda: CudaLibrary) -> None:
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                for sequence in sequences:
+                for sequence in sequences * rounds:
                     sequence.decode(cuda, workspace)
-            time = milliseconds(graph.replay, 15) / copies
+            time = milliseconds(graph.replay, 15) / (copies * rounds)
             read = 2 * keys * kv_heads * HEAD_DIM * 2
             print(
                 f"{model} {keys:9,} keys: {time * 1e3:8.1f} us, {read / time / 1e9:6.2f} TB/s, "

@@ -1,11 +1,11 @@
 """How much of what is hidden the needle checkpoint finds, by length: dense, sparse, and with the forced keys alone.
 
-    python tools/retrieval.py [--tokens 65536 262144] [--answers 208] [--needles 16] [--columns N]
+    python tools/retrieval.py [--tokens 65536 262144] [--answers 208] [--needles 16] [--sparse-budgets FILE]
     python tools/retrieval.py --table [--tokens 16384 ... 1048576]       sparse alone, length after length
 
 On whatever device Paddle uses. Question and answer stand in the prompt (see needle_reading.py). The share of pairs is
-an upper bound: whole blocks, masked cells included. --columns gives every head so many columns and the forced diagonals
-in place of the checkpoint's budgets, which were chosen for 16,384 tokens.
+an upper bound: whole blocks, masked cells included. Without --sparse-budgets, those beside the checkpoint that were
+chosen for the longest documents up to the length at hand.
 """
 
 from __future__ import annotations
@@ -27,11 +27,18 @@ from paddlenlp.utils.log import logger
 import paddle_qwen1m  # noqa: F401  (importing it registers the model)
 from paddle_qwen1m import ops
 from paddle_qwen1m.attention.positions import Piece
-from paddle_qwen1m.config import LOCAL_DIAGONALS, SparseBudgets
+from paddle_qwen1m.config import SparseBudgets
 
 CHECKPOINT = Path(__file__).resolve().parent.parent / "checkpoints" / "needle"
+CHOICES = ("dense", "sparse", "forced keys alone")
 FIRST_SEED = 1000
 FORCED_ALONE = (31, 100)
+BUDGETS = {
+    0: "sparse_attention_config.json",
+    65536: "sparse_attention_config_65536.json",
+    262144: "sparse_attention_config_262144.json",
+}
+"""Of the checkpoint, by the tokens from which on they serve."""
 TABLE = (16384, 65536, 131072, 262144, 524288, 1048576)
 LOST = 0.5
 """A share of answers below which retrieval has stopped."""
@@ -63,12 +70,13 @@ class Reader:
             str(CHECKPOINT), config=config, sparse_threshold=4096, **options
         ).engine
 
-    def score(self, documents: list[Any], encode: Any) -> tuple[float, VisitedAtMost, float]:
-        """Share of right answers, what was visited of the documents, and seconds."""
-        visited = VisitedAtMost()
+    def score(self, documents: list[Any], encode: Any) -> tuple[float, str]:
+        """Share of right answers, and in words what was visited and how long it took."""
+        document, question = VisitedAtMost(), VisitedAtMost()
         start = time.monotonic()
-        right = read(self.engine, documents, encode, visited, VisitedAtMost())
-        return sum(right) / len(right), visited, time.monotonic() - start
+        right = read(self.engine, documents, encode, document, question)
+        seconds = time.monotonic() - start
+        return sum(right) / len(right), f"{document} of the document's pairs, {question} of the questions', {seconds:.1f} s"
 
 
 def main() -> int:
@@ -76,9 +84,9 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, nargs="*")
     parser.add_argument("--answers", type=int, default=208, help="at least so many a cell (default: %(default)s)")
     parser.add_argument("--needles", type=int, default=16, help="hidden facts a document (default: %(default)s)")
-    parser.add_argument("--columns", type=int)
+    parser.add_argument("--sparse-budgets", type=Path, metavar="FILE")
     parser.add_argument("--table", action="store_true")
-    parser.add_argument("--only", nargs="*", choices=("dense", "sparse", "forced keys alone"))
+    parser.add_argument("--only", nargs="*", choices=CHOICES)
     arguments = parser.parse_args()
     logger.set_level("ERROR")
     tokenizer = AutoTokenizer.from_pretrained(str(CHECKPOINT))
@@ -89,28 +97,26 @@ def main() -> int:
     def encode(text: str) -> list[int]:
         return list(tokenizer(text)["input_ids"])
 
-    def uniform(columns: int, diagonals: int) -> SparseBudgets:
-        return SparseBudgets.uniform(columns, diagonals, config["num_hidden_layers"], config["num_attention_heads"])
+    shape = config["num_hidden_layers"], config["num_attention_heads"]
 
-    options: dict[str, dict[str, Any]] = {
-        "dense": {"sparse": False},
-        "sparse": {"sparse_budgets": uniform(arguments.columns, LOCAL_DIAGONALS)} if arguments.columns else {},
-        "forced keys alone": {"sparse_budgets": uniform(*FORCED_ALONE)},
-    }
-    chosen = arguments.only or (["sparse"] if arguments.table else list(options))
-    readers = {name: Reader(config, **options[name]) for name in chosen}
+    def budgets(name: str, tokens: int) -> SparseBudgets:
+        if name == "forced keys alone":
+            return SparseBudgets.uniform(*FORCED_ALONE, *shape)
+        file = CHECKPOINT / BUDGETS[max(start for start in BUDGETS if start <= tokens)]
+        return SparseBudgets.from_file(arguments.sparse_budgets or file, *shape)
+
+    chosen = arguments.only or (["sparse"] if arguments.table else list(CHOICES))
+    readers = {name: Reader(config, sparse=name != "dense") for name in chosen}
     maker = DocumentMaker(encode)
     documents_a_cell = -(-arguments.answers // arguments.needles)
     holds = 0
     for tokens in lengths:
         documents = [maker.make(tokens, arguments.needles, FIRST_SEED + n) for n in range(documents_a_cell)]
         for name, reader in readers.items():
-            share, visited, seconds = reader.score(documents, encode)
-            print(
-                f"{tokens:9,} tokens, {documents_a_cell * arguments.needles} answers, {name}: {share:.3f} right, "
-                f"{visited} of the document's pairs, {seconds:.1f} s",
-                flush=True,
-            )
+            reader.engine.configure(reader.engine.options, budgets(name, tokens))
+            share, effort = reader.score(documents, encode)
+            answers = documents_a_cell * arguments.needles
+            print(f"{tokens:9,} tokens, {answers} answers, {name}: {share:.3f} right, {effort}", flush=True)
             if name == "sparse" and share >= LOST:
                 holds = tokens
     if arguments.table:

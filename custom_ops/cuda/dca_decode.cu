@@ -208,35 +208,54 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
   }
 }
 
-// One block a (sequence, head): kMergeParts threads a value, each with every kMergeParts-th share.
-constexpr int kMergeParts = 4;
+// One block a (sequence, head): kMergeParts threads a value, each with every kMergeParts-th share and a softmax of its
+// own, and all that it reads of kMergeAtOnce shares under way together.
+constexpr int kMergeParts = 8, kMergeAtOnce = 9;
 
 template <typename T, int D>
 __global__ void __launch_bounds__(kMergeParts* D) merge_kernel(const __grid_constant__ DecodeArguments a) {
-  __shared__ float parts[kMergeParts][D];
-  __shared__ float totals[kMergeParts];
-  const int value = threadIdx.x % D, part = threadIdx.x / D, lane = threadIdx.x % kWarp;
+  __shared__ float outs[kMergeParts][D];
+  __shared__ float2 statistics[kMergeParts];
+  const int value = threadIdx.x % D, part = threadIdx.x / D;
   const int64_t row = static_cast<int64_t>(blockIdx.y) * a.heads + blockIdx.x;
   const float2* statistic = a.statistic + row * a.splits;
   const float* partial = a.partial + row * a.splits * D + value;
   float top = kNegativeInfinity, total = 0, out = 0;
-  for (int s = lane; s < a.splits; s += kWarp) top = fmaxf(top, statistic[s].x);
-  top = warp_max(top);
-#pragma unroll 8
-  for (int s = part; s < a.splits; s += kMergeParts) {
-    const float2 share = statistic[s];
-    const float weight = exp2_fast(share.x - top);
-    total += share.y * weight;
-    out += partial[static_cast<int64_t>(s) * D] * weight;
+  for (int first = part; first < a.splits; first += kMergeParts * kMergeAtOnce) {
+    float2 shares[kMergeAtOnce];
+    float values[kMergeAtOnce];
+#pragma unroll
+    for (int i = 0; i < kMergeAtOnce; ++i) {
+      const int s = first + i * kMergeParts;
+      shares[i] = s < a.splits ? statistic[s] : make_float2(kNegativeInfinity, 0);
+      values[i] = s < a.splits ? partial[static_cast<int64_t>(s) * D] : 0;
+    }
+    float higher = top;
+#pragma unroll
+    for (int i = 0; i < kMergeAtOnce; ++i) higher = fmaxf(higher, shares[i].x);
+    const float origin = higher == kNegativeInfinity ? 0.0f : higher, shrink = exp2_fast(top - origin);
+    total *= shrink;
+    out *= shrink;
+#pragma unroll
+    for (int i = 0; i < kMergeAtOnce; ++i) {
+      const float weight = exp2_fast(shares[i].x - origin);
+      total += shares[i].y * weight;
+      out += values[i] * weight;
+    }
+    top = higher;
   }
-  parts[part][value] = out;
-  if (value == 0) totals[part] = total;
+  outs[part][value] = out;
+  if (value == 0) statistics[part] = make_float2(top, total);
   __syncthreads();
   if (part != 0) return;
 #pragma unroll
-  for (int other = 1; other < kMergeParts; ++other) {
-    out += parts[other][value];
-    total += totals[other];
+  for (int p = 1; p < kMergeParts; ++p) top = fmaxf(top, statistics[p].x);
+  total = out = 0;
+#pragma unroll
+  for (int p = 0; p < kMergeParts; ++p) {
+    const float weight = exp2_fast(statistics[p].x - top);
+    total += statistics[p].y * weight;
+    out += outs[p][value] * weight;
   }
   static_cast<T*>(a.out)[row * D + value] = narrow<T>(out / total);
 }
