@@ -76,7 +76,8 @@ class Reader:
         start = time.monotonic()
         right = read(self.engine, documents, encode, document, question)
         seconds = time.monotonic() - start
-        return sum(right) / len(right), f"{document} of the document's pairs, {question} of the questions', {seconds:.1f} s"
+        effort = f"{document} of the document's pairs, {question} of the questions', {seconds:.1f} s"
+        return sum(right) / len(right), effort
 
 
 def main() -> int:
