@@ -14,9 +14,10 @@ from needle_documents import Document, DocumentMaker, Encode, Needle, messages, 
 from needle_reading import Visits, visited_pairs
 from needle_reading import read as read_answers
 from paddlenlp.transformers import AutoModelForCausalLM, AutoTokenizer
+from retrieval import BUDGETS
 
 from paddle_qwen1m import ops
-from paddle_qwen1m.config import LOCAL_DIAGONALS
+from paddle_qwen1m.config import LOCAL_DIAGONALS, SparseBudgets
 
 TOKENS = 16384
 NEEDLES = 16
@@ -166,6 +167,16 @@ def test_the_temperature_keeps_answers_that_dual_chunk_attention_alone_loses(
     )
     assert with_temperature.score >= 0.8
     assert without.score <= with_temperature.score - 0.2
+
+
+@pytest.mark.parametrize("file", BUDGETS.values())
+def test_budgets_beside_the_checkpoint_are_for_its_shape(
+    needle_checkpoint: Path, config: dict[str, Any], file: str
+) -> None:
+    budgets = SparseBudgets.from_file(
+        needle_checkpoint / file, config["num_hidden_layers"], config["num_attention_heads"]
+    )
+    assert budgets.slash.min() >= LOCAL_DIAGONALS
 
 
 @pytest.mark.slow

@@ -31,7 +31,6 @@ from paddle_qwen1m.config import SparseBudgets
 
 CHECKPOINT = Path(__file__).resolve().parent.parent / "checkpoints" / "needle"
 CHOICES = ("dense", "sparse", "forced keys alone")
-FIRST_SEED = 1000
 FORCED_ALONE = (31, 100)
 BUDGETS = {
     0: "sparse_attention_config.json",
@@ -86,6 +85,7 @@ def main() -> int:
     parser.add_argument("--answers", type=int, default=208, help="at least so many a cell (default: %(default)s)")
     parser.add_argument("--needles", type=int, default=16, help="hidden facts a document (default: %(default)s)")
     parser.add_argument("--sparse-budgets", type=Path, metavar="FILE")
+    parser.add_argument("--first-seed", type=int, default=1000, help="of the documents (default: %(default)s)")
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--only", nargs="*", choices=CHOICES)
     arguments = parser.parse_args()
@@ -112,7 +112,7 @@ def main() -> int:
     documents_a_cell = -(-arguments.answers // arguments.needles)
     holds = 0
     for tokens in lengths:
-        documents = [maker.make(tokens, arguments.needles, FIRST_SEED + n) for n in range(documents_a_cell)]
+        documents = [maker.make(tokens, arguments.needles, arguments.first_seed + n) for n in range(documents_a_cell)]
         for name, reader in readers.items():
             reader.engine.configure(reader.engine.options, budgets(name, tokens))
             share, effort = reader.score(documents, encode)
