@@ -9,7 +9,7 @@ import atexit
 import math
 import os
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import paddle
@@ -142,13 +142,26 @@ def start(degree: int) -> Group:
 
 
 def _end_together(job: Job) -> None:
-    """An exception that ends this process ends the job; its regular end does not. No rank outlives its launcher."""
+    """An exception, or sys.exit with an error, that ends this process ends the job; its regular end does not.
+
+    No rank outlives its launcher.
+    """
     end_with_the_launcher()
-    show = sys.excepthook
+    show, exited = sys.excepthook, 0
 
     def report(kind: type[BaseException], error: BaseException, trace: Any) -> None:
         show(kind, error, trace)
         job.fail(f"{kind.__name__}: {error}")
 
-    sys.excepthook = report
-    atexit.register(job.leave)
+    def exit_with(status: Any = None) -> NoReturn:
+        nonlocal exited
+        exited = status
+        raise SystemExit(status)
+
+    def leave() -> None:
+        if exited in (None, 0):
+            return job.leave()
+        job.fail(f"sys.exit({exited!r})", exited if isinstance(exited, int) else 1)
+
+    sys.excepthook, sys.exit = report, exit_with
+    atexit.register(leave)

@@ -1,7 +1,7 @@
 """A user's script in which one rank fails: failing_rank.py MODEL PIDS RANK WHEN HOW
 
-WHEN: prefill (after the first chunk) or decode (after the third token). HOW: kill (SIGKILL) or raise. Every rank writes
-its process id into the folder PIDS.
+WHEN: prefill (after the first chunk) or decode (after the third token). HOW: kill (SIGKILL), raise or exit. Every rank
+writes its process id into the folder PIDS.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ def main() -> None:
     def fail() -> None:
         if how == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        if how == "exit":
+            sys.exit("the dog ate it")
         raise LookupError("the dog ate it")
 
     def on_prefill(progress: PrefillProgress) -> None:

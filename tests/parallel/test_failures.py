@@ -111,7 +111,13 @@ def test_ranks_that_do_not_come_are_named(prompt: Path) -> None:
 
 @pytest.mark.parametrize(
     ("degree", "rank", "when", "how"),
-    [(2, 1, "prefill", "kill"), (2, 0, "decode", "kill"), (3, 2, "decode", "kill"), (2, 1, "decode", "raise")],
+    [
+        (2, 1, "prefill", "kill"),
+        (2, 0, "decode", "kill"),
+        (3, 2, "decode", "kill"),
+        (2, 1, "decode", "raise"),
+        (2, 1, "decode", "exit"),
+    ],
 )
 def test_a_rank_that_fails_ends_all(tmp_path: Path, degree: int, rank: int, when: str, how: str) -> None:
     """Without a launcher that would end them: as on machines of their own."""
@@ -121,7 +127,11 @@ def test_a_rank_that_fails_ends_all(tmp_path: Path, degree: int, rank: int, when
     processes = [Process(command, **rank_environment(number, degree, port)) for number in range(degree)]
     processes[rank].finish(START)
     died = time.monotonic()
-    reason = "LookupError: the dog ate it" if how == "raise" else "killed or crashed"
+    reason = {
+        "kill": "killed or crashed",
+        "raise": "LookupError: the dog ate it",
+        "exit": "sys.exit('the dog ate it')",
+    }[how]
     for number, process in enumerate(processes):
         if number != rank:
             status, output = process.finish(END)
