@@ -17,6 +17,7 @@ if not CONFIGS.is_dir():  # a source checkout
 
 SINK_COLUMNS = 30  # the first columns and the last diagonals are always kept
 LOCAL_DIAGONALS = 100
+BLOCK = 64  # rows of a row block, keys of a block of keys
 DTYPES = ("float32", "bfloat16", "float16")
 SPARSE_THRESHOLD = 32768
 CPU_BATCHED_TOKENS, GPU_BATCHED_TOKENS = 2048, 32768

@@ -30,12 +30,11 @@ import paddle
 from paddle.base import core
 from paddle.utils.cpp_extension.extension_utils import load_op_meta_info_and_register_op
 
-from paddle_qwen1m.config import LOCAL_DIAGONALS, SINK_COLUMNS
+from paddle_qwen1m.config import BLOCK, LOCAL_DIAGONALS, SINK_COLUMNS
 from paddle_qwen1m.threads import default_num_threads
 
 LIBRARY = Path(__file__).with_name("_ops.so")
 PROBE_ROWS = 64
-BLOCK = 64
 FEW_ROWS = 16
 """Up to so many rows a linear layer on a GPU is a custom op, which reads the weights once; above, a GEMM of cuBLAS."""
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Callable
+from typing import Callable
 
-if TYPE_CHECKING:
-    from paddle_qwen1m.config import ModelConfig, SparseBudgets
+from paddle_qwen1m.config import BLOCK, ModelConfig, SparseBudgets
 
-BLOCK = 64  # rows of a row block, keys of a block of keys
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
