@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +45,10 @@ def test_a_toolkit_is_used_where_paddle_has_cuda(
     assert script["find_toolkit"](paddle_has_cuda=True) == tmp_path
 
 
-def test_a_missing_compiler_is_named(script: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    build = script["BuildOps"](setuptools.Distribution())
-    with pytest.raises(SystemExit, match=r"no C\+\+ compiler \(no-such-compiler\) on the PATH: install g\+\+"):
-        build.build_extension(setuptools.Extension("paddle_qwen1m._ops", sources=[]))
+def test_a_missing_compiler_is_named(tmp_path: Path) -> None:
+    command = [sys.executable, str(SETUP), "-q", "build_ext", "--build-lib", str(tmp_path)]
+    environment = {**os.environ, "CXX": "no-such-compiler"}
+    build = subprocess.run(command, cwd=SETUP.parent, env=environment, capture_output=True, text=True, timeout=120)
+    assert build.returncode == 1
+    assert "no C++ compiler (no-such-compiler) on the PATH: install g++" in build.stderr
+    assert not list(tmp_path.iterdir())
