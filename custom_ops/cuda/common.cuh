@@ -79,12 +79,6 @@ __device__ inline float warp_sum(float x) {
   return x;
 }
 
-__device__ inline float warp_max(float x) {
-#pragma unroll
-  for (int mask = kWarp / 2; mask > 0; mask /= 2) x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, mask));
-  return x;
-}
-
 inline cudaStream_t as_stream(qwen1m_stream stream) { return static_cast<cudaStream_t>(stream); }
 
 }  // namespace cuda
