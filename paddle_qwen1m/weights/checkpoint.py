@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from . import names
 from .record import refuse_unfinished
-from .safetensors import CheckpointError, TensorInfo, read_header
+from .safetensors import STORAGE, CheckpointError, TensorInfo, read_header
 from .sharding import RANK_PREFIX
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -75,6 +75,48 @@ def _as_published(stored: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
         flip = names.is_transposed(name, tied)
         published[name] = replace(info, shape=info.shape[::-1], transposed=True) if flip else info
     return published
+
+
+class Described(Protocol):
+    """What the header of a file says of a tensor."""
+
+    @property
+    def file(self) -> Path: ...
+
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+def check_fit(
+    directory: Path,
+    tensors: Mapping[str, Described],
+    shapes: Mapping[str, tuple[int, ...]],
+    spare: Collection[str],
+) -> None:
+    """CheckpointError, naming file and tensor, unless the published `tensors` of `directory` are those of `shapes`.
+
+    Those in `spare` and rotary tables may be there too.
+    """
+    problems = [f"missing: tensor {name!r} is in none of the files" for name in shapes if name not in tensors]
+    for name, tensor in tensors.items():
+        if name not in shapes:
+            if name not in spare and not name.endswith(names.DERIVED_SUFFIX):
+                problems.append(f"{tensor.file.name}: tensor {name!r} has no place in the model")
+        elif tensor.shape != shapes[name]:
+            problems.append(
+                f"{tensor.file.name}: tensor {name!r} has shape {list(tensor.shape)}, "
+                f"the model's config.json asks for {list(shapes[name])}"
+            )
+        elif tensor.dtype not in STORAGE:
+            problems.append(f"{tensor.file.name}: tensor {name!r} is {tensor.dtype}, not one of {', '.join(STORAGE)}")
+    if problems:
+        raise CheckpointError(
+            f"{directory} does not fit the model that its config.json describes:\n{summarise(problems)}\n"
+            "Check that config.json and the safetensors files are of the same model, or download the directory again."
+        )
 
 
 def read_weight_map(index: Path) -> dict[str, str]:

@@ -39,9 +39,10 @@ def plan(
     degree: int = 1,
     dtype: str | None = None,
     max_shard_bytes: int | None = None,
+    allow_absent: bool = True,
 ) -> Plan:
-    """The plan alone, for which the shards that an index names need not be there."""
-    checkpoint = open_source(Path(source), allow_absent=True)
+    """The plan alone, for which the shards that an index names need not be there unless `allow_absent` is False."""
+    checkpoint = open_source(Path(source), allow_absent=allow_absent)
     try:
         return plan_conversion(checkpoint, form, degree=degree, dtype=dtype, max_shard_bytes=max_shard_bytes)
     except ValueError as error:
@@ -90,11 +91,7 @@ def convert(
     """
     source, destination = Path(source), Path(destination)
     _check_apart(source, destination)
-    checkpoint = open_source(source)
-    try:
-        wanted = plan_conversion(checkpoint, form, degree=degree, dtype=dtype, max_shard_bytes=max_shard_bytes)
-    except ValueError as error:
-        raise ConversionError(str(error)) from None
+    wanted = plan(source, form, degree=degree, dtype=dtype, max_shard_bytes=max_shard_bytes, allow_absent=False)
     with _alone_in(destination):
         record = _begin(wanted, destination)
         kept = len(record.files)

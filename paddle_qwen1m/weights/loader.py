@@ -16,9 +16,8 @@ import numpy as np
 import paddle
 from tqdm import tqdm
 
-from .checkpoint import Checkpoint, summarise
-from .names import DERIVED_SUFFIX
-from .safetensors import DTYPE_BYTES, STORAGE, Array, CheckpointError, TensorInfo
+from .checkpoint import Checkpoint, check_fit
+from .safetensors import DTYPE_BYTES, STORAGE, Array, TensorInfo
 from .sharding import COLUMNS, ROWS, Part
 from .window import read_matrix
 
@@ -83,7 +82,7 @@ def load_checkpoint(
     Raises CheckpointError, before anything is read, when files, names or shapes do not fit: see Checkpoint.
     """
     checkpoint = Checkpoint(directory)
-    _check(checkpoint, slots, ignore)
+    check_fit(checkpoint.directory, checkpoint.tensors, {name: slot.shape for name, slot in slots.items()}, ignore)
     by_file: dict[os.PathLike[str], list[str]] = defaultdict(list)
     for name in sorted(slots, key=lambda name: (checkpoint.tensors[name].file, checkpoint.tensors[name].offset)):
         by_file[checkpoint.tensors[name].file].append(name)
@@ -111,27 +110,6 @@ def load_checkpoint(
 
 def _held_bytes(info: TensorInfo, slot: Slot) -> int:
     return math.prod(slot.held_shape) * DTYPE_BYTES[info.dtype]
-
-
-def _check(checkpoint: Checkpoint, slots: Mapping[str, Slot], ignore: Collection[str]) -> None:
-    tensors = checkpoint.tensors
-    problems = [f"missing: tensor {name!r} is in none of the files" for name in slots if name not in tensors]
-    for name, info in tensors.items():
-        if name not in slots:
-            if name not in ignore and not name.endswith(DERIVED_SUFFIX):
-                problems.append(f"{info.file.name}: tensor {name!r} has no place in the model")
-        elif info.shape != slots[name].shape:
-            problems.append(
-                f"{info.file.name}: tensor {name!r} has shape {list(info.shape)}, "
-                f"the model's config.json asks for {list(slots[name].shape)}"
-            )
-        elif info.dtype not in STORAGE:
-            problems.append(f"{info.file.name}: tensor {name!r} is {info.dtype}, not one of {', '.join(STORAGE)}")
-    if problems:
-        raise CheckpointError(
-            f"{checkpoint.directory} does not fit the model that its config.json describes:\n{summarise(problems)}\n"
-            "Check that config.json and the safetensors files are of the same model, or download the directory again."
-        )
 
 
 def _read(file: io.RawIOBase, name: str, info: TensorInfo, slot: Slot, on_bytes: Callable[[int], Any]) -> None:

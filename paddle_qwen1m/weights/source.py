@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +11,9 @@ from typing import Any
 from paddle_qwen1m.config import ModelConfig
 
 from . import names, sharding
-from .checkpoint import INDEX_NAME, Checkpoint, read_weight_map, summarise
+from .checkpoint import INDEX_NAME, Checkpoint, check_fit, read_weight_map, summarise
 from .record import PublishedFiles, Record, refuse_unfinished
-from .safetensors import STORAGE, CheckpointError, TensorInfo, read_header
+from .safetensors import CheckpointError, TensorInfo, read_header
 from .window import Piece
 
 CONFIG_NAME = "config.json"
@@ -30,6 +29,11 @@ class Tensor:
     dtype: str
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
+
+    @property
+    def file(self) -> Path:
+        """Where its first piece lies."""
+        return self.pieces[0].info.file
 
 
 @dataclass(frozen=True)
@@ -78,8 +82,8 @@ def open_source(directory: Path, *, allow_absent: bool = False) -> Source:
         stored = _stored(directory, model, absent if allow_absent else None)
         form = PADDLENLP if names.are_paddlenlp(stored) else HUGGINGFACE
         tensors = dict(_whole(name, info, form, model) for name, info in stored.items())
-        partition = _partition(stored, form)
-    _check(directory, tensors, names.published_shapes(model))
+        partition = _partition(stored)
+    check_fit(directory, tensors, names.published_shapes(model), spare={names.HEAD})
     published = record.published if record is not None and form != HUGGINGFACE else None
     if form == HUGGINGFACE and not absent:
         published = PublishedFiles.of(directory, CONFIG_NAME, INDEX_NAME, list(partition))
@@ -129,17 +133,16 @@ def _stored(directory: Path, model: ModelConfig, absent: list[str] | None) -> Ma
 
 
 def _whole(stored: str, info: TensorInfo, form: str, model: ModelConfig) -> tuple[str, Tensor]:
-    name = names.from_paddlenlp(stored) if form == PADDLENLP else stored
+    name = names.from_paddlenlp(stored)
     flip = form == PADDLENLP and names.is_transposed(name, model.tie_word_embeddings)
     shape = info.shape[::-1] if flip else info.shape
     return name, Tensor(name, info.dtype, shape, (Piece(stored, info, transposed=flip),))
 
 
-def _partition(stored: Mapping[str, TensorInfo], form: str) -> dict[str, list[str]]:
+def _partition(stored: Mapping[str, TensorInfo]) -> dict[str, list[str]]:
     partition: dict[str, list[str]] = {}
     for name, info in sorted(stored.items(), key=lambda item: (item[1].file.name, item[1].offset)):
-        published = names.from_paddlenlp(name) if form == PADDLENLP else name
-        partition.setdefault(info.file.name, []).append(published)
+        partition.setdefault(info.file.name, []).append(names.from_paddlenlp(name))
     return partition
 
 
@@ -164,7 +167,7 @@ def _rank_set(directory: Path, model: ModelConfig, degree: Any) -> tuple[dict[st
         tensors[name] = Tensor(name, first.dtype, whole, pieces)
     if problems:
         raise CheckpointError(f"{directory} is not one whole rank set:\n{summarise(problems)}")
-    return tensors, _partition(ranks[0].tensors, TENSOR_PARALLEL)
+    return tensors, _partition(ranks[0].tensors)
 
 
 def _pieces(
@@ -189,21 +192,3 @@ def _pieces(
             row, column = (part.begin, 0) if axis == sharding.ROWS else (0, part.begin)
             pieces.setdefault(part.begin, Piece(name, info, row, column))
     return tuple(pieces.values()), whole
-
-
-def _check(directory: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    problems = [f"missing: tensor {name!r}" for name in shapes if name not in tensors]
-    for name, tensor in tensors.items():
-        if name in shapes and tensor.shape != shapes[name]:
-            problems.append(
-                f"tensor {name!r} has shape {list(tensor.shape)}, config.json asks for {list(shapes[name])}"
-            )
-        elif name not in shapes and name != names.HEAD and not name.endswith(names.DERIVED_SUFFIX):
-            problems.append(f"tensor {name!r} has no place in the model")
-        elif tensor.dtype not in STORAGE:
-            problems.append(f"tensor {name!r} is {tensor.dtype}, not one of {', '.join(STORAGE)}")
-    if problems:
-        raise CheckpointError(
-            f"{os.fspath(directory)} does not fit the model that its config.json describes:\n{summarise(problems)}\n"
-            "Check that config.json and the safetensors files are of the same model, or download the directory again."
-        )

@@ -123,9 +123,8 @@ def _is_as_written(path: Path, target: Target, entry: dict[str, object], bar: tq
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(PANEL_BYTES))
     with ReadAheadFile(path) as file:
-        os.posix_fadvise(
-            file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED
-        )  # what is on the disk, not what is still in memory
+        # what is on the disk, not what is still in memory
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         if file.read(len(target.header)) != target.header:
             return False
         digest.update(target.header)
