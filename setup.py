@@ -20,8 +20,6 @@ import build_cuda
 ROOT = Path(__file__).resolve().parent
 CPU_SOURCES = ROOT / "custom_ops" / "cpu"
 BINDINGS = ROOT / "custom_ops" / "paddle"
-# machine code for Ampere and Hopper; on anything newer the driver compiles the PTX
-CUDA_ARCHITECTURES = ("sm_80", "compute_80", "sm_90a")
 ISA_FLAGS = {
     "isa_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
     "isa_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"],
@@ -125,7 +123,7 @@ class BuildOps(build_ext):
         folder.mkdir(parents=True, exist_ok=True)
         host_compiler = ["-ccbin", os.environ["CXX"]] if "CXX" in os.environ else []
         try:
-            return list(map(str, build_cuda.compile_objects(folder, CUDA_ARCHITECTURES, host_compiler)))
+            return list(map(str, build_cuda.compile_objects(folder, extra=host_compiler)))
         except subprocess.CalledProcessError as error:
             stop(f"a CUDA kernel does not compile: nvcc's messages are above (exit status {error.returncode})")
 

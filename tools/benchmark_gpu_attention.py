@@ -221,6 +221,8 @@ class Piece:
             begin=self.begin,
             rows=self.rows,
             chunk_len=CHUNK_LEN,
+            first_block=0,
+            num_blocks=-(-self.rows // 64),
         )
 
     def keys_a_row(self) -> float:

@@ -107,10 +107,7 @@ class OpTimes:
 
     @contextmanager
     def watch(self) -> Iterator[None]:
-        names = [name for name, value in vars(ops).items() if callable(value) and name[0].islower()]
-        names = [
-            name for name in names if getattr(ops, name).__module__ == ops.__name__ and name not in ("load", "on_gpu")
-        ]
+        names = [name for name in ops.__all__ if name[0].islower() and name not in ("gpu_obstacle", "load", "on_gpu")]
         originals = {name: getattr(ops, name) for name in names}
 
         def timed(name: str) -> Any:

@@ -2,7 +2,7 @@
 
     python tools/cuda_library.py [--arch sm_90a ...]     builds build/libqwen1m_cuda.so
 
-Structs are read off custom_ops/include/qwen1m_ops.h, so that they cannot disagree with it.
+Structs are read off the headers in custom_ops/include/, so that they cannot disagree with them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-HEADER = ROOT / "custom_ops" / "include" / "qwen1m_ops.h"
+HEADERS = ROOT / "custom_ops" / "include" / "qwen1m"
+FAMILIES = ("pages", "keys", "attention", "step", "sampling")  # one may use structs of those before it
 LIBRARY = ROOT / "build" / "libqwen1m_cuda.so"
 sys.path.insert(0, str(ROOT / "custom_ops" / "cuda"))
 
@@ -30,9 +31,10 @@ C_TYPES: dict[str, Any] = {
 DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
 
 
-def read_structs(header: Path = HEADER) -> dict[str, type[ctypes.Structure]]:
+def read_structs(headers: Path = HEADERS) -> dict[str, type[ctypes.Structure]]:
     """Every struct of the C interface by its name without `qwen1m_`."""
-    text = re.sub(r"//[^\n]*", "", header.read_text(encoding="utf-8"))
+    families = ((headers / f"{family}.h").read_text(encoding="utf-8") for family in FAMILIES)
+    text = re.sub(r"//[^\n]*", "", "".join(families))
     structs: dict[str, type[ctypes.Structure]] = {}
     for body, name in re.findall(r"typedef struct \{(.*?)\} qwen1m_(\w+);", text, re.DOTALL):
         fields: list[tuple[str, Any]] = []
@@ -114,7 +116,7 @@ def build(archs: Iterable[str] = (), out: Path = LIBRARY) -> Path:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", nargs="*", default=[], help="sm_80, sm_90a, compute_80 (PTX); default: the first two")
+    parser.add_argument("--arch", nargs="*", default=[], help="sm_80, sm_90a, compute_80 (PTX); default: all three")
     try:
         print(build(parser.parse_args().arch))
     except subprocess.CalledProcessError as error:

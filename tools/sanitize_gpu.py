@@ -175,9 +175,8 @@ class Kernels:
             chunk_len=CHUNK_LEN,
             block=64,
         )
-        self.cuda(
-            "dca_sparse_prefill", **common, block_table=table, tables=tables, scale=scale, row=0, begin=begin, rows=rows
-        )
+        piece = {"row": 0, "begin": begin, "rows": rows, "first_block": 0, "num_blocks": -(-rows // 64)}
+        self.cuda("dca_sparse_prefill", **common, block_table=table, tables=tables, scale=scale, **piece)
 
     def decode(self, lengths: list[int]) -> None:
         batch, width = len(lengths), -(-max(lengths) // PAGE)

@@ -1,9 +1,9 @@
 // Dual chunk attention on the CPU: dense prefill, decode, probe and sparse prefill over the tile of tiles.h.
 #pragma once
 
-#include "dca_stages.h"
 #include "parallel.h"
-#include "qwen1m_ops.h"
+#include "qwen1m/attention.h"
+#include "qwen1m/dca_stages.h"
 #include "tiles.h"
 
 namespace qwen1m {
@@ -305,10 +305,11 @@ void sparse_tile(const qwen1m_dca_sparse_prefill& a, int block, int head, float*
 
 template <int D>
 void dca_sparse_prefill(const qwen1m_dca_sparse_prefill& a) {
-  const int64_t row_blocks = (a.rows + kBlock - 1) / kBlock;
-  parallel_tasks(row_blocks * a.heads, Rows<D>::floats(kBlock), [&](int64_t task, float* arena) {
-    sparse_tile<D>(a, static_cast<int>(task % row_blocks), static_cast<int>(task / row_blocks), arena);
-  });
+  parallel_tasks(static_cast<int64_t>(a.num_blocks) * a.heads, Rows<D>::floats(kBlock),
+                 [&](int64_t task, float* arena) {
+                   const int block = a.first_block + static_cast<int>(task % a.num_blocks);
+                   sparse_tile<D>(a, block, static_cast<int>(task / a.num_blocks), arena);
+                 });
 }
 
 }  // namespace QWEN1M_ISA

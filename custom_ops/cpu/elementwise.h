@@ -2,7 +2,7 @@
 #pragma once
 
 #include "parallel.h"
-#include "qwen1m_ops.h"
+#include "qwen1m/step.h"
 #include "simd.h"
 
 namespace qwen1m {

@@ -1,7 +1,9 @@
 // The kernels that exist once for each instruction set, as a table of functions.
 #pragma once
 
-#include "qwen1m_ops.h"
+#include "qwen1m/attention.h"
+#include "qwen1m/keys.h"
+#include "qwen1m/step.h"
 
 namespace qwen1m {
 

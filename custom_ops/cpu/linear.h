@@ -4,7 +4,7 @@
 
 #include "cblas.h"
 #include "parallel.h"
-#include "qwen1m_ops.h"
+#include "qwen1m/step.h"
 #include "simd.h"
 
 namespace qwen1m {

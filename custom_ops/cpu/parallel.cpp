@@ -5,7 +5,7 @@
 #include <new>
 
 #include "cblas.h"
-#include "qwen1m_ops.h"
+#include "qwen1m/types.h"
 
 extern "C" void scipy_openblas_set_num_threads(int);
 

@@ -5,10 +5,12 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "qwen1m/types.h"
+
 namespace qwen1m {
 
-constexpr int kBlock = 64;      // rows of a row block and keys of a block of the sparse index
-constexpr int kProbeRows = 64;  // at most so many critical queries
+constexpr int kBlock = QWEN1M_ROW_BLOCK;  // rows of a row block and keys of a block of the sparse index
+constexpr int kProbeRows = 64;            // at most so many critical queries
 
 int num_threads();
 

@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "parallel.h"
-#include "qwen1m_ops.h"
+#include "qwen1m/sampling.h"
 
 namespace {
 

@@ -10,7 +10,7 @@
 
 #include <utility>
 
-#include "qwen1m_ops.h"
+#include "qwen1m/types.h"
 
 #if defined(__F16C__)
 #include <immintrin.h>

@@ -4,9 +4,9 @@
 #include <cstdint>
 #include <vector>
 
-#include "dca_stages.h"
 #include "parallel.h"
-#include "qwen1m_ops.h"
+#include "qwen1m/dca_stages.h"
+#include "qwen1m/keys.h"
 
 using namespace qwen1m;
 

@@ -15,7 +15,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
-ARCHITECTURES = ("sm_80", "sm_90a")
+ARCHITECTURES = ("sm_80", "compute_80", "sm_90a")
+"""Machine code for Ampere and Hopper; on anything newer the driver compiles the PTX."""
+FOLDER_ARCHITECTURES = {"sm90": ("sm_90a",)}
+"""Folders whose kernels need instructions that only some architectures have."""
 FLAGS = ("-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall")
 
 
@@ -57,19 +60,24 @@ def gencode(architecture: str) -> str:
 
 
 def compile_objects(out: Path, architectures: Sequence[str] = ARCHITECTURES, extra: Sequence[str] = ()) -> list[Path]:
-    """One object file a .cu, compiled on all cores. Raises CalledProcessError; nvcc's messages are on stderr."""
+    """One object file a .cu, compiled on all cores, for `architectures` or those of its folder.
+
+    Raises CalledProcessError; nvcc's messages are on stderr.
+    """
     nvcc = find_nvcc()
     assert nvcc is not None
-    options = [*FLAGS, f"-I{FOLDER.parent / 'include'}", *map(gencode, architectures), *extra]
+    options = [*FLAGS, f"-I{FOLDER.parent / 'include'}", f"-I{FOLDER}", *extra]
 
     def compile_one(source: Path) -> Path:
-        target = out / f"{source.stem}.o"
-        print(f"nvcc {source.name}", flush=True)
-        subprocess.run([nvcc, *options, "-c", str(source), "-o", str(target)], check=True)
+        name = source.relative_to(FOLDER)
+        target = out / f"{'_'.join(name.with_suffix('').parts)}.o"
+        print(f"nvcc {name}", flush=True)
+        wanted = FOLDER_ARCHITECTURES.get(name.parts[0], architectures)
+        subprocess.run([nvcc, *options, *map(gencode, wanted), "-c", str(source), "-o", str(target)], check=True)
         return target
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        return list(pool.map(compile_one, sorted(FOLDER.glob("*.cu"))))
+        return list(pool.map(compile_one, sorted(FOLDER.rglob("*.cu"))))
 
 
 def build_library(out: Path, architectures: Sequence[str] = ARCHITECTURES) -> None:

@@ -6,9 +6,7 @@
 #include <cuda_runtime.h>
 #include <stdint.h>
 
-#include <type_traits>
-
-#include "qwen1m_ops.h"
+#include "qwen1m/types.h"
 
 namespace qwen1m {
 namespace cuda {
@@ -58,14 +56,6 @@ int with_half_type(qwen1m_dtype dtype, F&& f) {
     case QWEN1M_FLOAT16: return f(f16{});
     default: return cudaErrorInvalidValue;
   }
-}
-
-// f(T{}, D) for attention: the activations' type, and the head size, 64 or 128, as a type of its own.
-template <typename F>
-int with_shape(qwen1m_dtype dtype, int head_dim, F&& f) {
-  return with_half_type(dtype, [&](auto type) {
-    return head_dim == 128 ? f(type, std::integral_constant<int, 128>{}) : f(type, std::integral_constant<int, 64>{});
-  });
 }
 
 template <typename F>

@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "paddle/phi/api/all.h"
-#include "qwen1m_ops.h"
+#include "qwen1m/pages.h"
 
 // The CUDA face of a kernel, where there is one.
 #ifdef QWEN1M_WITH_CUDA
@@ -37,7 +37,7 @@ inline std::string text(const Shape& shape) {
   return "[" + out + "]";
 }
 
-// paddle_qwen1m/ops.py shows the user what stands between the marks.
+// paddle_qwen1m/ops shows the user what stands between the marks.
 [[noreturn]] inline void refuse(const std::string& reason) { PD_THROW("[qwen1m] " + reason + " [/qwen1m]"); }
 
 // The reason is put together only when the condition does not hold.

@@ -1,4 +1,6 @@
 // PD_BUILD_OP binding of sampling.
+#include "qwen1m/sampling.h"
+
 #include "call.h"
 
 namespace qwen1m {

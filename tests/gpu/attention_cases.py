@@ -186,11 +186,12 @@ def poisoned(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.full(shape, float("nan"), dtype=dtype, device="cuda")
 
 
-def run_dense(cuda: Any, context: Context) -> tuple[Tensor, Tensor]:
-    """out [T, H, D] and lse [T, H] of the dense prefill kernel."""
+def run_dense(cuda: Any, context: Context, pieces: np.ndarray | None = None) -> tuple[Tensor, Tensor]:
+    """out [T, H, D] and lse [T, H] of the dense prefill kernel, on `pieces` in place of the context's own."""
     _, tokens, heads, head_dim = context.q.shape
     out, lse = poisoned(tokens, heads, head_dim, dtype=context.q.dtype), poisoned(tokens, heads)
-    pieces = pieces_of(context.begin, context.length, context.chunk_len)
+    if pieces is None:
+        pieces = pieces_of(context.begin, context.length, context.chunk_len)
     cuda(
         "dca_prefill",
         q=context.q,
@@ -314,27 +315,31 @@ def convert(cuda: Any, context: Context, columns: Tensor, slashes: Tensor) -> In
     return index
 
 
-def run_sparse(cuda: Any, context: Context, index: Index) -> tuple[Tensor, Tensor]:
-    """out [T, H, D] and lse [T, H] of the sparse prefill kernel on the context's one piece."""
+def run_sparse(cuda: Any, context: Context, index: Index, cuts: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
+    """out [T, H, D] and lse [T, H] of the sparse prefill kernel on the context's one piece, cut at those row blocks."""
     _, tokens, heads, head_dim = context.q.shape
     out, lse = poisoned(tokens, heads, head_dim, dtype=context.q.dtype), poisoned(tokens, heads)
-    cuda(
-        "dca_sparse_prefill",
-        q=context.q,
-        out=out,
-        lse=lse,
-        cache=context.cache,
-        block_table=context.table,
-        tables=index.fields,
-        activation=str(context.q.dtype),
-        scale=context.scale,
-        tokens=tokens,
-        heads=heads,
-        row=0,
-        begin=context.begin,
-        rows=tokens,
-        chunk_len=context.chunk_len,
-    )
+    borders = [0, *cuts, -(-tokens // 64)]
+    for first, last in zip(borders, borders[1:]):
+        cuda(
+            "dca_sparse_prefill",
+            q=context.q,
+            out=out,
+            lse=lse,
+            cache=context.cache,
+            block_table=context.table,
+            tables=index.fields,
+            activation=str(context.q.dtype),
+            scale=context.scale,
+            tokens=tokens,
+            heads=heads,
+            row=0,
+            begin=context.begin,
+            rows=tokens,
+            chunk_len=context.chunk_len,
+            first_block=first,
+            num_blocks=last - first,
+        )
     torch.cuda.synchronize()
     return out, lse
 

@@ -242,3 +242,34 @@ def test_sparse_prefill_of_a_long_context(cuda: Any, rng: np.random.Generator) -
     out, _ = cases.run_sparse(cuda, context, index)
     chosen = cases.sampled_rows(rng, 2048, 6)
     assert cases.worst(out[chosen], cases.reference(context, chosen, index.visited(context, chosen))) <= BOUND
+
+
+@pytest.mark.parametrize("cuts", [[1], [3, 4], [32], [1, 2, 3, 5, 8, 13, 21]])
+def test_rows_do_not_depend_on_how_a_piece_is_cut(cuda: Any, rng: np.random.Generator, cuts: list[int]) -> None:
+    """Ranges of a piece's row blocks, dense and sparse, bit by bit."""
+    context = cases.random_context(rng, 70001, 2101, heads=4, kv_heads=2, chunk_len=32768, page_size=256, sharpness=4.0)
+    whole = cases.pieces_of(context.begin, context.length, context.chunk_len)
+    assert len(whole) == 1
+    borders = [0, *(64 * cut for cut in cuts), 2101]
+    pieces = [(0, first, last - first, context.begin + first) for first, last in zip(borders, borders[1:])]
+    index = cases.convert(cuda, context, *random_selection(rng, context, 500, 1500))
+    pairs = [
+        (cases.run_dense(cuda, context), cases.run_dense(cuda, context, np.asarray(pieces, np.int32))),
+        (cases.run_sparse(cuda, context, index), cases.run_sparse(cuda, context, index, cuts)),
+    ]
+    for at_once, cut in pairs:
+        for expected, got in zip(at_once, cut):
+            assert torch.isfinite(expected).all() and torch.equal(expected, got)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 100, 256])
+def test_the_first_rows_of_a_page_are_copied(cuda: Any, rows: int) -> None:
+    pages = [torch.randn(5, 256, 2, 128, device="cuda").to(torch.bfloat16) for _ in range(2)]
+    expected = [pool.clone() for pool in pages]
+    for pool in expected:
+        pool[4, :rows] = pool[1, :rows]
+    cache = dict(key=pages[0], value=pages[1], dtype="bfloat16", page_size=256, kv_heads=2, head_dim=128)
+    cuda("copy_page", cache=cache, source=1, target=4, rows=rows)
+    torch.cuda.synchronize()
+    for pool, numbers in zip(pages, expected):
+        assert torch.equal(pool, numbers)

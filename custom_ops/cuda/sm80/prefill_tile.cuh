@@ -14,12 +14,14 @@
 //   prefetch(tile), publish(tile)      called around the products of tile - 2: time to look up the tile's slots
 #pragma once
 
-#include "dca_stages.h"
+#include "attention.cuh"
 #include "mma.cuh"
+#include "qwen1m/dca_stages.h"
 #include "row_loads.cuh"
 
 namespace qwen1m {
 namespace cuda {
+namespace sm80 {
 
 constexpr int kRowTiles = 2;
 constexpr int kWarpRows = 16 * kRowTiles;
@@ -272,7 +274,7 @@ __global__ void __launch_bounds__(Walk::kWarps* kWarp, Walk::kBlocks)
 }
 
 template <typename T, int D, typename Walk>
-int launch_prefill_of(const typename Walk::Arguments& a, dim3 grid, qwen1m_stream stream) {
+int launch_prefill(const typename Walk::Arguments& a, dim3 grid, qwen1m_stream stream) {
   const auto kernel = prefill_kernel<T, D, Walk>;
   constexpr int kBytes = prefill_shared_bytes<D, Walk>();
   const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
@@ -281,12 +283,6 @@ int launch_prefill_of(const typename Walk::Arguments& a, dim3 grid, qwen1m_strea
   return cudaGetLastError();
 }
 
-template <typename Walk>
-int launch_prefill(const typename Walk::Arguments& a, dim3 grid, qwen1m_stream stream) {
-  return with_shape(a.activation, a.cache.head_dim, [&](auto type, auto head_dim) {
-    return launch_prefill_of<decltype(type), decltype(head_dim)::value, Walk>(a, grid, stream);
-  });
-}
-
+}  // namespace sm80
 }  // namespace cuda
 }  // namespace qwen1m

@@ -7,7 +7,8 @@
 // the open diagonals in three registers, so that all sums are made in one order whatever the grid.
 #include <algorithm>
 
-#include "dca_stages.h"
+#include "attention.cuh"
+#include "qwen1m/dca_stages.h"
 #include "row_loads.cuh"
 
 namespace qwen1m {
@@ -347,8 +348,11 @@ ProbeArguments plan(const qwen1m_dca_probe& probe, void* workspace) {
   return a;
 }
 
+}  // namespace
+
 template <typename T, int D>
-int launch_probe(const ProbeArguments& a, qwen1m_stream stream) {
+int dca_probe(const qwen1m_dca_probe& probe, void* workspace, qwen1m_stream stream) {
+  const ProbeArguments a = plan(probe, workspace);
   constexpr int kBytes = probe_shared_bytes<D>();
   const auto statistics = statistics_kernel<T, D>;
   const auto sums = sums_kernel<T, D>;
@@ -363,7 +367,7 @@ int launch_probe(const ProbeArguments& a, qwen1m_stream stream) {
   return cudaGetLastError();
 }
 
-}  // namespace
+QWEN1M_INSTANTIATE(dca_probe, (const qwen1m_dca_probe&, void*, qwen1m_stream));
 
 }  // namespace cuda
 }  // namespace qwen1m
@@ -372,12 +376,4 @@ int64_t qwen1m_cuda_dca_probe_workspace(const qwen1m_dca_probe* a) {
   const auto planned = qwen1m::cuda::plan(*a, nullptr);
   return static_cast<int64_t>(planned.heads) * qwen1m::cuda::kProbeRows *
          (planned.spans * sizeof(float2) + sizeof(float));
-}
-
-int qwen1m_cuda_dca_probe(const qwen1m_dca_probe* a, void* workspace, qwen1m_stream stream) {
-  using namespace qwen1m::cuda;
-  const ProbeArguments arguments = plan(*a, workspace);
-  return with_shape(a->activation, a->cache.head_dim, [&](auto type, auto head_dim) {
-    return launch_probe<decltype(type), decltype(head_dim)::value>(arguments, stream);
-  });
 }

@@ -6,11 +6,13 @@
 // a ring of tiles keeps the reads under way. The grid does not depend on the lengths, which stay on the device.
 #include <algorithm>
 
-#include "dca_stages.h"
+#include "attention.cuh"
+#include "qwen1m/dca_stages.h"
 #include "row_loads.cuh"
 
 namespace qwen1m {
 namespace cuda {
+namespace sm80 {
 
 namespace {
 
@@ -271,8 +273,10 @@ int32_t decode_splits(const qwen1m_dca_decode& a) {
   return static_cast<int32_t>(std::max<int64_t>(1, std::min(fill, most)));
 }
 
+}  // namespace
+
 template <typename T, int D>
-int launch_decode(const qwen1m_dca_decode& decode, void* workspace, qwen1m_stream stream) {
+int dca_decode(const qwen1m_dca_decode& decode, void* workspace, qwen1m_stream stream) {
   DecodeArguments a{decode, nullptr, nullptr, decode_splits(decode)};
   const int64_t shares = static_cast<int64_t>(a.batch) * a.heads * a.splits;
   a.statistic = static_cast<float2*>(workspace);
@@ -287,19 +291,13 @@ int launch_decode(const qwen1m_dca_decode& decode, void* workspace, qwen1m_strea
   return cudaGetLastError();
 }
 
-}  // namespace
+QWEN1M_INSTANTIATE(dca_decode, (const qwen1m_dca_decode&, void*, qwen1m_stream));
 
+}  // namespace sm80
 }  // namespace cuda
 }  // namespace qwen1m
 
 int64_t qwen1m_cuda_dca_decode_workspace(const qwen1m_dca_decode* a) {
-  const int64_t shares = static_cast<int64_t>(a->batch) * a->heads * qwen1m::cuda::decode_splits(*a);
+  const int64_t shares = static_cast<int64_t>(a->batch) * a->heads * qwen1m::cuda::sm80::decode_splits(*a);
   return shares * (a->cache.head_dim * sizeof(float) + sizeof(float2));
-}
-
-int qwen1m_cuda_dca_decode(const qwen1m_dca_decode* a, void* workspace, qwen1m_stream stream) {
-  using namespace qwen1m::cuda;
-  return with_shape(a->activation, a->cache.head_dim, [&](auto type, auto head_dim) {
-    return launch_decode<decltype(type), decltype(head_dim)::value>(*a, workspace, stream);
-  });
 }

@@ -9,7 +9,8 @@
 #include <climits>
 
 #include "common.cuh"
-#include "dca_stages.h"
+#include "qwen1m/dca_stages.h"
+#include "qwen1m/keys.h"
 
 namespace qwen1m {
 namespace cuda {

@@ -12,6 +12,7 @@
 
 #include "block_scan.cuh"
 #include "common.cuh"
+#include "qwen1m/sampling.h"
 
 namespace qwen1m {
 namespace cuda {

@@ -4,6 +4,7 @@
 
 namespace qwen1m {
 namespace cuda {
+namespace sm80 {
 
 namespace {
 
@@ -33,12 +34,13 @@ struct SparseWalk {
       : a(arguments),
         shared(shared_memory),
         head(blockIdx.y),
-        rows(min(arguments.rows - static_cast<int>(blockIdx.x) * kTileRows, kTileRows)),
-        begin(arguments.begin + blockIdx.x * kTileRows),
-        first_row(arguments.row + static_cast<int64_t>(blockIdx.x) * kTileRows),
         scale(arguments.scale),
         pages(arguments.block_table, arguments.cache.page_size) {
-    const int64_t entry = static_cast<int64_t>(head) * gridDim.x + blockIdx.x;
+    const int row_block = a.first_block + static_cast<int>(blockIdx.x), skipped = row_block * kTileRows;
+    rows = min(a.rows - skipped, kTileRows);
+    begin = a.begin + skipped;
+    first_row = a.row + static_cast<int64_t>(skipped);
+    const int64_t entry = static_cast<int64_t>(head) * ((a.rows + kTileRows - 1) / kTileRows) + row_block;
     blocks = a.tables.blocks + entry * a.tables.block_width;
     columns = a.tables.columns + entry * a.tables.column_width;
     counts = a.tables.counts + entry * 2 * kStages;
@@ -91,11 +93,14 @@ struct SparseWalk {
 
 }  // namespace
 
+template <typename T, int D>
+int dca_sparse_prefill(const qwen1m_dca_sparse_prefill& a, qwen1m_stream stream) {
+  if (a.num_blocks == 0) return cudaSuccess;
+  return launch_prefill<T, D, SparseWalk>(a, dim3(a.num_blocks, a.heads), stream);
+}
+
+QWEN1M_INSTANTIATE(dca_sparse_prefill, (const qwen1m_dca_sparse_prefill&, qwen1m_stream));
+
+}  // namespace sm80
 }  // namespace cuda
 }  // namespace qwen1m
-
-int qwen1m_cuda_dca_sparse_prefill(const qwen1m_dca_sparse_prefill* a, qwen1m_stream stream) {
-  using namespace qwen1m::cuda;
-  const dim3 grid(static_cast<unsigned>(ceil_div(a->rows, SparseWalk::kTileRows)), a->heads);
-  return launch_prefill<SparseWalk>(*a, grid, stream);
-}

@@ -7,6 +7,7 @@
 
 #include "block_scan.cuh"
 #include "common.cuh"
+#include "qwen1m/keys.h"
 
 namespace qwen1m {
 namespace cuda {

@@ -1,5 +1,6 @@
 // Rotary tables, the rotations of queries and keys, the cache write, and where a decode step's tokens go.
-#include "dca_stages.h"
+#include "qwen1m/dca_stages.h"
+#include "qwen1m/step.h"
 #include "vectors.cuh"
 
 namespace qwen1m {

@@ -5,6 +5,7 @@
 // should hold pairs of k from all over a row, holds 8p to 8p + 7 of it: 16 bytes as they lie in memory, of the weight's
 // rows g and g + 8 and of x's row g. Nothing passes through shared memory, and what is under way is kept in registers.
 #include "mma.cuh"
+#include "qwen1m/step.h"
 #include "vectors.cuh"
 
 namespace qwen1m {

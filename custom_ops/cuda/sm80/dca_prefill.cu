@@ -3,6 +3,7 @@
 
 namespace qwen1m {
 namespace cuda {
+namespace sm80 {
 
 namespace {
 
@@ -75,22 +76,25 @@ struct DenseWalk {
 
 }  // namespace
 
-}  // namespace cuda
-}  // namespace qwen1m
-
-int qwen1m_cuda_dca_prefill(const qwen1m_dca_prefill* a, qwen1m_stream stream) {
-  using namespace qwen1m::cuda;
-  for (int first = 0; first < a->num_pieces; first += kMaxPieces) {
-    DenseArguments arguments{*a, {}};
-    arguments.num_pieces = a->num_pieces - first < kMaxPieces ? a->num_pieces - first : kMaxPieces;
+template <typename T, int D>
+int dca_prefill(const qwen1m_dca_prefill& a, qwen1m_stream stream) {
+  for (int first = 0; first < a.num_pieces; first += kMaxPieces) {
+    DenseArguments arguments{a, {}};
+    arguments.num_pieces = a.num_pieces - first < kMaxPieces ? a.num_pieces - first : kMaxPieces;
     int64_t tiles = 0;
     for (int p = 0; p < arguments.num_pieces; ++p) {
-      arguments.piece[p] = a->pieces[first + p];
+      arguments.piece[p] = a.pieces[first + p];
       tiles += ceil_div(arguments.piece[p].rows, DenseWalk::kTileRows);
     }
-    const dim3 grid(static_cast<unsigned>(tiles), a->heads);
-    const int status = launch_prefill<DenseWalk>(arguments, grid, stream);
+    const dim3 grid(static_cast<unsigned>(tiles), a.heads);
+    const int status = launch_prefill<T, D, DenseWalk>(arguments, grid, stream);
     if (status != cudaSuccess) return status;
   }
   return cudaSuccess;
 }
+
+QWEN1M_INSTANTIATE(dca_prefill, (const qwen1m_dca_prefill&, qwen1m_stream));
+
+}  // namespace sm80
+}  // namespace cuda
+}  // namespace qwen1m

@@ -1,4 +1,5 @@
 // Embedding and row gathering, casts, RMSNorm and SiLU: all bound by memory, each value read and written once.
+#include "qwen1m/step.h"
 #include "vectors.cuh"
 
 namespace qwen1m {

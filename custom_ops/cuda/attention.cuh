@@ -1,0 +1,33 @@
+// Attention and probe as templates over the activations' type and the head size: what dispatch.cu chooses from.
+#pragma once
+
+#include "common.cuh"
+#include "qwen1m/attention.h"
+#include "qwen1m/keys.h"
+
+namespace qwen1m {
+namespace cuda {
+
+template <typename T, int D>
+int dca_probe(const qwen1m_dca_probe&, void* workspace, qwen1m_stream);
+
+// For compute capability 8.0 and everything newer.
+namespace sm80 {
+
+template <typename T, int D>
+int dca_prefill(const qwen1m_dca_prefill&, qwen1m_stream);
+template <typename T, int D>
+int dca_sparse_prefill(const qwen1m_dca_sparse_prefill&, qwen1m_stream);
+template <typename T, int D>
+int dca_decode(const qwen1m_dca_decode&, void* workspace, qwen1m_stream);
+
+}  // namespace sm80
+}  // namespace cuda
+}  // namespace qwen1m
+
+// At the end of a kernel's file: function<T, D> for every type and head size, its parameters in parentheses.
+#define QWEN1M_INSTANTIATE(function, parameters)             \
+  template int function<qwen1m::cuda::bf16, 64> parameters;  \
+  template int function<qwen1m::cuda::bf16, 128> parameters; \
+  template int function<qwen1m::cuda::f16, 64> parameters;   \
+  template int function<qwen1m::cuda::f16, 128> parameters

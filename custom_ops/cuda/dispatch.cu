@@ -1,0 +1,50 @@
+// Which attention kernel runs: chosen by the activations' type and the head size.
+#include <type_traits>
+
+#include "attention.cuh"
+
+namespace qwen1m {
+namespace cuda {
+namespace {
+
+// f(T{}, D): the activations' type, and the head size as a type of its own.
+template <typename F>
+int with_shape(qwen1m_dtype dtype, int head_dim, F&& f) {
+  return with_half_type(dtype, [&](auto type) -> int {
+    switch (head_dim) {
+      case 64: return f(type, std::integral_constant<int, 64>{});
+      case 128: return f(type, std::integral_constant<int, 128>{});
+      default: return cudaErrorInvalidValue;
+    }
+  });
+}
+
+}  // namespace
+}  // namespace cuda
+}  // namespace qwen1m
+
+using namespace qwen1m::cuda;
+
+int qwen1m_cuda_dca_prefill(const qwen1m_dca_prefill* a, qwen1m_stream stream) {
+  return with_shape(a->activation, a->cache.head_dim, [&](auto type, auto head_dim) {
+    return sm80::dca_prefill<decltype(type), head_dim.value>(*a, stream);
+  });
+}
+
+int qwen1m_cuda_dca_sparse_prefill(const qwen1m_dca_sparse_prefill* a, qwen1m_stream stream) {
+  return with_shape(a->activation, a->cache.head_dim, [&](auto type, auto head_dim) {
+    return sm80::dca_sparse_prefill<decltype(type), head_dim.value>(*a, stream);
+  });
+}
+
+int qwen1m_cuda_dca_decode(const qwen1m_dca_decode* a, void* workspace, qwen1m_stream stream) {
+  return with_shape(a->activation, a->cache.head_dim, [&](auto type, auto head_dim) {
+    return sm80::dca_decode<decltype(type), head_dim.value>(*a, workspace, stream);
+  });
+}
+
+int qwen1m_cuda_dca_probe(const qwen1m_dca_probe* a, void* workspace, qwen1m_stream stream) {
+  return with_shape(a->activation, a->cache.head_dim, [&](auto type, auto head_dim) {
+    return dca_probe<decltype(type), head_dim.value>(*a, workspace, stream);
+  });
+}

@@ -1,0 +1,62 @@
+// Dual chunk attention: dense and sparse prefill, decode.
+#pragma once
+
+#include "qwen1m/keys.h"
+
+// Rows of one sequence that lie in one DCA chunk: rows [row, row + rows) of the step stand at positions
+// [begin, begin + rows) of the sequence. A range of a piece's rows is a piece as well.
+typedef struct {
+  int32_t sequence;
+  int32_t row;
+  int32_t rows;
+  int32_t begin;
+} qwen1m_piece;
+
+// Dense DCA over the pieces of a step, the three stages under one online softmax.
+typedef struct {
+  const void* q;  // [V, T, H, D]
+  void* out;      // [T, H, D], only the pieces' rows are written
+  float* lse;     // [T, H] natural log of the sum of exp(scaled logits), or null
+  qwen1m_cache cache;
+  const int32_t* block_tables;  // [S, table_width]
+  const qwen1m_piece* pieces;   // in host memory on every device
+  const float* scale;           // [S]
+  qwen1m_dtype activation;
+  int32_t tokens, heads, table_width, num_pieces, chunk_len;
+} qwen1m_dca_prefill;
+
+// One query a sequence against all of its cached keys.
+typedef struct {
+  const void* q;  // [V, B, H, D]
+  void* out;      // [B, H, D]
+  qwen1m_cache cache;
+  const int32_t* block_tables;  // [B, table_width]
+  const int32_t* lengths;       // [B]
+  const float* scale;           // [B]
+  qwen1m_dtype activation;
+  int32_t batch, heads, table_width, chunk_len;
+} qwen1m_dca_decode;
+
+// DCA of row blocks [first_block, first_block + num_blocks) of one piece over the keys that the piece's index names.
+typedef struct {
+  const void* q;
+  void* out;
+  float* lse;
+  qwen1m_cache cache;
+  const int32_t* block_table;
+  qwen1m_index_tables tables;
+  qwen1m_dtype activation;
+  float scale;
+  int32_t tokens, heads;
+  int32_t row, begin, rows, chunk_len;
+  int32_t first_block, num_blocks;
+} qwen1m_dca_sparse_prefill;
+
+QWEN1M_API void qwen1m_cpu_dca_prefill(const qwen1m_dca_prefill*);
+QWEN1M_API void qwen1m_cpu_dca_decode(const qwen1m_dca_decode*);
+QWEN1M_API void qwen1m_cpu_dca_sparse_prefill(const qwen1m_dca_sparse_prefill*);
+
+QWEN1M_API int qwen1m_cuda_dca_prefill(const qwen1m_dca_prefill*, qwen1m_stream);
+QWEN1M_API int64_t qwen1m_cuda_dca_decode_workspace(const qwen1m_dca_decode*);
+QWEN1M_API int qwen1m_cuda_dca_decode(const qwen1m_dca_decode*, void* workspace, qwen1m_stream);
+QWEN1M_API int qwen1m_cuda_dca_sparse_prefill(const qwen1m_dca_sparse_prefill*, qwen1m_stream);

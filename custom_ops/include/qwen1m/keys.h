@@ -1,0 +1,54 @@
+// Which keys a head visits: probe, top-k, index.
+#pragma once
+
+#include "qwen1m/pages.h"
+
+// Softmax of `rows` critical queries over keys [0, end), summed along columns and along diagonals.
+typedef struct {
+  const void* q;  // [V, rows, H, D]
+  qwen1m_cache cache;
+  const int32_t* block_table;
+  float* vertical;  // [H, end]
+  float* slash;     // [H, end], indexed by the column that the diagonal hits on the last row
+  qwen1m_dtype activation;
+  float scale;
+  int32_t rows, heads, end, chunk_len;
+} qwen1m_dca_probe;
+
+// Exact top-k a head, ties to the lower index, in ascending order; `forced_*` entries rank first.
+typedef struct {
+  const float* vertical;  // [H, keys]
+  const float* slash;     // [H, keys]
+  const int32_t* vertical_sizes;
+  const int32_t* slash_sizes;
+  int32_t* columns;  // [H, column_width], padded with INT32_MAX
+  int32_t* slashes;  // [H, slash_width]
+  int32_t heads, keys, column_width, slash_width;
+  int32_t forced_columns;    // the first ones
+  int32_t forced_diagonals;  // the last ones
+} qwen1m_select_critical;
+
+// What each head visits in each row block of one piece; absolute keys, stages in the order inter, succ, intra.
+typedef struct {
+  int32_t* blocks;   // [H, R, block_width] first keys
+  int32_t* columns;  // [H, R, column_width]
+  int32_t* counts;   // [H, R, 6]: blocks of intra, succ, inter, columns of intra, succ, inter
+  int32_t block_width, column_width;
+} qwen1m_index_tables;
+
+typedef struct {
+  const int32_t* columns;  // [H, selected_columns]
+  const int32_t* slashes;  // [H, selected_slashes]
+  qwen1m_index_tables tables;
+  int32_t heads, selected_columns, selected_slashes;
+  int32_t begin, rows, chunk_len, block;
+} qwen1m_sparse_index;
+
+QWEN1M_API void qwen1m_cpu_dca_probe(const qwen1m_dca_probe*);
+QWEN1M_API void qwen1m_cpu_select_critical(const qwen1m_select_critical*);
+QWEN1M_API void qwen1m_cpu_sparse_index(const qwen1m_sparse_index*);
+
+QWEN1M_API int64_t qwen1m_cuda_dca_probe_workspace(const qwen1m_dca_probe*);
+QWEN1M_API int qwen1m_cuda_dca_probe(const qwen1m_dca_probe*, void* workspace, qwen1m_stream);
+QWEN1M_API int qwen1m_cuda_select_critical(const qwen1m_select_critical*, qwen1m_stream);
+QWEN1M_API int qwen1m_cuda_sparse_index(const qwen1m_sparse_index*, qwen1m_stream);

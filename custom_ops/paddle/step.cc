@@ -1,0 +1,358 @@
+// PD_BUILD_OP bindings of the rest of a step: rotations and cache write, embedding, norms, linears, activation, casts.
+#include "qwen1m/step.h"
+
+#include <string>
+
+#include "dual_chunk.h"
+
+namespace qwen1m {
+namespace {
+
+Tensors rotary_table(const Tensor& positions, const Tensor& inv_freq) {
+  const Call call(positions);
+  call.expect(positions, "positions", DataType::INT32, {-1, -1});
+  call.expect(inv_freq, "inv_freq", DataType::FLOAT32, {-1});
+  const int64_t variants = positions.shape()[0], tokens = positions.shape()[1], head_dim = 2 * inv_freq.shape()[0];
+  const Tensor table = call.make({variants, tokens, head_dim}, DataType::FLOAT32);
+  call.run(
+      qwen1m_rotary_table{
+          .positions = positions.data<int32_t>(),
+          .inv_freq = inv_freq.data<float>(),
+          .table = pointer<float>(table),
+          .rows = variants * tokens,
+          .head_dim = static_cast<int32_t>(head_dim),
+      },
+      QWEN1M_KERNEL(rotary_table));
+  return {table};
+}
+
+Tensors rotate_and_cache(const Tensor& qkv, const Tensor& bias, const Tensor& table, const Tensor& slots,
+                         Tensor& key_cache, Tensor& value_cache) {
+  Call call(qkv);
+  const qwen1m_cache cache = call.expect_cache(key_cache, value_cache);
+  const qwen1m_dtype activation = call.expect_activation(qkv, "qkv", {-1, -1});
+  const int64_t tokens = qkv.shape()[0], width = qkv.shape()[1], d = cache.head_dim;
+  const int64_t heads = width / d - 2 * cache.kv_heads;
+  QWEN1M_REQUIRE(width % d == 0 && heads > 0 && heads % cache.kv_heads == 0,
+                 "qkv's width must be (H + 2 * " + text(cache.kv_heads) + ") * " + text(d) +
+                     " with H a multiple of the KV heads, got " + text(width));
+  const qwen1m_dtype bias_type = call.expect_stored(bias, "bias", {width});
+  call.expect(table, "table", DataType::FLOAT32, {-1, tokens, d});
+  call.expect(slots, "slots", DataType::INT64, {tokens});
+  const int64_t variants = table.shape()[0], places = key_cache.shape()[0] * cache.page_size;
+  const int64_t* slot = slots.data<int64_t>();
+  for (int64_t t = 0; !call.on_gpu() && t < tokens; ++t) {
+    QWEN1M_REQUIRE(slot[t] >= 0 && slot[t] < places,
+                   "slot " + text(slot[t]) + " is outside the cache of " + text(places) + " tokens");
+  }
+  const Tensor q = call.make_activation({variants, tokens, heads, d});
+  call.run(
+      qwen1m_rotate_and_cache{
+          .qkv = qkv.data(),
+          .bias = bias.data(),
+          .table = table.data<float>(),
+          .slots = slot,
+          .q = memory(q),
+          .cache = cache,
+          .activation = activation,
+          .bias_dtype = bias_type,
+          .variants = static_cast<int32_t>(variants),
+          .tokens = static_cast<int32_t>(tokens),
+          .heads = static_cast<int32_t>(heads),
+      },
+      QWEN1M_KERNEL(rotate_and_cache));
+  return {q};
+}
+
+Tensors rotate_queries(const Tensor& qkv, const Tensor& bias, const Tensor& table, int64_t row, int64_t heads) {
+  Call call(qkv);
+  const qwen1m_dtype activation = call.expect_activation(qkv, "qkv", {-1, -1});
+  call.expect(table, "table", DataType::FLOAT32, {-1, -1, -1});
+  const int64_t variants = table.shape()[0], rows = table.shape()[1], d = table.shape()[2];
+  const int64_t tokens = qkv.shape()[0], width = qkv.shape()[1], kv_heads = (width / d - heads) / 2;
+  QWEN1M_REQUIRE(heads > 0 && kv_heads > 0 && (heads + 2 * kv_heads) * d == width,
+                 "qkv's width " + text(width) + " does not hold " + text(heads) + " heads of " + text(d) +
+                     " and their keys and values");
+  const qwen1m_dtype bias_type = call.expect_stored(bias, "bias", {width});
+  QWEN1M_REQUIRE(row >= 0 && row + rows <= tokens,
+                 "rows " + text(row) + " to " + text(row + rows) + " are not among the " + text(tokens));
+  const Tensor q = call.make_activation({variants, rows, heads, d});
+  call.run(
+      qwen1m_rotate_queries{
+          .qkv = qkv.data(),
+          .bias = bias.data(),
+          .table = table.data<float>(),
+          .q = memory(q),
+          .activation = activation,
+          .bias_dtype = bias_type,
+          .variants = static_cast<int32_t>(variants),
+          .row = static_cast<int32_t>(row),
+          .rows = static_cast<int32_t>(rows),
+          .heads = static_cast<int32_t>(heads),
+          .kv_heads = static_cast<int32_t>(kv_heads),
+          .head_dim = static_cast<int32_t>(d),
+      },
+      QWEN1M_KERNEL(rotate_queries));
+  return {q};
+}
+
+Tensors decode_inputs(Tensor& lengths, const Tensor& block_tables, const Tensor& inv_freq, int64_t page_size,
+                      int64_t chunk_len, int64_t chunk_size, int64_t original_max_position_embeddings) {
+  const Call call(lengths);
+  call.expect(lengths, "lengths", DataType::INT32, {-1});
+  const int64_t batch = lengths.shape()[0];
+  call.expect(block_tables, "block_tables", DataType::INT32, {batch, -1});
+  call.expect(inv_freq, "inv_freq", DataType::FLOAT32, {-1});
+  const int64_t width = block_tables.shape()[1], head_dim = 2 * inv_freq.shape()[0];
+  call.expect_page_size(page_size);
+  expect_chunk(chunk_len, page_size);
+  for (int64_t b = 0; !call.on_gpu() && b < batch; ++b) {
+    const int64_t length = lengths.data<int32_t>()[b];
+    QWEN1M_REQUIRE(
+        length >= 0 && length < width * page_size,
+        "the block table has room for " + text(width * page_size) + " keys, of which " + text(length) + " are taken");
+  }
+  const Tensor slots = call.make({batch}, DataType::INT64), scale = call.make({batch}, DataType::FLOAT32);
+  const Tensor table = call.make({3, batch, head_dim}, DataType::FLOAT32);
+  call.run(
+      qwen1m_decode_inputs{
+          .lengths = pointer<int32_t>(lengths),
+          .block_tables = block_tables.data<int32_t>(),
+          .inv_freq = inv_freq.data<float>(),
+          .slots = pointer<int64_t>(slots),
+          .table = pointer<float>(table),
+          .scale = pointer<float>(scale),
+          .batch = static_cast<int32_t>(batch),
+          .table_width = static_cast<int32_t>(width),
+          .page_size = static_cast<int32_t>(page_size),
+          .head_dim = static_cast<int32_t>(head_dim),
+          .chunk_len = static_cast<int32_t>(chunk_len),
+          .chunk_size = static_cast<int32_t>(chunk_size),
+          .original_max_position_embeddings = static_cast<int32_t>(original_max_position_embeddings),
+      },
+      QWEN1M_KERNEL(decode_inputs));
+  return {slots, table, scale};
+}
+
+// Rows of `table` [n, width] at `indices`, each of which must be one of its n.
+void expect_indices(const Call& call, const Tensor& indices, int64_t count, const std::string& what,
+                    const std::string& among) {
+  if (call.on_gpu()) return;
+  const int64_t* index = indices.data<int64_t>();
+  for (int64_t i = 0; i < indices.shape()[0]; ++i) {
+    QWEN1M_REQUIRE(index[i] >= 0 && index[i] < count, what + " " + text(index[i]) + among);
+  }
+}
+
+// `table` holds the rows of ids `first` .. of a vocabulary; other ids give zeros.
+Tensors embedding(const Tensor& ids, const Tensor& table, int64_t first, int64_t vocabulary) {
+  Call call(ids);
+  call.expect(ids, "ids", DataType::INT64, {-1});
+  const qwen1m_dtype type = call.expect_stored(table, "table", {-1, -1});
+  const int64_t tokens = ids.shape()[0], rows = table.shape()[0], width = table.shape()[1];
+  call.expect_width(width);
+  expect_indices(call, ids, vocabulary, "id", " is outside the vocabulary of " + text(vocabulary));
+  const Tensor out = call.make({tokens, width}, DataType::FLOAT32);
+  call.run(
+      qwen1m_embedding{
+          .ids = ids.data<int64_t>(),
+          .table = table.data(),
+          .out = memory(out),
+          .tokens = tokens,
+          .width = width,
+          .rows = rows,
+          .first = first,
+          .dtype = type,
+          .out_dtype = QWEN1M_FLOAT32,
+      },
+      QWEN1M_KERNEL(embedding));
+  return {out};
+}
+
+Tensors gather_rows(const Tensor& hidden, const Tensor& rows) {
+  Call call(hidden);
+  call.expect_shape(hidden, "hidden", {-1, -1});
+  const bool wide = hidden.dtype() == DataType::FLOAT32;
+  const qwen1m_dtype type = wide ? QWEN1M_FLOAT32 : call.expect_activation(hidden, "hidden", {-1, -1});
+  call.expect(rows, "rows", DataType::INT64, {-1});
+  const int64_t tokens = hidden.shape()[0], width = hidden.shape()[1], count = rows.shape()[0];
+  call.expect_width(width);
+  expect_indices(call, rows, tokens, "row", " is not one of the " + text(tokens) + " rows");
+  const Tensor out = call.make({count, width}, hidden.dtype());
+  call.run(
+      qwen1m_embedding{
+          .ids = rows.data<int64_t>(),
+          .table = hidden.data(),
+          .out = memory(out),
+          .tokens = count,
+          .width = width,
+          .rows = tokens,
+          .first = 0,
+          .dtype = type,
+          .out_dtype = type,
+      },
+      QWEN1M_KERNEL(embedding));
+  return {out};
+}
+
+Tensors normalise(const Tensor* delta, const Tensor& residual, const Tensor& weight, float eps) {
+  Call call(residual);
+  call.expect(residual, delta ? "residual" : "hidden", DataType::FLOAT32, {-1, -1});
+  const int64_t tokens = residual.shape()[0], width = residual.shape()[1];
+  if (delta) call.expect_activation(*delta, "delta", {tokens, width});
+  const qwen1m_dtype type = call.expect_stored(weight, "weight", {width});
+  call.expect_width(width);
+  const Tensor out = call.make_activation({tokens, width});
+  call.run(
+      qwen1m_rms_norm{
+          .delta = delta ? delta->data() : nullptr,
+          .residual = pointer<float>(residual),
+          .weight = weight.data(),
+          .out = memory(out),
+          .tokens = tokens,
+          .width = width,
+          .eps = eps,
+          .activation = storage_type(out, "out"),
+          .dtype = type,
+      },
+      QWEN1M_KERNEL(rms_norm));
+  return {out};
+}
+
+Tensors rms_norm(const Tensor& hidden, const Tensor& weight, float eps) {
+  return normalise(nullptr, hidden, weight, eps);
+}
+
+Tensors add_rms_norm(const Tensor& delta, Tensor& residual, const Tensor& weight, float eps) {
+  return normalise(&delta, residual, weight, eps);
+}
+
+Tensors linear(const Tensor& x, const Tensor& weight, const paddle::optional<Tensor>& bias, bool float32_out) {
+  Call call(x);
+  const qwen1m_dtype activation = call.expect_activation(x, "x", {-1, -1});
+  const int64_t tokens = x.shape()[0], depth = x.shape()[1];
+  const qwen1m_dtype type = call.expect_stored(weight, "weight", {-1, depth});
+  call.expect_width(depth);
+  const int64_t features = weight.shape()[0];
+  if (bias) call.expect(*bias, "bias", weight.dtype(), {features});
+  const Tensor y =
+      float32_out ? call.make({tokens, features}, DataType::FLOAT32) : call.make_activation({tokens, features});
+  call.run(
+      qwen1m_linear{
+          .x = x.data(),
+          .weight = weight.data(),
+          .bias = bias ? bias->data() : nullptr,
+          .y = memory(y),
+          .tokens = tokens,
+          .in_features = depth,
+          .out_features = features,
+          .activation = activation,
+          .out_dtype = storage_type(y, "y"),
+          .dtype = type,
+      },
+      QWEN1M_KERNEL(linear));
+  return {y};
+}
+
+Tensors silu_mul(const Tensor& gate_up) {
+  Call call(gate_up);
+  const qwen1m_dtype activation = call.expect_activation(gate_up, "gate_up", {-1, -1});
+  const int64_t tokens = gate_up.shape()[0], width = gate_up.shape()[1] / 2;
+  QWEN1M_REQUIRE(width * 2 == gate_up.shape()[1], "gate_up's width must be even, got " + text(gate_up.shape()[1]));
+  call.expect_width(width);
+  const Tensor out = call.make_activation({tokens, width});
+  call.run(
+      qwen1m_silu_mul{
+          .gate_up = gate_up.data(),
+          .out = memory(out),
+          .tokens = tokens,
+          .width = width,
+          .activation = activation,
+      },
+      QWEN1M_KERNEL(silu_mul));
+  return {out};
+}
+
+Tensors cast(const Tensor& values, const std::string& dtype) {
+  Call call(values);
+  const qwen1m_dtype type = storage_type(values, "values");
+  const DataType wanted = dtype == "float32"    ? DataType::FLOAT32
+                          : dtype == "bfloat16" ? DataType::BFLOAT16
+                          : dtype == "float16"  ? DataType::FLOAT16
+                                                : DataType::UNDEFINED;
+  QWEN1M_REQUIRE(wanted != DataType::UNDEFINED, "dtype must be float32, bfloat16 or float16, got " + dtype);
+  const Tensor out = call.make(values.shape(), wanted);
+  call.run(
+      qwen1m_cast{
+          .values = values.data(),
+          .out = memory(out),
+          .count = values.numel(),
+          .dtype = type,
+          .out_dtype = storage_type(out, "out"),
+      },
+      QWEN1M_KERNEL(cast));
+  return {out};
+}
+
+}  // namespace
+}  // namespace qwen1m
+
+PD_BUILD_OP(qwen1m_rotary_table)
+    .Inputs({"positions", "inv_freq"})
+    .Outputs({"table"})
+    .SetKernelFn(PD_KERNEL(qwen1m::rotary_table));
+
+PD_BUILD_OP(qwen1m_rotate_and_cache)
+    .Inputs({"qkv", "bias", "table", "slots", "key_cache", "value_cache"})
+    .Outputs({"written_keys", "written_values", "q"})
+    .SetInplaceMap({{"key_cache", "written_keys"}, {"value_cache", "written_values"}})
+    .SetKernelFn(PD_KERNEL(qwen1m::rotate_and_cache));
+
+PD_BUILD_OP(qwen1m_rotate_queries)
+    .Inputs({"qkv", "bias", "table"})
+    .Outputs({"q"})
+    .Attrs({"row: int64_t", "heads: int64_t"})
+    .SetKernelFn(PD_KERNEL(qwen1m::rotate_queries));
+
+PD_BUILD_OP(qwen1m_decode_inputs)
+    .Inputs({"lengths", "block_tables", "inv_freq"})
+    .Outputs({"grown", "slots", "table", "scale"})
+    .Attrs({"page_size: int64_t", "chunk_len: int64_t", "chunk_size: int64_t",
+            "original_max_position_embeddings: int64_t"})
+    .SetInplaceMap({{"lengths", "grown"}})
+    .SetKernelFn(PD_KERNEL(qwen1m::decode_inputs));
+
+PD_BUILD_OP(qwen1m_embedding)
+    .Inputs({"ids", "table"})
+    .Outputs({"out"})
+    .Attrs({"first: int64_t", "vocabulary: int64_t"})
+    .SetKernelFn(PD_KERNEL(qwen1m::embedding));
+
+PD_BUILD_OP(qwen1m_gather_rows).Inputs({"hidden", "rows"}).Outputs({"out"}).SetKernelFn(PD_KERNEL(qwen1m::gather_rows));
+
+PD_BUILD_OP(qwen1m_rms_norm)
+    .Inputs({"hidden", "weight"})
+    .Outputs({"out"})
+    .Attrs({"eps: float"})
+    .SetKernelFn(PD_KERNEL(qwen1m::rms_norm));
+
+PD_BUILD_OP(qwen1m_add_rms_norm)
+    .Inputs({"delta", "residual", "weight"})
+    .Outputs({"sum", "out"})
+    .Attrs({"eps: float"})
+    .SetInplaceMap({{"residual", "sum"}})
+    .SetKernelFn(PD_KERNEL(qwen1m::add_rms_norm));
+
+PD_BUILD_OP(qwen1m_linear)
+    .Inputs({"x", "weight", paddle::Optional("bias")})
+    .Outputs({"y"})
+    .Attrs({"float32_out: bool"})
+    .SetKernelFn(PD_KERNEL(qwen1m::linear));
+
+PD_BUILD_OP(qwen1m_silu_mul).Inputs({"gate_up"}).Outputs({"out"}).SetKernelFn(PD_KERNEL(qwen1m::silu_mul));
+
+PD_BUILD_OP(qwen1m_cast)
+    .Inputs({"values"})
+    .Outputs({"out"})
+    .Attrs({"dtype: std::string"})
+    .SetKernelFn(PD_KERNEL(qwen1m::cast));

@@ -1,0 +1,70 @@
+"""Python face of the custom ops: one function an op, one signature on every device.
+
+Shapes use these letters: T rows (tokens) of a step, S sequences, H query heads, G KV heads, D head_dim, V query
+variants (1 to 3, in the order of `Stage`), M keys that the last row of a piece sees, R row blocks of a piece.
+
+Attention reads a paged cache: `key_cache` and `value_cache` are [pages, page_size, G, D]; a sequence's block table
+lists its pages in order. Cached keys are rotated at p mod L and never multiplied by the temperature: the caller puts
+m(n)^2 into `scale`. L is `chunk_len` = chunk_size - local_size, a multiple of page_size.
+
+An op runs where its tensors lie, all on one device. Activations are float32 on a CPU, where weights and caches are
+float32, bfloat16 or float16; on a GPU activations, weights and caches are of one type, bfloat16 or float16, and a page
+holds a power of two of tokens, at least 64. The residual stream, rotary tables, scales, LSE, sums and logits are
+float32 everywhere.
+
+Shapes and types are checked as the op is called (custom_ops/paddle); what does not fit raises ValueError naming the op,
+the argument and what it got. Values (ids, slots, lengths, pages) are checked on a CPU only: on a GPU an op launches its
+kernels and does not wait.
+"""
+
+from paddle_qwen1m.ops.attention import Stage, dca_decode, dca_prefill, dca_sparse_prefill
+from paddle_qwen1m.ops.keys import PROBE_ROWS, SparseIndex, dca_probe, select_critical, sparse_index
+from paddle_qwen1m.ops.library import LIBRARY, cpu_isa, gpu_obstacle, load, on_gpu, set_num_threads
+from paddle_qwen1m.ops.pages import copy_page
+from paddle_qwen1m.ops.sampling import sample
+from paddle_qwen1m.ops.step import (
+    FEW_ROWS,
+    add_rms_norm,
+    cast,
+    decode_inputs,
+    embedding,
+    gather_rows,
+    linear,
+    rms_norm,
+    rotary_table,
+    rotate_and_cache,
+    rotate_queries,
+    silu_mul,
+)
+
+__all__ = [
+    "FEW_ROWS",
+    "LIBRARY",
+    "PROBE_ROWS",
+    "SparseIndex",
+    "Stage",
+    "add_rms_norm",
+    "cast",
+    "copy_page",
+    "cpu_isa",
+    "dca_decode",
+    "dca_prefill",
+    "dca_probe",
+    "dca_sparse_prefill",
+    "decode_inputs",
+    "embedding",
+    "gather_rows",
+    "gpu_obstacle",
+    "linear",
+    "load",
+    "on_gpu",
+    "rms_norm",
+    "rotary_table",
+    "rotate_and_cache",
+    "rotate_queries",
+    "sample",
+    "select_critical",
+    "set_num_threads",
+    "silu_mul",
+    "sparse_index",
+]

@@ -1,0 +1,72 @@
+"""Ops that choose the keys of a sparse prefill: probe, top-k, index."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import paddle
+
+from paddle_qwen1m.config import BLOCK, LOCAL_DIAGONALS, SINK_COLUMNS
+from paddle_qwen1m.ops.library import call
+
+PROBE_ROWS = 64
+
+
+class SparseIndex(NamedTuple):
+    """What every head visits in every block of 64 rows of one piece (spec section 6, the three stages side by side).
+
+    blocks: int32 [H, R, B] absolute first keys of 64-key blocks, not aligned; ascending: inter, then succ, then intra.
+    columns: int32 [H, R, C] absolute keys, ascending in the same order; none lies in a block of its stage.
+    counts: int32 [H, R, 6]: blocks of intra, succ, inter, then columns of intra, succ, inter. Entries past the counts
+    are undefined.
+    """
+
+    blocks: paddle.Tensor
+    columns: paddle.Tensor
+    counts: paddle.Tensor
+
+
+def dca_probe(
+    q: paddle.Tensor, key_cache: paddle.Tensor, block_table: paddle.Tensor, end: int, chunk_len: int, scale: float
+) -> tuple[paddle.Tensor, paddle.Tensor]:
+    """Softmax of a piece's last critical queries over keys [0, end), summed by column and by diagonal (spec 5.1-5.3).
+
+    q [V, n, H, D], n <= 64, are the critical rotations of the rows that end at position end - 1; block_table int32 [W].
+    Returns vertical and slash, float32 [H, end]; slash is indexed by the column that a diagonal hits on the last row.
+    """
+    vertical, slash = call("dca_probe", q, key_cache, block_table, end, chunk_len, scale)
+    return vertical, slash
+
+
+def select_critical(
+    vertical: paddle.Tensor,
+    slash: paddle.Tensor,
+    vertical_sizes: paddle.Tensor,
+    slash_sizes: paddle.Tensor,
+    max_vertical: int,
+    max_slash: int,
+) -> tuple[paddle.Tensor, paddle.Tensor]:
+    """Each head's best columns and diagonals: int32 [H, min(max, M)], ascending, padded with INT32_MAX (spec 5.2-5.4).
+
+    The first 30 columns and the last 100 slash columns come first, then the largest sums, ties to the lower index.
+    Sizes are int32 [H], at most `max_vertical` and `max_slash`.
+    """
+    columns, slashes = call(
+        "select_critical",
+        vertical,
+        slash,
+        vertical_sizes,
+        slash_sizes,
+        max_vertical,
+        max_slash,
+        SINK_COLUMNS,
+        LOCAL_DIAGONALS,
+    )
+    return columns, slashes
+
+
+def sparse_index(
+    columns: paddle.Tensor, slashes: paddle.Tensor, begin: int, rows: int, chunk_len: int, block: int = BLOCK
+) -> SparseIndex:
+    """What the piece [begin, begin + rows) visits, from `select_critical`'s result (spec 5.5 and 6)."""
+    return SparseIndex(*call("sparse_index", columns, slashes, begin, rows, chunk_len, block))

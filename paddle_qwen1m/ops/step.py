@@ -1,0 +1,116 @@
+"""Ops of the rest of a step: rotations and cache write, embedding, norms, linears, activation, casts."""
+
+from __future__ import annotations
+
+import paddle
+
+from paddle_qwen1m.ops.library import call
+
+FEW_ROWS = 16
+"""Up to so many rows a linear layer on a GPU is a custom op, which reads the weights once; above, a GEMM of cuBLAS."""
+
+
+def embedding(
+    ids: paddle.Tensor, table: paddle.Tensor, *, first: int = 0, vocabulary: int | None = None
+) -> paddle.Tensor:
+    """Rows `ids` (int64 [T]) of `table` [rows, N]: the residual stream, float32 [T, N].
+
+    A table that holds a part of a vocabulary, its rows from `first` on, gives zeros for the ids of other parts.
+    """
+    return call("embedding", ids, table, first, table.shape[0] if vocabulary is None else vocabulary)[0]
+
+
+def rms_norm(hidden: paddle.Tensor, weight: paddle.Tensor, eps: float) -> paddle.Tensor:
+    """hidden / sqrt(mean(hidden^2) + eps) * weight over the last axis of float32 [T, N], as activations."""
+    return call("rms_norm", hidden, weight, eps)[0]
+
+
+def add_rms_norm(delta: paddle.Tensor, residual: paddle.Tensor, weight: paddle.Tensor, eps: float) -> paddle.Tensor:
+    """Adds `delta` [T, N] to `residual` float32 in place and returns the RMSNorm of the sum, as activations."""
+    return call("add_rms_norm", delta, residual, weight, eps)[1]
+
+
+def linear(
+    x: paddle.Tensor, weight: paddle.Tensor, bias: paddle.Tensor | None = None, *, float32: bool = False
+) -> paddle.Tensor:
+    """x [T, K] times the transpose of `weight` [N, K] (as published, out by in), plus `bias` [N]: [T, N].
+
+    The result is activations, or float32 when asked for. On a GPU more than FEW_ROWS rows are multiplied by Paddle's
+    matmul, which rounds to the activations' type first and takes no bias (ValueError).
+    """
+    if x.shape[0] <= FEW_ROWS or not x.place.is_gpu_place():
+        return call("linear", x, weight, bias, float32)[0]
+    if bias is not None:
+        raise ValueError(f"linear: bias must be None for more than {FEW_ROWS} rows on a GPU, got {x.shape[0]} rows")
+    y = paddle.matmul(x, weight, transpose_y=True)
+    return cast(y, "float32") if float32 else y
+
+
+def cast(values: paddle.Tensor, dtype: str) -> paddle.Tensor:
+    """`values` as "float32", "bfloat16" or "float16", rounded to nearest even."""
+    return call("cast", values, dtype)[0]
+
+
+def silu_mul(gate_up: paddle.Tensor) -> paddle.Tensor:
+    """SiLU of the left half of [T, 2I] times its right half: [T, I]."""
+    return call("silu_mul", gate_up)[0]
+
+
+def gather_rows(hidden: paddle.Tensor, rows: paddle.Tensor) -> paddle.Tensor:
+    """Rows `rows` (int64 [n]) of `hidden` [T, N], activations or float32."""
+    return call("gather_rows", hidden, rows)[0]
+
+
+def rotary_table(positions: paddle.Tensor, inv_freq: paddle.Tensor) -> paddle.Tensor:
+    """cos | sin of positions (int32 [V, T]) times inv_freq (float32 [D/2]), the product in float32: [V, T, D]."""
+    return call("rotary_table", positions, inv_freq)[0]
+
+
+def rotate_and_cache(
+    qkv: paddle.Tensor,
+    bias: paddle.Tensor,
+    table: paddle.Tensor,
+    slots: paddle.Tensor,
+    key_cache: paddle.Tensor,
+    value_cache: paddle.Tensor,
+) -> paddle.Tensor:
+    """Adds the bias to qkv [T, (H + 2G) D], writes keys rotated by table[0] and values, returns q [V, T, H, D].
+
+    `table` is a `rotary_table` of V variants; slots (int64 [T]) are page * page_size + offset. The caches are written
+    in place, rounded once to their type.
+    """
+    return call("rotate_and_cache", qkv, bias, table, slots, key_cache, value_cache)[2]
+
+
+def rotate_queries(
+    qkv: paddle.Tensor, bias: paddle.Tensor, table: paddle.Tensor, row: int, heads: int
+) -> paddle.Tensor:
+    """Biased queries of rows [row, row + n) of qkv, rotated by each variant of table [V, n, D]: [V, n, H, D]."""
+    return call("rotate_queries", qkv, bias, table, row, heads)[0]
+
+
+def decode_inputs(
+    lengths: paddle.Tensor,
+    block_tables: paddle.Tensor,
+    inv_freq: paddle.Tensor,
+    page_size: int,
+    chunk_len: int,
+    chunk_size: int,
+    original_max_position_embeddings: int,
+) -> tuple[paddle.Tensor, paddle.Tensor, paddle.Tensor]:
+    """Where the next token of each of B sequences goes and how it is rotated; their lengths grow by one in place.
+
+    lengths int32 [B], block_tables int32 [B, W], inv_freq float32 [D/2]. Returns slots int64 [B], the rotary table of
+    all three variants float32 [3, B, D], and the scales D^-0.5 m(length)^2 float32 [B].
+    """
+    _, slots, table, scale = call(
+        "decode_inputs",
+        lengths,
+        block_tables,
+        inv_freq,
+        page_size,
+        chunk_len,
+        chunk_size,
+        original_max_position_embeddings,
+    )
+    return slots, table, scale
