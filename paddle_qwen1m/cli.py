@@ -220,7 +220,7 @@ def generate(arguments: argparse.Namespace) -> int:
     if arguments.question is not None and not arguments.question.strip():
         raise InputError("--question is empty")
     text = user_text(read_document(arguments.prompt_file), arguments.question)
-    from paddle_qwen1m.worker import Leader
+    from paddle_qwen1m.parallel.follow import Leader
 
     started = time.perf_counter()
     with as_input():

@@ -10,7 +10,7 @@ from paddle_qwen1m.attention.attend import LayerBudgets, Observer, attend
 from paddle_qwen1m.attention.step import Step
 from paddle_qwen1m.cache import PagedCache
 from paddle_qwen1m.config import ModelConfig, SparseBudgets
-from paddle_qwen1m.parallel import ALONE, Group
+from paddle_qwen1m.parallel.group import ALONE, Group
 from paddle_qwen1m.weights import Slot
 from paddle_qwen1m.weights.names import EMBEDDING, HEAD, published_shapes
 from paddle_qwen1m.weights.sharding import local_config, part_of

@@ -28,7 +28,7 @@ from .generation import (
 )
 from .hub import Checkpoint, HubError, locate, read_json
 from .model import Qwen2OneM
-from .parallel import ALONE, Group, start
+from .parallel.group import ALONE, Group, start
 from .weights import load_checkpoint
 from .weights.names import HEAD
 from .weights.sharding import check_degree, rank_directory, rank_sets

@@ -15,7 +15,7 @@ import os
 import sys
 
 from paddle_qwen1m import cli
-from paddle_qwen1m.job import StartError, launched_rank, launched_ranks
+from paddle_qwen1m.parallel.job import StartError, launched_rank, launched_ranks
 
 
 def read_arguments() -> argparse.Namespace:
@@ -34,7 +34,7 @@ def read_arguments() -> argparse.Namespace:
 
 
 def help_rank_0(arguments: argparse.Namespace) -> int:
-    from paddle_qwen1m.worker import follow
+    from paddle_qwen1m.parallel.follow import follow
 
     with cli.as_input():
         model = cli.load_model(arguments)
@@ -45,7 +45,7 @@ def help_rank_0(arguments: argparse.Namespace) -> int:
 def main() -> int:
     arguments = read_arguments()
     os.environ.setdefault("GLOG_minloglevel", "2")  # read as Paddle is imported
-    from paddle_qwen1m.parallel import start
+    from paddle_qwen1m.parallel.group import start
 
     try:
         group = start(launched_ranks())

@@ -26,17 +26,17 @@ SCRIPT = """
 import json, sys
 import numpy as np
 import paddle_qwen1m
-from paddle_qwen1m import parallel
 from paddle_qwen1m.engine import SamplingParams
 from paddle_qwen1m.paddlenlp import Qwen2OneMForCausalLM
+from paddle_qwen1m.parallel.group import ProcessGroup
 
 checkpoint, out = sys.argv[1:]
 calls = {"all_reduce": 0, "gather_columns": 0}
 for name in calls:
-    def counted(self, *arguments, _call=getattr(parallel.ProcessGroup, name), _name=name):
+    def counted(self, *arguments, _call=getattr(ProcessGroup, name), _name=name):
         calls[_name] += 1
         return _call(self, *arguments)
-    setattr(parallel.ProcessGroup, name, counted)
+    setattr(ProcessGroup, name, counted)
 
 found = {}
 for graph in (True, False):

@@ -15,7 +15,7 @@ import numpy as np
 
 from paddle_qwen1m import Qwen2OneMForCausalLM
 from paddle_qwen1m.engine import PrefillProgress, SamplingParams
-from paddle_qwen1m.job import launched_rank, launched_ranks
+from paddle_qwen1m.parallel.job import launched_rank, launched_ranks
 
 
 def main() -> None:

@@ -15,8 +15,8 @@ from parallel_cases import asked_bytes
 
 from paddle_qwen1m import Qwen2OneMForCausalLM
 from paddle_qwen1m.engine import SamplingParams
-from paddle_qwen1m.job import launched_rank, launched_ranks
-from paddle_qwen1m.parallel import start
+from paddle_qwen1m.parallel.group import start
+from paddle_qwen1m.parallel.job import launched_rank, launched_ranks
 
 
 def main() -> None:

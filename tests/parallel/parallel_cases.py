@@ -150,7 +150,7 @@ def index_sets(results: Results, key: str) -> dict[tuple[int, ...], tuple[bytes,
 def main() -> None:
     job, out = sys.argv[1:]
     import paddle_qwen1m  # noqa: F401
-    from paddle_qwen1m.job import launched_rank, launched_ranks
+    from paddle_qwen1m.parallel.job import launched_rank, launched_ranks
 
     results = run(json.loads(Path(job).read_text(encoding="utf-8")), launched_ranks())
     np.savez(Path(out) / f"rank-{launched_rank()}.npz", **results)

@@ -13,7 +13,7 @@ import pytest
 from parallel_ranks import NEEDLE, ROOT, Process, cut, launch, launcher, write_checkpoint
 
 from paddle_qwen1m import Qwen2OneMForCausalLM
-from paddle_qwen1m.job import free_port
+from paddle_qwen1m.parallel.job import free_port
 
 GENERATE = ROOT / "tools" / "generate.py"
 FAILING = Path(__file__).with_name("failing_rank.py")

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from paddle_qwen1m.job import Job, StartError, free_port, join
+from paddle_qwen1m.parallel.job import Job, StartError, free_port, join
 
 
 def meet(degree: int) -> list[Job]:

@@ -16,7 +16,7 @@ import paddle
 from paddle.base import core
 
 from paddle_qwen1m import ops
-from paddle_qwen1m.job import Job, end_with_the_launcher, free_port, join, launched_rank, launched_ranks
+from paddle_qwen1m.parallel.job import Job, end_with_the_launcher, free_port, join, launched_rank, launched_ranks
 
 GROUP_OF_ONE = "PADDLE_QWEN1M_GROUP_OF_ONE"
 """Environment variable: 1 sends the collectives of one rank through a real process group."""
