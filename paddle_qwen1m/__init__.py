@@ -27,7 +27,7 @@ AUTO_CLASSES = "paddlenlp.transformers"
 
 def register() -> None:
     """Make PaddleNLP's Auto classes recognise Qwen2.5-1M checkpoints. Safe to call again."""
-    from paddle_qwen1m.registration import wrap_auto_classes
+    from paddle_qwen1m.paddlenlp.registration import wrap_auto_classes
 
     wrap_auto_classes()
 

@@ -14,7 +14,7 @@ from paddle_qwen1m.plan import MemoryPlan, itemsize, longest_context, parameters
 
 if TYPE_CHECKING:
     from paddle_qwen1m.config import ModelConfig
-    from paddle_qwen1m.hub import Checkpoint
+    from paddle_qwen1m.paddlenlp.hub import Checkpoint
 
 OK, WARN, FAIL = "OK", "WARN", "FAIL"
 GPU_INDEX = "https://www.paddlepaddle.org.cn/packages/stable/cu126/"
@@ -56,7 +56,7 @@ def check_machine() -> Iterator[Finding]:
 def check_checkpoint(name: str, options: CheckOptions) -> Iterator[Finding]:
     """What a checkpoint is and needs: a directory, or a hub name, of which no weights are fetched."""
     try:
-        from paddle_qwen1m.hub import locate
+        from paddle_qwen1m.paddlenlp.hub import locate
 
         checkpoint = locate(name, from_hf_hub=options.from_hf_hub)
     except Exception as error:
@@ -163,7 +163,7 @@ def _model(checkpoint: Checkpoint) -> Iterator[Finding]:
 
 
 def _files(checkpoint: Checkpoint) -> Iterator[Finding]:
-    from paddle_qwen1m.hub import WEIGHTS, WEIGHTS_INDEX, read_json
+    from paddle_qwen1m.paddlenlp.hub import WEIGHTS, WEIGHTS_INDEX, read_json
     from paddle_qwen1m.weights import Checkpoint as Weights
     from paddle_qwen1m.weights.sharding import rank_sets
     from paddle_qwen1m.weights.source import open_source

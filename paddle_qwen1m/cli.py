@@ -376,7 +376,7 @@ def _prompt_ids(tokenizer: Any, text: str, arguments: argparse.Namespace) -> npt
 
 def _sampling(model: Qwen2OneMForCausalLM, arguments: argparse.Namespace) -> SamplingParams:
     """generation_config.json with the options given here over it; a seed is drawn where none is given."""
-    from paddle_qwen1m.generation import read_request
+    from paddle_qwen1m.paddlenlp.generation import read_request
 
     options = {name: getattr(arguments, name) for name in SAMPLING_OPTIONS}
     if arguments.greedy:

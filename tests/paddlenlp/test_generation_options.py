@@ -9,7 +9,7 @@ import paddle
 import pytest
 from paddlenlp.generation import GenerationConfig
 
-from paddle_qwen1m.generation import Request, read_batch, read_positions, read_request
+from paddle_qwen1m.paddlenlp.generation import Request, read_batch, read_positions, read_request
 
 PUBLISHED = {
     "do_sample": True,

@@ -14,7 +14,7 @@ import pytest
 from huggingface_hub import hf_hub_download
 from loopback_hub import COMMIT, LoopbackHub
 
-from paddle_qwen1m import hub
+from paddle_qwen1m.paddlenlp import hub
 
 bos_download = importlib.import_module("paddlenlp.utils.download.bos_download")  # a function hides the module
 

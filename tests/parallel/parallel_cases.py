@@ -24,7 +24,7 @@ def run(loads: list[dict[str, Any]], degree: int) -> Results:
     run: name, tokens, positions (for logits) or new_tokens with sampling parameters, replay ([file, key]: the index
     sets of that run on one rank are used instead of chosen ones).
     """
-    import paddle_qwen1m.paddlenlp as module
+    import paddle_qwen1m.paddlenlp.causal_lm as module
     from paddle_qwen1m.config import SparseBudgets
     from paddle_qwen1m.engine import SamplingParams
 

@@ -23,29 +23,31 @@ def wrap_auto_classes() -> None:
     stock_tokenizer = AutoTokenizer.__dict__["from_pretrained"].__func__
 
     def load(cls: Any, name: Any, *arguments: Any, **options: Any) -> Any:
-        from paddle_qwen1m import paddlenlp
+        from paddle_qwen1m.paddlenlp import loading
+        from paddle_qwen1m.paddlenlp.causal_lm import Qwen2OneMForCausalLM
 
         if cls is AutoModelForCausalLM:
-            checkpoint = paddlenlp.find_ours(name, cls._pretrained_model_dict, options)
+            checkpoint = loading.find_ours(name, cls._pretrained_model_dict, options)
             if checkpoint is not None:
-                return paddlenlp.Qwen2OneMForCausalLM.from_pretrained(checkpoint, *arguments, **options)
+                return Qwen2OneMForCausalLM.from_pretrained(checkpoint, *arguments, **options)
         return stock_load(cls, name, *arguments, **options)
 
     def model_class(cls: Any, name: Any, config_file: Any, config: Any = None) -> Any:
-        from paddle_qwen1m import paddlenlp
+        from paddle_qwen1m.paddlenlp import loading
+        from paddle_qwen1m.paddlenlp.causal_lm import Qwen2OneMForCausalLM
 
-        if cls is AutoModelForCausalLM and config is not None and paddlenlp.is_ours(paddlenlp.config_dict(config)):
-            return paddlenlp.Qwen2OneMForCausalLM
+        if cls is AutoModelForCausalLM and config is not None and loading.is_ours(loading.config_dict(config)):
+            return Qwen2OneMForCausalLM
         return stock_class(cls, name, config_file, config)
 
     def tokenizer(cls: Any, name: Any, *arguments: Any, **options: Any) -> Any:
-        from paddle_qwen1m import compat, paddlenlp
+        from paddle_qwen1m.paddlenlp import compat, loading
 
-        checkpoint = paddlenlp.find_ours(name, cls._tokenizer_mapping, options)
+        checkpoint = loading.find_ours(name, cls._tokenizer_mapping, options)
         if checkpoint is None:
             return stock_tokenizer(cls, name, *arguments, **options)
         checkpoint.announce()
-        rest = {key: value for key, value in options.items() if key not in paddlenlp.HUB_OPTIONS}
+        rest = {key: value for key, value in options.items() if key not in loading.HUB_OPTIONS}
         directory = os.fspath(checkpoint.fetch_tokenizer())
         return compat.load_tokenizer(partial(stock_tokenizer, cls), directory, *arguments, **rest)
 

@@ -12,7 +12,7 @@ import paddle
 from paddle.base import core
 from paddlenlp.generation import GenerationConfig
 
-from .engine import SamplingParams
+from paddle_qwen1m.engine import SamplingParams
 
 GREEDY, SAMPLING = "greedy_search", "sampling"
 DEFAULT_NEW_TOKENS = 20  # what a fresh GenerationConfig says, so it cannot be told from a choice
