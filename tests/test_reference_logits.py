@@ -14,7 +14,7 @@ import numpy as np
 import paddle
 import pytest
 import safetensors.numpy
-from oracle_model import OracleModel
+from oracle.model import OracleModel
 from paddlenlp.transformers import AutoModelForCausalLM, AutoTokenizer
 
 import paddle_qwen1m  # noqa: F401  registers the model

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import oracle
 from faces import Face, stored
-
-from paddle_qwen1m.attention import oracle
 
 CHUNK_LEN, LOCAL_SIZE = 128, 32
 CHUNK_SIZE = CHUNK_LEN + LOCAL_SIZE

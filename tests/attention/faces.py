@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any, Union
 
 import numpy as np
+import oracle
 import paddle
 
 from paddle_qwen1m import ops
-from paddle_qwen1m.attention import oracle
 
 STORAGE = ("float32", "bfloat16", "float16")
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+import oracle
 import pytest
 from cases import CHUNK_LEN, CHUNK_SIZE, exact_frequencies, make_prompt, paged_cache, rotations
 from faces import FACES, STORAGE, Face, OpFace, error, stored
-
-from paddle_qwen1m.attention import oracle
 
 each_face = pytest.mark.parametrize("face", FACES, ids=lambda face: face.name)
 

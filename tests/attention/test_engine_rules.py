@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+import oracle
 import pytest
 from faces import array, error, tensor
 
-from paddle_qwen1m.attention import oracle
 from paddle_qwen1m.config import DualChunkConfig, EngineOptions, ModelConfig, SparseBudgets
 from paddle_qwen1m.engine import Engine, SamplingParams
 from paddle_qwen1m.model import Qwen2OneM

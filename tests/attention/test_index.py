@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+import oracle
 import pytest
 from faces import FACES, Face
-from index_vectors import GOLDEN
-
-from paddle_qwen1m.attention import oracle
+from oracle.index_vectors import GOLDEN
 
 each_face = pytest.mark.parametrize("face", FACES, ids=lambda face: face.name)
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import oracle
 import pytest
 from cases import Prompt, make_prompt, paged_cache
 from faces import STORAGE, OpFace, OracleFace, error, stored
 
 from paddle_qwen1m import ops
-from paddle_qwen1m.attention import oracle
 from paddle_qwen1m.threads import default_num_threads
 
 ORACLE = OracleFace()

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+import oracle
 import pytest
 from cases import paged_cache
 from faces import STORAGE, OpFace, OracleFace, error, stored
-
-from paddle_qwen1m.attention import oracle
 
 ORACLE = OracleFace()
 each_storage = pytest.mark.parametrize("storage", STORAGE)

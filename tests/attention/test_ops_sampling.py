@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+import oracle
 import pytest
 from faces import FACES, Face, OpFace, OracleFace, stored
-
-from paddle_qwen1m.attention import oracle
 
 each_face = pytest.mark.parametrize("face", FACES, ids=lambda face: face.name)
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import oracle
 import pytest
 from faces import FACES, Face, error
 
-from paddle_qwen1m.attention import oracle, positions
+from paddle_qwen1m.attention import positions
 from paddle_qwen1m.config import DualChunkConfig
 
 QWEN_L, QWEN_C = 253952, 262144

@@ -6,9 +6,9 @@ import json
 from collections import Counter
 
 import numpy as np
+import oracle
 import pytest
 
-from paddle_qwen1m.attention import oracle
 from paddle_qwen1m.config import CONFIGS, SparseBudgets
 
 BASES = [(1000, 6096), (3500, 100), (30, 800), (500, 700), (100, 800)]

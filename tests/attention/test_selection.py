@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import oracle
 import pytest
 from cases import CHUNK_LEN, CHUNK_SIZE, LOCAL_SIZE, exact_frequencies, make_prompt, rotations
 from faces import FACES, Face
-
-from paddle_qwen1m.attention import oracle
 
 each_face = pytest.mark.parametrize("face", FACES, ids=lambda face: face.name)
 

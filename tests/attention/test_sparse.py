@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+import oracle
 import pytest
 from cases import CHUNK_LEN, Prompt, make_prompt
 from faces import FACES, Face, OpFace, OracleFace, error
-
-from paddle_qwen1m.attention import oracle
 
 oracle_face = OracleFace()
 each_face = pytest.mark.parametrize("face", FACES, ids=lambda face: face.name)

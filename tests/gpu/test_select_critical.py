@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any, Callable
 
 import numpy as np
+import oracle
 import pytest
-
-from paddle_qwen1m.attention import oracle
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import oracle
 import pytest
-from index_vectors import GOLDEN
-
-from paddle_qwen1m.attention import oracle
+from oracle.index_vectors import GOLDEN
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 

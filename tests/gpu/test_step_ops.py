@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import oracle
 import pytest
-
-from paddle_qwen1m.attention import oracle
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 

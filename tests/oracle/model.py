@@ -13,7 +13,7 @@ import ml_dtypes  # noqa: F401  numpy's name for bfloat16, which safetensors.num
 import numpy as np
 import safetensors.numpy
 
-from paddle_qwen1m.attention import oracle
+import oracle
 
 
 class OracleModel:
