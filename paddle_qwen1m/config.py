@@ -213,6 +213,8 @@ class EngineOptions:
     max_model_len: prompt and answer of one request, at most the checkpoint's max_position_embeddings (the default).
     page_size: tokens of a KV cache page. kv_cache_dtype: default, and on a GPU always, the type that is computed in.
     cuda_graph: whether a decode step on a GPU is captured and replayed.
+    cache_tokens: how many tokens the KV cache holds; default: those of a call, and some more.
+    enable_prefix_caching: whether a prompt reuses the chunks that one of the same tokens has left in the cache.
     """
 
     max_num_batched_tokens: int | None = None
@@ -222,9 +224,11 @@ class EngineOptions:
     page_size: int | None = None
     kv_cache_dtype: str | None = None
     cuda_graph: bool = True
+    cache_tokens: int | None = None
+    enable_prefix_caching: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("max_num_batched_tokens", "max_model_len", "page_size"):
+        for name in ("max_num_batched_tokens", "max_model_len", "page_size", "cache_tokens"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")

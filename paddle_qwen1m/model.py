@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator, Sequence
+
 import paddle
 from paddle import nn
 
 from paddle_qwen1m import ops
-from paddle_qwen1m.attention.attend import LayerBudgets, Observer, attend
+from paddle_qwen1m.attention.attend import attend
+from paddle_qwen1m.attention.selector import Projected, Selector
 from paddle_qwen1m.attention.step import Step
-from paddle_qwen1m.cache import PagedCache
-from paddle_qwen1m.config import ModelConfig, SparseBudgets
+from paddle_qwen1m.cache import LayerCache
+from paddle_qwen1m.config import ModelConfig
 from paddle_qwen1m.parallel.group import ALONE, Group
 from paddle_qwen1m.weights import Slot
 from paddle_qwen1m.weights.names import EMBEDDING, HEAD, published_shapes
@@ -56,18 +59,11 @@ class DecoderLayer(nn.Layer):
         self.register_buffer("down_weight", weight([hidden, inner], dtype))
 
     def attention(
-        self,
-        hidden: paddle.Tensor,
-        step: Step,
-        cache: PagedCache,
-        budgets: LayerBudgets | None,
-        observe: Observer | None,
+        self, hidden: paddle.Tensor, step: Step, cache: LayerCache, selector: Selector | None
     ) -> paddle.Tensor:
-        keys, values = cache.keys[self.number], cache.values[self.number]
-        qkv = ops.linear(hidden, self.qkv_weight)
-        q = ops.rotate_and_cache(qkv, self.qkv_bias, step.rotary, step.slots, keys, values)
-        chunk_len = self.config.dual_chunk.chunk_len
-        out = attend(q, qkv, self.qkv_bias, keys, values, step, chunk_len, self.number, budgets, observe)
+        projected = Projected(ops.linear(hidden, self.qkv_weight), self.qkv_bias)
+        q = ops.rotate_and_cache(*projected, step.rotary, step.slots, cache.keys, cache.values)
+        out = attend(q, projected, cache, step, selector)
         return self.group.all_reduce(ops.linear(out.reshape([hidden.shape[0], -1]), self.output_weight))
 
     def mlp(self, hidden: paddle.Tensor) -> paddle.Tensor:
@@ -118,24 +114,24 @@ class Qwen2OneM(nn.Layer):
         else:
             self.register_buffer("head", weight([local.vocab_size, config.hidden_size], dtype))
 
-    def forward(
-        self,
-        step: Step,
-        cache: PagedCache,
-        budgets: list[LayerBudgets] | None = None,
-        observe: Observer | None = None,
-    ) -> paddle.Tensor | None:
-        """Fills the cache; logits float32 [n, vocab] of the rows whose logits the step wants, None without any."""
+    def layer_by_layer(
+        self, step: Step, caches: Sequence[LayerCache], selectors: Sequence[Selector] | None = None
+    ) -> Generator[int, None, paddle.Tensor | None]:
+        """The forward pass. Fills the caches, one a layer; pauses behind each layer with the number of layers done.
+
+        Returns logits float32 [n, vocab] of the rows whose logits the step wants, None without any.
+        """
         eps, vocabulary, group = self.config.rms_norm_eps, self.config.vocab_size, self.group
         first = group.rank * self.local.vocab_size
         residual = group.all_reduce(ops.embedding(step.ids, self.embedding, first=first, vocabulary=vocabulary))
         normed = ops.rms_norm(residual, self.layers[0].input_norm, eps)
         for number, layer in enumerate(self.layers):
-            mixed = layer.attention(normed, step, cache, budgets[number] if budgets else None, observe)
+            mixed = layer.attention(normed, step, caches[number], selectors[number] if selectors else None)
             normed = ops.add_rms_norm(mixed, residual, layer.post_attention_norm, eps)
             delta = layer.mlp(normed)
             following = self.layers[number + 1].input_norm if number + 1 < len(self.layers) else self.norm
             normed = ops.add_rms_norm(delta, residual, following, eps)
+            yield number + 1
         if step.lengths is None:
             if step.logit_rows is None:
                 return None
@@ -154,11 +150,3 @@ class Qwen2OneM(nn.Layer):
             name: Slot(tensor, row, shapes[name], part_of(self.config, name, group.degree, group.rank))
             for name, (tensor, row) in places.items()
         }
-
-
-def layer_budgets(budgets: SparseBudgets, group: Group = ALONE) -> list[LayerBudgets]:
-    """Each layer's budgets of the rank's heads."""
-    layers, heads = budgets.vertical.shape
-    own = slice(group.rank * heads // group.degree, (group.rank + 1) * heads // group.degree)
-    local = SparseBudgets(budgets.vertical[:, own], budgets.slash[:, own])
-    return [LayerBudgets(local, layer) for layer in range(layers)]

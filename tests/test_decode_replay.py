@@ -12,7 +12,7 @@ import pytest
 from paddlenlp.transformers import AutoModelForCausalLM
 
 import paddle_qwen1m  # noqa: F401  registers the model
-from paddle_qwen1m.engine import Engine, SamplingParams, decode, engine, graph
+from paddle_qwen1m.engine import Engine, SamplingParams, decode, graph, runner
 
 
 class StandInGraph:
@@ -64,7 +64,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[StandInGraph]]:
     plain = decode.Decoder
     monkeypatch.setattr(decode, "DecodeBatch", NotedBatch)
     monkeypatch.setattr(decode, "ReplayedStep", NotedStep)
-    monkeypatch.setattr(engine, "Decoder", lambda *arguments, replay: plain(*arguments, replay=True))
+    monkeypatch.setattr(runner, "Decoder", lambda *arguments, replay: plain(*arguments, replay=True))
     monkeypatch.setattr(graph, "CUDAGraph", StandInGraph)
     monkeypatch.setattr(paddle, "CUDAPlace", lambda number: number)
     yield StandInGraph.made
@@ -118,14 +118,14 @@ def test_an_interrupt_resets_the_graph(needle: Engine, graphs: list[StandInGraph
 def test_an_error_while_capturing_ends_the_capture(
     needle: Engine, graphs: list[StandInGraph], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forward = needle._forward
+    forward = needle.runner.forward
 
     def fail_when_captured(*arguments: object) -> object:
         if graphs:
             raise RuntimeError("out of memory")
         return forward(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(needle, "_forward", fail_when_captured)
+    monkeypatch.setattr(needle.runner, "forward", fail_when_captured)
     with pytest.raises(RuntimeError, match="out of memory"):
         needle.generate(PROMPTS[:1], SamplingParams(max_new_tokens=10))
     assert not graphs[0].is_capturing

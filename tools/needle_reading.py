@@ -74,12 +74,12 @@ def read(
         document_ids = np.asarray(encode(prompt_head()) + maker.ids(document), np.int64)
         turns = [(encode(prompt_tail(needle)), encode(needle.sentence)) for needle in document.needles]
         longest = max(len(question) + len(answer) for question, answer in turns)
-        engine.observe = in_document
+        engine.observe(in_document)
         with engine.prefilled(document_ids, prompt_length=len(document_ids) + longest) as context:
-            engine.observe = in_question
+            engine.observe(in_question)
             for question, answer in turns:
                 before = range(len(question) - 1, len(question) + len(answer) - 1)
                 logits = context.extend_logits(np.asarray(question + answer, np.int64), list(before))
                 right.append(logits.argmax(-1).tolist() == answer)
-        engine.observe = None
+        engine.observe(None)
     return right

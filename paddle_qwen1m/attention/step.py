@@ -105,7 +105,7 @@ class StepBuilder:
             ids=paddle.to_tensor(np.concatenate([rows.ids for rows in batch])),
             slots=paddle.to_tensor(np.concatenate(slots)),
             rotary=ops.rotary_table(paddle.to_tensor(rotary_positions), self._inv_freq),
-            block_tables=page_tables([rows.pages[: cache.pages_for(rows.end)] for rows in batch]),
+            block_tables=page_tables([rows.pages[: cache.pool.pages_for(rows.end)] for rows in batch]),
             scale=paddle.to_tensor(np.asarray([self._scale(rows.length) for rows in batch], np.float32)),
             logit_rows=paddle.to_tensor(np.asarray(logit_rows, np.int64)) if len(logit_rows) else None,
             dense_pieces=paddle.to_tensor(np.asarray(dense, np.int32), place=paddle.CPUPlace()) if dense else None,

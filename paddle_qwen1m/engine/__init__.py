@@ -1,6 +1,30 @@
 """Runs requests on the model: admission, chunked prefill, batched decode, sampling."""
 
-from paddle_qwen1m.engine.core import Completion, PrefillProgress, SamplingParams
+from paddle_qwen1m.engine.admission import NotEnoughMemory
+from paddle_qwen1m.engine.core import (
+    Completion,
+    Event,
+    Finished,
+    Logits,
+    Prefilled,
+    PrefillProgress,
+    Request,
+    SamplingParams,
+    TokenChosen,
+)
 from paddle_qwen1m.engine.engine import Engine, PrefilledContext
 
-__all__ = ["Completion", "Engine", "PrefillProgress", "PrefilledContext", "SamplingParams"]
+__all__ = [
+    "Completion",
+    "Engine",
+    "Event",
+    "Finished",
+    "Logits",
+    "NotEnoughMemory",
+    "PrefillProgress",
+    "Prefilled",
+    "PrefilledContext",
+    "Request",
+    "SamplingParams",
+    "TokenChosen",
+]

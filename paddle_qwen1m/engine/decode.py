@@ -49,16 +49,16 @@ class Decoder:
     ) -> None:
         self._arguments = builder, page_size, vocab_size, forward
         self._replay = replay
-        self._indices: list[int] = []
+        self._ids: list[str] = []
         self._step: Callable[[], Outputs] | None = None
 
     def step(self, sequences: ManyOf[Sequence]) -> Outputs:
         """The sequences' next tokens int64 [B] and their log-probabilities float32 [B]; their last ones are cached."""
-        indices = [sequence.index for sequence in sequences]
-        if self._step is None or self._indices != indices:
+        ids = [sequence.id for sequence in sequences]
+        if self._step is None or self._ids != ids:
             self.close()
             step = DecodeBatch(sequences, *self._arguments).step
-            self._indices, self._step = indices, ReplayedStep(step) if self._replay else step
+            self._ids, self._step = ids, ReplayedStep(step) if self._replay else step
         for sequence in sequences:
             sequence.num_cached = sequence.length
         return self._step()

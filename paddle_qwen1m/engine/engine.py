@@ -1,44 +1,63 @@
-"""The engine behind every entry point: prompts in, completions or logits out."""
+"""The engine behind every entry point: requests go in, events come out, one step at a time."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
 from collections.abc import Sequence as ManyOf
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
+from itertools import count
 from typing import Callable
 
 import numpy as np
 import paddle
 
-from paddle_qwen1m.attention.attend import Observer
-from paddle_qwen1m.attention.step import SequenceRows, Step, StepBuilder
-from paddle_qwen1m.cache import PagedCache, choose_page_size
+from paddle_qwen1m.attention.selector import Observer
+from paddle_qwen1m.cache import CacheFull, PagedCache, PagePool, choose_page_size
 from paddle_qwen1m.config import EngineOptions, SparseBudgets, default_batched_tokens
-from paddle_qwen1m.engine.core import Completion, PrefillProgress, SamplingParams, Sequence
-from paddle_qwen1m.engine.decode import Decoder
-from paddle_qwen1m.engine.sampling import SamplingBatch
-from paddle_qwen1m.engine.scheduler import Scheduler, chunk_end
-from paddle_qwen1m.model import Qwen2OneM, layer_budgets
+from paddle_qwen1m.engine.admission import Budget, cache_pages
+from paddle_qwen1m.engine.core import (
+    Completion,
+    Event,
+    Finished,
+    Logits,
+    Prefilled,
+    PrefillProgress,
+    Request,
+    SamplingParams,
+    Sequence,
+    TokenChosen,
+    draw_seed,
+)
+from paddle_qwen1m.engine.graph import Outputs
+from paddle_qwen1m.engine.runner import Runner
+from paddle_qwen1m.engine.scheduler import PrefillChunk, Scheduler
+from paddle_qwen1m.memory import available_gpu_memory, available_host_memory
+from paddle_qwen1m.model import Qwen2OneM
+from paddle_qwen1m.plan import activation_bytes, cache_bytes_per_token
 
 
 class Engine:
-    """Runs one model under one set of options; `options` holds them with every default filled in.
+    """Serves requests with one model: `add` them, call `step` until the engine is idle, `abort` what nobody wants.
 
-    `max_model_len` is the most tokens of one request, prompt and answer together. `observe`, when set, is called with
-    (layer, piece, index) for every piece that is prefilled sparsely.
+    `options` holds those given with every default filled in; `max_model_len` is the most tokens of one request, prompt
+    and answer together. `runner` runs the steps. The KV cache is made at the first request, for it and those that come
+    with it, and kept until a call needs a larger one, options change, or `release_cache`.
     """
 
     def __init__(self, model: Qwen2OneM, options: EngineOptions, budgets: SparseBudgets | None = None) -> None:
         self.model = model
-        self.observe: Observer | None = None
-        self._step = StepBuilder(model.config)
+        self._sequences: dict[str, Sequence] = {}
+        self._scheduler: Scheduler | None = None
+        self._numbers = count()
         self.configure(options, budgets)
 
     def configure(self, options: EngineOptions, budgets: SparseBudgets | None = None) -> None:
         """Changes options and budgets between calls. ValueError for what the model or its device does not allow."""
         config, model = self.model.config, self.model
+        if self._sequences:
+            raise ValueError(f"options cannot change while requests run: {', '.join(self._sequences)}")
         if options.max_model_len is not None and options.max_model_len > config.max_position_embeddings:
             raise ValueError(
                 f"max_model_len must be at most max_position_embeddings, {config.max_position_embeddings}, got "
@@ -57,7 +76,6 @@ class Engine:
             )
         self.page_size = page_size
         self.budgets = budgets
-        self._budgets = layer_budgets(budgets, model.group) if budgets is not None and options.sparse else None
         self.max_model_len = options.max_model_len or config.max_position_embeddings
         self.max_num_batched_tokens = options.max_num_batched_tokens or default_batched_tokens(model.on_gpu)
         self.kv_cache_dtype = options.kv_cache_dtype or model.compute_dtype
@@ -67,10 +85,61 @@ class Engine:
             max_num_batched_tokens=self.max_num_batched_tokens,
             kv_cache_dtype=self.kv_cache_dtype,
         )
+        self.release_cache()
+        self.runner = Runner(
+            model,
+            budgets if options.sparse else None,
+            options.sparse_threshold,
+            replay=model.on_gpu and options.cuda_graph,
+        )
 
     def is_sparse(self, prompt_length: int) -> bool:
         """Whether a prompt of so many tokens is prefilled sparsely: all of its chunks are, or none."""
-        return self._budgets is not None and prompt_length > self.options.sparse_threshold
+        return self.runner.is_sparse(prompt_length)
+
+    def observe(self, observer: Observer | None) -> None:
+        """From now on `observer` is called with (layer, piece, index) for every piece that is prefilled sparsely."""
+        self.runner.observe(observer)
+
+    def add(self, request: Request) -> None:
+        """Lines a request up. ValueError when its id is in use, it has tokens that the model has not, or cannot fit."""
+        self._check(request)
+        if not self._sequences:
+            self._make_room([request.max_length])
+        seed = self.model.group.share(draw_seed(request.params))
+        self._line_up(Sequence(request, seed, len(request.prompt)))
+
+    def abort(self, request_id: str) -> bool:
+        """Drops a request, whatever its state, and frees what it holds. False when there is none of that id."""
+        sequence = self._sequences.pop(request_id, None)
+        if sequence is None:
+            return False
+        assert self._scheduler is not None
+        self._scheduler.retire(sequence)
+        if not self._sequences:
+            self.runner.rest()
+        return True
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request waits or runs."""
+        return not self._sequences
+
+    def step(self) -> list[Event]:
+        """Runs one step, if there is something to do, and tells what became of the requests in it."""
+        work = self._scheduler.next() if self._scheduler is not None else None
+        if work is None:
+            return []
+        if isinstance(work, PrefillChunk):
+            events, sequences = self._prefill(work), [work.sequence]
+        else:
+            sequences = list(work.sequences)
+            events = _chosen(sequences, self.runner.decode(sequences))
+        for sequence in sequences:
+            if sequence.is_finished:
+                self.abort(sequence.id)
+                events.append(Finished(sequence.id, sequence.completion()))
+        return events
 
     def generate(
         self,
@@ -83,55 +152,32 @@ class Engine:
         """Completes prompts (int64 [n] each), under `params` for all or one each.
 
         `on_token(index, token)` sees each token as it is chosen, `on_prefill` every finished prefill chunk. Whatever
-        interrupts the call, the memory of its cache is freed.
+        interrupts the call, its requests are gone afterwards.
         """
         choices = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         if len(choices) != len(prompts):
             raise ValueError(f"got {len(prompts)} prompts and {len(choices)} sampling params")
-        for prompt, choice in zip(prompts, choices):
-            self._check(prompt, choice.max_new_tokens)
-        sequences = [Sequence(index, *pair) for index, pair in enumerate(zip(prompts, choices))]
-        for sequence, seed in zip(sequences, self.model.group.share([sequence.seed for sequence in sequences])):
-            sequence.seed = seed
-        lengths = [sequence.max_length for sequence in sequences]
-        with self._cache(lengths) as cache, closing(self._decoder(cache)) as decoder:
-            scheduler = Scheduler(cache, self.max_num_batched_tokens, self.model.config.dual_chunk.chunk_len)
-            for sequence in sequences:
-                scheduler.add(sequence)
-            started = time.perf_counter()
-            while not scheduler.is_idle:
-                chunk = scheduler.next_chunk()
-                if chunk is None:
-                    batch = scheduler.next_batch()
-                    chosen = decoder.step(batch)
-                else:
-                    sequence, end = chunk
-                    if sequence.num_cached == 0:
-                        started = time.perf_counter()
-                    batch = [sequence]
-                    logits = self._prefill_chunk(cache, sequence, end)
-                    if on_prefill is not None:
-                        if self.model.on_gpu:
-                            paddle.device.cuda.synchronize()
-                        seconds = time.perf_counter() - started
-                        on_prefill(PrefillProgress(sequence.index, end, len(sequence.prompt), seconds))
-                    if logits is None:
-                        continue
-                    chosen = SamplingBatch(batch, self.model.config.vocab_size).sample(logits)
-                for sequence, token, logprob in zip(batch, *(values.numpy().tolist() for values in chosen)):
-                    sequence.append(token, logprob)
-                    if on_token is not None:
-                        on_token(sequence.index, token)
-                    if sequence.finish_reason is not None:
-                        scheduler.retire(sequence)
-        return [sequence.completion() for sequence in sequences]
+        requests = [Request(self._new_id(), *pair) for pair in zip(prompts, choices)]
+        index = {request.id: number for number, request in enumerate(requests)}
+        completions: dict[str, Completion] = {}
+        for event in self._run(requests):
+            if isinstance(event, TokenChosen) and on_token is not None:
+                on_token(index[event.id], event.token)
+            elif isinstance(event, Prefilled) and on_prefill is not None:
+                if self.model.on_gpu:
+                    paddle.device.cuda.synchronize()
+                seconds = time.perf_counter() - event.started
+                on_prefill(PrefillProgress(event.id, event.done_tokens, event.total_tokens, seconds))
+            elif isinstance(event, Finished):
+                assert event.completion is not None
+                completions[event.id] = event.completion
+        return [completions[request.id] for request in requests]
 
     def logits(self, token_ids: np.ndarray, positions: ManyOf[int] | None = None) -> np.ndarray:
         """Logits float32 [len(positions), vocab] after the tokens at `positions` (the last by default), ascending."""
-        self._check(token_ids)
-        wanted = [len(token_ids) - 1] if positions is None else list(positions)
-        with self._cache([len(token_ids)]) as cache:
-            return self._extend(cache, [], token_ids, 0, len(token_ids), wanted)
+        wanted = (len(token_ids) - 1,) if positions is None else tuple(positions)
+        request = Request(self._new_id(), token_ids, logit_positions=wanted)
+        return self._collect(self._run([request]))
 
     @contextmanager
     def prefilled(self, document_ids: np.ndarray, prompt_length: int | None = None) -> Iterator[PrefilledContext]:
@@ -140,15 +186,33 @@ class Engine:
         prompt_length is the n of the temperature and of the sparse threshold, for the document and what follows it
         (default: the document's length). There is room for continuations of max_num_batched_tokens.
         """
-        self._check(document_ids)
+        document = Request(self._new_id(), document_ids)
         length = prompt_length or len(document_ids)
         if not len(document_ids) <= length <= self.max_model_len:
-            raise ValueError(f"prompt_length must be {len(document_ids)} to {self.max_model_len}, got {length}")
-        room = min(length + self.max_num_batched_tokens, self.max_model_len)
-        with self._cache([room]) as cache:
-            pages: list[int] = []
-            self._extend(cache, pages, document_ids, 0, length, [])
-            yield PrefilledContext(self, cache, pages, len(document_ids), length)
+            raise ValueError(
+                f"prompt_length must be {len(document_ids)}, the document's tokens, to max_model_len "
+                f"{self.max_model_len}, got {length}"
+            )
+        self._check(document)
+        self._make_room([len(document_ids) + self.max_num_batched_tokens + self.page_size])
+        pool = self.runner.cache.pool
+        pages: list[int] = []
+        pool.grow(pages, len(document_ids))
+        try:
+            yield PrefilledContext(self, document_ids, pages, length)
+        finally:
+            pool.release(pages)
+
+    def release_cache(self) -> None:
+        """Gives the memory of the KV cache back; the next request makes one anew."""
+        if self._sequences:
+            raise ValueError(f"the cache is in use by requests: {', '.join(self._sequences)}")
+        if self._scheduler is not None:
+            self.runner.cache.release()
+            self.runner.use(None)
+            self._scheduler = None
+            if self.model.on_gpu:
+                paddle.device.cuda.empty_cache()
 
     def check_length(self, prompt: int, max_new_tokens: int = 0) -> None:
         """ValueError when a prompt of so many tokens and its answer do not fit max_model_len."""
@@ -160,85 +224,133 @@ class Engine:
                 "tokens, or increase max_model_len in from_pretrained"
             )
 
-    def _check(self, token_ids: np.ndarray, others: int = 0) -> None:
-        """ValueError for what is no prompt, and for one that does not fit beside `others` more tokens."""
-        vocab_size = self.model.config.vocab_size
-        if token_ids.ndim != 1 or token_ids.dtype != np.int64:
-            raise ValueError(f"a prompt must be int64 [n], got {token_ids.dtype} {list(token_ids.shape)}")
-        if len(token_ids) == 0:
-            raise ValueError("a prompt must have at least one token")
-        if token_ids.min() < 0 or token_ids.max() >= vocab_size:
+    def _check(self, request: Request) -> None:
+        """ValueError for a request that is not one, or that does not fit max_model_len."""
+        if request.id in self._sequences:
+            raise ValueError(f"there is a request with the id {request.id!r} already")
+        vocabulary, prompt = self.model.config.vocab_size, request.prompt
+        if prompt.min() < 0 or prompt.max() >= vocabulary:
             raise ValueError(
-                f"token ids must be 0 to {vocab_size - 1}, got {token_ids.min()} to {token_ids.max()}: another model's "
+                f"token ids must be 0 to {vocabulary - 1}, got {prompt.min()} to {prompt.max()}: another model's "
                 "tokenizer?"
             )
-        self.check_length(len(token_ids), others)
+        self.check_length(len(prompt), request.max_length - len(prompt))
 
-    @contextmanager
-    def _cache(self, lengths: ManyOf[int]) -> Iterator[PagedCache]:
-        """A cache with room for sequences of these lengths; its memory is given back at the end."""
-        num_pages = sum(-(-length // self.page_size) for length in lengths)
-        cache = PagedCache(self.model.local, num_pages, self.page_size, self.kv_cache_dtype)
+    def _run(self, requests: ManyOf[Request]) -> Iterator[Event]:
+        """Events of requests that come together, until all are done; those that are not at the end are dropped."""
+        for request in requests:
+            self._check(request)
+        self._make_room([request.max_length for request in requests])
         try:
-            yield cache
+            for request in requests:
+                self.add(request)
+            yield from self._steps()
         finally:
-            cache.release()
+            for request in requests:
+                self.abort(request.id)
 
-    def _prefill_chunk(self, cache: PagedCache, sequence: Sequence, end: int) -> paddle.Tensor | None:
-        """Caches the prompt up to `end`; logits [1, vocab] after its last token."""
-        begin, length = sequence.num_cached, len(sequence.prompt)
-        rows = SequenceRows(sequence.prompt[begin:end], begin, sequence.pages, max(length, end), self.is_sparse(length))
-        step = self._step.prefill([rows], cache, [end - begin - 1] if end == length else [])
-        sequence.num_cached = end
-        return self._forward(step, cache)
+    def _steps(self) -> Iterator[Event]:
+        while not self.is_idle:
+            yield from self.step()
 
-    def _decoder(self, cache: PagedCache) -> Decoder:
-        def forward(step: Step) -> paddle.Tensor:
-            logits = self._forward(step, cache)
-            assert logits is not None
-            return logits
+    def _collect(self, events: Iterator[Event]) -> np.ndarray:
+        """The logits among events, float32 [n, vocab]."""
+        parts = [event.values for event in events if isinstance(event, Logits)]
+        return np.concatenate([np.empty((0, self.model.config.vocab_size), np.float32), *parts])
 
-        replay = self.model.on_gpu and self.options.cuda_graph
-        return Decoder(self._step, self.page_size, self.model.config.vocab_size, forward, replay=replay)
+    def _prefill(self, chunk: PrefillChunk) -> list[Event]:
+        sequence = chunk.sequence
+        if sequence.started is None:
+            sequence.started = time.perf_counter()
+        logits = self.runner.prefill(chunk)
+        assert self._scheduler is not None
+        self._scheduler.cached(sequence)
+        events: list[Event] = [
+            Prefilled(sequence.id, chunk.end, len(sequence.prompt), sequence.num_reused, sequence.started)
+        ]
+        if logits is not None and sequence.request.logit_positions:
+            events.append(Logits(sequence.id, logits.numpy()))
+        elif logits is not None:
+            events += _chosen([sequence], self.runner.first_token(sequence, logits))
+        return events
 
-    def _forward(self, step: Step, cache: PagedCache) -> paddle.Tensor | None:
-        with paddle.no_grad():
-            return self.model(step, cache, self._budgets, self.observe)
+    def _line_up(self, sequence: Sequence) -> None:
+        assert self._scheduler is not None
+        sparse, dual_chunk = self.is_sparse(sequence.temperature_length), self.model.config.dual_chunk
+        sequence.made_under = f"{sparse} {dual_chunk.temperature(sequence.temperature_length)!r}"
+        self._scheduler.add(sequence)
+        self._sequences[sequence.id] = sequence
 
-    def _extend(
-        self, cache: PagedCache, pages: list[int], ids: np.ndarray, begin: int, length: int, positions: ManyOf[int]
-    ) -> np.ndarray:
-        """Caches `ids` behind the first `begin` tokens, chunk by chunk; logits after those of them at `positions`."""
-        if list(positions) != sorted(set(positions)) or any(not 0 <= p < len(ids) for p in positions):
-            raise ValueError(f"positions must ascend within 0 to {len(ids) - 1}, got {list(positions)}")
-        parts = [np.empty((0, self.model.config.vocab_size), np.float32)]
-        chunk_len, done = self.model.config.dual_chunk.chunk_len, begin
-        while done < begin + len(ids):
-            end = chunk_end(done, begin + len(ids), self.max_num_batched_tokens, chunk_len)
-            cache.grow(pages, end)
-            rows = SequenceRows(ids[done - begin : end - begin], done, pages, max(length, end), self.is_sparse(length))
-            wanted = [p + begin - done for p in positions if done <= p + begin < end]
-            logits = self._forward(self._step.prefill([rows], cache, wanted), cache)
-            if logits is not None:
-                parts.append(logits.numpy())
-            done = end
-        return np.concatenate(parts)
+    def _new_id(self) -> str:
+        return f"call-{next(self._numbers)}"
+
+    def _make_room(self, lengths: ManyOf[int]) -> None:
+        """A cache for requests of so many tokens each and, where memory allows, max_num_batched_tokens more each.
+
+        One that is there and large enough stays. NotEnoughMemory when the longest does not fit.
+        """
+        size = self.page_size
+        needed = [-(-length // size) for length in lengths]
+        current = self.runner.cache.pool if self._scheduler is not None else None
+        if current is not None and (sum(needed) <= current.num_pages or self._sequences):
+            return
+        if self.options.cache_tokens is not None:
+            wanted = -(-self.options.cache_tokens // size)
+        else:
+            spare = -(-self.max_num_batched_tokens // size)
+            wanted = cache_pages(needed, spare, self._budget(max(lengths), current), page_size=size)
+        if current is not None and wanted <= current.num_pages:
+            return
+        if current is not None and current.in_use:
+            raise CacheFull("the KV cache is too small for this call, and a prefilled document holds a part of it")
+        self.release_cache()
+        cache = PagedCache(self.model.local, wanted, size, self.kv_cache_dtype)
+        self.runner.use(cache)
+        prefixes = cache.prefixes if self.options.enable_prefix_caching else None
+        chunk_len = self.model.config.dual_chunk.chunk_len
+        self._scheduler = Scheduler(cache.pool, self.max_num_batched_tokens, chunk_len, prefixes)
+
+    def _budget(self, longest: int, current: PagePool | None) -> Budget:
+        """What a cache for requests of up to `longest` tokens depends on; the current one's memory is available."""
+        config, on_gpu = self.model.local, self.model.on_gpu
+        page_bytes = self.page_size * cache_bytes_per_token(config, self.kv_cache_dtype)
+        rows = min(longest, self.max_num_batched_tokens)
+        budgets = self.budgets if self.is_sparse(longest) else None
+        activations = activation_bytes(config, rows, longest, budgets, self.model.compute_dtype)
+        available = available_gpu_memory() if on_gpu else available_host_memory()
+        if available is not None and current is not None and on_gpu:
+            available += current.num_pages * page_bytes
+        return Budget(page_bytes, activations, available)
 
 
 class PrefilledContext:
     """A document in the cache, on which continuations are run and then taken back."""
 
-    def __init__(self, engine: Engine, cache: PagedCache, pages: list[int], document: int, length: int) -> None:
-        self._engine, self._cache, self._pages = engine, cache, pages
-        self._document, self._length = document, length
+    def __init__(self, engine: Engine, document_ids: np.ndarray, pages: list[int], length: int) -> None:
+        self._engine, self._document, self._pages, self._length = engine, document_ids, pages, length
+        self._pool = engine.runner.cache.pool
+        self._pool.hold(pages)
+        self._read(Request(engine._new_id(), document_ids), list(pages), 0)
 
     def extend_logits(self, token_ids: np.ndarray, positions: ManyOf[int]) -> np.ndarray:
         """Logits float32 [len(positions), vocab] after the tokens of `token_ids` at `positions`, run as a chunk."""
-        total = self._document + len(token_ids)
-        self._engine._check(token_ids, self._document)
-        try:
-            return self._engine._extend(
-                self._cache, self._pages, token_ids, self._document, max(self._length, total), positions
-            )
-        finally:
-            self._cache.shrink(self._pages, self._document)
+        begin = len(self._document)
+        prompt = np.concatenate([self._document, token_ids])
+        wanted = tuple(begin + place for place in positions)
+        request = Request(self._engine._new_id(), prompt, logit_positions=wanted)
+        self._engine._check(request)
+        return self._read(request, self._pool.fork(self._pages, begin), begin)
+
+    def _read(self, request: Request, pages: list[int], begin: int) -> np.ndarray:
+        engine, length = self._engine, max(self._length, len(request.prompt))
+        engine._line_up(Sequence(request, 0, length, pages=pages, num_cached=begin))
+        return engine._collect(engine._steps())
+
+
+def _chosen(sequences: ManyOf[Sequence], outputs: Outputs) -> list[Event]:
+    """Appends each sequence's token; the events of it."""
+    events: list[Event] = []
+    for sequence, token, logprob in zip(sequences, *(values.numpy().tolist() for values in outputs)):
+        sequence.append(token, logprob)
+        events.append(TokenChosen(sequence.id, token, logprob))
+    return events

@@ -51,15 +51,15 @@ def watched_engine(monkeypatch: pytest.MonkeyPatch, model: Qwen2OneM, options: E
     """An engine whose forward passes are noted."""
     engine = Engine(model, options, BUDGETS)
     watched = Watched(engine, [])
-    forward = engine._forward
+    forward = engine.runner.forward
 
-    def note(step, cache):  # type: ignore[no-untyped-def]
+    def note(step):  # type: ignore[no-untyped-def]
         scales = set(step.scale.numpy().tolist()) | {float(np.float32(piece.scale)) for piece in step.sparse_pieces}
         dense = 0 if step.dense_pieces is None else len(step.dense_pieces)
         watched.steps.append(SeenStep(scales, dense, len(step.sparse_pieces), step.lengths is not None))
-        return forward(step, cache)
+        return forward(step)
 
-    monkeypatch.setattr(engine, "_forward", note)
+    monkeypatch.setattr(engine.runner, "forward", note)
     return watched
 
 

@@ -58,7 +58,7 @@ def run(loads: list[dict[str, Any]], degree: int) -> Results:
             else:
                 prompt = tokens(one["tokens"], config["vocab_size"])
             seen: list[Any] = []
-            engine.observe = lambda layer, piece, index, seen=seen: seen.append((layer, piece.begin, *index))
+            engine.observe(lambda layer, piece, index, seen=seen: seen.append((layer, piece.begin, *index)))
             with replayed(engine.model.group, *one.get("replay", [])):
                 if "positions" in one:
                     results[f"{key}/logits"] = engine.logits(prompt, one["positions"])
