@@ -25,7 +25,7 @@ class CacheFull(Exception):
 
 
 class PagePool:
-    """Counts the references to each of `num_pages` pages of `page_size` tokens. `copy(source, target, tokens)` copies the
+    """Counts references to each of `num_pages` pages of `page_size` tokens. `copy(source, target, tokens)` copies the
     first tokens of a page to another, in whatever memory the pages stand for.
 
     A sequence, or whoever reads or writes a page for a while, holds it; a page is free again when nobody does. The
