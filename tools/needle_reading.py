@@ -14,7 +14,7 @@ import numpy as np
 from needle_documents import Document, DocumentMaker, Encode, prompt_head, prompt_tail
 
 from paddle_qwen1m import ops
-from paddle_qwen1m.attention.attend import Observer
+from paddle_qwen1m.attention.selector import Observer
 from paddle_qwen1m.attention.positions import Piece
 
 

@@ -7,28 +7,12 @@ from typing import NamedTuple
 import numpy as np
 import oracle
 import pytest
-from faces import array, error, tensor
+from faces import array, error
+from small_model import BUDGETS, CONFIG, random_model
 
-from paddle_qwen1m.config import DualChunkConfig, EngineOptions, ModelConfig, SparseBudgets
+from paddle_qwen1m.config import EngineOptions, SparseBudgets
 from paddle_qwen1m.engine import Engine, SamplingParams
 from paddle_qwen1m.model import Qwen2OneM
-
-CONFIG = ModelConfig(
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=64,
-    hidden_size=64,
-    intermediate_size=96,
-    vocab_size=101,
-    rms_norm_eps=1e-6,
-    rope_theta=1e5,
-    max_position_embeddings=1 << 20,
-    tie_word_embeddings=False,
-    dtype="float32",
-    dual_chunk=DualChunkConfig(chunk_size=160, local_size=32, original_max_position_embeddings=160),
-)
-BUDGETS = SparseBudgets.uniform(40, 110, CONFIG.num_layers, CONFIG.num_heads)
 
 
 class SeenStep(NamedTuple):
@@ -65,12 +49,7 @@ def watched_engine(monkeypatch: pytest.MonkeyPatch, model: Qwen2OneM, options: E
 
 @pytest.fixture
 def model(rng: np.random.Generator) -> Qwen2OneM:
-    """Random weights, scaled so that attention is far from uniform."""
-    model = Qwen2OneM(CONFIG, "float32")
-    for name, buffer in model.named_buffers():
-        numbers = rng.standard_normal(buffer.shape) * (1.0 if "embedding" in name or "norm" in name else 0.25)
-        buffer.copy_(tensor(numbers), False)
-    return model
+    return random_model(rng)
 
 
 @pytest.fixture
