@@ -125,6 +125,7 @@ void dca_decode(const qwen1m_dca_decode& a) {
     for (int64_t s = 0; s < splits; ++s)
       top = partial[s * partial_floats + D] > top ? partial[s * partial_floats + D] : top;
     memset(out, 0, sizeof(float) * D);
+    if (top == kNegativeInfinity) continue;
     for (int64_t s = 0; s < splits; ++s) {
       const float* part = partial + s * partial_floats;
       const float weight = exp2(broadcast(part[D] - top))[0];

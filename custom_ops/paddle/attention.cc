@@ -119,7 +119,8 @@ Tensors dca_decode(const Tensor& q, const Tensor& key_cache, const Tensor& value
   int64_t last = call.on_gpu() ? width * cache.page_size - 1 : 0;  // lengths on a GPU are not read
   for (int64_t b = 0; !call.on_gpu() && b < batch; ++b) {
     const int64_t length = lengths.data<int32_t>()[b];
-    call.expect_pages(block_tables, b * width, length, key_cache);
+    QWEN1M_REQUIRE(length >= 0, "lengths must not be negative, got " + text(length));
+    if (length > 0) call.expect_pages(block_tables, b * width, length, key_cache);
     last = std::max(last, length - 1);
   }
   const int32_t heads = expect_queries(call, q, cache, batch, last, chunk_len);

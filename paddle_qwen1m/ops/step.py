@@ -35,15 +35,14 @@ def linear(
 ) -> paddle.Tensor:
     """x [T, K] times the transpose of `weight` [N, K] (as published, out by in), plus `bias` [N]: [T, N].
 
-    The result is activations, or float32 when asked for. On a GPU more than FEW_ROWS rows are multiplied by Paddle's
-    matmul, which rounds to the activations' type first and takes no bias (ValueError).
+    The result is activations, or float32 when asked for, which are never rounded on the way. On a GPU more than FEW_ROWS
+    rows of activations are a product of Paddle's matmul, which takes no bias (ValueError).
     """
-    if x.shape[0] <= FEW_ROWS or not x.place.is_gpu_place():
+    if float32 or x.shape[0] <= FEW_ROWS or not x.place.is_gpu_place():
         return call("linear", x, weight, bias, float32)[0]
     if bias is not None:
         raise ValueError(f"linear: bias must be None for more than {FEW_ROWS} rows on a GPU, got {x.shape[0]} rows")
-    y = paddle.matmul(x, weight, transpose_y=True)
-    return cast(y, "float32") if float32 else y
+    return paddle.matmul(x, weight, transpose_y=True)
 
 
 def cast(values: paddle.Tensor, dtype: str) -> paddle.Tensor:

@@ -6,7 +6,7 @@ import numpy as np
 import oracle
 import pytest
 from cases import Prompt, make_prompt, paged_cache
-from faces import STORAGE, OpFace, OracleFace, error, stored
+from faces import STORAGE, Face, OpFace, OracleFace, error, stored
 
 from paddle_qwen1m import ops
 from paddle_qwen1m.threads import default_num_threads
@@ -111,6 +111,23 @@ def test_decode_of_mixed_lengths(
     assert error(OpFace(storage).dca_decode(*arguments), ORACLE.dca_decode(*arguments)) < OpFace.tolerance
 
 
+@pytest.mark.parametrize("face", [ORACLE, *map(OpFace, STORAGE)], ids=lambda face: face.name)
+def test_decode_of_an_empty_row_is_zero(rng: np.random.Generator, face: Face) -> None:
+    """Rows of length 0, such as a captured batch has that is not full; the others come out as they do without them."""
+    prompts = batch(rng, [17, 300], 16, "bfloat16", heads=4, kv_heads=2, head_dim=64)
+    pool, scale = prompts[0].cache, prompts[0].scale
+    q = np.stack([prompt.queries[:, -1] for prompt in prompts], axis=1)
+
+    def decode(rows: list[int], lengths: list[int]) -> np.ndarray:
+        tables = np.maximum(pool.tables[rows], 0)
+        return face.dca_decode(q[:, rows], pool.keys, pool.values, tables, np.array(lengths), [scale] * len(rows), 128)
+
+    with_empty = decode([0, 0, 1], [17, 0, 300])
+    np.testing.assert_array_equal(with_empty[1], 0)
+    np.testing.assert_array_equal(with_empty[[0, 2]], decode([0, 1], [17, 300]))
+    np.testing.assert_array_equal(decode([0], [0]), 0)
+
+
 @pytest.mark.parametrize("tokens", [1, 500, 1024, 1500, 3000])
 def test_decode_of_one_long_sequence(rng: np.random.Generator, tokens: int) -> None:
     """A lone sequence, whose keys the op may split over threads."""
@@ -213,7 +230,7 @@ def test_attention_ops_refuse_what_does_not_fit(rng: np.random.Generator) -> Non
     with pytest.raises(ValueError, match="dca_prefill"):
         prefill(prompt.queries[:1], [(0, 256, 44, 256)])
     with pytest.raises(ValueError, match="dca_decode"):
-        op.dca_decode(prompt.queries[:, -1:], keys, values, table[None], np.array([0]), scale, 128)
+        op.dca_decode(prompt.queries[:, -1:], keys, values, table[None], np.array([-1]), scale, 128)
     with pytest.raises(ValueError, match="dca_decode"):
         op.dca_decode(prompt.queries[:, -1:], keys, values, table[None], np.array([5000]), scale, 128)
     with pytest.raises(ValueError, match="dca_probe"):

@@ -444,10 +444,21 @@ def test_linear_over_the_vocabulary(cuda: Any, tokens: int) -> None:
     check(y, exact(expected), linear_slack(depth))
 
 
-@pytest.mark.parametrize("tokens, depth", [(17, 64), (1, 12)])
-def test_linear_refuses_what_it_is_not_for(cuda: Any, tokens: int, depth: int) -> None:
-    """More than 16 rows, and depths that are no whole number of 16-byte packs."""
-    x = torch.zeros(tokens, depth, dtype=torch.bfloat16, device=DEVICE)
+@pytest.mark.parametrize("tokens", [17, 31, 32, 100])
+def test_linear_of_many_rows_is_not_rounded_on_the_way(cuda: Any, rng: np.random.Generator, tokens: int) -> None:
+    """Logits of many positions in float32: to the last bit those of the same rows taken sixteen at a time."""
+    x = stored(rng.standard_normal((tokens, 896)), torch.bfloat16)
+    weight = stored(rng.standard_normal((1000, 896)), torch.bfloat16)
+    y = run_linear(cuda, x, weight, None, torch.float32, spare_rows=16)
+    check(y[:tokens], oracle.linear(exact(x), exact(weight)), linear_slack(896))
+    assert same_bits(y[tokens:], poisoned(16, 1000, dtype=torch.float32))
+    assert same_bits(y[16:tokens][:16], run_linear(cuda, x[16:][:16], weight, None, torch.float32))
+
+
+@pytest.mark.parametrize("depth", [12, 60])
+def test_linear_refuses_what_it_is_not_for(cuda: Any, depth: int) -> None:
+    """Depths that are no whole number of 16-byte packs."""
+    x = torch.zeros(1, depth, dtype=torch.bfloat16, device=DEVICE)
     weight = torch.zeros(16, depth, dtype=torch.bfloat16, device=DEVICE)
     with pytest.raises(RuntimeError, match="linear: CUDA error 1"):
         run_linear(cuda, x, weight, None, torch.bfloat16)

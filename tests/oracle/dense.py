@@ -135,9 +135,14 @@ def dca_decode(
     scale: Array,
     chunk_len: int,
 ) -> Array:
-    """Attention [B, H, D] of the last token of each sequence: three stages split by length, merged (section 9)."""
-    out = np.empty(q.shape[1:])
+    """Attention [B, H, D] of the last token of each sequence: three stages split by length, merged (section 9).
+
+    A sequence of length 0 gets zeros.
+    """
+    out = np.zeros(q.shape[1:])
     for sequence, length in enumerate(np.asarray(lengths).tolist()):
+        if length == 0:
+            continue
         intra, succ, inter = decode_lengths(length, chunk_len)
         parts = []
         for stage, start, count in ((INTER, 0, inter), (SUCC, inter, succ), (INTRA, inter + succ, intra)):

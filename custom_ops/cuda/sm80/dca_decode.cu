@@ -252,14 +252,15 @@ __global__ void __launch_bounds__(kMergeParts* D) merge_kernel(const __grid_cons
   if (part != 0) return;
 #pragma unroll
   for (int p = 1; p < kMergeParts; ++p) top = fmaxf(top, statistics[p].x);
+  const float origin = top == kNegativeInfinity ? 0.0f : top;
   total = out = 0;
 #pragma unroll
   for (int p = 0; p < kMergeParts; ++p) {
-    const float weight = exp2_fast(statistics[p].x - top);
+    const float weight = exp2_fast(statistics[p].x - origin);
     total += statistics[p].y * weight;
     out += outs[p][value] * weight;
   }
-  static_cast<T*>(a.out)[row * D + value] = narrow<T>(out / total);
+  static_cast<T*>(a.out)[row * D + value] = narrow<T>(total > 0 ? out / total : 0.0f);
 }
 
 // Shares a sequence: enough for the whole device, whatever the lengths are.

@@ -172,16 +172,30 @@ int choose_linear(const qwen1m_linear& a, cudaStream_t stream) {
 
 using namespace qwen1m::cuda;
 
-// At most 16 tokens and K in whole packs of eight; x and weight are of one type, which y is of unless it is float32.
+// K in whole packs of eight; x and weight are of one type, which y is of unless it is float32. Every 16 tokens read the
+// weights once more.
 int qwen1m_cuda_linear(const qwen1m_linear* a, qwen1m_stream stream) {
-  if (a->tokens > kMaxTokens || a->in_features % kPack != 0 || a->dtype != a->activation || !aligned(a->x, a->weight)) {
+  if (a->in_features % kPack != 0 || a->dtype != a->activation || !aligned(a->x, a->weight)) {
     return cudaErrorInvalidValue;
   }
-  if (a->tokens == 0 || a->out_features == 0) return cudaSuccess;
+  if (a->out_dtype != a->activation && a->out_dtype != QWEN1M_FLOAT32) return cudaErrorInvalidValue;
+  if (a->out_features == 0) return cudaSuccess;
   return with_half_type(a->activation, [&](auto type) -> int {
     using T = decltype(type);
-    if (a->out_dtype == a->activation) return choose_linear<T, T>(*a, as_stream(stream));
-    if (a->out_dtype == QWEN1M_FLOAT32) return choose_linear<T, float>(*a, as_stream(stream));
-    return cudaErrorInvalidValue;
+    for (int64_t first = 0; first < a->tokens; first += kMaxTokens) {
+      qwen1m_linear few = *a;
+      few.tokens = a->tokens - first < kMaxTokens ? a->tokens - first : kMaxTokens;
+      few.x = static_cast<const T*>(a->x) + first * a->in_features;
+      int status;
+      if (a->out_dtype == QWEN1M_FLOAT32) {
+        few.y = static_cast<float*>(a->y) + first * a->out_features;
+        status = choose_linear<T, float>(few, as_stream(stream));
+      } else {
+        few.y = static_cast<T*>(a->y) + first * a->out_features;
+        status = choose_linear<T, T>(few, as_stream(stream));
+      }
+      if (status != cudaSuccess) return status;
+    }
+    return cudaSuccess;
   });
 }

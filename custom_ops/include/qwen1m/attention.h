@@ -25,7 +25,7 @@ typedef struct {
   int32_t tokens, heads, table_width, num_pieces, chunk_len;
 } qwen1m_dca_prefill;
 
-// One query a sequence against all of its cached keys.
+// One query a sequence against all of its cached keys; zeros for a sequence of length 0.
 typedef struct {
   const void* q;  // [V, B, H, D]
   void* out;      // [B, H, D]
