@@ -14,8 +14,8 @@ import numpy as np
 from needle_documents import Document, DocumentMaker, Encode, prompt_head, prompt_tail
 
 from paddle_qwen1m import ops
-from paddle_qwen1m.attention.selector import Observer
 from paddle_qwen1m.attention.positions import Piece
+from paddle_qwen1m.attention.selector import Observer
 
 
 @dataclass

@@ -35,7 +35,7 @@ def linear(
 ) -> paddle.Tensor:
     """x [T, K] times the transpose of `weight` [N, K] (as published, out by in), plus `bias` [N]: [T, N].
 
-    The result is activations, or float32 when asked for, which are never rounded on the way. On a GPU more than FEW_ROWS
+    The result is activations, or float32 when asked for, which is never rounded on the way. On a GPU more than FEW_ROWS
     rows of activations are a product of Paddle's matmul, which takes no bias (ValueError).
     """
     if float32 or x.shape[0] <= FEW_ROWS or not x.place.is_gpu_place():

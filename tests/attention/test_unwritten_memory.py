@@ -1,4 +1,4 @@
-"""Rows of a page behind the last token are never-written memory: whatever lies there, every result has the same bits."""
+"""What lies in a page behind the last token is never-written memory: it changes no bit of any result."""
 
 from __future__ import annotations
 
