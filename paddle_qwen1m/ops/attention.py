@@ -95,7 +95,7 @@ def dca_decode(
 ) -> paddle.Tensor:
     """The last token of each of B sequences against all its keys: q [V, B, H, D] to [B, H, D] (spec section 9).
 
-    lengths int32 [B] count the token itself, whose key is in the cache; a row of length 0 gets zeros. block_tables int32
-    [B, W]; scale float32 [B].
+    lengths int32 [B] count the token itself, whose key is in the cache; a row of length 0 gets zeros. block_tables
+    int32 [B, W]; scale float32 [B].
     """
     return call("dca_decode", q, key_cache, value_cache, block_tables, lengths, scale, chunk_len)[0]
