@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Callable
 
-from paddle_qwen1m.plan import MemoryPlan, itemsize, longest_context, parameters, plan_memory
+from paddle_qwen1m.dtypes import itemsize
+from paddle_qwen1m.plan import MemoryPlan, longest_context, parameters, plan_memory
 
 if TYPE_CHECKING:
     from paddle_qwen1m.config import ModelConfig

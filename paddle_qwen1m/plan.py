@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import Callable
 
 from paddle_qwen1m.config import BLOCK, ModelConfig, SparseBudgets
-
-ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+from paddle_qwen1m.dtypes import itemsize
 
 
 @dataclass(frozen=True)
@@ -72,13 +71,6 @@ def activation_bytes(
     choosing = 0 if budgets is None else sparse_bytes(config, rows, length, budgets)
     stream = rows * (4 + size) * config.hidden_size
     return stream + max(rows * in_attention + choosing, rows * in_mlp) + 4 * config.vocab_size
-
-
-def itemsize(dtype: str) -> int:
-    """Bytes of one value; ValueError when weights and caches are never of that dtype."""
-    if dtype not in ITEMSIZE:
-        raise ValueError(f"dtype must be one of {', '.join(ITEMSIZE)}, got {dtype!r}")
-    return ITEMSIZE[dtype]
 
 
 def plan_memory(

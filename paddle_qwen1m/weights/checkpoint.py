@@ -9,9 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from paddle_qwen1m.dtypes import STORAGE
+
 from . import names
 from .record import refuse_unfinished
-from .safetensors import STORAGE, CheckpointError, TensorInfo, read_header
+from .safetensors import CheckpointError, TensorInfo, read_header
 from .sharding import RANK_PREFIX
 
 INDEX_NAME = "model.safetensors.index.json"

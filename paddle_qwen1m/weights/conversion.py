@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import Any
 
+from paddle_qwen1m.dtypes import SAFETENSORS
+
 from . import names
 from .checkpoint import INDEX_NAME, SINGLE_NAME
 from .record import RECORD_NAME, PublishedFiles
@@ -18,7 +20,6 @@ from .safetensors import DTYPE_BYTES
 from .sharding import RANK_SETS, Part, check_degree, part_of, rank_directory
 from .source import (
     CONFIG_NAME,
-    DTYPE_NAMES,
     HUGGINGFACE,
     PADDLENLP,
     TENSOR_PARALLEL,
@@ -137,7 +138,7 @@ def _group(
     published: PublishedFiles | None,
 ) -> Group:
     tensors = [source.tensors[name] for name in members]
-    dtypes = [DTYPE_NAMES[dtype] if dtype else tensor.dtype for tensor in tensors]
+    dtypes = [SAFETENSORS[dtype] if dtype else tensor.dtype for tensor in tensors]
     tied = source.model.tie_word_embeddings
     flipped = [form == PADDLENLP and names.is_transposed(name, tied) for name in members]
     targets = []
@@ -229,7 +230,7 @@ def _distribute(source: Source, degree: int, dtype: str | None, limit: int) -> d
     room = 0
     for name in (name for members in source.partition.values() for name in members):
         tensor, part = source.tensors[name], part_of(source.model, name, degree, 0)
-        nbytes = _nbytes(DTYPE_NAMES[dtype] if dtype else tensor.dtype, _shape(tensor.shape, False, part))
+        nbytes = _nbytes(SAFETENSORS[dtype] if dtype else tensor.dtype, _shape(tensor.shape, False, part))
         if not shards or nbytes > room:
             shards.append([])
             room = limit

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from paddle_qwen1m.config import ModelConfig
+from paddle_qwen1m.dtypes import SAFETENSORS
 
 from . import names, sharding
 from .checkpoint import INDEX_NAME, Checkpoint, check_fit, read_weight_map, summarise
@@ -18,7 +19,6 @@ from .window import Piece
 
 CONFIG_NAME = "config.json"
 HUGGINGFACE, PADDLENLP, TENSOR_PARALLEL = "huggingface", "paddlenlp", "tensor-parallel"
-DTYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def _stored(directory: Path, model: ModelConfig, absent: list[str] | None) -> Ma
     absent += [file for file in sorted(set(weight_map.values())) if not (directory / file).exists()]
     if not absent:
         return Checkpoint(directory).stored
-    shapes, dtype = names.published_shapes(model), DTYPE_NAMES[model.dtype]
+    shapes, dtype = names.published_shapes(model), SAFETENSORS[model.dtype]
     paddlenlp = names.are_paddlenlp(weight_map)
     found = {file: read_header(directory / file) for file in set(weight_map.values()) - set(absent)}
     tensors = {}

@@ -14,11 +14,13 @@ from typing import Callable
 import numpy as np
 from tqdm import tqdm
 
+from paddle_qwen1m.dtypes import STORAGE
+
 from .conversion import Group, Plan, Target
 from .durable import publish
 from .readahead import ReadAheadFile
 from .record import Record
-from .safetensors import STORAGE, Array
+from .safetensors import Array
 from .sharding import ROWS, Part
 from .window import as_matrix, read_window
 from .writer import Buffers, OutputFile, Piece, Writer
