@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Callable
 
 from paddle_qwen1m.config import BLOCK, ModelConfig, SparseBudgets
 from paddle_qwen1m.dtypes import itemsize
+from paddle_qwen1m.weights.tensors import published_shapes
 
 
 @dataclass(frozen=True)
@@ -25,16 +27,7 @@ class MemoryPlan:
 
 def parameters(config: ModelConfig) -> int:
     """Number of weights of the model, biases and norms included."""
-    attention, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    qkv = (attention + 2 * kv) * (config.hidden_size + 1)
-    layer = (
-        qkv
-        + attention * config.hidden_size
-        + 3 * config.hidden_size * config.intermediate_size
-        + 2 * config.hidden_size
-    )
-    tables = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
-    return config.num_layers * layer + tables + config.hidden_size
+    return sum(map(math.prod, published_shapes(config).values()))
 
 
 def cache_bytes_per_token(config: ModelConfig, dtype: str) -> int:

@@ -40,8 +40,8 @@ from paddle_qwen1m.paddlenlp.loading import (
 )
 from paddle_qwen1m.parallel.group import ALONE, Group, start
 from paddle_qwen1m.weights import load_checkpoint
-from paddle_qwen1m.weights.names import HEAD
 from paddle_qwen1m.weights.sharding import check_degree, rank_directory, rank_sets
+from paddle_qwen1m.weights.tensors import HEAD
 
 
 class Qwen2OneMForCausalLM(PretrainedModel):  # type: ignore[misc]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +14,7 @@ from . import names
 from .record import refuse_unfinished
 from .safetensors import CheckpointError, TensorInfo, read_header
 from .sharding import RANK_PREFIX
+from .tensors import EMBEDDING, HEAD
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -32,14 +32,14 @@ def summarise(problems: Sequence[str]) -> str:
 class Checkpoint:
     """The tensors of a directory that holds model.safetensors, or shards and model.safetensors.index.json.
 
-    `tensors` are the published ones, in a directory in PaddleNLP's own form too; `stored` are those of the files.
+    `tensors` are the published ones, in a directory in PaddleNLP's own form (`is_paddlenlp`) too.
     Only headers are read. Raises CheckpointError naming file and tensor when a file is missing or corrupt, or when the
     index and the files disagree, or when a conversion into the directory has not ended.
     """
 
     directory: Path
     tensors: Mapping[str, TensorInfo]
-    stored: Mapping[str, TensorInfo]
+    is_paddlenlp: bool
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         self.directory = Path(directory)
@@ -48,15 +48,16 @@ class Checkpoint:
         refuse_unfinished(self.directory.parent if self.directory.name.startswith(RANK_PREFIX) else self.directory)
         index, single = self.directory / INDEX_NAME, self.directory / SINGLE_NAME
         if index.exists():
-            self.stored = _read_sharded(index)
+            stored = _read_sharded(index)
         elif single.exists():
-            self.stored = read_header(single)
+            stored = read_header(single)
         else:
             raise CheckpointError(
                 f"{self.directory} holds neither {INDEX_NAME} nor {SINGLE_NAME}: "
                 "this loader reads checkpoints in the published safetensors layout; download one of the two"
             )
-        self.tensors = _as_published(self.stored) if names.are_paddlenlp(self.stored) else self.stored
+        self.is_paddlenlp = names.are_paddlenlp(stored)
+        self.tensors = as_published(stored)
 
     @property
     def total_bytes(self) -> int:
@@ -67,15 +68,19 @@ class Checkpoint:
         return max((info.nbytes for info in self.tensors.values()), default=0)
 
 
-def _as_published(stored: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """A head that is as tall as the embedding is the embedding once more, and not transposed."""
-    head, embedding = stored.get(names.HEAD), stored.get(names.to_paddlenlp(names.EMBEDDING))
+def as_published(stored: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """The published tensors that files in either form hold, by their stored names.
+
+    In PaddleNLP's, a head that is as tall as the embedding is the embedding once more, and not transposed.
+    """
+    if not names.are_paddlenlp(stored):
+        return dict(stored)
+    head, embedding = stored.get(HEAD), stored.get(names.to_paddlenlp(EMBEDDING))
     tied = head is not None and embedding is not None and head.shape == embedding.shape != head.shape[::-1]
     published = {}
     for stored_name, info in stored.items():
         name = names.from_paddlenlp(stored_name)
-        flip = names.is_transposed(name, tied)
-        published[name] = replace(info, shape=info.shape[::-1], transposed=True) if flip else info
+        published[name] = info.flipped() if names.is_transposed(name, tied) else info
     return published
 
 

@@ -17,7 +17,7 @@ from . import names
 from .checkpoint import INDEX_NAME, SINGLE_NAME
 from .record import RECORD_NAME, PublishedFiles
 from .safetensors import DTYPE_BYTES
-from .sharding import RANK_SETS, Part, check_degree, part_of, rank_directory
+from .sharding import RANK_SETS, check_degree, rank_directory
 from .source import (
     CONFIG_NAME,
     HUGGINGFACE,
@@ -26,6 +26,7 @@ from .source import (
     Source,
     Tensor,
 )
+from .tensors import Part, part_of
 
 COMPANIONS = ("*.json", "*.txt", "*.jinja", "*.md", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*")
 FORMATS = {HUGGINGFACE: "pt", PADDLENLP: "np", TENSOR_PARALLEL: "pt"}  # what safetensors metadata says of the layout

@@ -20,7 +20,7 @@ from paddle_qwen1m.dtypes import SAFETENSORS, STORAGE, dtype_name
 
 from .checkpoint import Checkpoint, check_fit
 from .safetensors import DTYPE_BYTES, Array, TensorInfo
-from .sharding import COLUMNS, ROWS, Part
+from .tensors import COLUMNS, ROWS, Part
 from .window import read_matrix
 
 STAGING_BYTES = 64 << 20  # what is read before it is copied to a GPU

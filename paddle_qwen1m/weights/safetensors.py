@@ -10,7 +10,7 @@ import io
 import json
 import math
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Callable
 
@@ -51,6 +51,10 @@ class TensorInfo:
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+    def flipped(self) -> TensorInfo:
+        """The same bytes as the transposed matrix."""
+        return replace(self, shape=self.shape[::-1], transposed=not self.transposed)
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:

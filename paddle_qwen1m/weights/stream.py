@@ -21,7 +21,7 @@ from .durable import publish
 from .readahead import ReadAheadFile
 from .record import Record
 from .safetensors import Array
-from .sharding import ROWS, Part
+from .tensors import ROWS, Part
 from .window import as_matrix, read_window
 from .writer import Buffers, OutputFile, Piece, Writer
 
@@ -93,7 +93,7 @@ def _panels(
     if group.flipped[number]:
         pieces = tuple(piece.flipped() for piece in pieces)
         rows, width = width, rows
-    transposed = any(piece.transposed for piece in pieces)
+    transposed = any(piece.info.transposed for piece in pieces)
     step = max(1, (TRANSPOSED_PANEL_BYTES if transposed else PANEL_BYTES) // max(1, width * dtype.itemsize))
     for first in range(0, rows, step):
         panel = memory[transposed].take((min(step, rows - first), width), dtype)

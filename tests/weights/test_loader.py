@@ -11,7 +11,7 @@ import pytest
 from checkpoint_files import write_file, write_sharded
 
 from paddle_qwen1m.weights import CheckpointError, Slot, load_checkpoint
-from paddle_qwen1m.weights.sharding import Part
+from paddle_qwen1m.weights.tensors import Part
 
 RNG = np.random.default_rng(1)
 
