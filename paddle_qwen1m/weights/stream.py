@@ -7,7 +7,7 @@ import io
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Callable
 
@@ -17,7 +17,7 @@ from tqdm import tqdm
 from paddle_qwen1m.dtypes import STORAGE
 
 from .conversion import Group, Plan, Target
-from .durable import publish
+from .durable import publish, temporary
 from .readahead import ReadAheadFile
 from .record import Record
 from .safetensors import Array
@@ -40,8 +40,15 @@ def write_shards(plan: Plan, destination: Path, record: Record, progress: bool) 
     def publish_file(file: OutputFile) -> None:
         name = file.path.relative_to(destination).as_posix()
         record.files[name] = {"bytes": file.nbytes, "sha256": file.sha256.hexdigest()}
-        record.write(destination)
-        publish(file.path)
+        try:
+            record.write(destination)
+            publish(file.path)
+        except OSError:
+            if temporary(file.path).exists():
+                del record.files[name]
+                with suppress(OSError):
+                    record.write(destination)
+            raise
 
     total = sum(target.nbytes for target in plan.targets if target.file not in record.files)
     with Writer(publish_file) as writer, _bar("Converting", total, progress) as bar:
