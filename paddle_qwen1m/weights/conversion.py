@@ -14,7 +14,7 @@ from typing import Any
 from paddle_qwen1m.dtypes import SAFETENSORS
 
 from . import names
-from .checkpoint import INDEX_NAME, SINGLE_NAME
+from .checkpoint import INDEX_NAME, SINGLE_NAME, index_metadata
 from .record import RECORD_NAME, PublishedFiles
 from .safetensors import DTYPE_BYTES
 from .sharding import RANK_SETS, check_degree, rank_directory
@@ -193,7 +193,7 @@ def _index(form: str, targets: Sequence[Target], published: PublishedFiles | Non
     known: dict[str, Any] = {}
     if form == HUGGINGFACE and published is not None and published.index is not None:
         known = json.loads(published.index)
-    metadata = {**known.get("metadata", {}), "total_size": total}
+    metadata = {**index_metadata(known), "total_size": total}
     index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
     if published is not None and published.index is not None and index == known:
         return published.index.encode("utf-8")

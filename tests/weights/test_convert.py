@@ -275,6 +275,21 @@ def test_a_dry_run_of_the_14b_needs_its_index_and_config_alone(tmp_path, capsys)
     assert "is missing" in capsys.readouterr().err and not target.exists()
 
 
+@pytest.mark.parametrize("metadata", [{"total_size": 1}, {"total_size": "17843200", "made_by": "x"}, None, []])
+def test_a_careless_index_is_converted_there_and_back(tmp_path, metadata):
+    """The way back has the size that is true, and all else as it was."""
+    source = shutil.copytree(NEEDLE, tmp_path / "source")
+    index = source / "model.safetensors.index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "metadata": metadata}))
+    convert(source, tmp_path / "np", "paddlenlp")
+    convert(tmp_path / "np", tmp_path / "back", "huggingface")
+    back = json.loads((tmp_path / "back" / index.name).read_text())
+    true = json.loads((NEEDLE / index.name).read_text())["metadata"]["total_size"]
+    assert back["metadata"] == {**(metadata or {}), "total_size": true}
+    for shard in NEEDLE.glob("*.safetensors"):
+        assert (tmp_path / "back" / shard.name).read_bytes() == shard.read_bytes()
+
+
 @pytest.mark.parametrize("algorithm", ["int8", "fp8"])
 def test_quantization_without_kernels_is_refused(tmp_path, capsys, algorithm):
     assert run(NEEDLE, tmp_path / "q", "--format", "paddlenlp", "--quantization", algorithm) == 2
