@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Callable
 
-from paddle_qwen1m.plan import MemoryPlan, itemsize, longest_context, parameters, plan_memory
+from paddle_qwen1m.dtypes import itemsize
+from paddle_qwen1m.plan import MemoryPlan, longest_context, parameters, plan_memory
 
 if TYPE_CHECKING:
     from paddle_qwen1m.config import ModelConfig
@@ -165,6 +166,7 @@ def _model(checkpoint: Checkpoint) -> Iterator[Finding]:
 def _files(checkpoint: Checkpoint) -> Iterator[Finding]:
     from paddle_qwen1m.paddlenlp.hub import WEIGHTS, WEIGHTS_INDEX, read_json
     from paddle_qwen1m.weights import Checkpoint as Weights
+    from paddle_qwen1m.weights.checkpoint import index_metadata
     from paddle_qwen1m.weights.sharding import rank_sets
     from paddle_qwen1m.weights.source import open_source
 
@@ -173,8 +175,8 @@ def _files(checkpoint: Checkpoint) -> Iterator[Finding]:
         shards = set(read_json(index)["weight_map"].values()) if index is not None else {WEIGHTS}
         missing = [shard for shard in sorted(shards) if checkpoint.hub.cached(shard) is None]
         if missing:
-            size = read_json(index).get("metadata", {}).get("total_size") if index is not None else None
-            needs = "" if size is None else f" (all of them: {size / 1e9:,.1f} GB)"
+            size = index_metadata(read_json(index)).get("total_size") if index is not None else None
+            needs = f" (all of them: {size / 1e9:,.1f} GB)" if isinstance(size, int) and size > 0 else ""
             yield Finding(
                 WARN, "files", f"{len(missing)} of {len(shards)} weight files are fetched at the first load{needs}"
             )

@@ -23,7 +23,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable
 
-from paddle_qwen1m.plan import ITEMSIZE
+from paddle_qwen1m.dtypes import DTYPES
 
 if TYPE_CHECKING:
     import numpy as np
@@ -140,8 +140,8 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens of one prefill chunk (default: 2,048 on a CPU, 32,768 on a GPU)",
     )
-    group.add_argument("--dtype", choices=list(ITEMSIZE), help="how weights are kept (default: as in the checkpoint)")
-    group.add_argument("--kv-cache-dtype", choices=list(ITEMSIZE), help="how keys and values are kept on a CPU")
+    group.add_argument("--dtype", choices=DTYPES, help="how weights are kept (default: as in the checkpoint)")
+    group.add_argument("--kv-cache-dtype", choices=DTYPES, help="how keys and values are kept on a CPU")
     group.add_argument("--sparse-budgets", metavar="FILE", help="per-head budgets of the sparse prefill")
     group.add_argument("--no-sparse", action="store_true", help="prefill densely at every length")
 
@@ -404,7 +404,7 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tensor-parallel-size", type=_at_least(1), default=1, metavar="N", help="ranks of the format tensor-parallel"
     )
-    parser.add_argument("--dtype", choices=list(ITEMSIZE), help="round to this type (default: as in the checkpoint)")
+    parser.add_argument("--dtype", choices=DTYPES, help="round to this type (default: as in the checkpoint)")
     parser.add_argument("--quantization", choices=["none", "int8", "fp8"], default="none", help="default %(default)s")
     parser.add_argument(
         "--max-shard-size", type=_size, metavar="SIZE", help="such as 5GB or 512MiB (default: shards as they are)"

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from .dtypes import DTYPES
+
 CONFIGS = Path(__file__).with_name("configs")
 if not CONFIGS.is_dir():  # a source checkout
     CONFIGS = Path(__file__).parents[1] / "configs"
@@ -18,7 +20,6 @@ if not CONFIGS.is_dir():  # a source checkout
 SINK_COLUMNS = 30  # the first columns and the last diagonals are always kept
 LOCAL_DIAGONALS = 100
 BLOCK = 64  # rows of a row block, keys of a block of keys
-DTYPES = ("float32", "bfloat16", "float16")
 SPARSE_THRESHOLD = 32768
 CPU_BATCHED_TOKENS, GPU_BATCHED_TOKENS = 2048, 32768
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Generator, Sequence
 
 import paddle
@@ -15,11 +16,8 @@ from paddle_qwen1m.cache import LayerCache
 from paddle_qwen1m.config import ModelConfig
 from paddle_qwen1m.parallel.group import ALONE, Group
 from paddle_qwen1m.weights import Slot
-from paddle_qwen1m.weights.names import EMBEDDING, HEAD, published_shapes
-from paddle_qwen1m.weights.sharding import local_config, part_of
-
-Place = tuple[paddle.Tensor, int]
-"""A parameter, and the row of it where a published tensor begins."""
+from paddle_qwen1m.weights.sharding import local_config
+from paddle_qwen1m.weights.tensors import published_tensors
 
 
 def weight(shape: list[int], dtype: str) -> paddle.Tensor:
@@ -71,26 +69,6 @@ class DecoderLayer(nn.Layer):
             ops.linear(ops.silu_mul(ops.linear(hidden, self.gate_up_weight)), self.down_weight)
         )
 
-    def places(self) -> dict[str, Place]:
-        """Where the layer's published tensors, or the rank's parts of them, begin."""
-        local = self.local
-        key_row, value_row = (local.num_heads * local.head_dim, (local.num_heads + local.num_kv_heads) * local.head_dim)
-        places: dict[str, Place] = {
-            "input_layernorm.weight": (self.input_norm, 0),
-            "self_attn.q_proj.weight": (self.qkv_weight, 0),
-            "self_attn.k_proj.weight": (self.qkv_weight, key_row),
-            "self_attn.v_proj.weight": (self.qkv_weight, value_row),
-            "self_attn.q_proj.bias": (self.qkv_bias, 0),
-            "self_attn.k_proj.bias": (self.qkv_bias, key_row),
-            "self_attn.v_proj.bias": (self.qkv_bias, value_row),
-            "self_attn.o_proj.weight": (self.output_weight, 0),
-            "post_attention_layernorm.weight": (self.post_attention_norm, 0),
-            "mlp.gate_proj.weight": (self.gate_up_weight, 0),
-            "mlp.up_proj.weight": (self.gate_up_weight, local.intermediate_size),
-            "mlp.down_proj.weight": (self.down_weight, 0),
-        }
-        return {f"model.layers.{self.number}.{name}": place for name, place in places.items()}
-
 
 class Qwen2OneM(nn.Layer):
     """Qwen2 for 1M tokens, on Paddle's current device. `dtype` is how the weights are kept, `compute_dtype` the type of
@@ -140,13 +118,13 @@ class Qwen2OneM(nn.Layer):
 
     def slots(self) -> dict[str, Slot]:
         """Every published tensor's name with where it, or the rank's part of it, goes."""
-        places: dict[str, Place] = {EMBEDDING: (self.embedding, 0), "model.norm.weight": (self.norm, 0)}
-        if not self.config.tie_word_embeddings:
-            places[HEAD] = (self.head, 0)
-        for layer in self.layers:
-            places.update(layer.places())
-        shapes, group = published_shapes(self.config), self.group
-        return {
-            name: Slot(tensor, row, shapes[name], part_of(self.config, name, group.degree, group.rank))
-            for name, (tensor, row) in places.items()
-        }
+        parameters, slots = dict(self.named_buffers()), {}
+        taken: Counter[str] = Counter()
+        for tensor in published_tensors(self.config).values():
+            if tensor.parameter is None:
+                continue
+            part = tensor.part(self.group.degree, self.group.rank)
+            slot = Slot(parameters[tensor.parameter], taken[tensor.parameter], tensor.shape, part)
+            taken[tensor.parameter] += slot.held_shape[0]
+            slots[tensor.name] = slot
+        return slots

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Callable
 
 from paddle_qwen1m.config import BLOCK, ModelConfig, SparseBudgets
-
-ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+from paddle_qwen1m.dtypes import itemsize
+from paddle_qwen1m.weights.tensors import published_shapes
 
 
 @dataclass(frozen=True)
@@ -26,16 +27,7 @@ class MemoryPlan:
 
 def parameters(config: ModelConfig) -> int:
     """Number of weights of the model, biases and norms included."""
-    attention, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    qkv = (attention + 2 * kv) * (config.hidden_size + 1)
-    layer = (
-        qkv
-        + attention * config.hidden_size
-        + 3 * config.hidden_size * config.intermediate_size
-        + 2 * config.hidden_size
-    )
-    tables = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
-    return config.num_layers * layer + tables + config.hidden_size
+    return sum(map(math.prod, published_shapes(config).values()))
 
 
 def cache_bytes_per_token(config: ModelConfig, dtype: str) -> int:
@@ -72,13 +64,6 @@ def activation_bytes(
     choosing = 0 if budgets is None else sparse_bytes(config, rows, length, budgets)
     stream = rows * (4 + size) * config.hidden_size
     return stream + max(rows * in_attention + choosing, rows * in_mlp) + 4 * config.vocab_size
-
-
-def itemsize(dtype: str) -> int:
-    """Bytes of one value; ValueError when weights and caches are never of that dtype."""
-    if dtype not in ITEMSIZE:
-        raise ValueError(f"dtype must be one of {', '.join(ITEMSIZE)}, got {dtype!r}")
-    return ITEMSIZE[dtype]
 
 
 def plan_memory(

@@ -2,7 +2,7 @@
 
     python tools/cuda_library.py [--arch sm_90a ...]     builds build/libqwen1m_cuda.so
 
-Structs are read off the headers in custom_ops/include/, so that they cannot disagree with them.
+Structs and data types are read off the headers in custom_ops/include/, so that they cannot disagree with them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,12 @@ C_TYPES: dict[str, Any] = {
     "float": ctypes.c_float,
     "qwen1m_dtype": ctypes.c_int,
 }
-DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
+
+
+def read_dtypes(header: Path = HEADERS / "types.h") -> dict[str, int]:
+    """The numbers that stand for data types."""
+    (members,) = re.findall(r"\{([^}]*)\} qwen1m_dtype;", header.read_text(encoding="utf-8"))
+    return {name.lower(): int(number) for name, number in re.findall(r"QWEN1M_(\w+) = (\d+)", members)}
 
 
 def read_structs(headers: Path = HEADERS) -> dict[str, type[ctypes.Structure]]:
@@ -54,6 +59,7 @@ class CudaLibrary:
     def __init__(self, path: Path = LIBRARY) -> None:
         self._library = ctypes.CDLL(str(path))
         self._structs = read_structs()
+        self._dtypes = read_dtypes()
 
     def struct(self, name: str, fields: dict[str, Any]) -> ctypes.Structure:
         kind = self._structs[name]
@@ -71,7 +77,7 @@ class CudaLibrary:
         if hasattr(value, "ctypes"):
             return value.ctypes.data
         name = str(value).replace("torch.", "")
-        return DTYPES.get(name, value)
+        return self._dtypes.get(name, value)
 
     def workspace_bytes(self, op: str, **fields: Any) -> int:
         """Bytes that the op's workspace must have; 0 when it takes none."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from paddle_qwen1m.config import ModelConfig
-from paddle_qwen1m.weights.names import published_shapes
+from paddle_qwen1m.weights.tensors import published_shapes
 
 CONFIG = {
     "architectures": ["Qwen2ForCausalLM"],

@@ -16,6 +16,7 @@ from paddlenlp.transformers.model_utils import no_init_weights
 from paddlenlp.utils.log import logger
 
 from paddle_qwen1m.config import EngineOptions, SparseBudgets
+from paddle_qwen1m.dtypes import dtype_name
 from paddle_qwen1m.engine import Engine
 from paddle_qwen1m.model import Qwen2OneM
 from paddle_qwen1m.paddlenlp.generation import (
@@ -31,7 +32,6 @@ from paddle_qwen1m.paddlenlp.loading import (
     DUAL_CHUNK,
     GENERATION_CONFIG,
     config_dict,
-    dtype_name,
     find_budgets,
     is_ours,
     model_config,
@@ -40,8 +40,8 @@ from paddle_qwen1m.paddlenlp.loading import (
 )
 from paddle_qwen1m.parallel.group import ALONE, Group, start
 from paddle_qwen1m.weights import load_checkpoint
-from paddle_qwen1m.weights.names import HEAD
 from paddle_qwen1m.weights.sharding import check_degree, rank_directory, rank_sets
+from paddle_qwen1m.weights.tensors import HEAD
 
 
 class Qwen2OneMForCausalLM(PretrainedModel):  # type: ignore[misc]

@@ -11,7 +11,7 @@ from paddlenlp.generation import GenerationConfig
 from paddlenlp.transformers.configuration_utils import PretrainedConfig
 from paddlenlp.utils.log import logger
 
-from paddle_qwen1m.config import DTYPES, EngineOptions, ModelConfig, SparseBudgets, published_budgets
+from paddle_qwen1m.config import EngineOptions, ModelConfig, SparseBudgets, published_budgets
 from paddle_qwen1m.paddlenlp.hub import Checkpoint, HubError, locate, read_json
 
 DUAL_CHUNK = "dual_chunk_attention_config"
@@ -109,13 +109,6 @@ def read_generation_config(path: Path) -> GenerationConfig:
 
 def config_dict(config: PretrainedConfig | dict[str, Any]) -> dict[str, Any]:
     return config if isinstance(config, dict) else config.to_dict()
-
-
-def dtype_name(dtype: Any) -> str:
-    name = str(dtype).rsplit(".", 1)[-1]
-    if name not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    return name
 
 
 def refuse(unknown: dict[str, Any]) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .checkpoint import Checkpoint
+from .digest import checkpoint_digest
 from .safetensors import CheckpointError, TensorInfo
 
 if TYPE_CHECKING:
     from .loader import Slot, load_checkpoint
 
-__all__ = ["Checkpoint", "CheckpointError", "Slot", "TensorInfo", "load_checkpoint"]
+__all__ = ["Checkpoint", "CheckpointError", "Slot", "TensorInfo", "checkpoint_digest", "load_checkpoint"]
 
 
 def __getattr__(name: str) -> Any:

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from paddle_qwen1m.dtypes import STORAGE
+
 from . import names
 from .record import refuse_unfinished
-from .safetensors import STORAGE, CheckpointError, TensorInfo, read_header
+from .safetensors import CheckpointError, TensorInfo, read_header
 from .sharding import RANK_PREFIX
+from .tensors import EMBEDDING, HEAD
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 LISTED = 8
+
+logger = logging.getLogger(__name__)
 
 
 def summarise(problems: Sequence[str]) -> str:
@@ -30,14 +35,14 @@ def summarise(problems: Sequence[str]) -> str:
 class Checkpoint:
     """The tensors of a directory that holds model.safetensors, or shards and model.safetensors.index.json.
 
-    `tensors` are the published ones, in a directory in PaddleNLP's own form too; `stored` are those of the files.
+    `tensors` are the published ones, in a directory in PaddleNLP's own form (`is_paddlenlp`) too.
     Only headers are read. Raises CheckpointError naming file and tensor when a file is missing or corrupt, or when the
     index and the files disagree, or when a conversion into the directory has not ended.
     """
 
     directory: Path
     tensors: Mapping[str, TensorInfo]
-    stored: Mapping[str, TensorInfo]
+    is_paddlenlp: bool
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         self.directory = Path(directory)
@@ -46,15 +51,16 @@ class Checkpoint:
         refuse_unfinished(self.directory.parent if self.directory.name.startswith(RANK_PREFIX) else self.directory)
         index, single = self.directory / INDEX_NAME, self.directory / SINGLE_NAME
         if index.exists():
-            self.stored = _read_sharded(index)
+            stored = _read_sharded(index)
         elif single.exists():
-            self.stored = read_header(single)
+            stored = read_header(single)
         else:
             raise CheckpointError(
                 f"{self.directory} holds neither {INDEX_NAME} nor {SINGLE_NAME}: "
                 "this loader reads checkpoints in the published safetensors layout; download one of the two"
             )
-        self.tensors = _as_published(self.stored) if names.are_paddlenlp(self.stored) else self.stored
+        self.is_paddlenlp = names.are_paddlenlp(stored)
+        self.tensors = as_published(stored)
 
     @property
     def total_bytes(self) -> int:
@@ -65,15 +71,19 @@ class Checkpoint:
         return max((info.nbytes for info in self.tensors.values()), default=0)
 
 
-def _as_published(stored: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """A head that is as tall as the embedding is the embedding once more, and not transposed."""
-    head, embedding = stored.get(names.HEAD), stored.get(names.to_paddlenlp(names.EMBEDDING))
+def as_published(stored: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """The published tensors that files in either form hold, by their stored names.
+
+    In PaddleNLP's, a head that is as tall as the embedding is the embedding once more, and not transposed.
+    """
+    if not names.are_paddlenlp(stored):
+        return dict(stored)
+    head, embedding = stored.get(HEAD), stored.get(names.to_paddlenlp(EMBEDDING))
     tied = head is not None and embedding is not None and head.shape == embedding.shape != head.shape[::-1]
     published = {}
     for stored_name, info in stored.items():
         name = names.from_paddlenlp(stored_name)
-        flip = names.is_transposed(name, tied)
-        published[name] = replace(info, shape=info.shape[::-1], transposed=True) if flip else info
+        published[name] = info.flipped() if names.is_transposed(name, tied) else info
     return published
 
 
@@ -123,6 +133,12 @@ def read_weight_map(index: Path) -> dict[str, str]:
     """The file of every tensor, by an index. Raises CheckpointError."""
     weight_map: dict[str, str] = _read_index(index)["weight_map"]
     return weight_map
+
+
+def index_metadata(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What an index says beside its weight_map. Nothing depends on it: tools write it carelessly, or not at all."""
+    metadata = content.get("metadata")
+    return metadata if isinstance(metadata, dict) else {}
 
 
 def _read_index(index: Path) -> dict[str, Any]:
@@ -176,13 +192,10 @@ def _read_sharded(index: Path) -> dict[str, TensorInfo]:
             f"{index} disagrees with the files:\n{summarise(problems)}\n"
             "The download is incomplete or mixes two checkpoints: download the directory again."
         )
-    metadata = content.get("metadata")
-    stated = metadata.get("total_size") if isinstance(metadata, dict) else None
-    total = sum(info.nbytes for info in tensors.values())
-    if stated is not None and stated != total:
-        raise CheckpointError(
-            f"{index} disagrees with the files: it states a total_size of {stated} bytes, the tensors of its "
-            f"{len(files)} files ({', '.join(files[:LISTED])}{', ...' if len(files) > LISTED else ''}) hold {total}; "
-            "the directory mixes two checkpoints or the index was edited: download it again"
+    total, stated = sum(info.nbytes for info in tensors.values()), index_metadata(content).get("total_size")
+    if stated not in (None, total):
+        logger.warning(
+            f"{index} states a total_size of {stated!r} bytes, the tensors of its files hold {total}: the index was "
+            "edited or left behind by a tool; every tensor is there as the index has it, and that is what counts"
         )
     return tensors

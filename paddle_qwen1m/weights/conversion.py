@@ -11,20 +11,22 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import Any
 
+from paddle_qwen1m.dtypes import SAFETENSORS
+
 from . import names
-from .checkpoint import INDEX_NAME, SINGLE_NAME
+from .checkpoint import INDEX_NAME, SINGLE_NAME, index_metadata
 from .record import RECORD_NAME, PublishedFiles
 from .safetensors import DTYPE_BYTES
-from .sharding import RANK_SETS, Part, check_degree, part_of, rank_directory
+from .sharding import RANK_SETS, check_degree, rank_directory
 from .source import (
     CONFIG_NAME,
-    DTYPE_NAMES,
     HUGGINGFACE,
     PADDLENLP,
     TENSOR_PARALLEL,
     Source,
     Tensor,
 )
+from .tensors import Part, part_of
 
 COMPANIONS = ("*.json", "*.txt", "*.jinja", "*.md", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*")
 FORMATS = {HUGGINGFACE: "pt", PADDLENLP: "np", TENSOR_PARALLEL: "pt"}  # what safetensors metadata says of the layout
@@ -137,7 +139,7 @@ def _group(
     published: PublishedFiles | None,
 ) -> Group:
     tensors = [source.tensors[name] for name in members]
-    dtypes = [DTYPE_NAMES[dtype] if dtype else tensor.dtype for tensor in tensors]
+    dtypes = [SAFETENSORS[dtype] if dtype else tensor.dtype for tensor in tensors]
     tied = source.model.tie_word_embeddings
     flipped = [form == PADDLENLP and names.is_transposed(name, tied) for name in members]
     targets = []
@@ -191,7 +193,7 @@ def _index(form: str, targets: Sequence[Target], published: PublishedFiles | Non
     known: dict[str, Any] = {}
     if form == HUGGINGFACE and published is not None and published.index is not None:
         known = json.loads(published.index)
-    metadata = {**known.get("metadata", {}), "total_size": total}
+    metadata = {**index_metadata(known), "total_size": total}
     index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
     if published is not None and published.index is not None and index == known:
         return published.index.encode("utf-8")
@@ -229,7 +231,7 @@ def _distribute(source: Source, degree: int, dtype: str | None, limit: int) -> d
     room = 0
     for name in (name for members in source.partition.values() for name in members):
         tensor, part = source.tensors[name], part_of(source.model, name, degree, 0)
-        nbytes = _nbytes(DTYPE_NAMES[dtype] if dtype else tensor.dtype, _shape(tensor.shape, False, part))
+        nbytes = _nbytes(SAFETENSORS[dtype] if dtype else tensor.dtype, _shape(tensor.shape, False, part))
         if not shards or nbytes > room:
             shards.append([])
             room = limit

@@ -165,6 +165,7 @@ def _begin(wanted: Plan, destination: Path) -> Record:
                 del record.files[target.file]
         if target.file not in record.files:
             temporary(path).unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
             record.complete = False
     if any(not (destination / file).is_file() for file in (*wanted.companions, *wanted.documents, *wanted.indexes)):
         record.complete = False

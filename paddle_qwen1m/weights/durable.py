@@ -14,12 +14,16 @@ def temporary(path: Path) -> Path:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Put `content` where `path` is, in place of what is there."""
-    with temporary(path).open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    publish(path)
+    """Put `content` where `path` is, in place of what is there. OSError leaves what was there, or nothing."""
+    try:
+        with temporary(path).open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        publish(path)
+    except OSError:
+        temporary(path).unlink(missing_ok=True)
+        raise
 
 
 def publish(path: Path) -> None:

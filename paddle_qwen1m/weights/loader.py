@@ -16,12 +16,13 @@ import numpy as np
 import paddle
 from tqdm import tqdm
 
+from paddle_qwen1m.dtypes import SAFETENSORS, STORAGE, dtype_name
+
 from .checkpoint import Checkpoint, check_fit
-from .safetensors import DTYPE_BYTES, STORAGE, Array, TensorInfo
-from .sharding import COLUMNS, ROWS, Part
+from .safetensors import DTYPE_BYTES, Array, TensorInfo
+from .tensors import COLUMNS, ROWS, Part
 from .window import read_matrix
 
-DTYPES = {paddle.float32: "F32", paddle.float16: "F16", paddle.bfloat16: "BF16"}
 STAGING_BYTES = 64 << 20  # what is read before it is copied to a GPU
 
 
@@ -42,8 +43,7 @@ class Slot:
         fits = held and held[1:] == whole[1:] and 0 <= self.row <= whole[0] - held[0]
         if not fits:
             raise ValueError(f"a tensor of shape {held} does not fit at row {self.row} of a parameter of shape {whole}")
-        if self.tensor.dtype not in DTYPES:
-            raise ValueError(f"weights are float32, float16 or bfloat16, got a parameter of {self.tensor.dtype}")
+        dtype_name(self.tensor.dtype)
         if not self.tensor.is_contiguous():
             raise ValueError(f"a parameter of shape {whole} is not contiguous: what is read into it would be lost")
 
@@ -121,7 +121,7 @@ def _read(file: io.RawIOBase, name: str, info: TensorInfo, slot: Slot, on_bytes:
         out, dtype = _destination(slot)
         read_matrix(file, name, info, out, dtype, (first, first + held[0]), columns, on_bytes)
         return
-    dtype = DTYPES[slot.tensor.dtype]
+    dtype = SAFETENSORS[dtype_name(slot.tensor.dtype)]
     width = math.prod(held[1:])
     step = max(1, STAGING_BYTES // (width * STORAGE[dtype].itemsize))
     for begin in range(0, held[0], step):
@@ -138,7 +138,7 @@ def _is_in_host_memory(tensor: paddle.Tensor) -> bool:
 
 def _destination(slot: Slot) -> tuple[Array, str]:
     """The slot's memory as a flat writable array, and its dtype."""
-    dtype = DTYPES[slot.tensor.dtype]
+    dtype = SAFETENSORS[dtype_name(slot.tensor.dtype)]
     count, width = math.prod(slot.held_shape), math.prod(slot.held_shape[1:])
     address = slot.tensor.data_ptr() + slot.row * width * STORAGE[dtype].itemsize
     memory: Any = (ctypes.c_char * (count * STORAGE[dtype].itemsize)).from_address(address)

@@ -81,7 +81,8 @@ class Record:
 
     def write(self, directory: Path) -> None:
         published = None if self.published is None else vars(self.published)
-        values = {"form": self.form, "complete": self.complete, "plan": self.plan, "files": self.files}
+        files = dict(sorted(self.files.items()))  # the same text whichever was finished first
+        values = {"form": self.form, "complete": self.complete, "plan": self.plan, "files": files}
         text = json.dumps({**values, "published": published}, indent=1)
         write_whole(directory / RECORD_NAME, text.encode("utf-8"))
 

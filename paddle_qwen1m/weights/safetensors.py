@@ -10,21 +10,22 @@ import io
 import json
 import math
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Callable
 
 import numpy as np
 import numpy.typing as npt
 
+from paddle_qwen1m.dtypes import STORAGE
+
 DTYPE_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
-    "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
-    "U32": 4, "I32": 4, "F32": 4,
+    "U16": 2, "I16": 2, "U32": 4, "I32": 4,
     "U64": 8, "I64": 8, "F64": 8, "C64": 8,
+    **{name: storage.itemsize for name, storage in STORAGE.items()},
 }  # fmt: skip
 Array = npt.NDArray[Any]
-STORAGE: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 MAX_HEADER_BYTES = 100_000_000
 TILE_ELEMENTS = 1 << 20
 FLOAT16_MAX = 65504.0
@@ -50,6 +51,10 @@ class TensorInfo:
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+    def flipped(self) -> TensorInfo:
+        """The same bytes as the transposed matrix."""
+        return replace(self, shape=self.shape[::-1], transposed=not self.transposed)
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
@@ -186,7 +191,7 @@ def read_rows(
     """Read tensor `name`, or its rows [rows[0], rows[1]) along the first axis, into `out`; of a row those columns.
 
     `file` is `info.file` opened unbuffered, and asked for no other bytes. `out` is a flat contiguous array of exactly
-    those elements, in the storage of `dtype` (F32, F16 or BF16; see STORAGE). Equal dtypes are read without a copy;
+    those elements, in the storage of `dtype` (F32, BF16 or F16; see dtypes.py). Equal dtypes are read without a copy;
     otherwise tiles of TILE_ELEMENTS are converted, narrowing rounded to nearest even. `on_bytes` is told the bytes of
     the file as they are read.
     Raises CheckpointError when the file ends early, its dtype is none of the three, or a value is beyond float16.

@@ -1,36 +1,17 @@
-"""Which part of each published tensor a rank of a tensor parallel group holds. No Paddle in here."""
+"""To how many ranks a model can be split, and the shapes of what one of them holds. No Paddle in here."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-from .names import EMBEDDING, HEAD
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from paddle_qwen1m.config import ModelConfig
 
-ROWS, COLUMNS = 0, 1
 RANK_SETS = "tensor_parallel_size"
 """Field of config.json: the checkpoint holds a set of weights for each of so many ranks."""
 RANK_PREFIX = "rank-"
-QUERY_ROWS = ("self_attn.q_proj.weight", "self_attn.q_proj.bias")
-KEY_ROWS = tuple(f"self_attn.{name}_proj.{kind}" for name in "kv" for kind in ("weight", "bias"))
-INNER_ROWS = ("mlp.gate_proj.weight", "mlp.up_proj.weight")
-VOCABULARY_ROWS = (EMBEDDING, HEAD)
-
-
-class Part(NamedTuple):
-    """Rows (axis 0) or columns (axis 1) [begin, end) of a published tensor."""
-
-    axis: int
-    begin: int
-    end: int
-
-    @property
-    def size(self) -> int:
-        return self.end - self.begin
 
 
 def rank_sets(config: Mapping[str, Any]) -> int | None:
@@ -94,33 +75,3 @@ def local_config(config: ModelConfig, degree: int) -> ModelConfig:
         intermediate_size=config.intermediate_size // degree,
         vocab_size=vocabulary_share(config, degree),
     )
-
-
-def part_of(config: ModelConfig, name: str, degree: int, rank: int) -> Part | None:
-    """What `rank` holds of the published tensor `name`; None: all of it, as every rank does.
-
-    The parts of the ranks in order are the whole tensor, except that ranks which share a KV head each hold its rows.
-    The vocabulary is split into `vocabulary_share` rows a rank; the last ranks may hold fewer, or none.
-    """
-    if degree == 1:
-        return None
-    if name in VOCABULARY_ROWS:
-        share = vocabulary_share(config, degree)
-        return Part(ROWS, min(rank * share, config.vocab_size), min((rank + 1) * share, config.vocab_size))
-    if name.endswith(QUERY_ROWS):
-        return _even(ROWS, config.num_heads * config.head_dim, degree, rank)
-    if name.endswith(KEY_ROWS):
-        kv_degree = min(degree, config.num_kv_heads)
-        return _even(ROWS, config.num_kv_heads * config.head_dim, kv_degree, rank * kv_degree // degree)
-    if name.endswith(INNER_ROWS):
-        return _even(ROWS, config.intermediate_size, degree, rank)
-    if name.endswith("self_attn.o_proj.weight"):
-        return _even(COLUMNS, config.num_heads * config.head_dim, degree, rank)
-    if name.endswith("mlp.down_proj.weight"):
-        return _even(COLUMNS, config.intermediate_size, degree, rank)
-    return None
-
-
-def _even(axis: int, size: int, degree: int, rank: int) -> Part:
-    share = size // degree
-    return Part(axis, rank * share, (rank + 1) * share)

@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from paddle_qwen1m.config import ModelConfig
+from paddle_qwen1m.dtypes import SAFETENSORS
 
 from . import names, sharding
-from .checkpoint import INDEX_NAME, Checkpoint, check_fit, read_weight_map, summarise
+from .checkpoint import INDEX_NAME, Checkpoint, as_published, check_fit, read_weight_map, summarise
 from .record import PublishedFiles, Record, refuse_unfinished
 from .safetensors import CheckpointError, TensorInfo, read_header
+from .tensors import HEAD, ROWS, part_of, published_shapes
 from .window import Piece
 
 CONFIG_NAME = "config.json"
 HUGGINGFACE, PADDLENLP, TENSOR_PARALLEL = "huggingface", "paddlenlp", "tensor-parallel"
-DTYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 @dataclass(frozen=True)
@@ -79,11 +80,11 @@ def open_source(directory: Path, *, allow_absent: bool = False) -> Source:
         form = TENSOR_PARALLEL
         tensors, partition = _rank_set(directory, model, degree)
     else:
-        stored = _stored(directory, model, absent if allow_absent else None)
-        form = PADDLENLP if names.are_paddlenlp(stored) else HUGGINGFACE
-        tensors = dict(_whole(name, info, form, model) for name, info in stored.items())
-        partition = _partition(stored)
-    check_fit(directory, tensors, names.published_shapes(model), spare={names.HEAD})
+        found, is_paddlenlp = _whole(directory, model, absent if allow_absent else None)
+        form = PADDLENLP if is_paddlenlp else HUGGINGFACE
+        tensors = {name: Tensor(name, info.dtype, info.shape, (Piece(name, info),)) for name, info in found.items()}
+        partition = _partition(found)
+    check_fit(directory, tensors, published_shapes(model), spare={HEAD})
     published = record.published if record is not None and form != HUGGINGFACE else None
     if form == HUGGINGFACE and not absent:
         published = PublishedFiles.of(directory, CONFIG_NAME, INDEX_NAME, list(partition))
@@ -109,40 +110,38 @@ def read_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def _stored(directory: Path, model: ModelConfig, absent: list[str] | None) -> Mapping[str, TensorInfo]:
-    """Tensors by stored name. With a list, missing shards are named in it and described by the config."""
+def _whole(directory: Path, model: ModelConfig, absent: list[str] | None) -> tuple[Mapping[str, TensorInfo], bool]:
+    """The published tensors, and whether the files are PaddleNLP's.
+
+    With a list, missing shards are named in it and described by the config.
+    """
     index = directory / INDEX_NAME
-    if absent is None or not index.exists():
-        return Checkpoint(directory).stored
-    weight_map = read_weight_map(index)
-    absent += [file for file in sorted(set(weight_map.values())) if not (directory / file).exists()]
-    if not absent:
-        return Checkpoint(directory).stored
-    shapes, dtype = names.published_shapes(model), DTYPE_NAMES[model.dtype]
-    paddlenlp = names.are_paddlenlp(weight_map)
-    found = {file: read_header(directory / file) for file in set(weight_map.values()) - set(absent)}
-    tensors = {}
+    if absent is not None and index.exists():
+        weight_map = read_weight_map(index)
+        absent += [file for file in sorted(set(weight_map.values())) if not (directory / file).exists()]
+        if absent:
+            return _described(directory, model, weight_map, absent), names.are_paddlenlp(weight_map)
+    checkpoint = Checkpoint(directory)
+    return checkpoint.tensors, checkpoint.is_paddlenlp
+
+
+def _described(
+    directory: Path, model: ModelConfig, weight_map: Mapping[str, str], absent: Sequence[str]
+) -> dict[str, TensorInfo]:
+    """What the headers that are there and the config say of the tensors of an index."""
+    headers = [read_header(directory / file) for file in set(weight_map.values()) - set(absent)]
+    tensors = as_published({name: info for header in headers for name, info in header.items() if name in weight_map})
     for stored, file in weight_map.items():
         name = names.from_paddlenlp(stored)
-        if file in found and stored in found[file]:
-            tensors[stored] = found[file][stored]
-        elif name in shapes:
-            flip = paddlenlp and names.is_transposed(name, model.tie_word_embeddings)
-            tensors[stored] = TensorInfo(directory / file, dtype, shapes[name][:: -1 if flip else 1], 0)
+        if file in absent and name in published_shapes(model):
+            tensors[name] = TensorInfo(directory / file, SAFETENSORS[model.dtype], published_shapes(model)[name], 0)
     return tensors
 
 
-def _whole(stored: str, info: TensorInfo, form: str, model: ModelConfig) -> tuple[str, Tensor]:
-    name = names.from_paddlenlp(stored)
-    flip = form == PADDLENLP and names.is_transposed(name, model.tie_word_embeddings)
-    shape = info.shape[::-1] if flip else info.shape
-    return name, Tensor(name, info.dtype, shape, (Piece(stored, info, transposed=flip),))
-
-
-def _partition(stored: Mapping[str, TensorInfo]) -> dict[str, list[str]]:
+def _partition(tensors: Mapping[str, TensorInfo]) -> dict[str, list[str]]:
     partition: dict[str, list[str]] = {}
-    for name, info in sorted(stored.items(), key=lambda item: (item[1].file.name, item[1].offset)):
-        partition.setdefault(info.file.name, []).append(names.from_paddlenlp(name))
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].file.name, item[1].offset)):
+        partition.setdefault(info.file.name, []).append(name)
     return partition
 
 
@@ -174,7 +173,7 @@ def _pieces(
     ranks: Sequence[Checkpoint], model: ModelConfig, name: str, problems: list[str]
 ) -> tuple[tuple[Piece, ...], tuple[int, ...]]:
     """The ranks' parts of a tensor, each once, and its whole shape."""
-    parts = [sharding.part_of(model, name, len(ranks), rank) for rank in range(len(ranks))]
+    parts = [part_of(model, name, len(ranks), rank) for rank in range(len(ranks))]
     if parts[0] is None:
         return (Piece(name, ranks[0].tensors[name]),), ranks[0].tensors[name].shape
     axis = parts[0].axis
@@ -189,6 +188,6 @@ def _pieces(
         if info.shape != expected:
             problems.append(f"rank {rank}: tensor {name!r} has shape {list(info.shape)}, expected {list(expected)}")
         elif part.size:
-            row, column = (part.begin, 0) if axis == sharding.ROWS else (0, part.begin)
+            row, column = (part.begin, 0) if axis == ROWS else (0, part.begin)
             pieces.setdefault(part.begin, Piece(name, info, row, column))
     return tuple(pieces.values()), whole

@@ -7,19 +7,21 @@ import io
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Callable
 
 import numpy as np
 from tqdm import tqdm
 
+from paddle_qwen1m.dtypes import STORAGE
+
 from .conversion import Group, Plan, Target
-from .durable import publish
+from .durable import publish, temporary
 from .readahead import ReadAheadFile
 from .record import Record
-from .safetensors import STORAGE, Array
-from .sharding import ROWS, Part
+from .safetensors import Array
+from .tensors import ROWS, Part
 from .window import as_matrix, read_window
 from .writer import Buffers, OutputFile, Piece, Writer
 
@@ -38,8 +40,15 @@ def write_shards(plan: Plan, destination: Path, record: Record, progress: bool) 
     def publish_file(file: OutputFile) -> None:
         name = file.path.relative_to(destination).as_posix()
         record.files[name] = {"bytes": file.nbytes, "sha256": file.sha256.hexdigest()}
-        record.write(destination)
-        publish(file.path)
+        try:
+            record.write(destination)
+            publish(file.path)
+        except OSError:
+            if temporary(file.path).exists():
+                del record.files[name]
+                with suppress(OSError):
+                    record.write(destination)
+            raise
 
     total = sum(target.nbytes for target in plan.targets if target.file not in record.files)
     with Writer(publish_file) as writer, _bar("Converting", total, progress) as bar:
@@ -91,7 +100,7 @@ def _panels(
     if group.flipped[number]:
         pieces = tuple(piece.flipped() for piece in pieces)
         rows, width = width, rows
-    transposed = any(piece.transposed for piece in pieces)
+    transposed = any(piece.info.transposed for piece in pieces)
     step = max(1, (TRANSPOSED_PANEL_BYTES if transposed else PANEL_BYTES) // max(1, width * dtype.itemsize))
     for first in range(0, rows, step):
         panel = memory[transposed].take((min(step, rows - first), width), dtype)

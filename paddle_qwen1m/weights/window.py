@@ -18,30 +18,24 @@ TILE_ROWS, TILE_COLUMNS = 64, 512  # of a transposed block: stays in the first t
 
 @dataclass(frozen=True)
 class Piece:
-    """A stored tensor whose first element is element (row, column) of a matrix; vectors are matrices of one column.
-
-    `transposed`: the stored rows are columns of the matrix.
-    """
+    """A tensor whose first element is element (row, column) of a matrix; vectors are matrices of one column."""
 
     name: str
     info: TensorInfo
     row: int = 0
     column: int = 0
-    transposed: bool = False
 
     @property
     def height(self) -> int:
-        rows, columns = as_matrix(self.info.shape)
-        return columns if self.transposed else rows
+        return as_matrix(self.info.shape)[0]
 
     @property
     def width(self) -> int:
-        rows, columns = as_matrix(self.info.shape)
-        return rows if self.transposed else columns
+        return as_matrix(self.info.shape)[1]
 
     def flipped(self) -> Piece:
         """The same piece of the transposed matrix."""
-        return replace(self, row=self.column, column=self.row, transposed=not self.transposed)
+        return Piece(self.name, self.info.flipped(), self.column, self.row)
 
 
 def as_matrix(shape: Sequence[int]) -> tuple[int, int]:
@@ -66,7 +60,7 @@ def read_matrix(
     if not info.transposed:
         read_rows(file, name, info, out, dtype, rows, columns, on_bytes)
         return
-    stored = replace(info, shape=info.shape[::-1], transposed=False)
+    stored = info.flipped()
     height, (first, last) = rows[1] - rows[0], columns or (0, info.shape[1])
     target = out.reshape(height, last - first)
     step = max(1, BLOCK_BYTES // max(1, height * out.itemsize))
@@ -83,8 +77,8 @@ def read_window(
 ) -> None:
     """Fill `out` [rows, width], contiguous, in the storage of `dtype`, with the matrix' rows from `first_row` on.
 
-    The pieces cover the matrix without overlaps. A transposed piece is walked through whole for any number of rows.
-    Errors as in `safetensors.read_rows`.
+    The pieces cover the matrix without overlaps. One that lies transposed is walked through whole, however few
+    rows are wanted. Errors as in `safetensors.read_rows`.
     """
     for piece in pieces:
         begin, end = max(first_row, piece.row), min(first_row + len(out), piece.row + piece.height)
@@ -92,7 +86,7 @@ def read_window(
             continue
         target = out[begin - first_row : end - first_row, piece.column : piece.column + piece.width]
         file, rows = open_file(piece.info.file), (begin - piece.row, end - piece.row)
-        info = replace(piece.info, shape=(piece.height, piece.width), transposed=piece.transposed)
+        info = replace(piece.info, shape=(piece.height, piece.width))
         if target.flags.c_contiguous:
             read_matrix(file, piece.name, info, target.reshape(-1), dtype, rows)
             continue

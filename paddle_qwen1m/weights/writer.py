@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Callable
 
@@ -21,30 +23,54 @@ UNSYNCED = 16  # files that wait to be synced
 
 
 class OutputFile:
-    """One file under its temporary name, written from beginning to end."""
+    """One file under its temporary name, written from beginning to end; once a write failed, so does all that follows.
+
+    `nbytes`: what is written so far.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.nbytes = 0
         self.sha256 = hashlib.sha256()
+        self._failure: OSError | None = None
         self._descriptor: int | None = os.open(temporary(path), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
 
     def write(self, data: memoryview) -> None:
+        """Append; OSError."""
         assert self._descriptor is not None
-        while data:
-            done = os.write(self._descriptor, data[:WRITE_BYTES])
-            self.nbytes += done
-            data = data[done:]
+        self._refuse_after_a_failure()
+        try:
+            while data:
+                done = os.write(self._descriptor, data[:WRITE_BYTES])
+                if not done:
+                    raise OSError(errno.EIO, "the disk takes no more of it")
+                self.nbytes += done
+                data = data[done:]
+        except OSError as failure:
+            self._failure = failure
+            raise
 
     def sync(self) -> None:
+        """Returns when all of it is on the disk; OSError when it is not, a write that failed earlier included."""
         assert self._descriptor is not None
+        self._refuse_after_a_failure()
         os.fsync(self._descriptor)
         self.close()
 
     def close(self) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)
+
+    def discard(self) -> None:
+        """Close it and remove it, whatever state it is in."""
+        with suppress(OSError):
+            self.close()
+        temporary(self.path).unlink(missing_ok=True)
+
+    def _refuse_after_a_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
 
 
 class Writer:
@@ -77,7 +103,7 @@ class Writer:
         return piece
 
     def finish(self, file: OutputFile) -> None:
-        """Sync and publish a file once all that was put is written."""
+        """Sync and publish a file once all that was put is written; never when a write of it failed."""
         _wait(self._syncs, UNSYNCED)
         hashed = self._hashing.submit(file.sha256.digest)
         self._pieces.append(self._writing.submit(self._hand_over, file, hashed))
@@ -104,8 +130,7 @@ class Writer:
             self._hashing.shutdown(cancel_futures=True)
             self._syncing.shutdown(cancel_futures=True)
             for file in self._open:
-                file.close()
-                temporary(file.path).unlink(missing_ok=True)
+                file.discard()
 
 
 class Buffers:

@@ -20,7 +20,8 @@ from safetensors.numpy import save_file
 from paddle_qwen1m.config import ModelConfig
 from paddle_qwen1m.weights import Checkpoint
 from paddle_qwen1m.weights.safetensors import read_rows
-from paddle_qwen1m.weights.sharding import part_of, rank_directory
+from paddle_qwen1m.weights.sharding import rank_directory
+from paddle_qwen1m.weights.tensors import part_of
 
 ROOT = Path(__file__).parents[2]
 NEEDLE = ROOT / "checkpoints" / "needle"

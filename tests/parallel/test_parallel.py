@@ -13,7 +13,7 @@ import pytest
 from parallel_ranks import NEEDLE, cut, launch, shapes, write_checkpoint
 
 from paddle_qwen1m.config import ModelConfig
-from paddle_qwen1m.weights.sharding import part_of
+from paddle_qwen1m.weights.tensors import part_of
 
 CASES = Path(parallel_cases.__file__)
 SHORT, LONG = 300, 20_000

@@ -94,10 +94,25 @@ def test_a_tensor_in_another_file_than_the_index_says(index):
     assert f"{index.parent / SECOND}: tensor 'b.weight' is in the index, not in the file" in message
 
 
-def test_a_wrong_total_size(index):
-    edit(index, lambda content: content["metadata"].update({"total_size": 55}))
-    message = failure(index.parent)
-    assert "states a total_size of 55 bytes" in message and "hold 54" in message and FIRST in message
+@pytest.mark.parametrize("stated", [55, 0, -1, 27.5, "54", "54 B", True, [54], {}])
+def test_a_wrong_total_size_is_spoken_of_and_harmless(index, caplog, stated):
+    edit(index, lambda content: content["metadata"].update({"total_size": stated}))
+    assert len(Checkpoint(index.parent).tensors) == 3
+    (message,) = caplog.messages
+    assert f"{index} states a total_size of {stated!r} bytes" in message and "hold 54" in message
+
+
+@pytest.mark.parametrize("metadata", [{"total_size": None}, {"total_size": 54.0}, {}, None, [], "pt", 54])
+def test_metadata_may_say_nothing(index, caplog, metadata):
+    edit(index, lambda content: content.update({"metadata": metadata}))
+    assert len(Checkpoint(index.parent).tensors) == 3
+    assert not caplog.messages
+
+
+def test_an_index_needs_no_metadata(index, caplog):
+    edit(index, lambda content: content.pop("metadata"))
+    assert len(Checkpoint(index.parent).tensors) == 3
+    assert not caplog.messages
 
 
 def test_many_disagreements_are_one_short_error(index):

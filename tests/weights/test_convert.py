@@ -17,9 +17,9 @@ from paddle_qwen1m.config import ModelConfig
 from paddle_qwen1m.paddlenlp import Qwen2OneMForCausalLM
 from paddle_qwen1m.weights import Checkpoint, CheckpointError, Slot, load_checkpoint
 from paddle_qwen1m.weights.convert import ConversionError, convert
-from paddle_qwen1m.weights.names import published_shapes
 from paddle_qwen1m.weights.record import RECORD_NAME
-from paddle_qwen1m.weights.sharding import degrees, part_of
+from paddle_qwen1m.weights.sharding import degrees
+from paddle_qwen1m.weights.tensors import part_of, published_shapes
 from paddle_qwen1m.weights.window import transpose
 
 ROOT = Path(__file__).parents[2]
@@ -273,6 +273,21 @@ def test_a_dry_run_of_the_14b_needs_its_index_and_config_alone(tmp_path, capsys)
     assert "rank-00007-of-00008/model-00008-of-00008.safetensors" in capsys.readouterr().out
     assert run(tmp_path, target, "--format", "paddlenlp") == 1
     assert "is missing" in capsys.readouterr().err and not target.exists()
+
+
+@pytest.mark.parametrize("metadata", [{"total_size": 1}, {"total_size": "17843200", "made_by": "x"}, None, []])
+def test_a_careless_index_is_converted_there_and_back(tmp_path, metadata):
+    """The way back has the size that is true, and all else as it was."""
+    source = shutil.copytree(NEEDLE, tmp_path / "source")
+    index = source / "model.safetensors.index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "metadata": metadata}))
+    convert(source, tmp_path / "np", "paddlenlp")
+    convert(tmp_path / "np", tmp_path / "back", "huggingface")
+    back = json.loads((tmp_path / "back" / index.name).read_text())
+    true = json.loads((NEEDLE / index.name).read_text())["metadata"]["total_size"]
+    assert back["metadata"] == {**(metadata or {}), "total_size": true}
+    for shard in NEEDLE.glob("*.safetensors"):
+        assert (tmp_path / "back" / shard.name).read_bytes() == shard.read_bytes()
 
 
 @pytest.mark.parametrize("algorithm", ["int8", "fp8"])

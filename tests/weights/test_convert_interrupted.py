@@ -199,7 +199,7 @@ def lose_the_config(source):
 DAMAGES = {
     truncate: "truncated",
     corrupt_header: "corrupt",
-    swap: "places it in",
+    swap: "is in the index, not in the file",
     lose_a_shard: "missing",
     change_the_config: "config.json asks for",
     lose_the_config: "config.json cannot be read",

@@ -11,8 +11,9 @@ import pytest
 import safetensors.numpy
 from checkpoint_files import header_of, write_file, write_raw
 
+from paddle_qwen1m.dtypes import STORAGE
 from paddle_qwen1m.weights import CheckpointError
-from paddle_qwen1m.weights.safetensors import STORAGE, TILE_ELEMENTS, read_header, read_rows
+from paddle_qwen1m.weights.safetensors import TILE_ELEMENTS, read_header, read_rows
 
 RNG = np.random.default_rng(0)
 
@@ -118,7 +119,7 @@ def test_a_file_cut_after_its_header_was_read(path):
 
 def test_a_dtype_that_is_no_weight_is_named(path):
     write_raw(path, {"w": {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}}, bytes(4))
-    with pytest.raises(CheckpointError, match=r"tensor 'w' is F8_E4M3; this loader reads F32, F16, BF16"):
+    with pytest.raises(CheckpointError, match=r"tensor 'w' is F8_E4M3; this loader reads F32, BF16, F16"):
         load(path, "w", "F32")
 
 

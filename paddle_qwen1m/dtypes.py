@@ -1,0 +1,42 @@
+"""The data types of weights, activations and caches: their names, sizes and spellings elsewhere, once."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class DType(NamedTuple):
+    """`name`: in Paddle, PyTorch and config.json. `storage`: what numpy holds it in, bfloat16 as its bits."""
+
+    name: str
+    safetensors: str
+    storage: np.dtype[Any]
+
+
+TABLE = (
+    DType("float32", "F32", np.dtype("<f4")),
+    DType("bfloat16", "BF16", np.dtype("<u2")),
+    DType("float16", "F16", np.dtype("<f2")),
+)
+DTYPES = tuple(dtype.name for dtype in TABLE)
+SAFETENSORS = {dtype.name: dtype.safetensors for dtype in TABLE}
+"""The spelling in a safetensors header of a name."""
+STORAGE = {dtype.safetensors: dtype.storage for dtype in TABLE}
+"""numpy's type of a spelling in a safetensors header."""
+_SIZES = {dtype.name: dtype.storage.itemsize for dtype in TABLE}
+
+
+def dtype_name(dtype: Any) -> str:
+    """The name of a type that is given as text or as Paddle's or PyTorch's object. ValueError for any other."""
+    name = str(dtype).rsplit(".", 1)[-1]
+    if name not in DTYPES:
+        given = repr(dtype) if isinstance(dtype, str) else dtype  # Paddle's repr of one is an enumerator's
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {given}")
+    return name
+
+
+def itemsize(dtype: str) -> int:
+    """Bytes of one value; ValueError when weights and caches are never of that dtype."""
+    return _SIZES[dtype_name(dtype)]
