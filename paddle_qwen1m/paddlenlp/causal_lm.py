@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any, Callable, NoReturn, TypeVar
 
 import numpy as np
 import paddle
@@ -15,9 +15,10 @@ from paddlenlp.transformers.configuration_utils import PretrainedConfig
 from paddlenlp.transformers.model_utils import no_init_weights
 from paddlenlp.utils.log import logger
 
-from paddle_qwen1m.config import EngineOptions, SparseBudgets
+from paddle_qwen1m.config import SparseBudgets
 from paddle_qwen1m.engine import Engine
 from paddle_qwen1m.model import Qwen2OneM
+from paddle_qwen1m.options import Dtype, EngineOptions, describe_loading_options, read_loading_options
 from paddle_qwen1m.paddlenlp.generation import (
     OPTIONS,
     TokenIds,
@@ -26,22 +27,28 @@ from paddle_qwen1m.paddlenlp.generation import (
     read_positions,
     read_request,
 )
-from paddle_qwen1m.paddlenlp.hub import Checkpoint, locate
+from paddle_qwen1m.paddlenlp.hub import Checkpoint
 from paddle_qwen1m.paddlenlp.loading import (
-    DUAL_CHUNK,
     GENERATION_CONFIG,
-    config_dict,
-    dtype_name,
+    choose_engine_options,
+    describe,
     find_budgets,
-    is_ours,
+    find_checkpoint,
+    join_ranks,
     model_config,
     read_generation_config,
-    refuse,
+    read_weights,
 )
-from paddle_qwen1m.parallel.group import ALONE, Group, start
-from paddle_qwen1m.weights import load_checkpoint
-from paddle_qwen1m.weights.names import HEAD
-from paddle_qwen1m.weights.sharding import check_degree, rank_directory, rank_sets
+from paddle_qwen1m.parallel.group import ALONE, Group
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def _with_options(function: Function) -> Function:
+    """Ends a docstring with the table of options; `python -OO` keeps no docstring to end."""
+    if function.__doc__ is not None:
+        function.__doc__ = function.__doc__.rstrip() + "\n\n" + describe_loading_options(" " * 8)
+    return function
 
 
 class Qwen2OneMForCausalLM(PretrainedModel):  # type: ignore[misc]
@@ -68,7 +75,7 @@ class Qwen2OneMForCausalLM(PretrainedModel):  # type: ignore[misc]
         group: Group = ALONE,
     ) -> None:
         super().__init__(config)
-        storage = dtype_name(dtype or config.dtype or "float32")
+        storage = Dtype().read("dtype", dtype or config.dtype or "float32")
         self.model = Qwen2OneM(model_config(config), storage, group)
         if self.model.dtype != storage:
             logger.info(f"weights are kept as {self.model.dtype}: a GPU does not compute in {storage}")
@@ -77,112 +84,38 @@ class Qwen2OneMForCausalLM(PretrainedModel):  # type: ignore[misc]
         self.eval()
 
     @classmethod
-    def from_pretrained(
-        cls,
-        name: str | os.PathLike[str] | Checkpoint,
-        *,
-        dtype: str | None = None,
-        config: PretrainedConfig | dict[str, Any] | None = None,
-        sparse_budgets: str | os.PathLike[str] | SparseBudgets | None = None,
-        sparse: bool | None = None,
-        sparse_threshold: int | None = None,
-        max_num_batched_tokens: int | None = None,
-        max_model_len: int | None = None,
-        kv_cache_dtype: str | None = None,
-        tensor_parallel_degree: int = 1,
-        tensor_parallel_rank: int | None = None,
-        tensor_parallel_output: bool = False,
-        from_hf_hub: bool = False,
-        from_aistudio: bool = False,
-        cache_dir: str | os.PathLike[str] | None = None,
-        subfolder: str | None = None,
-        low_cpu_mem_usage: bool | None = None,
-        convert_from_torch: bool | None = None,
-        use_safetensors: bool | None = None,
-        **unknown: Any,
-    ) -> Qwen2OneMForCausalLM:
+    @_with_options
+    def from_pretrained(cls, name: str | os.PathLike[str] | Checkpoint, **options: Any) -> Qwen2OneMForCausalLM:
         """Load a checkpoint in the published safetensors layout from a directory or by its hub name.
 
-        dtype: keep the weights as "float32", "bfloat16" or "float16"; default: as the checkpoint has them.
-        config: used in place of config.json, as a Qwen2Config or a dict.
-        sparse_budgets: a file in the format of sparse_attention_config.json. Without it the file of that name beside
-            the weights counts, then, for the shapes of the published 7B and 14B models, their published figures;
-            without any the prefill is dense.
-        sparse: False prefills densely; default: what config.json says, else True.
-        sparse_threshold: longer prompts, in tokens, are prefilled sparsely (default: config.json's, else 32,768).
-        max_num_batched_tokens: tokens of one prefill step (default 2,048 on a CPU, 32,768 on a GPU).
-        max_model_len: most tokens of prompt and answer together (default: the model's max_position_embeddings).
-        kv_cache_dtype: how keys and values are kept (default, and on a GPU always: the dtype that is computed in).
-        tensor_parallel_degree: how many processes, started by `python -m paddle.distributed.launch`, share the model;
-            each reads its own part alone, and all of them call generate with the same input. tensor_parallel_rank:
-            this process's number, which the launcher gives it anyway. tensor_parallel_output: accepted and without
-            effect, logits are always whole.
-        from_hf_hub, from_aistudio, cache_dir, subfolder: as in PaddleNLP. A name is looked up on PaddleNLP's hub, or on
-            Hugging Face's with from_hf_hub=True; where the one lacks it, the other is tried.
-        low_cpu_mem_usage, convert_from_torch, use_safetensors: accepted and without effect, because there is one
-            loader: it reads the published files as they are, one tensor at a time, and writes nothing.
+        Raises TypeError for an option that does not exist, FileNotFoundError, HubError (an OSError),
+        weights.CheckpointError, ValueError or job.StartError, each saying what does not fit. The options:
 
-        Raises TypeError for other options, FileNotFoundError, HubError (an OSError), weights.CheckpointError,
-        ValueError or job.StartError, each saying what does not fit.
         """
-        refuse(unknown)
-        checkpoint = (
-            name
-            if isinstance(name, Checkpoint)
-            else locate(
-                name, from_hf_hub=from_hf_hub, from_aistudio=from_aistudio, cache_dir=cache_dir, subfolder=subfolder
-            )
+        given = read_loading_options(options)
+        checkpoint = find_checkpoint(name, given)
+        described = describe(checkpoint, given.get("config"))
+        config = Qwen2Config.from_dict(described)
+        shapes = model_config(config)
+        engine_options = choose_engine_options(shapes, given)
+        group = join_ranks(
+            checkpoint,
+            described,
+            shapes,
+            given.get("tensor_parallel_degree", 1),
+            given.get("tensor_parallel_rank"),
         )
-        checkpoint.announce()
-        described = config_dict(config) if config is not None else checkpoint.read_config()
-        if not is_ours(described):
-            raise ValueError(
-                f"{checkpoint.name} is not a Qwen2 checkpoint with a {DUAL_CHUNK} "
-                f"(architectures: {described.get('architectures')}): PaddleNLP's own classes load it"
-            )
-        pretrained_config = Qwen2Config.from_dict(described)
-        shapes = model_config(pretrained_config)
-        degree = max(1, tensor_parallel_degree)
-        check_degree(shapes, degree)
-        sets = rank_sets(described)
-        if sets not in (None, degree):
-            raise ValueError(
-                f"{checkpoint.name} is a set of weights for {sets} tensor parallel ranks: load it with "
-                f"tensor_parallel_degree={sets} under a launcher of {sets} processes, or convert it for another "
-                f"degree; got {degree}"
-            )
-        group = start(degree)
-        if tensor_parallel_rank not in (None, -1, group.rank):
-            raise ValueError(
-                f"this process is rank {group.rank} of {degree}, got tensor_parallel_rank {tensor_parallel_rank}"
-            )
-        if sparse is None:
-            sparse = sparse_budgets is not None or shapes.dual_chunk.sparse_attention_enabled
-        if sparse_threshold is None:
-            sparse_threshold = shapes.dual_chunk.sparse_attention_threshold
-        chosen: dict[str, Any] = {
-            "max_num_batched_tokens": max_num_batched_tokens,
-            "max_model_len": max_model_len,
-            "kv_cache_dtype": kv_cache_dtype,
-        }
-        options = EngineOptions(
-            sparse=bool(sparse),
-            sparse_threshold=sparse_threshold,
-            **{name: value for name, value in chosen.items() if value is not None},
+        budgets = (
+            find_budgets(checkpoint, shapes, given.get("sparse_budgets"), engine_options)
+            if engine_options.sparse
+            else None
         )
-        storage = dtype_name(dtype or pretrained_config.dtype or "float32")
-        budgets = find_budgets(checkpoint, shapes, sparse_budgets, options) if sparse else None
         generation = checkpoint.extra_file(GENERATION_CONFIG)
         with no_init_weights(_enable=True):
-            model = cls(pretrained_config, dtype=storage, options=options, budgets=budgets, group=group)
+            model = cls(config, dtype=given.get("dtype"), options=engine_options, budgets=budgets, group=group)
         if generation is not None:
             model.use_generation_config(read_generation_config(generation))
-        tied = {HEAD} if shapes.tie_word_embeddings else set()
-        directory, slots = checkpoint.fetch_weights(), model.model.slots()
-        if sets is not None:
-            directory = directory / rank_directory(group.rank, degree)
-            slots = {name: slot.without_slicing() for name, slot in slots.items()}
-        load_checkpoint(directory, slots, ignore=tied, progress=group.rank == 0)
+        read_weights(model.model, checkpoint, described, group)
         return model
 
     @classmethod
