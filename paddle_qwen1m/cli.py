@@ -216,7 +216,7 @@ def generate(arguments: argparse.Namespace) -> int:
     load_seconds = time.perf_counter() - started
     with as_input():
         prompt = _prompt_ids(tokenizer, text, arguments)
-        params = _sampling(model, arguments)
+        params = _sampling(model, arguments, len(prompt))
         model.engine.check_length(len(prompt), params.max_new_tokens)
 
     def decode(tokens: list[int]) -> str:
@@ -360,24 +360,15 @@ def _prompt_ids(tokenizer: Any, text: str, arguments: argparse.Namespace) -> npt
     return np.asarray(tokenizer(text)["input_ids"], dtype=np.int64)
 
 
-def _sampling(model: Qwen2OneMForCausalLM, arguments: argparse.Namespace) -> SamplingParams:
+def _sampling(model: Qwen2OneMForCausalLM, arguments: argparse.Namespace, prompt_tokens: int) -> SamplingParams:
     """generation_config.json with the options given here over it; a seed is drawn where none is given."""
-    from paddle_qwen1m.paddlenlp.generation import read_request
-
     options = {name: getattr(arguments, name) for name in SAMPLING_OPTIONS}
+    options["num_return_sequences"] = 1
     if arguments.greedy:
         options["do_sample"] = False
     elif arguments.temperature is not None:
         options["do_sample"] = True
-    params = read_request(
-        model.generation_config,
-        options,
-        usual_strategy=model.generation_config.decode_strategy,
-        trunc_input=True,
-        eos_token_id=model.config.eos_token_id,
-        pad_token_id=model.config.pad_token_id,
-        vocab_size=model.config.vocab_size,
-    ).params
+    params = model.read_request(options).params_for(prompt_tokens, model.engine.max_model_len)
     return params if params.seed is not None else replace(params, seed=secrets.randbits(31))
 
 

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from paddlenlp.generation import GenerationConfig
 from paddlenlp.transformers.configuration_utils import PretrainedConfig
 from paddlenlp.utils.log import logger
 
 from paddle_qwen1m.config import ModelConfig, SparseBudgets, published_budgets
 from paddle_qwen1m.model import Qwen2OneM
 from paddle_qwen1m.options import EngineOptions
+from paddle_qwen1m.paddlenlp.generation import Defaults
+from paddle_qwen1m.paddlenlp.generation_keys import is_known
 from paddle_qwen1m.paddlenlp.hub import Checkpoint, HubError, locate, read_json
 from paddle_qwen1m.parallel.group import Group, start
 from paddle_qwen1m.weights import load_checkpoint
@@ -155,10 +156,14 @@ def look_up_budgets(
     return published_budgets(config), PUBLISHED
 
 
-def read_generation_config(path: Path) -> GenerationConfig:
-    """PaddleNLP's object for the file, without `_from_model_config`: with it PaddleNLP would lose do_sample."""
-    values = {key: value for key, value in read_json(path).items() if key != "_from_model_config"}
-    return GenerationConfig(**values)
+def read_defaults(checkpoint: Checkpoint, described: dict[str, Any]) -> Defaults:
+    """generate()'s defaults: generation_config.json, else what config.json has of its keys, as old checkpoints do."""
+    pad_token_id = described.get("pad_token_id")
+    path = checkpoint.extra_file(GENERATION_CONFIG)
+    if path is not None:
+        return Defaults.from_file(read_json(path), str(path), pad_token_id)
+    own = {key: value for key, value in described.items() if is_known(key)}
+    return Defaults.from_file(own, f"{checkpoint.name}: config.json", pad_token_id)
 
 
 def config_dict(config: PretrainedConfig | dict[str, Any]) -> dict[str, Any]:
