@@ -248,6 +248,10 @@ class Qwen2OneMForCausalLM(PretrainedModel):  # type: ignore[misc]
             return params
         return replace(params, seed=drawn_seed() if params.seed is None else (params.seed + sample) % 2**63)
 
+    def release_cache(self) -> None:
+        """Give back the KV cache, which outlives calls; the next call makes one again."""
+        self.engine.release_cache()
+
     def save_pretrained(self, *_arguments: Any, **_options: Any) -> NoReturn:
         """Always raises: the weights are those of the checkpoint, and stay there as they are."""
         raise NotImplementedError(
