@@ -27,20 +27,31 @@ class Batch:
 
 
 def read_batch(
-    input_ids: TokenIds, attention_mask: Any | None, vocab_size: int, pad_token_id: int | None = None
+    input_ids: TokenIds,
+    attention_mask: Any | None,
+    vocab_size: int,
+    pad_token_id: int | None = None,
+    pad_is_end: bool = False,
 ) -> Batch:
     """Check a batch of token ids before any work is done.
 
     input_ids: integers [N] or [B, N], a tensor, an array or nested lists. attention_mask: the same shape, 1 for tokens
     and 0 for padding, which may stand on the left only. pad_token_id: what counts as padding at the start of a row when
-    there is no mask; None: nothing does.
+    there is no mask; None: nothing does. pad_is_end: it ends an answer, too, and counts as a token, as in PaddleNLP.
     Raises ValueError for an empty prompt, padding on the right, ids outside [0, vocab_size) and wrong types or shapes.
     """
     ids = _integers("input_ids", input_ids)
-    if attention_mask is None:
-        mask = np.ones(ids.shape, dtype=bool) if pad_token_id is None else _guessed_mask(ids, pad_token_id)
-    else:
+    if attention_mask is not None:
         mask = _mask(attention_mask, ids.shape)
+    elif pad_token_id is None or pad_is_end:
+        mask = np.ones(ids.shape, dtype=bool)
+        if pad_is_end and len(ids) > 1 and (ids[:, [0, -1]] == pad_token_id).any():
+            logger.warning(
+                f"input_ids has rows that start or end with {pad_token_id}, pad_token_id and eos_token_id in one, and "
+                "no attention_mask: all of them are taken as tokens"
+            )
+    else:
+        mask = _guessed_mask(ids, pad_token_id)
     starts: list[int] = []
     for row in range(ids.shape[0]):
         tokens = np.flatnonzero(mask[row])

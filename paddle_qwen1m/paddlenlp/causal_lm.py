@@ -202,7 +202,7 @@ class Qwen2OneMForCausalLM(PretrainedModel):  # type: ignore[misc]
         if generation_config is not None and not isinstance(generation_config, GenerationConfig):
             raise TypeError(f"generation_config must be a GenerationConfig, got {type(generation_config).__name__}")
         request = self.read_request(options, generation_config)
-        batch = read_batch(input_ids, attention_mask, self.config.vocab_size, request.padding)
+        batch = read_batch(input_ids, attention_mask, self.config.vocab_size, request.padding, request.pad_is_end)
         samples = request.num_return_sequences
         prompts = [prompt for prompt in batch.prompts for _ in range(samples)]
         params = [self._params(request, prompt, row % samples) for row, prompt in enumerate(prompts)]

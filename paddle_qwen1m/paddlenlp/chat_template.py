@@ -13,7 +13,7 @@ from jinja2 import Template, pass_eval_context
 from paddlenlp.transformers.utils import convert_to_dict_message
 from paddlenlp.utils.log import logger
 
-MUST_BE_USED = ("tools", "documents")
+MUST_BE_USED = ("tools", "documents", "chat_template", "continue_final_message")
 
 
 class _ChatTemplate:
@@ -34,8 +34,8 @@ class _ChatTemplate:
         keywords: those of the tokenizer's call go there, the others to the template: add_generation_prompt (default
         True, as in PaddleNLP), tools and documents (JSON schemas and objects, as Hugging Face takes them), and whatever
         else it knows. context_data: for PaddleNLP's own, older form of templates.
-        ValueError when the template has no place for tools or documents; others that it does not use are a line in the
-        log.
+        ValueError when the template has no place for what Hugging Face's function would honour; what else it does not
+        use is a line in the log.
         """
         tokenizer: Any = self
         call = set(inspect.signature(self.stock.__call__).parameters)  # type: ignore[operator]
@@ -50,7 +50,7 @@ class _ChatTemplate:
         dropped = [name for name, value in unused.items() if value not in (None, False, [], {})]
         for name in dropped:
             if name in MUST_BE_USED:
-                raise ValueError(f"this tokenizer's chat template has no place for {name}: write them into a message")
+                raise ValueError(f"this tokenizer's chat template has no place for {name}")
         if dropped:
             logger.warning(f"this tokenizer's chat template does not use {', '.join(dropped)}")
         return tokenizer(text, **{**for_call, "add_special_tokens": False}) if tokenize else text

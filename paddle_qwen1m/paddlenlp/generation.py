@@ -93,7 +93,7 @@ class Request:
 
     params: how tokens are chosen; `params_for` gives those of a prompt. may_cut: nobody chose max_new_tokens.
     max_length, min_length: lengths of prompt and answer together that hold in place of those in `params`. padding: the
-    id that is padding at the start of a row that has no attention mask.
+    id that may be padding where there is no attention mask; pad_is_end: it is the one that ends an answer, too.
     """
 
     params: SamplingParams
@@ -101,6 +101,7 @@ class Request:
     trunc_input: bool
     num_return_sequences: int
     padding: int | None
+    pad_is_end: bool
     may_cut: bool
     max_length: int | None
     min_length: int | None
@@ -181,6 +182,12 @@ def read_request(
     if samples > 1 and temperature == 0:
         raise ValueError(f"num_return_sequences={samples} needs do_sample=True: a greedy answer is always the same")
 
+    if temperature == 0:
+        idle = [name for name, off in (("temperature", 0), ("top_k", 0), ("top_p", 1)) if given.get(name, off) != off]
+        if idle:
+            logger.warning(f"{', '.join(idle)} has no effect on a greedy answer: give do_sample=True to sample")
+    padding, pad_is_end = _padding(given, base, defaults, eos_token_id)
+
     return Request(
         SamplingParams(
             max_new_tokens=longest,
@@ -195,7 +202,8 @@ def read_request(
         pad_token_id=(*pads, *eos_ids, 0)[0],
         trunc_input=given.get("trunc_input", ours and bool(base.trunc_input)),
         num_return_sequences=samples,
-        padding=_padding(given, base, defaults, eos_token_id),
+        padding=padding,
+        pad_is_end=pad_is_end,
         may_cut=not chosen,
         max_length=max_length,
         min_length=min_length,
@@ -268,11 +276,13 @@ def _agree(given: dict[str, Any], name: str, old_name: str) -> None:
         )
 
 
-def _padding(given: dict[str, Any], base: GenerationConfig, defaults: Defaults, eos_token_id: Any) -> int | None:
-    """PaddleNLP's rule: pad_token_id is padding unless it is the one id that ends an answer."""
+def _padding(
+    given: dict[str, Any], base: GenerationConfig, defaults: Defaults, eos_token_id: Any
+) -> tuple[int | None, bool]:
+    """pad_token_id where it is named, and whether it is the one id that ends an answer."""
     pads = given.get("pad_token_id") or token_ids("pad_token_id", _first(base.pad_token_id, defaults.pad_token_id, []))
     ends = given.get("eos_token_id") or token_ids("eos_token_id", _first(base.eos_token_id, eos_token_id, []))
-    return pads[0] if pads and ends != pads[:1] else None
+    return (pads[0], ends == pads[:1]) if pads else (None, False)
 
 
 def _first(*values: Any) -> Any:

@@ -59,6 +59,8 @@ def test_a_template_without_a_place_for_them_is_said_to_have_none(tokenizer: Any
         tokenizer.apply_chat_template(MESSAGES, tools=[TOOL], tokenize=False)
     with pytest.raises(ValueError, match="has no place for documents"):
         tokenizer.apply_chat_template(MESSAGES, documents=[{"text": "a"}])
+    with pytest.raises(ValueError, match="has no place for chat_template"):
+        tokenizer.apply_chat_template(MESSAGES, chat_template=TEMPLATE, tokenize=False)
     plain = tokenizer.apply_chat_template(MESSAGES, tokenize=False)
     assert tokenizer.apply_chat_template(MESSAGES, tools=None, documents=[], tokenize=False) == plain
     assert logged == []

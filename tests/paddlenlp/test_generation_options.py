@@ -300,19 +300,32 @@ def test_a_length_that_nobody_chose_is_cut_to_what_the_prompt_leaves() -> None:
 @pytest.mark.parametrize(
     ("values", "keywords", "padding"),
     [
-        ({"pad_token_id": 5, "eos_token_id": 7}, {}, 5),
-        ({"pad_token_id": 5, "eos_token_id": [7, 5]}, {}, 5),
-        ({"pad_token_id": 5, "eos_token_id": 5}, {}, None),
-        ({"pad_token_id": 9}, {}, None),
-        ({"eos_token_id": 7}, {}, None),
-        ({"eos_token_id": 7}, {"pad_token_id": 3}, 3),
-        ({"pad_token_id": 5, "eos_token_id": 7}, {"eos_token_id": 5}, None),
+        ({"pad_token_id": 5, "eos_token_id": 7}, {}, (5, False)),
+        ({"pad_token_id": 5, "eos_token_id": [7, 5]}, {}, (5, False)),
+        ({"pad_token_id": 5, "eos_token_id": 5}, {}, (5, True)),
+        ({"pad_token_id": 9}, {}, (9, True)),
+        ({"eos_token_id": 7}, {}, (None, False)),
+        ({"eos_token_id": 7}, {"pad_token_id": 3}, (3, False)),
+        ({"pad_token_id": 5, "eos_token_id": 7}, {"eos_token_id": 5}, (5, True)),
     ],
 )
 def test_the_padding_token_is_known_as_in_paddlenlp(
-    values: dict[str, Any], keywords: dict[str, Any], padding: int | None
+    values: dict[str, Any], keywords: dict[str, Any], padding: tuple[int | None, bool]
 ) -> None:
-    assert request(defaults=from_file(**values), **keywords).padding == padding
+    asked = request(defaults=from_file(**values), **keywords)
+    assert (asked.padding, asked.pad_is_end) == padding
+
+
+def test_what_only_samples_is_said_to_be_idle_on_a_greedy_answer(logged: list[str]) -> None:
+    request(defaults=from_file(), temperature=0.7, top_p=0.9)
+    request(do_sample=False, top_k=5)
+    request(do_sample=False, top_k=0, top_p=1.0)
+    request(temperature=0)
+    request(temperature=0.7)
+    assert logged == [
+        "temperature, top_p has no effect on a greedy answer: give do_sample=True to sample",
+        "top_k has no effect on a greedy answer: give do_sample=True to sample",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -347,6 +360,18 @@ def test_the_padding_token_inside_a_prompt_is_a_token_and_said_to_be_one(logged:
         "input_ids[0, 2] is pad_token_id 0 behind the row's first token and is taken as a token; an attention_mask "
         "says which it is"
     ]
+
+
+def test_a_padding_token_that_also_ends_answers_is_a_token_and_said_to_be_one(logged: list[str]) -> None:
+    batch = read_batch([[0, 3], [1, 2]], None, 10, pad_token_id=0, pad_is_end=True)
+    assert [prompt.tolist() for prompt in batch.prompts] == [[0, 3], [1, 2]]
+    assert logged == [
+        "input_ids has rows that start or end with 0, pad_token_id and eos_token_id in one, and no attention_mask: all "
+        "of them are taken as tokens"
+    ]
+    read_batch([[1, 0, 3], [1, 2, 3]], None, 10, pad_token_id=0, pad_is_end=True)
+    read_batch([[0, 3]], None, 10, pad_token_id=0, pad_is_end=True)
+    assert len(logged) == 1
 
 
 def test_padding_on_the_right_is_refused_without_a_mask_too() -> None:
