@@ -243,8 +243,8 @@ def _budgets(checkpoint: Checkpoint, options: CheckOptions) -> Iterator[Finding]
 
 def _memory(checkpoint: Checkpoint, options: CheckOptions) -> Iterator[Finding]:
     from paddle_qwen1m import ops
-    from paddle_qwen1m.config import default_batched_tokens
     from paddle_qwen1m.model import device_dtypes
+    from paddle_qwen1m.options import default_batched_tokens
     from paddle_qwen1m.paddlenlp import look_up_budgets
 
     config = _read_config(checkpoint)

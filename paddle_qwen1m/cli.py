@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable
 
 from paddle_qwen1m.dtypes import DTYPES
+from paddle_qwen1m.options import LOADING, Dtype, Switch, Whole
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,15 +35,6 @@ if TYPE_CHECKING:
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 SAMPLING_OPTIONS = ("max_new_tokens", "min_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed")
-LOADING_OPTIONS = (
-    "dtype",
-    "kv_cache_dtype",
-    "max_model_len",
-    "max_num_batched_tokens",
-    "sparse_budgets",
-    "sparse_threshold",
-    "from_hf_hub",
-)
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -127,23 +119,20 @@ def _at_least(lowest: int) -> Callable[[str], int]:
     return parse
 
 
-def _add_model_options(parser: argparse.ArgumentParser) -> None:
-    """What decides how a checkpoint is loaded and how much memory it takes; names as in `from_pretrained`."""
+def _add_model_options(parser: argparse.ArgumentParser, without: Sequence[str] = ()) -> None:
+    """The options of from_pretrained that the command has, without those named."""
     group = parser.add_argument_group("model")
-    group.add_argument("--from-hf-hub", action="store_true", help="look for a hub name on Hugging Face's hub first")
-    group.add_argument(
-        "--max-model-len", type=_at_least(1), metavar="N", help="most tokens of prompt and answer together"
-    )
-    group.add_argument(
-        "--max-num-batched-tokens",
-        type=_at_least(1),
-        metavar="N",
-        help="tokens of one prefill chunk (default: 2,048 on a CPU, 32,768 on a GPU)",
-    )
-    group.add_argument("--dtype", choices=DTYPES, help="how weights are kept (default: as in the checkpoint)")
-    group.add_argument("--kv-cache-dtype", choices=DTYPES, help="how keys and values are kept on a CPU")
-    group.add_argument("--sparse-budgets", metavar="FILE", help="per-head budgets of the sparse prefill")
-    group.add_argument("--no-sparse", action="store_true", help="prefill densely at every length")
+    for option in LOADING:
+        if not option.command or option.name in without:
+            continue
+        kind: dict[str, Any] = {"metavar": "FILE"}
+        if isinstance(option.type, Switch):
+            kind = {"action": "store_true"} if option.default == "off" else {"action": "store_false", "default": None}
+        elif isinstance(option.type, Dtype):
+            kind = {"choices": DTYPES}
+        elif isinstance(option.type, Whole):
+            kind = {"metavar": "N", "type": _at_least(option.type.lowest)}
+        group.add_argument(option.flag, dest=option.name, help=option.flag_help, **kind)
 
 
 def generate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -169,9 +158,6 @@ def generate_arguments(parser: argparse.ArgumentParser) -> None:
     sampling.add_argument("--seed", type=_at_least(0), metavar="N")
     sampling.add_argument("--greedy", action="store_true", help="always the most likely token")
     _add_model_options(parser)
-    parser.add_argument(
-        "--sparse-threshold", type=_at_least(0), metavar="N", help="longer prompts are prefilled sparsely"
-    )
     parser.add_argument("--threads", type=_at_least(1), metavar="N", help="CPU threads (default: all)")
     _add_debug(parser)
     parser.set_defaults(tensor_parallel_degree=1)
@@ -181,7 +167,7 @@ def _check_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", nargs="?", metavar="MODEL", help="checkpoint directory, or a hub name; without it the machine alone"
     )
-    _add_model_options(parser)
+    _add_model_options(parser, without=["sparse_threshold"])
     _add_debug(parser)
 
 
@@ -201,7 +187,7 @@ def _check(arguments: argparse.Namespace) -> int:
             dtype=arguments.dtype,
             kv_cache_dtype=arguments.kv_cache_dtype,
             sparse_budgets=arguments.sparse_budgets,
-            sparse=not arguments.no_sparse,
+            sparse=arguments.sparse is not False,
         )
         findings = chain(findings, check_checkpoint(arguments.model, options))
     failed = False
@@ -229,7 +215,7 @@ def generate(arguments: argparse.Namespace) -> int:
     load_seconds = time.perf_counter() - started
     with as_input():
         prompt = _prompt_ids(tokenizer, text, arguments)
-        params = _sampling(model, arguments)
+        params = _sampling(model, arguments, len(prompt))
         model.engine.check_length(len(prompt), params.max_new_tokens)
 
     def decode(tokens: list[int]) -> str:
@@ -346,10 +332,9 @@ def load_model(arguments: argparse.Namespace) -> Qwen2OneMForCausalLM:
 
     if arguments.threads is not None:
         ops.set_num_threads(arguments.threads)
-    options = {name: getattr(arguments, name) for name in LOADING_OPTIONS}
+    options = {option.name: getattr(arguments, option.name) for option in LOADING if option.command}
     return Qwen2OneMForCausalLM.from_pretrained(
         arguments.model,
-        sparse=False if arguments.no_sparse else None,
         tensor_parallel_degree=arguments.tensor_parallel_degree,
         **options,
     )
@@ -374,24 +359,15 @@ def _prompt_ids(tokenizer: Any, text: str, arguments: argparse.Namespace) -> npt
     return np.asarray(tokenizer(text)["input_ids"], dtype=np.int64)
 
 
-def _sampling(model: Qwen2OneMForCausalLM, arguments: argparse.Namespace) -> SamplingParams:
+def _sampling(model: Qwen2OneMForCausalLM, arguments: argparse.Namespace, prompt_tokens: int) -> SamplingParams:
     """generation_config.json with the options given here over it; a seed is drawn where none is given."""
-    from paddle_qwen1m.paddlenlp.generation import read_request
-
     options = {name: getattr(arguments, name) for name in SAMPLING_OPTIONS}
+    options["num_return_sequences"] = 1
     if arguments.greedy:
         options["do_sample"] = False
     elif arguments.temperature is not None:
         options["do_sample"] = True
-    params = read_request(
-        model.generation_config,
-        options,
-        usual_strategy=model.generation_config.decode_strategy,
-        trunc_input=True,
-        eos_token_id=model.config.eos_token_id,
-        pad_token_id=model.config.pad_token_id,
-        vocab_size=model.config.vocab_size,
-    ).params
+    params = model.read_request(options).params_for(prompt_tokens, model.engine.max_model_len)
     return params if params.seed is not None else replace(params, seed=secrets.randbits(31))
 
 

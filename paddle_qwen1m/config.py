@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself and what a user may choose: shapes, dual chunk attention, budgets, limits."""
+"""What a checkpoint says of itself: shapes, dual chunk attention, sparse budgets."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ SINK_COLUMNS = 30  # the first columns and the last diagonals are always kept
 LOCAL_DIAGONALS = 100
 BLOCK = 64  # rows of a row block, keys of a block of keys
 SPARSE_THRESHOLD = 32768
-CPU_BATCHED_TOKENS, GPU_BATCHED_TOKENS = 2048, 32768
 
 
 @dataclass(frozen=True)
@@ -199,41 +198,3 @@ def published_budgets(config: ModelConfig) -> SparseBudgets | None:
     files = {(28, 28, 3584): "sparse_attention_config_7B.json", (48, 40, 5120): "sparse_attention_config_14B.json"}
     name = files.get((config.num_layers, config.num_heads, config.hidden_size))
     return SparseBudgets.from_file(CONFIGS / name, config.num_layers, config.num_heads) if name else None
-
-
-def default_batched_tokens(on_gpu: bool) -> int:
-    """Tokens of one prefill chunk where nobody chose them."""
-    return GPU_BATCHED_TOKENS if on_gpu else CPU_BATCHED_TOKENS
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """Limits and switches of one engine.
-
-    max_num_batched_tokens: tokens of one chunk of the chunked prefill; default 2,048 on a CPU, 32,768 on a GPU.
-    max_model_len: prompt and answer of one request, at most the checkpoint's max_position_embeddings (the default).
-    page_size: tokens of a KV cache page. kv_cache_dtype: default, and on a GPU always, the type that is computed in.
-    cuda_graph: whether a decode step on a GPU is captured and replayed.
-    cache_tokens: how many tokens the KV cache holds; default: those of a call, and some more.
-    enable_prefix_caching: whether a prompt reuses the chunks that one of the same tokens has left in the cache.
-    """
-
-    max_num_batched_tokens: int | None = None
-    max_model_len: int | None = None
-    sparse: bool = True
-    sparse_threshold: int = SPARSE_THRESHOLD
-    page_size: int | None = None
-    kv_cache_dtype: str | None = None
-    cuda_graph: bool = True
-    cache_tokens: int | None = None
-    enable_prefix_caching: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("max_num_batched_tokens", "max_model_len", "page_size", "cache_tokens"):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
-        if self.sparse_threshold < 0:
-            raise ValueError(f"sparse_threshold must not be negative, got {self.sparse_threshold}")
-        if self.kv_cache_dtype is not None and self.kv_cache_dtype not in DTYPES:
-            raise ValueError(f"kv_cache_dtype must be one of {', '.join(DTYPES)}, got {self.kv_cache_dtype!r}")

@@ -26,9 +26,10 @@ import sparse_workload
 from paddle_qwen1m import ops
 from paddle_qwen1m.attention import attend
 from paddle_qwen1m.attention.step import SparsePiece
-from paddle_qwen1m.config import EngineOptions, ModelConfig, published_budgets
+from paddle_qwen1m.config import ModelConfig, published_budgets
 from paddle_qwen1m.engine import Engine, PrefillProgress, SamplingParams
 from paddle_qwen1m.model import Qwen2OneM
+from paddle_qwen1m.options import EngineOptions
 from paddle_qwen1m.plan import parameters, plan_memory
 
 SHAPES: dict[str, dict[str, int]] = {

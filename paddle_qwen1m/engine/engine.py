@@ -15,7 +15,7 @@ import paddle
 
 from paddle_qwen1m.attention.selector import Observer
 from paddle_qwen1m.cache import CacheFull, PagedCache, PagePool, choose_page_size
-from paddle_qwen1m.config import EngineOptions, SparseBudgets, default_batched_tokens
+from paddle_qwen1m.config import SparseBudgets
 from paddle_qwen1m.engine.admission import Budget, cache_pages
 from paddle_qwen1m.engine.core import (
     Completion,
@@ -35,6 +35,7 @@ from paddle_qwen1m.engine.runner import Runner
 from paddle_qwen1m.engine.scheduler import PrefillChunk, Scheduler
 from paddle_qwen1m.memory import available_gpu_memory, available_host_memory
 from paddle_qwen1m.model import Qwen2OneM
+from paddle_qwen1m.options import EngineOptions, default_batched_tokens
 from paddle_qwen1m.plan import activation_bytes, cache_bytes_per_token
 
 

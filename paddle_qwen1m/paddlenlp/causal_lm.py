@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any, Callable, NoReturn, TypeVar
 
 import numpy as np
 import paddle
@@ -15,33 +15,33 @@ from paddlenlp.transformers.configuration_utils import PretrainedConfig
 from paddlenlp.transformers.model_utils import no_init_weights
 from paddlenlp.utils.log import logger
 
-from paddle_qwen1m.config import EngineOptions, SparseBudgets
-from paddle_qwen1m.dtypes import dtype_name
-from paddle_qwen1m.engine import Engine
+from paddle_qwen1m.config import SparseBudgets
+from paddle_qwen1m.engine import Engine, SamplingParams
 from paddle_qwen1m.model import Qwen2OneM
-from paddle_qwen1m.paddlenlp.generation import (
-    OPTIONS,
-    TokenIds,
-    drawn_seed,
-    read_batch,
-    read_positions,
-    read_request,
-)
-from paddle_qwen1m.paddlenlp.hub import Checkpoint, locate
+from paddle_qwen1m.options import Dtype, EngineOptions, describe_loading_options, read_loading_options
+from paddle_qwen1m.paddlenlp.batch import TokenIds, read_batch, read_positions
+from paddle_qwen1m.paddlenlp.generation import OPTIONS, Defaults, Request, drawn_seed, read_request
+from paddle_qwen1m.paddlenlp.hub import Checkpoint
 from paddle_qwen1m.paddlenlp.loading import (
-    DUAL_CHUNK,
-    GENERATION_CONFIG,
-    config_dict,
+    choose_engine_options,
+    describe,
     find_budgets,
-    is_ours,
+    find_checkpoint,
+    join_ranks,
     model_config,
-    read_generation_config,
-    refuse,
+    read_defaults,
+    read_weights,
 )
-from paddle_qwen1m.parallel.group import ALONE, Group, start
-from paddle_qwen1m.weights import load_checkpoint
-from paddle_qwen1m.weights.sharding import check_degree, rank_directory, rank_sets
-from paddle_qwen1m.weights.tensors import HEAD
+from paddle_qwen1m.parallel.group import ALONE, Group
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def _with_options(function: Function) -> Function:
+    """Ends a docstring with the table of options; `python -OO` keeps no docstring to end."""
+    if function.__doc__ is not None:
+        function.__doc__ = function.__doc__.rstrip() + "\n\n" + describe_loading_options(" " * 8)
+    return function
 
 
 class Qwen2OneMForCausalLM(PretrainedModel):  # type: ignore[misc]
@@ -68,121 +68,46 @@ class Qwen2OneMForCausalLM(PretrainedModel):  # type: ignore[misc]
         group: Group = ALONE,
     ) -> None:
         super().__init__(config)
-        storage = dtype_name(dtype or config.dtype or "float32")
+        storage = Dtype().read("dtype", dtype or config.dtype or "float32")
         self.model = Qwen2OneM(model_config(config), storage, group)
         if self.model.dtype != storage:
             logger.info(f"weights are kept as {self.model.dtype}: a GPU does not compute in {storage}")
         self.engine = Engine(self.model, options or EngineOptions(), budgets)
-        self.use_generation_config(GenerationConfig.from_model_config(config))
+        self.use_defaults(Defaults.of(GenerationConfig.from_model_config(config)))
         self.eval()
 
     @classmethod
-    def from_pretrained(
-        cls,
-        name: str | os.PathLike[str] | Checkpoint,
-        *,
-        dtype: str | None = None,
-        config: PretrainedConfig | dict[str, Any] | None = None,
-        sparse_budgets: str | os.PathLike[str] | SparseBudgets | None = None,
-        sparse: bool | None = None,
-        sparse_threshold: int | None = None,
-        max_num_batched_tokens: int | None = None,
-        max_model_len: int | None = None,
-        kv_cache_dtype: str | None = None,
-        tensor_parallel_degree: int = 1,
-        tensor_parallel_rank: int | None = None,
-        tensor_parallel_output: bool = False,
-        from_hf_hub: bool = False,
-        from_aistudio: bool = False,
-        cache_dir: str | os.PathLike[str] | None = None,
-        subfolder: str | None = None,
-        low_cpu_mem_usage: bool | None = None,
-        convert_from_torch: bool | None = None,
-        use_safetensors: bool | None = None,
-        **unknown: Any,
-    ) -> Qwen2OneMForCausalLM:
+    @_with_options
+    def from_pretrained(cls, name: str | os.PathLike[str] | Checkpoint, **options: Any) -> Qwen2OneMForCausalLM:
         """Load a checkpoint in the published safetensors layout from a directory or by its hub name.
 
-        dtype: keep the weights as "float32", "bfloat16" or "float16"; default: as the checkpoint has them.
-        config: used in place of config.json, as a Qwen2Config or a dict.
-        sparse_budgets: a file in the format of sparse_attention_config.json. Without it the file of that name beside
-            the weights counts, then, for the shapes of the published 7B and 14B models, their published figures;
-            without any the prefill is dense.
-        sparse: False prefills densely; default: what config.json says, else True.
-        sparse_threshold: longer prompts, in tokens, are prefilled sparsely (default: config.json's, else 32,768).
-        max_num_batched_tokens: tokens of one prefill step (default 2,048 on a CPU, 32,768 on a GPU).
-        max_model_len: most tokens of prompt and answer together (default: the model's max_position_embeddings).
-        kv_cache_dtype: how keys and values are kept (default, and on a GPU always: the dtype that is computed in).
-        tensor_parallel_degree: how many processes, started by `python -m paddle.distributed.launch`, share the model;
-            each reads its own part alone, and all of them call generate with the same input. tensor_parallel_rank:
-            this process's number, which the launcher gives it anyway. tensor_parallel_output: accepted and without
-            effect, logits are always whole.
-        from_hf_hub, from_aistudio, cache_dir, subfolder: as in PaddleNLP. A name is looked up on PaddleNLP's hub, or on
-            Hugging Face's with from_hf_hub=True; where the one lacks it, the other is tried.
-        low_cpu_mem_usage, convert_from_torch, use_safetensors: accepted and without effect, because there is one
-            loader: it reads the published files as they are, one tensor at a time, and writes nothing.
+        Raises TypeError for an option that does not exist, FileNotFoundError, HubError (an OSError),
+        weights.CheckpointError, ValueError or job.StartError, each saying what does not fit. The options:
 
-        Raises TypeError for other options, FileNotFoundError, HubError (an OSError), weights.CheckpointError,
-        ValueError or job.StartError, each saying what does not fit.
         """
-        refuse(unknown)
-        checkpoint = (
-            name
-            if isinstance(name, Checkpoint)
-            else locate(
-                name, from_hf_hub=from_hf_hub, from_aistudio=from_aistudio, cache_dir=cache_dir, subfolder=subfolder
-            )
+        given = read_loading_options(options)
+        checkpoint = find_checkpoint(name, given)
+        described = describe(checkpoint, given.get("config"))
+        config = Qwen2Config.from_dict(described)
+        shapes = model_config(config)
+        engine_options = choose_engine_options(shapes, given)
+        group = join_ranks(
+            checkpoint,
+            described,
+            shapes,
+            given.get("tensor_parallel_degree", 1),
+            given.get("tensor_parallel_rank"),
         )
-        checkpoint.announce()
-        described = config_dict(config) if config is not None else checkpoint.read_config()
-        if not is_ours(described):
-            raise ValueError(
-                f"{checkpoint.name} is not a Qwen2 checkpoint with a {DUAL_CHUNK} "
-                f"(architectures: {described.get('architectures')}): PaddleNLP's own classes load it"
-            )
-        pretrained_config = Qwen2Config.from_dict(described)
-        shapes = model_config(pretrained_config)
-        degree = max(1, tensor_parallel_degree)
-        check_degree(shapes, degree)
-        sets = rank_sets(described)
-        if sets not in (None, degree):
-            raise ValueError(
-                f"{checkpoint.name} is a set of weights for {sets} tensor parallel ranks: load it with "
-                f"tensor_parallel_degree={sets} under a launcher of {sets} processes, or convert it for another "
-                f"degree; got {degree}"
-            )
-        group = start(degree)
-        if tensor_parallel_rank not in (None, -1, group.rank):
-            raise ValueError(
-                f"this process is rank {group.rank} of {degree}, got tensor_parallel_rank {tensor_parallel_rank}"
-            )
-        if sparse is None:
-            sparse = sparse_budgets is not None or shapes.dual_chunk.sparse_attention_enabled
-        if sparse_threshold is None:
-            sparse_threshold = shapes.dual_chunk.sparse_attention_threshold
-        chosen: dict[str, Any] = {
-            "max_num_batched_tokens": max_num_batched_tokens,
-            "max_model_len": max_model_len,
-            "kv_cache_dtype": kv_cache_dtype,
-        }
-        options = EngineOptions(
-            sparse=bool(sparse),
-            sparse_threshold=sparse_threshold,
-            **{name: value for name, value in chosen.items() if value is not None},
+        budgets = (
+            find_budgets(checkpoint, shapes, given.get("sparse_budgets"), engine_options)
+            if engine_options.sparse
+            else None
         )
-        storage = dtype_name(dtype or pretrained_config.dtype or "float32")
-        budgets = find_budgets(checkpoint, shapes, sparse_budgets, options) if sparse else None
-        generation = checkpoint.extra_file(GENERATION_CONFIG)
+        defaults = read_defaults(checkpoint, described)
         with no_init_weights(_enable=True):
-            model = cls(pretrained_config, dtype=storage, options=options, budgets=budgets, group=group)
-        if generation is not None:
-            model.use_generation_config(read_generation_config(generation))
-        tied = {HEAD} if shapes.tie_word_embeddings else set()
-        directory, slots = checkpoint.fetch_weights(), model.model.slots()
-        if sets is not None:
-            directory = directory / rank_directory(group.rank, degree)
-            slots = {name: slot.without_slicing() for name, slot in slots.items()}
-        load_checkpoint(directory, slots, ignore=tied, progress=group.rank == 0)
+            model = cls(config, dtype=given.get("dtype"), options=engine_options, budgets=budgets, group=group)
+        model.use_defaults(defaults)
+        read_weights(model.model, checkpoint, described, group)
         return model
 
     @classmethod
@@ -204,25 +129,25 @@ class Qwen2OneMForCausalLM(PretrainedModel):  # type: ignore[misc]
                     values = random.standard_normal(slot.held_shape, dtype=np.float32) * self.config.initializer_range
                 slot.write(paddle.to_tensor(values, place=paddle.CPUPlace()).astype(slot.tensor.dtype))
 
-    def use_generation_config(self, generation_config: GenerationConfig) -> None:
-        """Make these generate()'s defaults; prompt and answer are returned unless trunc_input is set afterwards."""
-        generation_config.trunc_input = False
-        self.generation_config = generation_config
-        self._known = generation_config, generation_config.decode_strategy
+    def use_defaults(self, defaults: Defaults) -> None:
+        """Make these generate()'s defaults; `generation_config` shows them and may be changed."""
+        self.generation_config, self._defaults = defaults.config, defaults
 
     @paddle.no_grad()
     def forward(
         self,
-        input_ids: TokenIds,
+        input_ids: TokenIds | Mapping[str, Any],
         positions: Sequence[int] | None = None,
         attention_mask: Any | None = None,
     ) -> paddle.Tensor:
         """Logits float32 [B, n, vocab] for the tokens after the given positions.
 
-        input_ids: integers [N] or [B, N]. positions: n columns of input_ids; default: the last one alone, since the
-        logits of every position of a long prompt do not fit any memory. attention_mask: 0 for padding, on the left
-        only.
+        input_ids: integers [N] or [B, N], or what a tokenizer returned. positions: n columns of input_ids; default: the
+        last one alone, since the logits of every position of a long prompt do not fit any memory. attention_mask: 0 for
+        padding, on the left only.
         """
+        if isinstance(input_ids, Mapping):
+            input_ids, attention_mask = _unpacked(input_ids, attention_mask)
         batch = read_batch(input_ids, attention_mask, self.config.vocab_size)
         columns = read_positions(positions, batch)
         self.engine.check_length(batch.ids.shape[1])
@@ -236,7 +161,7 @@ class Qwen2OneMForCausalLM(PretrainedModel):  # type: ignore[misc]
     @paddle.no_grad()
     def generate(
         self,
-        input_ids: TokenIds | None = None,
+        input_ids: TokenIds | Mapping[str, Any] | None = None,
         generation_config: GenerationConfig | None = None,
         *,
         attention_mask: Any | None = None,
@@ -245,47 +170,44 @@ class Qwen2OneMForCausalLM(PretrainedModel):  # type: ignore[misc]
     ) -> tuple[paddle.Tensor, paddle.Tensor]:
         """Continue every prompt of a batch; each row comes out as it would alone.
 
-        input_ids: integers [N] or [B, N], a tensor, an array or lists.
+        input_ids: integers [N] or [B, N], a tensor, an array or lists; or what a tokenizer returned, mask included.
         generation_config: in place of `self.generation_config` (the checkpoint's generation_config.json).
-        attention_mask: 0 for padding, on the left only.
-        streamer: PaddleNLP's TextStreamer or TextIteratorStreamer, for one prompt; it gets the new tokens, whatever its
-            skip_prompt says.
+        attention_mask: 0 for padding, on the left only. Without one, pad_token_id at the start of a row is padding
+            unless it is the one id that ends an answer, as in PaddleNLP.
+        streamer: PaddleNLP's TextStreamer or TextIteratorStreamer, or anything with put(ids) and end(), for one prompt;
+            it gets the new tokens, whatever its skip_prompt says.
         options, each over the config's: max_new_tokens (or max_length, which counts new tokens too), min_new_tokens (or
-            min_length), do_sample or decode_strategy ("greedy_search", "sampling"), temperature (0 is greedy), top_k,
-            top_p, repetition_penalty (over prompt and answer, greedy too), eos_token_id (one or a list; [] for none),
-            pad_token_id, seed (every row starts from it; without one each row draws its own from Paddle's generator, so
-            that `paddle.seed` repeats a run), trunc_input. Beams and several answers a prompt do not exist.
+            min_length), do_sample or decode_strategy ("greedy_search", "sampling"), temperature (0 is greedy), top_k (0
+            or -1 is off), top_p, repetition_penalty (over prompt and answer, greedy too), eos_token_id (one or a list;
+            -1 or [] for none), pad_token_id, seed (every row starts from it; without one each row draws its own from
+            Paddle's generator, so that `paddle.seed` repeats a run), num_return_sequences (answers a prompt, with
+            do_sample alone; answer j is what seed + j gives; each is a prefill of its own), trunc_input.
+            Without max_new_tokens it is the file's, else 20, and at most what the prompt leaves of max_model_len.
 
-        Returns ids int64 [B, N + new], prompt and answer, shorter answers padded on the right with pad_token_id, and
-        scores float32 [B, 1], the mean log-probability of a row's new tokens. trunc_input=True gives PaddleNLP's own
-        form, ids of the new tokens alone, and so does `model.generation_config.trunc_input = True`; the trunc_input of
-        another GenerationConfig is not looked at, since there True is the default and cannot be told from a choice.
+        Returns ids int64 [B * num_return_sequences, N + new], prompt and answer, the answers of a prompt one after the
+        other, shorter ones padded on the right with pad_token_id; and scores float32 [B * num_return_sequences, 1], the
+        mean log-probability of a row's new tokens. trunc_input=True gives PaddleNLP's own form, ids of the new tokens
+        alone, and so does `model.generation_config.trunc_input = True`; the trunc_input of another GenerationConfig is
+        not looked at, since there True is the default and cannot be told from a choice.
 
-        Raises TypeError or ValueError before any work for input and options that cannot be used.
+        Raises TypeError or ValueError before any work for input and options that cannot be used. What the engine does
+        not have (beams, min_p, stop_strings, ...) is refused by name.
         """
+        if isinstance(input_ids, Mapping):
+            inputs = {**input_ids, **options}
+            input_ids, attention_mask = _unpacked(inputs, attention_mask)
+            options = {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
         if input_ids is None:
             raise ValueError(f"generate() needs input_ids; its options are: {', '.join(OPTIONS)}")
         if generation_config is not None and not isinstance(generation_config, GenerationConfig):
             raise TypeError(f"generation_config must be a GenerationConfig, got {type(generation_config).__name__}")
-        batch = read_batch(input_ids, attention_mask, self.config.vocab_size)
-        base = self.generation_config if generation_config is None else generation_config
-        known, usual_strategy = self._known
-        request = read_request(
-            base,
-            options,
-            usual_strategy=usual_strategy if base is known else None,
-            trunc_input=base is known and base.trunc_input,
-            eos_token_id=self.config.eos_token_id,
-            pad_token_id=self.config.pad_token_id,
-            vocab_size=self.config.vocab_size,
-        )
-        prompts = batch.prompts
-        self.engine.check_length(max(map(len, prompts)), request.params.max_new_tokens)
-        if streamer is not None and len(prompts) > 1:
-            raise ValueError(f"a streamer shows one answer, got a batch of {len(prompts)} prompts")
-        params = [request.params] * len(prompts)
-        if request.params.temperature > 0 and request.params.seed is None:
-            params = [replace(one, seed=drawn_seed()) for one in params]
+        request = self.read_request(options, generation_config)
+        batch = read_batch(input_ids, attention_mask, self.config.vocab_size, request.padding, request.pad_is_end)
+        samples = request.num_return_sequences
+        prompts = [prompt for prompt in batch.prompts for _ in range(samples)]
+        params = [self._params(request, prompt, row % samples) for row, prompt in enumerate(prompts)]
+        if streamer is not None:
+            _check_streamer(streamer, len(prompts))
 
         if streamer is None:
             completions = self.engine.generate(prompts, params)
@@ -303,15 +225,57 @@ class Qwen2OneMForCausalLM(PretrainedModel):  # type: ignore[misc]
         answers = np.full([len(prompts), longest], request.pad_token_id, dtype=np.int64)
         for row, completion in enumerate(completions):
             answers[row, : len(completion.token_ids)] = completion.token_ids
-        ids = answers if request.trunc_input else np.concatenate([batch.ids, answers], axis=1)
+        whole = np.concatenate([np.repeat(batch.ids, samples, axis=0), answers], axis=1)
         scores = np.array([[np.mean(completion.logprobs)] for completion in completions], dtype=np.float32)
-        return _tensor(ids), _tensor(scores)
+        return _tensor(answers if request.trunc_input else whole), _tensor(scores)
+
+    def read_request(self, options: Mapping[str, Any], generation_config: GenerationConfig | None = None) -> Request:
+        """What `generate` would do with these options. Raises as it does."""
+        return read_request(
+            self._defaults,
+            self.generation_config if generation_config is None else generation_config,
+            options,
+            eos_token_id=self.config.eos_token_id,
+            pad_token_id=self.config.pad_token_id,
+            vocab_size=self.config.vocab_size,
+        )
+
+    def _params(self, request: Request, prompt: np.ndarray, sample: int) -> SamplingParams:
+        """The params of one row, answer number `sample` of its prompt. ValueError where it does not fit."""
+        params = request.params_for(len(prompt), self.engine.max_model_len)
+        self.engine.check_length(len(prompt), params.max_new_tokens)
+        if params.temperature == 0:
+            return params
+        return replace(params, seed=drawn_seed() if params.seed is None else (params.seed + sample) % 2**63)
+
+    def release_cache(self) -> None:
+        """Give back the KV cache, which outlives calls; the next call makes one again."""
+        self.engine.release_cache()
 
     def save_pretrained(self, *_arguments: Any, **_options: Any) -> NoReturn:
         """Always raises: the weights are those of the checkpoint, and stay there as they are."""
         raise NotImplementedError(
             "this class reads the published layout and writes nothing: copy the checkpoint's directory instead"
         )
+
+
+def _unpacked(inputs: Mapping[str, Any], attention_mask: Any | None) -> tuple[Any, Any | None]:
+    """input_ids and attention_mask of what a tokenizer returned; a mask given beside it holds."""
+    if "input_ids" not in inputs:
+        raise ValueError(f"the inputs have no input_ids, but: {', '.join(inputs)}")
+    return inputs["input_ids"], inputs.get("attention_mask") if attention_mask is None else attention_mask
+
+
+def _check_streamer(streamer: Any, rows: int) -> None:
+    methods = [getattr(streamer, name, None) for name in ("put", "end")]
+    if isinstance(streamer, type) or not all(map(callable, methods)):
+        raise TypeError(
+            "a streamer is an object with put(ids) and end(): TextStreamer(tokenizer) prints, "
+            "TextIteratorStreamer(tokenizer) is iterated in another thread, both of paddlenlp.generation; got "
+            f"{streamer!r}"
+        )
+    if rows > 1:
+        raise ValueError(f"a streamer shows one answer, got a batch of {rows} prompts")
 
 
 def _tensor(array: np.ndarray) -> paddle.Tensor:

@@ -1,207 +1,212 @@
-"""PaddleNLP's words for generation turned into the engine's: a batch into prompts, options into SamplingParams."""
+"""What a call of generate asks for: its keywords over the model's defaults, turned into the engine's SamplingParams."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Union
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
-import numpy as np
-import paddle
 from paddle.base import core
 from paddlenlp.generation import GenerationConfig
+from paddlenlp.utils.log import logger
 
 from paddle_qwen1m.engine import SamplingParams
-
-GREEDY, SAMPLING = "greedy_search", "sampling"
-DEFAULT_NEW_TOKENS = 20  # what a fresh GenerationConfig says, so it cannot be told from a choice
-
-OPTIONS = (
-    "max_new_tokens",
-    "max_length",
-    "min_new_tokens",
-    "min_length",
-    "do_sample",
-    "decode_strategy",
-    "temperature",
-    "top_k",
-    "top_p",
-    "repetition_penalty",
-    "eos_token_id",
-    "pad_token_id",
-    "seed",
-    "trunc_input",
+from paddle_qwen1m.paddlenlp.generation_keys import (
+    GREEDY,
+    HARMLESS,
+    HONOURED,
+    MISSING,
+    SAMPLING,
+    is_known,
+    read_file,
+    refuse_missing,
+    token_ids,
 )
-# accepted and without effect: the cache is always used, the prompt brings its own first token
-IGNORED = ("use_cache", "bos_token_id", "use_fast", "use_fp16_decoding", "fast_ptq_sampling", "synced_gpus")
-# PaddleNLP options that this model does not have, with the value that means "off"
-ONLY_OFF: dict[str, tuple[Any, ...]] = {
-    "num_beams": (1, None),
-    "num_beam_groups": (1, None),
-    "num_return_sequences": (1, None),
-    "diversity_rate": (0, None),
-    "length_penalty": (0, 1, None),
-    "early_stopping": (False, None),
-    "no_repeat_ngram_size": (0, None),
-    "forced_bos_token_id": (None,),
-    "forced_eos_token_id": (None,),
-    "decoder_start_token_id": (None,),
-    "stopping_criteria": (None,),
-    "logits_processors": (None,),
-}
 
-TokenIds = Union[paddle.Tensor, np.ndarray, Sequence[int], Sequence[Sequence[int]]]
+DEFAULT_NEW_TOKENS = 20  # what a fresh GenerationConfig says, so it cannot be told from a choice
+OPTIONS = (*HONOURED, "attention_mask", "generation_config", "streamer")
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """generate()'s defaults, and what they were before a caller changed any of them.
+
+    config: the object that callers see. strategy: decode_strategy; where it and do_sample disagree later, the one that
+    was changed holds. max_new_tokens, max_length, min_length: an unchanged one nobody chose. with_prompt: unchanged,
+    max_length and min_length count the prompt too, as they do in Hugging Face's files. pad_token_id: the one that the
+    checkpoint names, None when it names none.
+    """
+
+    config: GenerationConfig
+    strategy: str
+    max_new_tokens: int | None
+    max_length: int
+    min_length: int
+    with_prompt: bool
+    pad_token_id: int | None
+
+    @classmethod
+    def of(cls, config: GenerationConfig, *, with_prompt: bool = False, pad_token_id: int | None = None) -> Defaults:
+        """Those of a PaddleNLP object. Prompt and answer are returned unless its trunc_input is set afterwards."""
+        config.trunc_input = False
+        return cls(
+            config,
+            config.decode_strategy,
+            config.max_new_tokens,
+            config.max_length,
+            config.min_length,
+            with_prompt,
+            config.pad_token_id if pad_token_id is None else pad_token_id,
+        )
+
+    @classmethod
+    def from_file(cls, values: Mapping[str, Any], source: str, pad_token_id: Any = None) -> Defaults:
+        """Those of a generation_config.json, or what a config.json has of its keys; ValueError names `source`.
+
+        As in Hugging Face's: null is off, max_new_tokens wins over max_length, min_new_tokens over min_length.
+        pad_token_id: config.json's.
+        """
+        given = read_file(values, source)
+        config = GenerationConfig()
+        config.max_new_tokens = None
+        for name, value in given.items():
+            setattr(config, name, value)
+        if "eos_token_id" in given:
+            config.eos_token_id = list(given["eos_token_id"] or ())
+        pads = given.get("pad_token_id") or ()
+        config.pad_token_id = pads[0] if pads else None
+        votes = _votes(given.get("decode_strategy"), given.get("do_sample"))
+        if len(votes) > 1:
+            raise ValueError(f"{source}: do_sample and decode_strategy contradict each other")
+        config.decode_strategy = votes.pop() if votes else GREEDY
+        config.do_sample = config.decode_strategy == SAMPLING
+        for name, old_name in (("max_new_tokens", "max_length"), ("min_new_tokens", "min_length")):
+            if given.get(name) is not None or given.get(old_name) is None:
+                setattr(config, old_name, 0)
+        config.min_new_tokens = config.min_new_tokens or 0
+        return cls.of(config, with_prompt="paddlenlp_version" not in values, pad_token_id=pad_token_id)
 
 
 @dataclass(frozen=True)
 class Request:
-    """One call of generate: how to choose tokens, and how to lay the answer out."""
+    """One call of generate: how to choose tokens, and how to lay the answer out.
+
+    params: how tokens are chosen; `params_for` gives those of a prompt. may_cut: nobody chose max_new_tokens.
+    max_length, min_length: lengths of prompt and answer together that hold in place of those in `params`. padding: the
+    id that may be padding where there is no attention mask; pad_is_end: it is the one that ends an answer, too.
+    """
 
     params: SamplingParams
     pad_token_id: int
     trunc_input: bool
+    num_return_sequences: int
+    padding: int | None
+    pad_is_end: bool
+    may_cut: bool
+    max_length: int | None
+    min_length: int | None
 
+    def params_for(self, prompt_tokens: int, max_model_len: int) -> SamplingParams:
+        """The params of a prompt of so many tokens; a number of new tokens that nobody chose is what is left at most.
 
-@dataclass(frozen=True)
-class Batch:
-    """Left-padded prompts. ids: int64 [B, N] as given; starts: the column of each row's first real token."""
-
-    ids: np.ndarray
-    starts: tuple[int, ...]
-
-    @property
-    def prompts(self) -> list[np.ndarray]:
-        """Each row without its padding: int64 [n]."""
-        return [row[start:] for row, start in zip(self.ids, self.starts)]
-
-
-def read_batch(input_ids: TokenIds, attention_mask: Any | None, vocab_size: int) -> Batch:
-    """Check a batch of token ids before any work is done.
-
-    input_ids: integers [N] or [B, N], a tensor, an array or nested lists. attention_mask: the same shape, 1 for tokens
-    and 0 for padding, which may stand on the left only; None means that there is no padding.
-    Raises ValueError for an empty prompt, padding on the right, ids outside [0, vocab_size) and wrong types or shapes.
-    """
-    ids = _integers("input_ids", input_ids)
-    mask = np.ones(ids.shape, dtype=bool) if attention_mask is None else _mask(attention_mask, ids.shape)
-    starts: list[int] = []
-    for row in range(ids.shape[0]):
-        tokens = np.flatnonzero(mask[row])
-        if tokens.size == 0:
-            raise ValueError(f"row {row} of input_ids is an empty prompt: give at least one token")
-        if tokens[-1] != ids.shape[1] - 1 or tokens.size != ids.shape[1] - tokens[0]:
-            raise ValueError(
-                f"row {row} of attention_mask has a 0 right of a 1: padding may stand on the left only; "
-                'set tokenizer.padding_side = "left"'
-            )
-        starts.append(int(tokens[0]))
-    wrong = np.argwhere(mask & ((ids < 0) | (ids >= vocab_size)))
-    if wrong.size:
-        row, column = wrong[0]
-        raise ValueError(
-            f"input_ids[{row}, {column}] is {ids[row, column]}, outside the vocabulary [0, {vocab_size}): "
-            "was another model's tokenizer used?"
-        )
-    return Batch(ids, tuple(starts))
-
-
-def read_positions(positions: Sequence[int] | None, batch: Batch) -> list[int]:
-    """Columns of the batch whose logits are wanted; the last one when `positions` is None. ValueError for others."""
-    length = batch.ids.shape[1]
-    if positions is None:
-        return [length - 1]
-    columns = [int(column) for column in np.asarray(positions).reshape(-1)]
-    low = max(batch.starts)
-    if not columns or min(columns) < low or max(columns) >= length:
-        raise ValueError(
-            f"positions must be columns of input_ids in [{low}, {length}), padding left out; got {columns}"
-        )
-    return columns
+        ValueError where a max_length that counts the prompt leaves nothing.
+        """
+        longest, shortest = self.params.max_new_tokens, self.params.min_new_tokens
+        if self.max_length is not None:
+            longest = self.max_length - prompt_tokens
+            if longest < 1:
+                raise ValueError(
+                    f"the prompt has {prompt_tokens} tokens and the checkpoint's generation_config.json allows "
+                    f"{self.max_length} for prompt and answer together (max_length): give max_new_tokens"
+                )
+        if self.may_cut:
+            longest = min(longest, max(1, max_model_len - prompt_tokens))
+        if self.min_length is not None:
+            shortest = max(0, self.min_length - prompt_tokens)
+        if self.may_cut or self.min_length is not None:
+            shortest = min(shortest, longest)
+        return replace(self.params, max_new_tokens=longest, min_new_tokens=shortest)
 
 
 def read_request(
+    defaults: Defaults,
     base: GenerationConfig,
-    keywords: dict[str, Any],
+    keywords: Mapping[str, Any],
     *,
-    usual_strategy: str | None,
-    trunc_input: bool,
-    eos_token_id: int | Sequence[int] | None,
+    eos_token_id: Any,
     pad_token_id: int | None,
     vocab_size: int,
 ) -> Request:
     """Merge a GenerationConfig and the keywords of one call; a keyword that is None counts as not given.
 
-    usual_strategy: the strategy that `base` was loaded with: where its do_sample and decode_strategy disagree, the one
-    that was changed since then holds. eos_token_id and pad_token_id: the model's own, used where `base` has none.
+    defaults: the model's; base: the object that is used, theirs or a caller's own. eos_token_id and pad_token_id: the
+    model's own, used where `base` has none.
     Raises TypeError for a keyword that does not exist, ValueError for one whose value cannot be used.
     """
-    unknown = sorted(set(keywords) - set(OPTIONS) - set(IGNORED) - set(ONLY_OFF))
+    unknown = sorted(set(keywords) - set(HONOURED) - HARMLESS - set(MISSING))
     if unknown:
         raise TypeError(f"generate() has no option {', '.join(unknown)}; it has: {', '.join(OPTIONS)}")
     given = {name: value for name, value in keywords.items() if value is not None}
+    refuse_missing({**vars(base), **given})
+    ours = base is defaults.config
+    strangers = [] if ours else [name for name in vars(base) if not is_known(name)]
+    if strangers:
+        logger.warning(f"generation_config: {', '.join(strangers)} is unknown here and has no effect")
+    given = {name: HONOURED[name](name, value) for name, value in given.items() if name in HONOURED}
 
-    def option(name: str, default: Any = None) -> Any:
-        value = given.get(name)
-        if value is None:
-            value = getattr(base, name, None)
-        return default if value is None else value
-
-    strategy = _strategy(base, given, usual_strategy)
-    for name, neutral in ONLY_OFF.items():
-        value = given.get(name, getattr(base, name, None))
-        if value not in neutral:
-            raise ValueError(
-                f"{name}={value!r}: this model decodes one answer a prompt, greedy or sampled; leave {name} out"
-            )
+    def option(name: str, default: Any) -> Any:
+        if name in given:
+            return given[name]
+        value = getattr(base, name, None)
+        return default if value is None else HONOURED[name](name, value)
 
     def tokens(name: str, own: Any) -> tuple[int, ...]:
         """Token ids of an option. A default outside the vocabulary can never be chosen and counts as none."""
         if name in given:
-            return tuple(_token(name, token, vocab_size) for token in _listed(given[name]))
-        return tuple(token for token in _listed(option(name, own)) if token is not None and 0 <= token < vocab_size)
+            outside = [token for token in given[name] if not 0 <= token < vocab_size]
+            if outside:
+                raise ValueError(f"{name} must be in [0, {vocab_size}), got {outside[0]}")
+            return tuple(given[name])
+        ids = option(name, () if own is None else HONOURED[name](name, own))
+        return tuple(token for token in ids if 0 <= token < vocab_size)
 
+    strategy = _strategy(base, given, defaults.strategy if ours else None)
     eos_ids = tokens("eos_token_id", eos_token_id)
-    pad, *_ = *tokens("pad_token_id", pad_token_id), *eos_ids, 0
-
-    longest = _length(given, base, "max_new_tokens", "max_length", DEFAULT_NEW_TOKENS)
-    shortest = _length(given, base, "min_new_tokens", "min_length", 0)
-    if longest < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {longest}")
-    if not 0 <= shortest <= longest:
+    pads = tokens("pad_token_id", pad_token_id)
+    longest, chosen, max_length = _longest(given, base, defaults if ours else None)
+    shortest, min_length = _shortest(given, base, defaults if ours else None)
+    if shortest > longest:
         raise ValueError(f"min_new_tokens must be between 0 and max_new_tokens ({longest}), got {shortest}")
+    temperature = option("temperature", 1.0) if strategy == SAMPLING else 0.0
+    samples = option("num_return_sequences", 1)
+    if samples > 1 and temperature == 0:
+        raise ValueError(f"num_return_sequences={samples} needs do_sample=True: a greedy answer is always the same")
 
-    temperature = _number("temperature", option("temperature", 1.0))
-    if temperature < 0:
-        raise ValueError(f"temperature must be 0 (greedy) or greater, got {temperature}")
-    top_p = _number("top_p", option("top_p", 1.0))
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be in (0, 1], got {top_p}")
-    top_k = _whole("top_k", option("top_k", 0))
-    if top_k < 0:
-        raise ValueError(f"top_k must be 0 (off) or greater, got {top_k}")
-    penalty = _number("repetition_penalty", option("repetition_penalty", 1.0))
-    if penalty <= 0:
-        raise ValueError(f"repetition_penalty must be greater than 0 (1 is off), got {penalty}")
-    seed = option("seed")
-    if seed is not None:
-        seed = _whole("seed", seed)
-        if not 0 <= seed < 2**63:
-            raise ValueError(f"seed must be in [0, 2**63), got {seed}")
+    if temperature == 0:
+        idle = [name for name, off in (("temperature", 0), ("top_k", 0), ("top_p", 1)) if given.get(name, off) != off]
+        if idle:
+            logger.warning(f"{', '.join(idle)} has no effect on a greedy answer: give do_sample=True to sample")
+    padding, pad_is_end = _padding(given, base, defaults, eos_token_id)
 
     return Request(
         SamplingParams(
             max_new_tokens=longest,
             min_new_tokens=shortest,
-            temperature=temperature if strategy == SAMPLING else 0.0,
-            top_k=top_k,
-            top_p=top_p,
-            repetition_penalty=penalty,
+            temperature=temperature,
+            top_k=option("top_k", 0),
+            top_p=option("top_p", 1.0),
+            repetition_penalty=option("repetition_penalty", 1.0),
             eos_token_ids=eos_ids,
-            seed=seed,
+            seed=option("seed", None),
         ),
-        pad,
-        bool(given.get("trunc_input", trunc_input)),
+        pad_token_id=(*pads, *eos_ids, 0)[0],
+        trunc_input=given.get("trunc_input", ours and bool(base.trunc_input)),
+        num_return_sequences=samples,
+        padding=padding,
+        pad_is_end=pad_is_end,
+        may_cut=not chosen,
+        max_length=max_length,
+        min_length=min_length,
     )
 
 
@@ -218,80 +223,67 @@ def _strategy(base: GenerationConfig, given: dict[str, Any], usual: str | None) 
             named.discard(usual or "")
     if len(named) > 1:
         raise ValueError("do_sample and decode_strategy contradict each other: give one of them")
-    strategy = str(*named)
-    if strategy not in (GREEDY, SAMPLING):
-        raise ValueError(f"decode_strategy={strategy!r}: this model has {GREEDY!r} and {SAMPLING!r}")
-    return strategy
+    return str(HONOURED["decode_strategy"]("decode_strategy", *named))
 
 
-def _votes(decode_strategy: str | None, do_sample: bool | None) -> set[str]:
+def _votes(decode_strategy: str | None, do_sample: Any) -> set[str]:
     votes = set() if decode_strategy is None else {decode_strategy}
     if do_sample is not None:
-        votes.add(SAMPLING if do_sample else GREEDY)
+        votes.add(SAMPLING if HONOURED["do_sample"]("do_sample", do_sample) else GREEDY)
     return votes
 
 
-def _length(given: dict[str, Any], base: GenerationConfig, name: str, old_name: str, unset: int) -> int:
-    """A number of new tokens, by its name or by PaddleNLP's older one, which also counts new tokens only."""
+def _longest(given: dict[str, Any], base: GenerationConfig, defaults: Defaults | None) -> tuple[int, bool, int | None]:
+    """max_new_tokens, whether anybody chose it, and the max_length that counts the prompt too and holds instead.
+
+    In a call, and in a caller's own object, PaddleNLP's older max_length counts new tokens only.
+    """
+    _agree(given, "max_new_tokens", "max_length")
+    read = HONOURED["max_new_tokens"]
+    for name in ("max_new_tokens", "max_length"):
+        if name in given:
+            return read("max_new_tokens", given[name]), True, None
+    new, old, own = base.max_new_tokens, base.max_length or None, defaults is not None
+    new_changed = defaults is not None and new != defaults.max_new_tokens
+    old_changed = defaults is not None and base.max_length != defaults.max_length
+    if old is not None and not new_changed and (old_changed or new in (None, DEFAULT_NEW_TOKENS)):
+        longest = read("max_length", old)
+        with_prompt = defaults is not None and defaults.with_prompt and not old_changed
+        return longest, old_changed or not own, longest if with_prompt else None
+    if new is None:
+        return DEFAULT_NEW_TOKENS, False, None
+    return read("max_new_tokens", new), new_changed or (not own and new != DEFAULT_NEW_TOKENS), None
+
+
+def _shortest(given: dict[str, Any], base: GenerationConfig, defaults: Defaults | None) -> tuple[int, int | None]:
+    """min_new_tokens, and the min_length that counts the prompt too and holds instead."""
+    _agree(given, "min_new_tokens", "min_length")
+    for name in ("min_new_tokens", "min_length"):
+        if name in given:
+            return given[name], None
+    if base.min_new_tokens:
+        return HONOURED["min_new_tokens"]("min_new_tokens", base.min_new_tokens), None
+    old = HONOURED["min_length"]("min_length", base.min_length or 0)
+    if defaults is not None and defaults.with_prompt and old == defaults.min_length:
+        return 0, old or None
+    return old, None
+
+
+def _agree(given: dict[str, Any], name: str, old_name: str) -> None:
     if name in given and old_name in given and given[name] != given[old_name]:
         raise ValueError(
             f"{name}={given[name]} and {old_name}={given[old_name]} both count new tokens: give {name} alone"
         )
-    for key in (name, old_name):
-        if key in given:
-            return _whole(key, given[key])
-    chosen = getattr(base, name, None)
-    old = getattr(base, old_name, None)
-    return _whole(name, old if old and chosen in (None, unset) else unset if chosen is None else chosen)
 
 
-def _integers(name: str, values: Any) -> np.ndarray:
-    """int64 [B, N]; ValueError for other types and shapes."""
-    raw = values.numpy() if isinstance(values, paddle.Tensor) else values
-    try:
-        array = np.asarray(raw)
-    except ValueError:
-        array = np.asarray(raw, dtype=object)
-    if array.dtype == object:
-        raise ValueError(f"{name} must be rows of equal length: pad them on the left and give an attention_mask")
-    if array.size == 0:
-        raise ValueError(f"{name} has shape {list(array.shape)}: an empty prompt; give at least one token")
-    if not np.issubdtype(array.dtype, np.integer):
-        raise ValueError(f"{name} must be integers (int64), got {array.dtype}")
-    if array.ndim not in (1, 2):
-        raise ValueError(f"{name} must be [length] or [batch, length], got shape {list(array.shape)}")
-    return np.array(array, dtype=np.int64, ndmin=2)
+def _padding(
+    given: dict[str, Any], base: GenerationConfig, defaults: Defaults, eos_token_id: Any
+) -> tuple[int | None, bool]:
+    """pad_token_id where it is named, and whether it is the one id that ends an answer."""
+    pads = given.get("pad_token_id") or token_ids("pad_token_id", _first(base.pad_token_id, defaults.pad_token_id, []))
+    ends = given.get("eos_token_id") or token_ids("eos_token_id", _first(base.eos_token_id, eos_token_id, []))
+    return (pads[0], ends == pads[:1]) if pads else (None, False)
 
 
-def _mask(attention_mask: Any, shape: tuple[int, ...]) -> np.ndarray:
-    array = np.asarray(attention_mask.numpy() if isinstance(attention_mask, paddle.Tensor) else attention_mask)
-    if array.ndim == 1:
-        array = array[None]
-    if array.shape != shape:
-        raise ValueError(f"attention_mask must have the shape of input_ids, {list(shape)}, got {list(array.shape)}")
-    if not np.isin(array, (0, 1)).all():
-        raise ValueError("attention_mask must be 1 for tokens and 0 for padding, got other values")
-    return array.astype(bool)
-
-
-def _listed(value: Any) -> Sequence[Any]:
-    return value if isinstance(value, (list, tuple)) else [value]
-
-
-def _token(name: str, value: Any, vocab_size: int) -> int:
-    token = _whole(name, value)
-    if not 0 <= token < vocab_size:
-        raise ValueError(f"{name} must be in [0, {vocab_size}), got {token}")
-    return token
-
-
-def _whole(name: str, value: Any) -> int:
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
-        raise ValueError(f"{name} must be a whole number, got {value!r}")
-    return int(value)
-
-
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not math.isfinite(value):
-        raise ValueError(f"{name} must be a finite number, got {value!r}")
-    return float(value)
+def _first(*values: Any) -> Any:
+    return next(value for value in values if value is not None)

@@ -1,4 +1,4 @@
-"""What from_pretrained decides before weights are read: whose checkpoint it is, its shapes, its sparse budgets."""
+"""What from_pretrained decides, step by step: whose checkpoint it is, ranks, options, sparse budgets, weights."""
 
 from __future__ import annotations
 
@@ -7,12 +7,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from paddlenlp.generation import GenerationConfig
 from paddlenlp.transformers.configuration_utils import PretrainedConfig
 from paddlenlp.utils.log import logger
 
-from paddle_qwen1m.config import EngineOptions, ModelConfig, SparseBudgets, published_budgets
+from paddle_qwen1m.config import ModelConfig, SparseBudgets, published_budgets
+from paddle_qwen1m.model import Qwen2OneM
+from paddle_qwen1m.options import EngineOptions
+from paddle_qwen1m.paddlenlp.generation import Defaults
+from paddle_qwen1m.paddlenlp.generation_keys import is_known
 from paddle_qwen1m.paddlenlp.hub import Checkpoint, HubError, locate, read_json
+from paddle_qwen1m.parallel.group import Group, start
+from paddle_qwen1m.weights import load_checkpoint
+from paddle_qwen1m.weights.sharding import check_degree, rank_directory, rank_sets
+from paddle_qwen1m.weights.tensors import HEAD
 
 DUAL_CHUNK = "dual_chunk_attention_config"
 SPARSE_CONFIG = "sparse_attention_config.json"
@@ -20,19 +27,6 @@ GENERATION_CONFIG = "generation_config.json"
 PUBLISHED = "those published for this shape, which the package carries"
 ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen2OneMForCausalLM")
 HUB_OPTIONS = ("from_hf_hub", "from_aistudio", "cache_dir", "subfolder")
-INSTEAD = {
-    "torch_dtype": 'dtype="bfloat16"',
-    "device_map": 'paddle.device.set_device("cpu") before loading',
-    "device": 'paddle.device.set_device("cpu") before loading',
-    "trust_remote_code": "nothing: no code is fetched, `import paddle_qwen1m` is the code",
-    "attn_implementation": "nothing: attention is always this package's own",
-    "use_flash_attention": "nothing: attention is always this package's own",
-    "load_in_8bit": "nothing: weights are float32, bfloat16 or float16",
-    "load_in_4bit": "nothing: weights are float32, bfloat16 or float16",
-    "token": "the environment variable HF_TOKEN",
-    "revision": "the directory of a copy of that revision",
-    "local_files_only": "the environment variable HF_HUB_OFFLINE=1, or the directory itself",
-}
 
 
 def is_ours(config: dict[str, Any]) -> bool:
@@ -69,6 +63,67 @@ def find_ours(name: Any, builtin: dict[Sequence[str], Any], options: dict[str, A
     return checkpoint if is_ours(described) else None
 
 
+def find_checkpoint(name: str | os.PathLike[str] | Checkpoint, given: dict[str, Any]) -> Checkpoint:
+    """The checkpoint of that name; says so where another hub than the one asked for has it."""
+    if not isinstance(name, Checkpoint):
+        name = locate(name, **{key: given[key] for key in HUB_OPTIONS if key in given})
+    name.announce()
+    return name
+
+
+def describe(checkpoint: Checkpoint, config: PretrainedConfig | dict[str, Any] | None) -> dict[str, Any]:
+    """config.json, or what is used in its place. Raises ValueError for what is not ours."""
+    described = checkpoint.read_config() if config is None else config_dict(config)
+    if not is_ours(described):
+        raise ValueError(
+            f"{checkpoint.name} is not a Qwen2 checkpoint with a {DUAL_CHUNK} "
+            f"(architectures: {described.get('architectures')}): PaddleNLP's own classes load it"
+        )
+    return described
+
+
+def join_ranks(
+    checkpoint: Checkpoint, described: dict[str, Any], shapes: ModelConfig, degree: int, rank: int | None
+) -> Group:
+    """The ranks that share the model. ValueError for a degree or rank that does not fit, before they meet if it can be.
+
+    degree, rank: as given, where -1 is PaddleNLP's word for one process and for the launcher's number.
+    """
+    degree = max(1, degree)
+    check_degree(shapes, degree)
+    sets = rank_sets(described)
+    if sets not in (None, degree):
+        raise ValueError(
+            f"{checkpoint.name} is a set of weights for {sets} tensor parallel ranks: load it with "
+            f"tensor_parallel_degree={sets} under a launcher of {sets} processes, or convert it for another "
+            f"degree; got {degree}"
+        )
+    group = start(degree)
+    if rank not in (None, -1, group.rank):
+        raise ValueError(f"this process is rank {group.rank} of {degree}, got tensor_parallel_rank {rank}")
+    return group
+
+
+def choose_engine_options(shapes: ModelConfig, given: dict[str, Any]) -> EngineOptions:
+    """What was given; sparse prefill where config.json does not switch it off or budgets were given."""
+    dual_chunk = shapes.dual_chunk
+    sparse = given.get("sparse", "sparse_budgets" in given or dual_chunk.sparse_attention_enabled)
+    chosen = {name: given[name] for name in EngineOptions.__dataclass_fields__ if name in given}
+    return EngineOptions(
+        **{"sparse_threshold": dual_chunk.sparse_attention_threshold, **chosen, "sparse": bool(sparse)}
+    )
+
+
+def read_weights(model: Qwen2OneM, checkpoint: Checkpoint, described: dict[str, Any], group: Group) -> None:
+    """Fills the model: a whole checkpoint's tensors, of which a rank reads its part, or this rank's own folder."""
+    directory, slots = checkpoint.fetch_weights(), model.slots()
+    if rank_sets(described) is not None:
+        directory = directory / rank_directory(group.rank, group.degree)
+        slots = {name: slot.without_slicing() for name, slot in slots.items()}
+    tied = {HEAD} if model.config.tie_word_embeddings else set()
+    load_checkpoint(directory, slots, ignore=tied, progress=group.rank == 0)
+
+
 def find_budgets(
     checkpoint: Checkpoint,
     config: ModelConfig,
@@ -101,28 +156,15 @@ def look_up_budgets(
     return published_budgets(config), PUBLISHED
 
 
-def read_generation_config(path: Path) -> GenerationConfig:
-    """PaddleNLP's object for the file, without `_from_model_config`: with it PaddleNLP would lose do_sample."""
-    values = {key: value for key, value in read_json(path).items() if key != "_from_model_config"}
-    return GenerationConfig(**values)
+def read_defaults(checkpoint: Checkpoint, described: dict[str, Any]) -> Defaults:
+    """generate()'s defaults: generation_config.json, else what config.json has of its keys, as old checkpoints do."""
+    pad_token_id = described.get("pad_token_id")
+    path = checkpoint.extra_file(GENERATION_CONFIG)
+    if path is not None:
+        return Defaults.from_file(read_json(path), str(path), pad_token_id)
+    own = {key: value for key, value in described.items() if is_known(key)}
+    return Defaults.from_file(own, f"{checkpoint.name}: config.json", pad_token_id)
 
 
 def config_dict(config: PretrainedConfig | dict[str, Any]) -> dict[str, Any]:
     return config if isinstance(config, dict) else config.to_dict()
-
-
-def refuse(unknown: dict[str, Any]) -> None:
-    """TypeError for options that do not exist, naming what to write instead."""
-    names = sorted(unknown)
-    if not names:
-        return
-    hints: list[str] = [f"instead of {key} write {INSTEAD[key]}" for key in names if key in INSTEAD]
-    options = (
-        "dtype, config, sparse_budgets, sparse, sparse_threshold, max_num_batched_tokens, max_model_len, "
-        "kv_cache_dtype, tensor_parallel_degree"
-    )
-    raise TypeError(
-        f"from_pretrained() has no option {', '.join(names)}; "
-        + "".join(f"{hint}; " for hint in hints)
-        + f"it has: {options}, {', '.join(HUB_OPTIONS)}"
-    )

@@ -41,7 +41,7 @@ def wrap_auto_classes() -> None:
         return stock_class(cls, name, config_file, config)
 
     def tokenizer(cls: Any, name: Any, *arguments: Any, **options: Any) -> Any:
-        from paddle_qwen1m.paddlenlp import compat, loading
+        from paddle_qwen1m.paddlenlp import chat_template, compat, loading
 
         checkpoint = loading.find_ours(name, cls._tokenizer_mapping, options)
         if checkpoint is None:
@@ -49,7 +49,8 @@ def wrap_auto_classes() -> None:
         checkpoint.announce()
         rest = {key: value for key, value in options.items() if key not in loading.HUB_OPTIONS}
         directory = os.fspath(checkpoint.fetch_tokenizer())
-        return compat.load_tokenizer(partial(stock_tokenizer, cls), directory, *arguments, **rest)
+        loaded = compat.load_tokenizer(partial(stock_tokenizer, cls), directory, *arguments, **rest)
+        return chat_template.honour_keywords(loaded)
 
     load._qwen1m = True  # type: ignore[attr-defined]
     _BaseAutoModelClass._from_pretrained = classmethod(load)

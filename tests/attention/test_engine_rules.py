@@ -10,9 +10,10 @@ import pytest
 from faces import array, error
 from small_model import BUDGETS, CONFIG, random_model
 
-from paddle_qwen1m.config import EngineOptions, SparseBudgets
+from paddle_qwen1m.config import SparseBudgets
 from paddle_qwen1m.engine import Engine, SamplingParams
 from paddle_qwen1m.model import Qwen2OneM
+from paddle_qwen1m.options import EngineOptions
 
 
 class SeenStep(NamedTuple):

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from small_model import BUDGETS, CONFIG, random_model
 
-from paddle_qwen1m.config import EngineOptions
 from paddle_qwen1m.engine import (
     Completion,
     Engine,
@@ -22,6 +21,7 @@ from paddle_qwen1m.engine import (
     engine,
 )
 from paddle_qwen1m.model import Qwen2OneM
+from paddle_qwen1m.options import EngineOptions
 
 GREEDY = SamplingParams(max_new_tokens=6)
 SEEDED = SamplingParams(max_new_tokens=9, temperature=1.3, seed=5)

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from paddlenlp.transformers import AutoModelForCausalLM
 
-from paddle_qwen1m.config import EngineOptions, ModelConfig, SparseBudgets
+from paddle_qwen1m.config import ModelConfig, SparseBudgets
+from paddle_qwen1m.options import EngineOptions
 from paddle_qwen1m.paddlenlp import SPARSE_CONFIG, find_budgets
 
 LAYERS, HEADS = 4, 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -167,8 +168,106 @@ def test_what_cannot_be_done_is_refused_before_any_work(
 
 
 def test_input_ids_are_needed(needle: Qwen2OneMForCausalLM) -> None:
-    with pytest.raises(ValueError, match="needs input_ids"):
+    with pytest.raises(ValueError, match=r"needs input_ids; its options are: .*num_return_sequences, .*streamer"):
         needle.generate()
+    with pytest.raises(ValueError, match="the inputs have no input_ids, but: attention_mask"):
+        needle.generate({"attention_mask": [[1]]})
+
+
+def test_what_a_tokenizer_returns_is_taken_whole(needle: Qwen2OneMForCausalLM, tokenizer: Any) -> None:
+    inputs = tokenizer(["a longer text", "short"], padding=True, padding_side="left", return_tensors="pd")
+    options = {"max_new_tokens": 5, **GREEDY}
+    expected = needle.generate(**inputs, **options)[0].numpy()
+    np.testing.assert_array_equal(needle.generate(inputs, **options)[0].numpy(), expected)
+    np.testing.assert_array_equal(needle.generate(input_ids=dict(inputs), **options)[0].numpy(), expected)
+    np.testing.assert_array_equal(needle(inputs).numpy(), needle(**inputs).numpy())
+
+
+def test_padding_without_a_mask_is_seen(needle: Qwen2OneMForCausalLM, short: np.ndarray) -> None:
+    ids = np.array([np.pad(short[0, 4:], (4, 0), constant_values=745), short[0]])
+    mask = np.array([[0] * 4 + [1] * 6, [1] * 10])
+    options = {"max_new_tokens": 5, **GREEDY}
+    expected = needle.generate(ids, attention_mask=mask, **options)[0].numpy()
+    np.testing.assert_array_equal(needle.generate(ids, **options)[0].numpy(), expected)
+    as_tokens = needle.generate(ids, attention_mask=np.ones_like(ids), **options)[0].numpy()
+    assert not np.array_equal(as_tokens, expected)
+
+
+def test_several_answers_of_a_prompt_are_those_of_the_seeds_that_follow(
+    needle: Qwen2OneMForCausalLM, short: np.ndarray
+) -> None:
+    options = {"max_new_tokens": 8, "temperature": 5.0, "top_k": -1, "top_p": 1.0, "eos_token_id": -1}
+    prompts = np.concatenate([short, short[:, ::-1]])
+    ids, scores = needle.generate(prompts, seed=3, num_return_sequences=3, **options)
+    assert ids.shape == [6, 18]
+    assert scores.shape == [6, 1]
+    for row in range(6):
+        alone, score = needle.generate(prompts[row // 3], seed=3 + row % 3, **options)
+        assert ids.numpy()[row].tolist() == alone.numpy()[0].tolist()
+        np.testing.assert_allclose(scores.numpy()[row], score.numpy()[0], atol=1e-5)
+    paddle.seed(1)
+    drawn = needle.generate(short, num_return_sequences=3, **options)[0].numpy()
+    assert len({tuple(row) for row in drawn.tolist()}) == 3
+    paddle.seed(1)
+    np.testing.assert_array_equal(needle.generate(short, num_return_sequences=3, **options)[0].numpy(), drawn)
+
+
+@pytest.fixture
+def with_generation_config(needle_checkpoint: Path, copied_needle: Callable[..., Path]) -> Callable[..., Path]:
+    """A copy of the demo checkpoint with some keys of generation_config.json changed."""
+
+    def copy(**changes: Any) -> Path:
+        directory = copied_needle()
+        path = directory / "generation_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **changes}))
+        return directory
+
+    return copy
+
+
+def test_max_length_of_the_file_counts_the_prompt(
+    with_generation_config: Callable[..., Path], short: np.ndarray
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(str(with_generation_config(max_length=16, eos_token_id=-1)))
+    mask = np.array([[0] * 4 + [1] * 6, [1] * 10])
+    ids = model.generate(np.tile(short, (2, 1)), attention_mask=mask, pad_token_id=999, seed=1)[0].numpy()
+    assert [int((row[10:] != 999).sum()) for row in ids] == [10, 6]
+    assert model.generate(short, max_new_tokens=9)[0].shape == [1, 19]
+    with pytest.raises(ValueError, match=r"prompt has 20 tokens .* allows 16 .*\(max_length\): give max_new_tokens"):
+        model.generate(np.tile(short, 2))
+
+
+def test_what_the_file_asks_for_in_vain_is_logged_once(
+    with_generation_config: Callable[..., Path], short: np.ndarray, logged: list[str]
+) -> None:
+    directory = with_generation_config(min_p=0.9, stop_strings=["."], presence_penalty=0.0, colour="red")
+    model = AutoModelForCausalLM.from_pretrained(str(directory))
+    path = str(directory / "generation_config.json")
+    vain, unknown = (line for line in logged if line.startswith(path))
+    assert vain.startswith(f"{path}: min_p=0.9, stop_strings=['.'] has no effect")
+    assert unknown == f"{path}: colour is unknown here and has no effect"
+    before = len(logged)
+    model.generate(short, max_new_tokens=2)
+    assert len(logged) == before
+
+
+def test_a_value_of_the_file_that_cannot_be_used_is_named(with_generation_config: Callable[..., Path]) -> None:
+    directory = with_generation_config(eos_token_id="747")
+    with pytest.raises(ValueError) as error:
+        AutoModelForCausalLM.from_pretrained(str(directory))
+    assert str(error.value) == (
+        f"{directory}/generation_config.json: eos_token_id must be a whole number or a list of them, got '747'"
+    )
+
+
+def test_without_a_file_the_keys_in_config_json_count(copied_needle: Callable[..., Path], logged: list[str]) -> None:
+    changes = {"temperature": 0.25, "do_sample": True, "num_beams": 4, "pad_token_id": 745}
+    directory = copied_needle(without=("generation_config.json",), **changes)
+    model = AutoModelForCausalLM.from_pretrained(str(directory))
+    params = model.read_request({}).params
+    assert (params.temperature, params.eos_token_ids) == (0.25, (747,))
+    assert model.read_request({}).padding == 745
+    assert any("config.json: num_beams=4 has no effect" in line for line in logged)
 
 
 def test_max_model_len_limits_prompt_and_answer_together(needle_checkpoint: Path, short: np.ndarray) -> None:
@@ -178,6 +277,15 @@ def test_max_model_len_limits_prompt_and_answer_together(needle_checkpoint: Path
         model.generate(short, max_new_tokens=7)
     with pytest.raises(ValueError, match=r"Input prompt \(20 tokens\).*max_model_len"):
         model(np.tile(short, 2))
+
+
+def test_without_max_new_tokens_the_answer_is_what_the_prompt_leaves(
+    needle_checkpoint: Path, short: np.ndarray
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(str(needle_checkpoint), max_model_len=16)
+    assert model.generate(short, eos_token_id=-1)[0].shape == [1, 16]
+    with pytest.raises(ValueError, match=r"Input prompt \(20 tokens\).*max_model_len"):
+        model.generate(np.tile(short, 2))
 
 
 class Recorder(TextStreamer):
@@ -216,6 +324,12 @@ def test_an_iterator_streamer_feeds_another_thread(
 def test_a_streamer_takes_one_prompt(needle: Qwen2OneMForCausalLM, tokenizer: Any, short: np.ndarray) -> None:
     with pytest.raises(ValueError, match="a streamer shows one answer, got a batch of 2 prompts"):
         needle.generate(np.tile(short, (2, 1)), streamer=Recorder(tokenizer))
+
+
+@pytest.mark.parametrize("streamer", [print, TextStreamer, "text", 3])
+def test_what_a_streamer_is_is_said(needle: Qwen2OneMForCausalLM, short: np.ndarray, streamer: Any) -> None:
+    with pytest.raises(TypeError, match=r"put\(ids\) and end\(\): TextStreamer\(tokenizer\).*TextIteratorStreamer"):
+        needle.generate(short, streamer=streamer)
 
 
 class Interrupting(Recorder):

@@ -144,7 +144,7 @@ def test_paddlenlps_loading_options_are_accepted(needle_checkpoint: Path) -> Non
         ({"torch_dtype": "bfloat16"}, 'no option torch_dtype; instead of torch_dtype write dtype="bfloat16"'),
         ({"device_map": "auto"}, "instead of device_map write paddle.device.set_device"),
         ({"trust_remote_code": True}, "instead of trust_remote_code write nothing"),
-        ({"max_lenght": 3}, "no option max_lenght; it has: dtype, config, sparse_budgets"),
+        ({"max_lenght": 3}, "no option max_lenght; it has: max_model_len, max_num_batched_tokens, dtype"),
     ],
 )
 def test_options_that_do_not_exist_are_refused_with_what_does(

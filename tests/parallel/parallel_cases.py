@@ -24,9 +24,10 @@ def run(loads: list[dict[str, Any]], degree: int) -> Results:
     run: name, tokens, positions (for logits) or new_tokens with sampling parameters, replay ([file, key]: the index
     sets of that run on one rank are used instead of chosen ones).
     """
-    import paddle_qwen1m.paddlenlp.causal_lm as module
+    import paddle_qwen1m.paddlenlp.loading as module
     from paddle_qwen1m.config import SparseBudgets
     from paddle_qwen1m.engine import SamplingParams
+    from paddle_qwen1m.paddlenlp import Qwen2OneMForCausalLM
 
     results: Results = {}
     load_checkpoint = module.load_checkpoint
@@ -47,7 +48,7 @@ def run(loads: list[dict[str, Any]], degree: int) -> Results:
             columns, diagonals = load["sparse"]
             budgets = SparseBudgets(columns + 7 * spread % 50, diagonals + 11 * spread % 60)
             options["sparse_budgets"] = budgets
-        model = module.Qwen2OneMForCausalLM.from_pretrained(
+        model = Qwen2OneMForCausalLM.from_pretrained(
             load["model"], tensor_parallel_degree=degree, dtype=load.get("dtype", "float32"), **options
         )
         engine = model.engine
