@@ -24,7 +24,7 @@ import paddle
 import sparse_workload
 
 from paddle_qwen1m import ops
-from paddle_qwen1m.attention import attend
+from paddle_qwen1m.attention.selector import Selector
 from paddle_qwen1m.attention.step import SparsePiece
 from paddle_qwen1m.config import ModelConfig, published_budgets
 from paddle_qwen1m.engine import Engine, PrefillProgress, SamplingParams
@@ -76,15 +76,15 @@ def random_model(name: str) -> Qwen2OneM:
 
 @contextmanager
 def seeded_selection(config: ModelConfig, tokens: int) -> Iterator[None]:
-    """critical_index does its work and then returns the tables of the seeded lines, made once for each piece."""
-    original = attend.critical_index
+    """Selectors do their work and then return the tables of the seeded lines, made once for each piece."""
+    original = Selector.choose
     workload = sparse_workload.Workload(min(tokens, 32768), tokens, SEEDED, 64)
     lines = sparse_workload.make(workload, sparse_workload.budgets_of(SEEDED, config.num_heads))
     columns = np.where(lines.columns < tokens, lines.columns, sparse_workload.NO_COLUMN)
     tables: dict[int, ops.SparseIndex] = {}
 
-    def seeded(sparse: SparsePiece, *arguments: Any) -> ops.SparseIndex:
-        original(sparse, *arguments)
+    def seeded(selector: Selector, sparse: SparsePiece, *arguments: Any, **options: Any) -> ops.SparseIndex:
+        original(selector, sparse, *arguments, **options)
         piece = sparse.piece
         if piece.begin not in tables:
             tables.clear()
@@ -93,11 +93,11 @@ def seeded_selection(config: ModelConfig, tokens: int) -> Iterator[None]:
             tables[piece.begin] = ops.sparse_index(*selected, piece.begin, piece.rows, config.dual_chunk.chunk_len)
         return tables[piece.begin]
 
-    attend.critical_index = seeded
+    Selector.choose = seeded  # type: ignore[method-assign]
     try:
         yield
     finally:
-        attend.critical_index = original
+        Selector.choose = original  # type: ignore[method-assign]
 
 
 class OpTimes:
@@ -153,7 +153,7 @@ def token_seconds(engine: Engine, prompt: np.ndarray, new_tokens: int, **hooks: 
 def prefill(name: str, tokens: int, new_tokens: int) -> None:
     model = random_model(name)
     config = model.config
-    engine = Engine(model, EngineOptions(), published_budgets(config))
+    engine = Engine(model, EngineOptions(cache_tokens=tokens + new_tokens), published_budgets(config))
     rows = engine.max_num_batched_tokens
     plan = plan_memory(
         config,
@@ -207,7 +207,7 @@ def copy_bandwidth() -> float:
 def decode(name: str, tokens: int, new_tokens: int) -> None:
     """Steps of the captured graph, host and all, beside the time that reading the weights once takes."""
     model = random_model(name)
-    engine = Engine(model, EngineOptions(sparse=False))
+    engine = Engine(model, EngineOptions(sparse=False, cache_tokens=tokens + new_tokens))
     times = token_seconds(engine, random_prompt(model, tokens), new_tokens)
     step = median(np.diff(times)[4:])
     config = model.config
