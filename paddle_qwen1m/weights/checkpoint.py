@@ -114,7 +114,10 @@ def check_fit(
     for name, tensor in tensors.items():
         if name not in shapes:
             if name not in spare and not name.endswith(names.DERIVED_SUFFIX):
-                problems.append(f"{tensor.file.name}: tensor {name!r} has no place in the model")
+                problems.append(
+                    f"{tensor.file.name}: tensor {name!r} has no place in the model, which without it would compute "
+                    "something else than it was trained to"
+                )
         elif tensor.shape != shapes[name]:
             problems.append(
                 f"{tensor.file.name}: tensor {name!r} has shape {list(tensor.shape)}, "
