@@ -28,7 +28,7 @@ def weight(shape: list[int], dtype: str) -> paddle.Tensor:
     return tensor
 
 
-def vocabulary_share(config: ModelConfig, group: Group, dtype: str) -> paddle.Tensor:
+def vocabulary_table(config: ModelConfig, group: Group, dtype: str) -> paddle.Tensor:
     """Memory for a rank's share of the embedding or the head, as many rows on every rank.
 
     Rows behind the vocabulary, which the last ranks have where it does not divide, are zeros; their logits are cut off.
@@ -99,13 +99,13 @@ class Qwen2OneM(nn.Layer):
         self.on_gpu = ops.on_gpu()
         dtype, self.compute_dtype = device_dtypes(dtype)
         self.dtype = dtype
-        self.register_buffer("embedding", vocabulary_share(config, group, dtype))
+        self.register_buffer("embedding", vocabulary_table(config, group, dtype))
         self.layers = nn.LayerList([DecoderLayer(config, number, dtype, group) for number in range(config.num_layers)])
         self.register_buffer("norm", weight([config.hidden_size], dtype))
         if config.tie_word_embeddings:
             self.head = self.embedding
         else:
-            self.register_buffer("head", vocabulary_share(config, group, dtype))
+            self.register_buffer("head", vocabulary_table(config, group, dtype))
 
     def layer_by_layer(
         self, step: Step, caches: Sequence[LayerCache], selectors: Sequence[Selector] | None = None

@@ -125,8 +125,8 @@ def _speak_of_another_head(checkpoint: Checkpoint, slots: Mapping[str, Slot]) ->
     if head.shape != embedding.shape or not _are_equal({HEAD: head, EMBEDDING: embedding}, begin, end):
         logger.warning(
             f"{checkpoint.directory}: tensor {HEAD!r} in {head.file.name} differs from {EMBEDDING!r} in "
-            f"{embedding.file.name} and is not used, because config.json says tie_word_embeddings: set that to false if "
-            "the model was trained with a head of its own"
+            f"{embedding.file.name} and is not used, because config.json says tie_word_embeddings: set that to false "
+            "if the model was trained with a head of its own"
         )
 
 
