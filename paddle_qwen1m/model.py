@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Generator, Sequence
 
+import numpy as np
 import paddle
 from paddle import nn
 
@@ -25,6 +26,20 @@ def weight(shape: list[int], dtype: str) -> paddle.Tensor:
     tensor = paddle.empty(shape, dtype)
     tensor.stop_gradient = True
     return tensor
+
+
+def vocabulary_table(config: ModelConfig, group: Group, dtype: str) -> paddle.Tensor:
+    """Memory for a rank's share of the embedding or the head, as many rows on every rank.
+
+    Rows behind the vocabulary, which the last ranks have where it does not divide, are zeros; their logits are cut off.
+    """
+    share = local_config(config, group.degree).vocab_size
+    table = weight([share, config.hidden_size], dtype)
+    spare = min(share, max(0, (group.rank + 1) * share - config.vocab_size))
+    if spare:
+        zeros = paddle.to_tensor(np.zeros([spare, config.hidden_size], np.float32), place=paddle.CPUPlace())
+        table[share - spare :].copy_(zeros.astype(dtype), True)
+    return table
 
 
 def device_dtypes(dtype: str) -> tuple[str, str]:
@@ -80,17 +95,17 @@ class Qwen2OneM(nn.Layer):
         super().__init__()
         self.config = config
         self.group = group
-        self.local = local = local_config(config, group.degree)
+        self.local = local_config(config, group.degree)
         self.on_gpu = ops.on_gpu()
         dtype, self.compute_dtype = device_dtypes(dtype)
         self.dtype = dtype
-        self.register_buffer("embedding", weight([local.vocab_size, config.hidden_size], dtype))
+        self.register_buffer("embedding", vocabulary_table(config, group, dtype))
         self.layers = nn.LayerList([DecoderLayer(config, number, dtype, group) for number in range(config.num_layers)])
         self.register_buffer("norm", weight([config.hidden_size], dtype))
         if config.tie_word_embeddings:
             self.head = self.embedding
         else:
-            self.register_buffer("head", weight([local.vocab_size, config.hidden_size], dtype))
+            self.register_buffer("head", vocabulary_table(config, group, dtype))
 
     def layer_by_layer(
         self, step: Step, caches: Sequence[LayerCache], selectors: Sequence[Selector] | None = None

@@ -195,6 +195,25 @@ Tensors gather_rows(const Tensor& hidden, const Tensor& rows) {
   return {out};
 }
 
+Tensors join_columns(const Tensor& parts, int64_t columns) {
+  const Call call(parts);
+  call.expect(parts, "parts", DataType::FLOAT32, {-1, -1, -1});
+  const int64_t ranks = parts.shape()[0], rows = parts.shape()[1], share = parts.shape()[2];
+  QWEN1M_REQUIRE(columns >= 1 && columns <= ranks * share,
+                 "columns must be 1 to the " + text(ranks * share) + " that the parts hold, got " + text(columns));
+  const Tensor out = call.make({rows, columns}, DataType::FLOAT32);
+  call.run(
+      qwen1m_join_columns{
+          .parts = parts.data<float>(),
+          .out = pointer<float>(out),
+          .rows = rows,
+          .share = share,
+          .columns = columns,
+      },
+      QWEN1M_KERNEL(join_columns));
+  return {out};
+}
+
 Tensors normalise(const Tensor* delta, const Tensor& residual, const Tensor& weight, float eps) {
   Call call(residual);
   call.expect(residual, delta ? "residual" : "hidden", DataType::FLOAT32, {-1, -1});
@@ -329,6 +348,12 @@ PD_BUILD_OP(qwen1m_embedding)
     .SetKernelFn(PD_KERNEL(qwen1m::embedding));
 
 PD_BUILD_OP(qwen1m_gather_rows).Inputs({"hidden", "rows"}).Outputs({"out"}).SetKernelFn(PD_KERNEL(qwen1m::gather_rows));
+
+PD_BUILD_OP(qwen1m_join_columns)
+    .Inputs({"parts"})
+    .Outputs({"out"})
+    .Attrs({"columns: int64_t"})
+    .SetKernelFn(PD_KERNEL(qwen1m::join_columns));
 
 PD_BUILD_OP(qwen1m_rms_norm)
     .Inputs({"hidden", "weight"})

@@ -60,6 +60,11 @@ def gather_rows(hidden: paddle.Tensor, rows: paddle.Tensor) -> paddle.Tensor:
     return call("gather_rows", hidden, rows)[0]
 
 
+def join_columns(parts: paddle.Tensor, columns: int) -> paddle.Tensor:
+    """The first `columns` columns of float32 `parts` [P, n, share] side by side: [n, columns]."""
+    return call("join_columns", parts, columns)[0]
+
+
 def rotary_table(positions: paddle.Tensor, inv_freq: paddle.Tensor) -> paddle.Tensor:
     """cos | sin of positions (int32 [V, T]) times inv_freq (float32 [D/2]), the product in float32: [V, T, D]."""
     return call("rotary_table", positions, inv_freq)[0]

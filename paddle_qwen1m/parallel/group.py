@@ -6,12 +6,10 @@ On a CPU they go through gloo, on a GPU through NCCL on the stream of the comput
 from __future__ import annotations
 
 import atexit
-import math
 import os
 import sys
 from typing import Any, NoReturn
 
-import numpy as np
 import paddle
 from paddle.base import core
 
@@ -64,7 +62,6 @@ class ProcessGroup(Group):
         kind = paddle_core.ProcessGroupNCCL if self._on_gpu else paddle_core.ProcessGroupGloo
         self._store = core.TCPStore(address, port, self.rank == 0, self.degree)
         self._group = kind.create(self._store, self.rank, self.degree, GROUP_ID)
-        self._orders: dict[tuple[int, int, int], paddle.Tensor] = {}
 
     def all_reduce(self, values: paddle.Tensor) -> paddle.Tensor:
         if self._on_gpu:
@@ -75,35 +72,20 @@ class ProcessGroup(Group):
 
     def gather_columns(self, values: paddle.Tensor, columns: int) -> paddle.Tensor:
         rows, share = values.shape
-        gathered = paddle.empty([self.degree * rows, share], values.dtype)
+        gathered = paddle.empty([self.degree, rows, share], values.dtype)
         if self._on_gpu:
             self._group.all_gather_into_tensor_on_calc_stream(gathered, values)
         else:
             self._group.all_gather_into_tensor(gathered, values, True).wait()
         if rows == 1 and columns == self.degree * share:
             return gathered.reshape([1, columns])
-        width = math.gcd(share, columns)
-        order = self._order(rows, share, columns, width)
-        return ops.gather_rows(gathered.reshape([-1, width]), order).reshape([rows, columns])
+        return ops.join_columns(gathered, columns)
 
     def share(self, value: Any) -> Any:
         return value if self.job is None else self.job.share(value)
 
     def fail(self, reason: str, status: int) -> int:
         return super().fail(reason, status) if self.job is None else self.job.fail(reason, status)
-
-    def _order(self, rows: int, share: int, columns: int, width: int) -> paddle.Tensor:
-        """Which pieces of `width` of the gathered [degree, rows, share] make up [rows, columns].
-
-        Made once for a shape, and kept: a captured step reads it at every replay.
-        """
-        key = rows, share, columns
-        if key not in self._orders:
-            first = np.arange(0, columns, width)
-            rank, within = first // share, first % share // width
-            pieces = (rank * rows + np.arange(rows)[:, None]) * (share // width) + within
-            self._orders[key] = paddle.to_tensor(pieces.reshape(-1).astype(np.int64))
-        return self._orders[key]
 
 
 _started: Group | None = None

@@ -114,7 +114,10 @@ def check_fit(
     for name, tensor in tensors.items():
         if name not in shapes:
             if name not in spare and not name.endswith(names.DERIVED_SUFFIX):
-                problems.append(f"{tensor.file.name}: tensor {name!r} has no place in the model")
+                problems.append(
+                    f"{tensor.file.name}: tensor {name!r} has no place in the model, which without it would compute "
+                    "something else than it was trained to"
+                )
         elif tensor.shape != shapes[name]:
             problems.append(
                 f"{tensor.file.name}: tensor {name!r} has shape {list(tensor.shape)}, "
@@ -177,7 +180,11 @@ def _read_sharded(index: Path) -> dict[str, TensorInfo]:
             problems.append(f"{path} is missing; it should hold {len(named)} tensors, {named[0]!r} the first")
             continue
         found = read_header(path)
-        problems += [f"{path}: tensor {name!r} is in the index, not in the file" for name in named if name not in found]
+        problems += [
+            f"{path}: tensor {name!r} is in the index, not in the file"
+            for name in named
+            if name not in found and not name.endswith(names.DERIVED_SUFFIX)
+        ]
         for name, info in found.items():
             if weight_map.get(name) == file:
                 tensors[name] = info

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import io
+import logging
 import math
 import os
 import sys
 from collections import defaultdict
 from collections.abc import Collection, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Callable
 
@@ -20,10 +22,13 @@ from paddle_qwen1m.dtypes import SAFETENSORS, STORAGE, dtype_name
 
 from .checkpoint import Checkpoint, check_fit
 from .safetensors import DTYPE_BYTES, Array, TensorInfo
-from .tensors import COLUMNS, ROWS, Part
+from .tensors import COLUMNS, EMBEDDING, HEAD, ROWS, Part
 from .window import read_matrix
 
 STAGING_BYTES = 64 << 20  # what is read before it is copied to a GPU
+COMPARED_BYTES = 4 << 20  # of two tensors at once
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -76,13 +81,15 @@ def load_checkpoint(
     A directory in PaddleNLP's own form is as good: its tensors are renamed, and transposed while they stream.
     Returns the bytes that were asked of the files' data: those that the slots hold, and no others.
     Files hold float32, float16 or bfloat16; a parameter of another of the three gets the value rounded to nearest even.
-    Tensors in `ignore` and rotary tables may be in the checkpoint and are skipped. Host memory beyond the parameters is
-    a few MB, for parameters on a GPU STAGING_BYTES more; nothing is written to the directory. With `progress`, a bar
-    goes to stderr when that is a terminal.
+    Tensors in `ignore` and rotary tables may be in the checkpoint and are skipped. A head among them is compared with
+    the embedding, which is used in its place; one line in the log says when they differ. Host memory beyond the
+    parameters is a few MB, for parameters on a GPU STAGING_BYTES more; nothing is written to the directory. With
+    `progress`, a bar goes to stderr when that is a terminal.
     Raises CheckpointError, before anything is read, when files, names or shapes do not fit: see Checkpoint.
     """
     checkpoint = Checkpoint(directory)
     check_fit(checkpoint.directory, checkpoint.tensors, {name: slot.shape for name, slot in slots.items()}, ignore)
+    _speak_of_another_head(checkpoint, slots)
     by_file: dict[os.PathLike[str], list[str]] = defaultdict(list)
     for name in sorted(slots, key=lambda name: (checkpoint.tensors[name].file, checkpoint.tensors[name].offset)):
         by_file[checkpoint.tensors[name].file].append(name)
@@ -106,6 +113,39 @@ def load_checkpoint(
                 for name in names:
                     _read(file, name, checkpoint.tensors[name], slots[name], count)
     return asked
+
+
+def _speak_of_another_head(checkpoint: Checkpoint, slots: Mapping[str, Slot]) -> None:
+    """With tied embeddings the embedding is the head, whatever else the files hold, as transformers has it too."""
+    head, embedding = checkpoint.tensors.get(HEAD), checkpoint.tensors.get(EMBEDDING)
+    if head is None or embedding is None or HEAD in slots or EMBEDDING not in slots:
+        return
+    part = slots[EMBEDDING].part
+    begin, end = (0, embedding.shape[0]) if part is None else (part.begin, part.end)
+    if head.shape != embedding.shape or not _are_equal({HEAD: head, EMBEDDING: embedding}, begin, end):
+        logger.warning(
+            f"{checkpoint.directory}: tensor {HEAD!r} in {head.file.name} differs from {EMBEDDING!r} in "
+            f"{embedding.file.name} and is not used, because config.json says tie_word_embeddings: set that to false "
+            "if the model was trained with a head of its own"
+        )
+
+
+def _are_equal(tensors: Mapping[str, TensorInfo], begin: int, end: int) -> bool:
+    """Whether two tensors of one shape hold the same in rows [begin, end)."""
+    dtypes = {info.dtype for info in tensors.values()}
+    dtype = dtypes.pop() if len(dtypes) == 1 else "F32"
+    width = max(info.shape[1] for info in tensors.values())
+    step = max(1, COMPARED_BYTES // max(1, width * STORAGE[dtype].itemsize))
+    with ExitStack() as stack:
+        files = {name: stack.enter_context(open(info.file, "rb", buffering=0)) for name, info in tensors.items()}
+        for first in range(begin, end, step):
+            rows = first, min(first + step, end)
+            one, other = (np.empty((rows[1] - rows[0]) * width, STORAGE[dtype]) for _ in tensors)
+            for (name, info), block in zip(tensors.items(), (one, other)):
+                read_matrix(files[name], name, info, block, dtype, rows)
+            if not np.array_equal(one, other):
+                return False
+    return True
 
 
 def _held_bytes(info: TensorInfo, slot: Slot) -> int:

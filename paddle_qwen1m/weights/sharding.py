@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from .tensors import EMBEDDING, part_of
+
 if TYPE_CHECKING:
     from paddle_qwen1m.config import ModelConfig
 
@@ -60,18 +62,14 @@ def check_degree(config: ModelConfig, degree: int) -> None:
     )
 
 
-def vocabulary_share(config: ModelConfig, degree: int) -> int:
-    """Rows of the vocabulary of every rank but the last ones, which hold what is left when it does not divide."""
-    return -(-config.vocab_size // degree)
-
-
 def local_config(config: ModelConfig, degree: int) -> ModelConfig:
-    """The shapes of what one rank holds: its heads, its part of the MLP and its `vocabulary_share`."""
+    """The shapes of what one rank holds: its heads, its part of the MLP and as much vocabulary as rank 0."""
     check_degree(config, degree)
+    words = part_of(config, EMBEDDING, degree, 0)
     return replace(
         config,
         num_heads=config.num_heads // degree,
         num_kv_heads=max(1, config.num_kv_heads // degree),
         intermediate_size=config.intermediate_size // degree,
-        vocab_size=vocabulary_share(config, degree),
+        vocab_size=config.vocab_size if words is None else words.size,
     )

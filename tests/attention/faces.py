@@ -83,6 +83,9 @@ class OpFace:
     def gather_rows(self, hidden: np.ndarray, rows: np.ndarray) -> np.ndarray:
         return array(ops.gather_rows(tensor(hidden), tensor(rows)))
 
+    def join_columns(self, parts: np.ndarray, columns: int) -> np.ndarray:
+        return array(ops.join_columns(tensor(parts), columns))
+
     def rotary_table(self, positions: np.ndarray, inv_freq: np.ndarray) -> np.ndarray:
         return array(ops.rotary_table(tensor(positions.astype(np.int32)), tensor(inv_freq)))
 

@@ -129,6 +129,24 @@ def test_gather_rows_copies_rows(rng: np.random.Generator) -> None:
     np.testing.assert_array_equal(OpFace().gather_rows(hidden, rows), ORACLE.gather_rows(hidden, rows))
 
 
+@pytest.mark.parametrize(
+    ("ranks", "rows", "share", "columns"),
+    [(1, 1, 5, 5), (2, 1, 4, 7), (2, 3, 499, 997), (4, 5, 251, 1001), (8, 2, 1, 7)],
+)
+def test_join_columns_puts_shares_side_by_side(
+    rng: np.random.Generator, ranks: int, rows: int, share: int, columns: int
+) -> None:
+    parts = rng.standard_normal((ranks, rows, share)).astype(np.float32)
+    joined = OpFace().join_columns(parts, columns)
+    np.testing.assert_array_equal(joined, ORACLE.join_columns(parts, columns))
+
+
+@pytest.mark.parametrize("columns", [0, -1, 13])
+def test_join_columns_refuses_columns_that_do_not_exist(columns: int) -> None:
+    with pytest.raises(ValueError, match=rf"join_columns.*columns must be 1 to the 12.*got {columns}"):
+        OpFace().join_columns(np.zeros((3, 2, 4)), columns)
+
+
 def test_gather_rows_refuses_rows_that_do_not_exist() -> None:
     """The error names the row."""
     with pytest.raises(ValueError, match=r"gather_rows.*20"):

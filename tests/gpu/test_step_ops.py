@@ -164,6 +164,20 @@ def test_silu_mul(cuda: Any, rng: np.random.Generator, tokens: int, width: int, 
     check(out, expected, 2e-6 * largest(expected))
 
 
+@pytest.mark.parametrize(
+    "ranks, rows, share, columns",
+    [(1, 3, 7, 5), (2, 1, 499, 997), (2, 33, 75_833, 151_665), (4, 17, 37_912, 151_646), (8, 70_000, 3, 23)],
+)
+def test_join_columns(cuda: Any, rng: np.random.Generator, ranks: int, rows: int, share: int, columns: int) -> None:
+    """Shares of any width, and nothing is written behind the last column."""
+    parts = torch.from_numpy(rng.standard_normal((ranks, rows, share)).astype(np.float32)).to(DEVICE)
+    out = poisoned(rows * columns + 16, dtype=torch.float32)
+    cuda("join_columns", parts=parts, out=out, rows=rows, share=share, columns=columns)
+    joined = torch.cat(list(parts), dim=1)[:, :columns]
+    assert same_bits(out[:-16].reshape(rows, columns), joined)
+    assert same_bits(out[-16:], poisoned(16, dtype=torch.float32))
+
+
 # Rotations
 
 

@@ -28,7 +28,17 @@ from .dense import (
     stages_of,
 )
 from .index import IndexRow, SparseIndex, fallback, index_rows, index_stage, sparse_index, split_stages, visited_cells
-from .layers import add_rms_norm, embedding, gather_rows, linear, rms_norm, rotate_and_cache, rotate_queries, silu_mul
+from .layers import (
+    add_rms_norm,
+    embedding,
+    gather_rows,
+    join_columns,
+    linear,
+    rms_norm,
+    rotate_and_cache,
+    rotate_queries,
+    silu_mul,
+)
 from .pairwise import pairwise_dca
 from .positions import (
     critical_positions,

@@ -49,6 +49,11 @@ def gather_rows(hidden: Array, rows: Array) -> Array:
     return wide(hidden)[rows]
 
 
+def join_columns(parts: Array, columns: int) -> Array:
+    """The first columns [n, columns] of parts [P, n, share] side by side."""
+    return np.concatenate(list(wide(parts)), axis=1)[:, :columns]
+
+
 def rotate_and_cache(
     qkv: Array,
     bias: Array,

@@ -86,25 +86,28 @@ class replayed:
         import paddle
 
         from paddle_qwen1m import ops
-        from paddle_qwen1m.attention import attend
+        from paddle_qwen1m.attention.selector import Selector
 
-        self._module, self._chosen = attend, attend.critical_index
+        self._selector, self._choose = Selector, Selector.choose
         if self._file is None:
             return
         recorded = np.load(self._file)
         number = iter(range(1 << 30))
 
-        def index(sparse: Any, qkv: Any, bias: Any, keys: Any, chunk_len: int, heads: int, budgets: Any) -> Any:
+        def choose(selector: Any, sparse: Any, projected: Any, cache: Any, heads: int) -> Any:
             own = slice(self._group.rank * heads, (self._group.rank + 1) * heads)
             prefix = f"{self._key}/index/{next(number)}"
-            assert recorded[f"{prefix}/place"][1] == sparse.piece.begin
+            assert recorded[f"{prefix}/place"].tolist() == [selector.layer, sparse.piece.begin]
             fields = (recorded[f"{prefix}/{field}"][own] for field in ("blocks", "columns", "counts"))
-            return ops.SparseIndex(*(paddle.to_tensor(values) for values in fields))
+            index = ops.SparseIndex(*(paddle.to_tensor(values) for values in fields))
+            if selector.observer is not None:
+                selector.observer(selector.layer, sparse.piece, index)
+            return index
 
-        attend.critical_index = index
+        Selector.choose = choose
 
     def __exit__(self, *_error: object) -> None:
-        self._module.critical_index = self._chosen
+        self._selector.choose = self._choose
 
 
 def tokens(count: int, vocab_size: int) -> np.ndarray:

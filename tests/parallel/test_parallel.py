@@ -21,11 +21,11 @@ DUAL_CHUNK = {"chunk_size": 128, "local_size": 32, "original_max_position_embedd
 RANDOM: dict[str, dict[str, Any]] = {
     "eight": {
         "num_hidden_layers": 3, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 64,
-        "hidden_size": 256, "intermediate_size": 320, "vocab_size": 1003, "dual_chunk_attention_config": DUAL_CHUNK,
+        "hidden_size": 256, "intermediate_size": 320, "vocab_size": 1001, "dual_chunk_attention_config": DUAL_CHUNK,
     },
     "replicated": {
         "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 64,
-        "hidden_size": 192, "intermediate_size": 256, "vocab_size": 640, "tie_word_embeddings": True,
+        "hidden_size": 192, "intermediate_size": 256, "vocab_size": 997, "tie_word_embeddings": True,
         "dual_chunk_attention_config": DUAL_CHUNK,
     },
 }  # fmt: skip

@@ -82,6 +82,11 @@ def test_a_tensor_in_the_index_that_its_file_lacks(index):
     assert f"{index.parent / SECOND}: tensor 'd.weight' is in the index, not in the file" in failure(index.parent)
 
 
+def test_rotary_tables_that_only_the_index_has_are_not_missed(index):
+    edit(index, lambda content: content["weight_map"].update({"model.layers.0.self_attn.rotary_emb.inv_freq": SECOND}))
+    assert len(Checkpoint(index.parent).tensors) == 3
+
+
 def test_a_tensor_in_a_file_that_the_index_lacks(index):
     edit(index, lambda content: content["weight_map"].pop("b.weight"))
     assert f"{index.parent / FIRST}: tensor 'b.weight' is in the file, not in the index" in failure(index.parent)

@@ -156,6 +156,54 @@ def test_rotary_tables_and_ignored_tensors_may_be_there_or_not(tmp_path):
         load_checkpoint(tmp_path, {"w": whole(weight)})
 
 
+@pytest.mark.parametrize("prefix", ["model.", "qwen2."], ids=["published", "paddlenlp"])
+@pytest.mark.parametrize("part", [None, Part(0, 0, 500), Part(0, 500, 997)], ids=["whole", "first", "last"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16], ids=["same type", "narrower"])
+@pytest.mark.parametrize("row", [None, 0, 499, 996])
+def test_another_head_than_the_tied_embedding_is_spoken_of(tmp_path, caplog, monkeypatch, prefix, part, dtype, row):
+    """By the ranks that hold where they differ; the embedding is used."""
+    monkeypatch.setattr("paddle_qwen1m.weights.loader.COMPARED_BYTES", 1000)
+    embedding = RNG.integers(-9, 9, (997, 8)).astype(np.float32)
+    head = embedding.astype(dtype)
+    if row is not None:
+        head[row, -1] += 1
+    write_sharded(tmp_path, [{f"{prefix}embed_tokens.weight": embedding}, {"lm_head.weight": head}])
+    begin, end = (0, 997) if part is None else (part.begin, part.end)
+    table = parameter([end - begin, 8])
+    slots = {"model.embed_tokens.weight": Slot(table, 0, (997, 8), part)}
+    load_checkpoint(tmp_path, slots, ignore={"lm_head.weight"})
+    np.testing.assert_array_equal(values(table), embedding[begin:end])
+    if row is None or not begin <= row < end:
+        assert not caplog.messages
+    else:
+        (message,) = caplog.messages
+        assert (
+            "'lm_head.weight' in model-00002-of-00002.safetensors differs from 'model.embed_tokens.weight'" in message
+        )
+        assert "tie_word_embeddings" in message and str(tmp_path) in message
+
+
+def test_a_tied_head_of_another_shape_is_spoken_of(tmp_path, caplog):
+    tensors = {"model.embed_tokens.weight": np.ones((6, 2), np.float32), "lm_head.weight": np.ones((5, 2), np.float32)}
+    write_file(tmp_path / "model.safetensors", tensors)
+    load_checkpoint(tmp_path, {"model.embed_tokens.weight": whole(parameter([6, 2]))}, ignore={"lm_head.weight"})
+    assert "differs from 'model.embed_tokens.weight'" in caplog.messages[0]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.self_attn.o_proj.bias", "model.layers.0.self_attn.q_norm.weight",
+        "model.layers.0.self_attn.k_norm.weight", "model.layers.0.mlp.down_proj.bias", "model.norm.bias",
+        "lm_head.bias", "model.layers.1.input_layernorm.weight", "model.layers.0.mlp.gate.weight",
+    ],
+)  # fmt: skip
+def test_a_tensor_that_would_change_the_mathematics_is_refused_by_name(tmp_path, name):
+    write_file(tmp_path / "model.safetensors", {"w": np.ones((2, 2), np.float32), name: np.zeros(2, np.float32)})
+    with pytest.raises(CheckpointError, match=rf"model\.safetensors: tensor '{name}' has no place in the model"):
+        load_checkpoint(tmp_path, {"w": whole(parameter([2, 2]))}, ignore={"lm_head.weight"})
+
+
 def test_the_checkpoint_directory_is_only_read(checkpoint):
     directory, _ = checkpoint
 

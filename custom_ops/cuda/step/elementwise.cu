@@ -54,6 +54,26 @@ int launch_embedding(const qwen1m_embedding& a, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
+constexpr int kJoinValues = 4;  // of a thread
+
+__global__ void __launch_bounds__(kThreads) join_columns_kernel(const qwen1m_join_columns a) {
+  const auto share = static_cast<uint32_t>(a.share);
+  for (int64_t r = blockIdx.y; r < a.rows; r += gridDim.y) {
+    float values[kJoinValues];
+#pragma unroll
+    for (int j = 0; j < kJoinValues; ++j) {
+      const auto column = static_cast<uint32_t>(column_of<1, kJoinValues>(j));
+      const uint32_t part = column / share;
+      values[j] = column < a.columns ? a.parts[(part * a.rows + r) * a.share + (column - part * share)] : 0.0f;
+    }
+#pragma unroll
+    for (int j = 0; j < kJoinValues; ++j) {
+      const int64_t column = column_of<1, kJoinValues>(j);
+      if (column < a.columns) a.out[r * a.columns + column] = values[j];
+    }
+  }
+}
+
 constexpr int kCastVectors = 4;
 constexpr int kCastValues = 4 * kCastVectors;  // of a thread
 
@@ -178,7 +198,14 @@ __global__ void __launch_bounds__(kThreads) silu_mul_kernel(const qwen1m_silu_mu
 
 using namespace qwen1m::cuda;
 
-// In all of these a width is a multiple of 8 and addresses are multiples of 16.
+// Of any width, so that a vocabulary of any size can be shared among ranks.
+int qwen1m_cuda_join_columns(const qwen1m_join_columns* a, qwen1m_stream stream) {
+  if (a->rows == 0 || a->columns == 0) return cudaSuccess;
+  join_columns_kernel<<<row_grid<1>(a->rows, a->columns, kJoinValues), kThreads, 0, as_stream(stream)>>>(*a);
+  return cudaGetLastError();
+}
+
+// In all that follow a width is a multiple of 8 and addresses are multiples of 16.
 
 // `out_dtype` is float32 or the table's type.
 int qwen1m_cuda_embedding(const qwen1m_embedding* a, qwen1m_stream stream) {

@@ -91,6 +91,13 @@ typedef struct {
   qwen1m_dtype dtype, out_dtype;
 } qwen1m_cast;
 
+// out[r] = parts[0][r] | parts[1][r] | ..., the first `columns` values of it
+typedef struct {
+  const float* parts;  // [., rows, share]
+  float* out;          // [rows, columns]
+  int64_t rows, share, columns;
+} qwen1m_join_columns;
+
 QWEN1M_API void qwen1m_cpu_rotary_table(const qwen1m_rotary_table*);
 QWEN1M_API void qwen1m_cpu_rotate_and_cache(const qwen1m_rotate_and_cache*);
 QWEN1M_API void qwen1m_cpu_rotate_queries(const qwen1m_rotate_queries*);
@@ -100,6 +107,7 @@ QWEN1M_API void qwen1m_cpu_linear(const qwen1m_linear*);
 QWEN1M_API void qwen1m_cpu_rms_norm(const qwen1m_rms_norm*);
 QWEN1M_API void qwen1m_cpu_silu_mul(const qwen1m_silu_mul*);
 QWEN1M_API void qwen1m_cpu_cast(const qwen1m_cast*);
+QWEN1M_API void qwen1m_cpu_join_columns(const qwen1m_join_columns*);
 
 QWEN1M_API int qwen1m_cuda_rotary_table(const qwen1m_rotary_table*, qwen1m_stream);
 QWEN1M_API int qwen1m_cuda_rotate_and_cache(const qwen1m_rotate_and_cache*, qwen1m_stream);
@@ -110,3 +118,4 @@ QWEN1M_API int qwen1m_cuda_linear(const qwen1m_linear*, qwen1m_stream);  // few 
 QWEN1M_API int qwen1m_cuda_rms_norm(const qwen1m_rms_norm*, qwen1m_stream);
 QWEN1M_API int qwen1m_cuda_silu_mul(const qwen1m_silu_mul*, qwen1m_stream);
 QWEN1M_API int qwen1m_cuda_cast(const qwen1m_cast*, qwen1m_stream);
+QWEN1M_API int qwen1m_cuda_join_columns(const qwen1m_join_columns*, qwen1m_stream);
