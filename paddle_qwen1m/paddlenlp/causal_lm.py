@@ -252,10 +252,6 @@ class Qwen2OneMForCausalLM(PretrainedModel):  # type: ignore[misc]
         """Give back the KV cache, which outlives calls; the next call makes one again."""
         self.engine.release_cache()
 
-    def release_cache(self) -> None:
-        """Give the memory of the KV cache back, which is kept between calls; the next call makes one anew."""
-        self.engine.release_cache()
-
     def save_pretrained(self, *_arguments: Any, **_options: Any) -> NoReturn:
         """Always raises: the weights are those of the checkpoint, and stay there as they are."""
         raise NotImplementedError(
