@@ -12,7 +12,10 @@ GPU_SHARE = 0.96
 
 
 def available_host_memory() -> int | None:
-    """Bytes of host memory that the kernel or a container's limit leaves; None where neither says."""
+    """Bytes of host memory that the kernel or a container's limit leaves to this process; None where neither says.
+
+    Processes that a launcher started on one machine share them equally.
+    """
     found = []
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
@@ -24,7 +27,8 @@ def available_host_memory() -> int | None:
             text = Path(limit).read_text(encoding="ascii").strip()
             if text.isdigit():
                 found.append(max(0, int(text) - int(Path(used).read_text(encoding="ascii"))))
-    return min(found) if found else None
+    sharers = os.environ.get("PADDLE_LOCAL_SIZE", "")
+    return min(found) // (int(sharers) if sharers.isdigit() and int(sharers) > 0 else 1) if found else None
 
 
 def available_gpu_memory() -> int:

@@ -38,6 +38,8 @@ from paddle_qwen1m.model import Qwen2OneM
 from paddle_qwen1m.options import EngineOptions, default_batched_tokens
 from paddle_qwen1m.plan import activation_bytes, cache_bytes_per_token
 
+MEGABYTE = 1 << 20
+
 
 class Engine:
     """Serves requests with one model: `add` them, call `step` until the engine is idle, `abort` what nobody wants.
@@ -319,8 +321,10 @@ class Engine:
         budgets = self.budgets if self.is_sparse(longest) else None
         activations = activation_bytes(config, rows, longest, budgets, self.model.compute_dtype)
         available = available_gpu_memory() if on_gpu else available_host_memory()
-        if available is not None and current is not None and on_gpu:
-            available += current.num_pages * page_bytes
+        if available is not None:
+            if current is not None and on_gpu:
+                available += current.num_pages * page_bytes
+            available = self.model.group.smallest(max(0, available) // MEGABYTE) * MEGABYTE  # ranks decide alike
         return Budget(page_bytes, activations, available)
 
 

@@ -10,6 +10,7 @@ import os
 import sys
 from typing import Any, NoReturn
 
+import numpy as np
 import paddle
 from paddle.base import core
 
@@ -39,6 +40,10 @@ class Group:
 
     def share(self, value: Any) -> Any:
         """Rank 0's value on every rank: numbers, text, lists and dicts, through the host."""
+        return value
+
+    def smallest(self, value: int) -> int:
+        """The smallest of the ranks' values, each 0 to 2^24."""
         return value
 
     def fail(self, reason: str, status: int) -> int:
@@ -83,6 +88,12 @@ class ProcessGroup(Group):
 
     def share(self, value: Any) -> Any:
         return value if self.job is None else self.job.share(value)
+
+    def smallest(self, value: int) -> int:
+        assert 0 <= value <= 1 << 24
+        own = np.zeros(self.degree, np.float32)
+        own[self.rank] = value
+        return int(self.all_reduce(paddle.to_tensor(own)).numpy().min())
 
     def fail(self, reason: str, status: int) -> int:
         return super().fail(reason, status) if self.job is None else self.job.fail(reason, status)

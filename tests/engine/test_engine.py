@@ -147,6 +147,20 @@ def test_too_little_memory_is_said_before_any_is_asked_for(
     assert one.is_idle
 
 
+def test_the_rank_with_the_least_memory_decides(
+    model: Qwen2OneM, prompts: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranks take turns alike: each must have as many pages as the others."""
+    monkeypatch.setattr(engine, "available_host_memory", lambda: 1 << 40)
+    monkeypatch.setattr(model.group, "smallest", lambda megabytes: min(megabytes, 1), raising=False)
+    one = Engine(model, EngineOptions(max_num_batched_tokens=64))
+    with monkeypatch.context() as patched:
+        patched.setattr(engine, "activation_bytes", lambda *_: 0)
+        one.generate(prompts, GREEDY)
+    page_bytes = 128 * 2 * 2 * 2 * 64 * 4
+    assert one.runner.cache.pool.num_pages == engine.MEGABYTE // page_bytes < 3 + 1 + 2
+
+
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("chunk, border", [(64, 256), (100, 228)])
 def test_a_shared_beginning_is_computed_once_and_changes_no_bit(
