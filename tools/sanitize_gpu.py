@@ -259,6 +259,14 @@ class Kernels:
             dtype="float32",
             out_dtype=half,
         )
+        self.cuda(
+            "join_columns",
+            parts=self.floats(2, tokens, 499),
+            out=self.floats(tokens, 997),
+            rows=tokens,
+            share=499,
+            columns=997,
+        )
         table = self.floats(3, tokens, d)
         self.cuda(
             "rotary_table",
