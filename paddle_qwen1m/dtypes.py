@@ -28,12 +28,12 @@ STORAGE = {dtype.safetensors: dtype.storage for dtype in TABLE}
 _SIZES = {dtype.name: dtype.storage.itemsize for dtype in TABLE}
 
 
-def dtype_name(dtype: Any) -> str:
-    """The name of a type that is given as text or as Paddle's or PyTorch's object. ValueError for any other."""
+def dtype_name(dtype: Any, option: str = "dtype") -> str:
+    """The name of a type that is text or Paddle's or PyTorch's object. ValueError, naming the option, for any other."""
     name = str(dtype).rsplit(".", 1)[-1]
     if name not in DTYPES:
         given = repr(dtype) if isinstance(dtype, str) else dtype  # Paddle's repr of one is an enumerator's
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {given}")
+        raise ValueError(f"{option} must be one of {', '.join(DTYPES)}, got {given}")
     return name
 
 

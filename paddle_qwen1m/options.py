@@ -5,10 +5,11 @@ from __future__ import annotations
 import operator
 import os
 from dataclasses import dataclass
+from textwrap import fill
 from typing import Any
 
 from paddle_qwen1m.config import SPARSE_THRESHOLD
-from paddle_qwen1m.dtypes import DTYPES
+from paddle_qwen1m.dtypes import dtype_name
 
 CPU_BATCHED_TOKENS, GPU_BATCHED_TOKENS = 2048, 32768
 
@@ -34,10 +35,7 @@ class Dtype:
     """The name of a floating point type, or Paddle's object for it."""
 
     def read(self, name: str, value: Any) -> str:
-        dtype = str(value).rsplit(".", 1)[-1]
-        if dtype not in DTYPES:
-            raise ValueError(f"{name} must be one of {', '.join(DTYPES)}, got {value!r}")
-        return dtype
+        return dtype_name(value, name)
 
 
 @dataclass(frozen=True)
@@ -198,7 +196,8 @@ def read_loading_options(given: dict[str, Any]) -> dict[str, Any]:
 
 def describe_loading_options(indent: str) -> str:
     """The table as lines of a docstring."""
-    return "\n".join(f"{indent}{one.name}: {one.help} (default: {one.default})." for one in LOADING)
+    lines = [f"{one.name}: {one.help} (default: {one.default})." for one in LOADING]
+    return "\n".join(fill(line, 120, initial_indent=indent, subsequent_indent=f"{indent}    ") for line in lines)
 
 
 def default_batched_tokens(on_gpu: bool) -> int:

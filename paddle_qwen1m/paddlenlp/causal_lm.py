@@ -16,9 +16,10 @@ from paddlenlp.transformers.model_utils import no_init_weights
 from paddlenlp.utils.log import logger
 
 from paddle_qwen1m.config import SparseBudgets
+from paddle_qwen1m.dtypes import dtype_name
 from paddle_qwen1m.engine import Engine, SamplingParams
 from paddle_qwen1m.model import Qwen2OneM
-from paddle_qwen1m.options import Dtype, EngineOptions, describe_loading_options, read_loading_options
+from paddle_qwen1m.options import EngineOptions, describe_loading_options, read_loading_options
 from paddle_qwen1m.paddlenlp.batch import TokenIds, read_batch, read_positions
 from paddle_qwen1m.paddlenlp.generation import OPTIONS, Defaults, Request, drawn_seed, read_request
 from paddle_qwen1m.paddlenlp.hub import Checkpoint
@@ -68,7 +69,7 @@ class Qwen2OneMForCausalLM(PretrainedModel):  # type: ignore[misc]
         group: Group = ALONE,
     ) -> None:
         super().__init__(config)
-        storage = Dtype().read("dtype", dtype or config.dtype or "float32")
+        storage = dtype_name(dtype or config.dtype or "float32")
         self.model = Qwen2OneM(model_config(config), storage, group)
         if self.model.dtype != storage:
             logger.info(f"weights are kept as {self.model.dtype}: a GPU does not compute in {storage}")
