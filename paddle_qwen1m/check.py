@@ -152,6 +152,8 @@ def _gpu() -> Iterator[Finding]:
 
 
 def _model(checkpoint: Checkpoint) -> Iterator[Finding]:
+    from paddle_qwen1m.config_keys import remarks
+
     config = _read_config(checkpoint)
     dual_chunk = config.dual_chunk
     yield Finding(
@@ -161,6 +163,8 @@ def _model(checkpoint: Checkpoint) -> Iterator[Finding]:
         f"{config.num_kv_heads} KV heads; DCA chunk_size {dual_chunk.chunk_size:,}, local_size "
         f"{dual_chunk.local_size:,}; temperature beyond {dual_chunk.original_max_position_embeddings:,} tokens",
     )
+    for line in remarks(checkpoint.read_config()):
+        yield Finding(WARN, "model", line)
 
 
 def _files(checkpoint: Checkpoint) -> Iterator[Finding]:
@@ -288,7 +292,7 @@ def _memory(checkpoint: Checkpoint, options: CheckOptions) -> Iterator[Finding]:
 def _read_config(checkpoint: Checkpoint) -> ModelConfig:
     from paddle_qwen1m.config import ModelConfig
 
-    return ModelConfig.from_dict(checkpoint.read_config())
+    return ModelConfig.from_dict(checkpoint.read_config(), str(checkpoint.config_path))
 
 
 def _gb(size: int) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import time
@@ -27,11 +26,17 @@ from paddlenlp.utils.env import MODEL_HOME
 from paddlenlp.utils.log import logger
 from tqdm import tqdm
 
+from paddle_qwen1m.config import read_json as read_json
+from paddle_qwen1m.weights.foreign import describe_adapter, describe_file
+
 MODELSCOPE_SWITCH = "from_modelscope"  # an environment variable of PaddleNLP's
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
-TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "vocab.json", "merges.txt")
+TOKENIZER_CONFIG = "tokenizer_config.json"
+TOKENIZER_FILES = (TOKENIZER_CONFIG, "tokenizer.json", "vocab.json", "merges.txt")
+CHAT_TEMPLATE = "chat_template.jinja"
+RELEASED = ("Qwen/Qwen2.5-7B-Instruct-1M", "Qwen/Qwen2.5-14B-Instruct-1M")
 
 _TIMEOUT = (10, 30)  # seconds to connect, and between two pieces of a transfer
 _TRIES = 5  # in a row without a single new byte
@@ -174,7 +179,7 @@ class Checkpoint(NamedTuple):
             logger.warning(self.note)
 
     def read_config(self) -> dict[str, Any]:
-        """The object in config.json; ValueError when the file holds none."""
+        """The object in config.json; ValueError, naming the file, when it holds none."""
         return read_json(self.config_path)
 
     def file(self, filename: str) -> Path | None:
@@ -211,6 +216,8 @@ class Checkpoint(NamedTuple):
 
     def fetch_tokenizer(self) -> Path:
         """The directory with the tokenizer's files."""
+        if self.hub is not None and self.hub.cached(TOKENIZER_CONFIG) is None:
+            self.file(CHAT_TEMPLATE)  # most have none: asked for before the config, whose being there says that it was
         for filename in TOKENIZER_FILES:
             self.file(filename)
         return self.directory
@@ -228,16 +235,20 @@ def locate(
 
     A directory wins. For a name: the copy that either hub's cache holds (the hub asked for first), then the hub asked
     for, then the other one when the first lacks the repository or is out of reach.
-    Raises FileNotFoundError for a path that does not exist or holds no config.json, HubError when no hub has the name.
+    Raises FileNotFoundError for a path that does not exist or holds no config.json, ValueError for a file, HubError
+    when no hub has the name. A name whose first half is a directory here is a path, unless the caller says which hub.
     """
     text, inside = os.fspath(name), subfolder or ""
     if os.path.isdir(text):
         config = Path(text, inside, CONFIG)
         if not config.is_file():
-            raise FileNotFoundError(f"{config.parent} has no {CONFIG}: not a checkpoint in the published layout")
+            what = describe_adapter(config.parent) or "not a checkpoint in the published layout"
+            raise FileNotFoundError(f"{config.parent} has no {CONFIG}: {what}")
         return Checkpoint(text, config)
-    if text.startswith(("/", "./", "../", "~")) or os.path.isabs(text) or ".." in Path(text).parts:
-        raise FileNotFoundError(f"{text}: no such directory")
+    if os.path.isfile(text):
+        raise ValueError(f"{text} is {describe_file(text) or 'a file: give the directory of a checkpoint'}")
+    if _is_path(name):
+        raise FileNotFoundError(f"{text or repr(text)}: no such directory")
     cache = None if cache_dir is None else os.fspath(cache_dir)
     hubs: list[_Hub]
     if from_aistudio or strtobool(os.environ.get(MODELSCOPE_SWITCH, "False")):
@@ -251,6 +262,12 @@ def locate(
         if path is not None:
             note = "" if hub is hubs[0] else f"{text}: using the copy in the cache of {hub.label}"
             return Checkpoint(text, path, hub, note)
+    parent = Path(text).parent
+    if parent.name and parent.is_dir() and text not in RELEASED and not from_hf_hub and not from_aistudio:
+        raise FileNotFoundError(
+            f"{text}: no such directory, {_holds(parent)}; if a repository on a hub is meant, give from_hf_hub=True "
+            "(--from-hf-hub)"
+        )
     reasons: list[str] = []
     for hub in hubs:
         try:
@@ -265,15 +282,24 @@ def locate(
     raise HubError(f"{text} is no directory here, and no hub has it. " + ". ".join(reasons))
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; ValueError names the file when it holds anything else."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}, expected an object")
-    return value
+def _is_path(name: str | os.PathLike[str]) -> bool:
+    """Whether it cannot be a hub's name, which is a word or two with one separator between them."""
+    text = os.fspath(name)
+    return (
+        not isinstance(name, str)
+        or os.path.isabs(text)
+        or text.startswith(("./", "../", "~", "\\"))
+        or ".." in Path(text).parts
+        or text.count("/") > 1
+        or text.endswith("/")
+        or not text.strip()
+    )
+
+
+def _holds(directory: Path) -> str:
+    """What lies in a directory, in a few words."""
+    names = sorted(path.name for path in directory.iterdir() if path.is_dir())
+    return f"{directory} holds {', '.join(names[:6])}{', ...' if len(names) > 6 else ''}" if names else "its parent is"
 
 
 def _shards(index: Path) -> list[str]:
@@ -366,4 +392,7 @@ def _arrived(path: Path) -> int:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).strip().splitlines()[0]
+    """What happened; of a connection that failed, the reason alone, without the URL and the tries."""
+    reason = getattr(error.args[0] if error.args else None, "reason", None)
+    text = str(error) if reason is None else str(reason).rsplit("): ", 1)[-1]
+    return (text or type(error).__name__).strip().splitlines()[0]

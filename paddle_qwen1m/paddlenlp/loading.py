@@ -11,6 +11,8 @@ from paddlenlp.transformers.configuration_utils import PretrainedConfig
 from paddlenlp.utils.log import logger
 
 from paddle_qwen1m.config import ModelConfig, SparseBudgets, published_budgets
+from paddle_qwen1m.config import is_ours as is_ours
+from paddle_qwen1m.config_keys import BASE, DUAL_CHUNK, remarks
 from paddle_qwen1m.model import Qwen2OneM
 from paddle_qwen1m.options import EngineOptions
 from paddle_qwen1m.paddlenlp.generation import Defaults
@@ -18,34 +20,33 @@ from paddle_qwen1m.paddlenlp.generation_keys import is_known
 from paddle_qwen1m.paddlenlp.hub import Checkpoint, HubError, locate, read_json
 from paddle_qwen1m.parallel.group import Group, start
 from paddle_qwen1m.weights import load_checkpoint
+from paddle_qwen1m.weights.foreign import describe_adapter, describe_file
 from paddle_qwen1m.weights.sharding import check_degree, rank_directory, rank_sets
 from paddle_qwen1m.weights.tensors import HEAD
+from paddle_qwen1m.weights.unused import compare_unused
 
-DUAL_CHUNK = "dual_chunk_attention_config"
 SPARSE_CONFIG = "sparse_attention_config.json"
 GENERATION_CONFIG = "generation_config.json"
 PUBLISHED = "those published for this shape, which the package carries"
-ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen2OneMForCausalLM")
 HUB_OPTIONS = ("from_hf_hub", "from_aistudio", "cache_dir", "subfolder")
-
-
-def is_ours(config: dict[str, Any]) -> bool:
-    """Whether a config.json describes a Qwen2 causal language model with dual chunk attention."""
-    architectures = config.get("architectures") or [""]
-    return bool(config.get(DUAL_CHUNK)) and architectures[-1] in ARCHITECTURES
 
 
 def model_config(config: PretrainedConfig) -> ModelConfig:
     """The package's own configuration out of PaddleNLP's."""
-    return ModelConfig.from_dict(config.to_dict())
+    return ModelConfig.from_dict(config_dict(config), "config")
 
 
-def find_ours(name: Any, builtin: dict[Sequence[str], Any], options: dict[str, Any]) -> Checkpoint | None:
+def find_ours(
+    name: Any, builtin: dict[Sequence[str], Any], options: dict[str, Any], *, weights: bool = True
+) -> Checkpoint | None:
     """The checkpoint when it is ours; None leaves `name` to PaddleNLP: built-in names, other models, unknown names.
 
-    Raises FileNotFoundError for a path that does not exist.
+    weights: whether it is wanted for these, or for its tokenizer alone. Raises FileNotFoundError for a path that does
+    not exist, ValueError for a config.json that cannot be read and for what is no directory of weights.
     """
-    if not isinstance(name, (str, os.PathLike)) or os.path.isfile(name) or any(name in names for names in builtin):
+    if not isinstance(name, (str, os.PathLike)) or any(name in names for names in builtin):
+        return None
+    if os.path.isfile(name) and not (weights and describe_file(name)):
         return None
     try:
         checkpoint = locate(name, **{key: options[key] for key in HUB_OPTIONS if options.get(key) is not None})
@@ -55,11 +56,9 @@ def find_ours(name: Any, builtin: dict[Sequence[str], Any], options: dict[str, A
         logger.warning(str(error))
         return None
     except FileNotFoundError:
-        if os.path.isdir(name):
+        if os.path.isdir(name) and not (weights and describe_adapter(Path(name))):
             return None
         raise
-    except ValueError:
-        return None
     return checkpoint if is_ours(described) else None
 
 
@@ -72,14 +71,22 @@ def find_checkpoint(name: str | os.PathLike[str] | Checkpoint, given: dict[str, 
 
 
 def describe(checkpoint: Checkpoint, config: PretrainedConfig | dict[str, Any] | None) -> dict[str, Any]:
-    """config.json, or what is used in its place. Raises ValueError for what is not ours."""
+    """config.json, or what is used in its place, checked and as transformers 4 and PaddleNLP spell it.
+
+    What it says that is not used is a line in the log. Raises ValueError naming file, key and value.
+    """
     described = checkpoint.read_config() if config is None else config_dict(config)
+    source = str(checkpoint.config_path) if config is None else "config"
     if not is_ours(described):
         raise ValueError(
             f"{checkpoint.name} is not a Qwen2 checkpoint with a {DUAL_CHUNK} "
             f"(architectures: {described.get('architectures')}): PaddleNLP's own classes load it"
         )
-    return described
+    shapes = ModelConfig.from_dict(described, source)
+    for line in remarks(described):
+        logger.warning(f"{source}: {line}")
+    others = ("dtype", "rope_parameters", "rope_scaling")
+    return {**{key: value for key, value in described.items() if key not in others}, **shapes.to_dict()}
 
 
 def join_ranks(
@@ -121,6 +128,8 @@ def read_weights(model: Qwen2OneM, checkpoint: Checkpoint, described: dict[str, 
         directory = directory / rank_directory(group.rank, group.degree)
         slots = {name: slot.without_slicing() for name, slot in slots.items()}
     tied = {HEAD} if model.config.tie_word_embeddings else set()
+    for line in compare_unused(directory, model.config):
+        logger.warning(line)
     load_checkpoint(directory, slots, ignore=tied, progress=group.rank == 0)
 
 
@@ -145,14 +154,20 @@ def find_budgets(
 def look_up_budgets(
     checkpoint: Checkpoint, config: ModelConfig, explicit: str | os.PathLike[str] | SparseBudgets | None
 ) -> tuple[SparseBudgets | None, str]:
-    """Sparse budgets and their source: `explicit`, else the file beside the weights, else those published for this
-    shape, else None. Raises ValueError for a file that does not fit the model.
+    """Sparse budgets and their source: `explicit`, else the file beside the weights, else those in config.json, else
+    those published for this shape, else None. Raises ValueError for budgets that do not fit the model.
     """
     if isinstance(explicit, SparseBudgets):
+        explicit.check_fit(config.num_layers, config.num_heads, "sparse_budgets: ")
         return explicit, "given"
     path = checkpoint.extra_file(SPARSE_CONFIG) if explicit is None else Path(explicit)
+    inline = config.dual_chunk.sparse_budgets
     if path is not None:
+        if explicit is None and inline is not None:
+            logger.warning(f"{path} counts, not the sparse_attention_config in config.json")
         return SparseBudgets.from_file(path, config.num_layers, config.num_heads), str(path)
+    if inline is not None:
+        return inline, f"the {DUAL_CHUNK} of config.json"
     return published_budgets(config), PUBLISHED
 
 
@@ -167,4 +182,12 @@ def read_defaults(checkpoint: Checkpoint, described: dict[str, Any]) -> Defaults
 
 
 def config_dict(config: PretrainedConfig | dict[str, Any]) -> dict[str, Any]:
-    return config if isinstance(config, dict) else config.to_dict()
+    """The fields of a config. PaddleNLP's default rotary base gives way to rope_parameters, which it does not read."""
+    if isinstance(config, dict):
+        return config
+    if not isinstance(config, PretrainedConfig):
+        raise TypeError(f"config must be a Qwen2Config or a dict, got a {type(config).__name__}")
+    values: dict[str, Any] = config.to_dict()
+    if values.get("rope_theta") == BASE.default and (values.get("rope_parameters") or values.get("rope_scaling")):
+        del values["rope_theta"]
+    return values

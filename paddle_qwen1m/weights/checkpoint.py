@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from paddle_qwen1m.dtypes import STORAGE
 
 from . import names
+from .foreign import describe_adapter, describe_quantised, describe_weights
 from .record import refuse_unfinished
 from .safetensors import CheckpointError, TensorInfo, read_header
 from .sharding import RANK_PREFIX
@@ -49,16 +50,19 @@ class Checkpoint:
         if not self.directory.is_dir():
             raise CheckpointError(f"{self.directory} is not a directory: give the directory that holds {SINGLE_NAME}")
         refuse_unfinished(self.directory.parent if self.directory.name.startswith(RANK_PREFIX) else self.directory)
+        adapter = describe_adapter(self.directory)
+        if adapter:
+            raise CheckpointError(f"{self.directory}: {adapter}")
         index, single = self.directory / INDEX_NAME, self.directory / SINGLE_NAME
         if index.exists():
             stored = _read_sharded(index)
         elif single.exists():
             stored = read_header(single)
         else:
-            raise CheckpointError(
-                f"{self.directory} holds neither {INDEX_NAME} nor {SINGLE_NAME}: "
+            held = describe_weights(self.directory) or (
                 "this loader reads checkpoints in the published safetensors layout; download one of the two"
             )
+            raise CheckpointError(f"{self.directory} holds neither {INDEX_NAME} nor {SINGLE_NAME}: {held}")
         self.is_paddlenlp = names.are_paddlenlp(stored)
         self.tensors = as_published(stored)
 
@@ -126,9 +130,15 @@ def check_fit(
         elif tensor.dtype not in STORAGE:
             problems.append(f"{tensor.file.name}: tensor {name!r} is {tensor.dtype}, not one of {', '.join(STORAGE)}")
     if problems:
+        quantised = describe_quantised(tensors)
+        advice = (
+            f"The weights are quantised ({quantised}), which are not read: load the checkpoint they were made from."
+            if quantised
+            else "Check that config.json and the safetensors files are of the same model, or download the directory "
+            "again."
+        )
         raise CheckpointError(
-            f"{directory} does not fit the model that its config.json describes:\n{summarise(problems)}\n"
-            "Check that config.json and the safetensors files are of the same model, or download the directory again."
+            f"{directory} does not fit the model that its config.json describes:\n{summarise(problems)}\n{advice}"
         )
 
 

@@ -206,7 +206,8 @@ def _config(source: Source, form: str, degree: int, dtype: str | None) -> bytes:
     if form == TENSOR_PARALLEL:
         values[RANK_SETS] = degree
     if dtype is not None:
-        values["dtype" if "dtype" in values and "torch_dtype" not in values else "torch_dtype"] = dtype
+        spelled = [key for key in ("torch_dtype", "dtype") if key in values]
+        values.update(dict.fromkeys(spelled or ["torch_dtype"], dtype))
     if source.published is not None and json.loads(source.published.config) == values:
         return source.published.config.encode("utf-8")
     return json.dumps(values, indent=2, ensure_ascii=False).encode("utf-8") + b"\n"

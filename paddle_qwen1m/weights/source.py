@@ -69,9 +69,9 @@ def open_source(directory: Path, *, allow_absent: bool = False) -> Source:
         raise CheckpointError(f"{directory} is not a directory: give the directory that holds a checkpoint")
     config = read_object(directory / CONFIG_NAME)
     try:
-        model = ModelConfig.from_dict(config)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{directory / CONFIG_NAME}: {error}") from None
+        model = ModelConfig.from_dict(config, str(directory / CONFIG_NAME))
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
     refuse_unfinished(directory)
     record = Record.read(directory)
     degree = sharding.rank_sets(config)

@@ -116,6 +116,30 @@ def test_an_explicit_file_switches_sparse_on(copied_needle: Callable[..., Path],
     assert AutoModelForCausalLM.from_pretrained(str(directory), sparse_budgets=explicit).engine.is_sparse(40_000)
 
 
+def test_budgets_in_config_json_count_where_no_file_lies_beside(
+    copied_needle: Callable[..., Path], logged: list[str]
+) -> None:
+    layer = {str(head): ["vertical_and_slash", 50, 160, 1.0] for head in range(HEADS)}
+    dual_chunk = {"chunk_size": 1024, "local_size": 256, "sparse_attention_config": [layer] * LAYERS}
+    directory = copied_needle(dual_chunk_attention_config=dual_chunk)
+    beside = SparseBudgets.from_file(directory / SPARSE_CONFIG, LAYERS, HEADS)
+    model = AutoModelForCausalLM.from_pretrained(str(directory))
+    assert np.array_equal(model.engine.budgets.slash, beside.slash)
+    line = f"{directory / SPARSE_CONFIG} counts, not the sparse_attention_config in config.json"
+    assert line in logged
+    (directory / SPARSE_CONFIG).unlink()
+    logged.clear()
+    assert sizes(AutoModelForCausalLM.from_pretrained(str(directory))) == (50, 160)
+    assert line not in logged
+
+
+def test_budgets_of_another_shape_are_refused(needle_checkpoint: Path) -> None:
+    with pytest.raises(ValueError, match=r"sparse_budgets: has budgets for \(3, 4\) \(layers, heads\), the model has"):
+        AutoModelForCausalLM.from_pretrained(
+            str(needle_checkpoint), sparse_budgets=SparseBudgets.uniform(31, 100, 3, HEADS)
+        )
+
+
 def test_a_file_that_does_not_fit_the_model_is_named(needle_checkpoint: Path, tmp_path: Path) -> None:
     short = budgets_file(tmp_path / "short.json", 40, 150, layers=3)
     with pytest.raises(ValueError, match=r"short\.json.*\(3, 4\) \(layers, heads\), the model has \(4, 4\)"):

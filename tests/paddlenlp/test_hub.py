@@ -230,11 +230,60 @@ def test_a_shard_outside_its_directory_is_refused(server: LoopbackHub, published
         fetch_all(cache)
 
 
-@pytest.mark.parametrize("name", ["/no/such/place", "./nowhere", "a/../../b"])
-def test_a_path_that_does_not_exist_is_not_looked_up_on_a_hub(server: LoopbackHub, name: str) -> None:
+@pytest.mark.parametrize(
+    "name",
+    [
+        "/no/such/place",
+        "./nowhere",
+        "a/../../b",
+        "~/models/mine",
+        "models/qwen/7b",
+        "models/",
+        "Qwen/Tiny-1M/",
+        "",
+        " ",
+        Path("models/mine"),
+        Path("mine"),
+    ],
+)
+def test_a_path_that_does_not_exist_is_not_looked_up_on_a_hub(server: LoopbackHub, name: str | Path) -> None:
     with pytest.raises(FileNotFoundError, match="no such directory"):
         hub.locate(name)
     assert server.seen == []
+
+
+def test_a_name_below_a_directory_that_exists_is_a_path(
+    server: LoopbackHub, published: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "Qwen" / "needle").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    server.bos["Qwen/nedle"] = server.hf["Qwen/nedle"] = published
+    message = r"Qwen/nedle: no such directory, Qwen holds needle; if a repository on a hub is meant, give from_hf_hub"
+    with pytest.raises(FileNotFoundError, match=message):
+        hub.locate("Qwen/nedle", cache_dir=cache)
+    assert server.seen == []
+    assert hub.locate("Qwen/nedle", cache_dir=cache, from_hf_hub=True).hub is not None
+    server.seen.clear()
+    assert hub.locate("Qwen/nedle", cache_dir=cache).hub is not None  # a hub's copy is in a cache
+    assert server.seen == []
+
+
+@pytest.mark.parametrize("name", hub.RELEASED)
+def test_the_released_models_are_looked_up_whatever_directories_are_here(
+    server: LoopbackHub, published: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (tmp_path / "Qwen").mkdir()
+    monkeypatch.chdir(tmp_path)
+    server.bos[name] = published
+    assert hub.locate(name, cache_dir=cache).hub is not None
+
+
+def test_a_chat_template_of_its_own_comes_from_either_hub(server: LoopbackHub, published: Path, cache: Path) -> None:
+    (published / hub.CHAT_TEMPLATE).write_text("{{ messages }}")
+    server.bos[NAME] = server.hf[NAME] = published
+    for from_hf_hub in (False, True):
+        checkpoint = fetch_all(cache / str(from_hf_hub), from_hf_hub=from_hf_hub)
+        assert (checkpoint.directory / hub.CHAT_TEMPLATE).read_text() == "{{ messages }}"
 
 
 def test_a_directory_without_a_config_is_said(tmp_path: Path) -> None:

@@ -74,3 +74,102 @@ def test_a_batch_of_texts_is_padded_on_the_left_when_asked(tokenizer: Any) -> No
     batch = tokenizer(["one", "one two three"], padding=True, return_tensors="pd")
     assert batch["attention_mask"].numpy()[0, 0] == 0
     assert batch["input_ids"].shape == batch["attention_mask"].shape
+
+
+def as_transformers_5_saves_it(directory: Path) -> Path:
+    """One file of the vocabulary, the template in a file of its own, fewer and other keys in tokenizer_config.json."""
+    config = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
+    (directory / "chat_template.jinja").write_text(config.pop("chat_template"), encoding="utf-8")
+    for name in ("vocab.json", "merges.txt"):
+        (directory / name).unlink()
+    for name in ("added_tokens_decoder", "add_bos_token"):
+        del config[name]
+    config["extra_special_tokens"] = config.pop("additional_special_tokens")
+    config.update(backend="tokenizers", is_local=False, tokenizer_class="TokenizersBackend")
+    (directory / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return directory
+
+
+def test_files_of_transformers_5_give_the_same_ids_and_texts(
+    copied_needle: Callable[..., Path], tokenizer: Any
+) -> None:
+    loaded = AutoTokenizer.from_pretrained(str(as_transformers_5_saves_it(copied_needle())))
+    for case in GOLDEN["cases"]:
+        assert list(loaded(case["text"])["input_ids"]) == case["needle"]
+    chat = GOLDEN["chat"]
+    text = loaded.apply_chat_template(chat["messages"], tokenize=False, add_generation_prompt=True)
+    assert text == chat["text"]
+    assert list(loaded(text)["input_ids"]) == chat["ids"]
+    assert loaded.decode(chat["ids"], skip_special_tokens=True) == tokenizer.decode(
+        chat["ids"], skip_special_tokens=True
+    )
+    assert (loaded.eos_token_id, loaded.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
+
+
+@pytest.mark.parametrize("name", ["TokenizersBackend", "PreTrainedTokenizerFast", "Qwen2TokenizerFast", None])
+def test_every_name_of_the_class_gives_the_same_ids(copied_needle: Callable[..., Path], name: str | None) -> None:
+    directory = copied_needle()
+    config = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
+    config["tokenizer_class"] = name
+    if name is None:
+        del config["tokenizer_class"]
+    (directory / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    ids = AutoTokenizer.from_pretrained(str(directory))(GOLDEN["chat"]["text"])["input_ids"]
+    assert list(ids) == GOLDEN["chat"]["ids"]
+
+
+def rendered(directory: Path, **options: Any) -> str:
+    loaded = AutoTokenizer.from_pretrained(str(directory), **options)
+    return loaded.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
+
+
+def test_the_template_in_a_file_of_its_own_counts_before_the_configs(copied_needle: Callable[..., Path]) -> None:
+    directory = copied_needle()
+    (directory / "chat_template.jinja").write_text("<{{ messages[0]['content'] }}>", encoding="utf-8")
+    assert rendered(directory) == "<hi>"
+    assert rendered(directory, chat_template="({{ messages[0]['content'] }})") == "(hi)"
+    saved = directory.parent / "saved"
+    AutoTokenizer.from_pretrained(str(directory)).save_pretrained(str(saved))
+    for name in ("config.json", "tokenizer.json"):
+        (saved / name).write_bytes((directory / name).read_bytes())
+    assert rendered(saved) == "<hi>"
+
+
+def test_a_line_break_at_the_end_of_the_template_is_not_rendered(copied_needle: Callable[..., Path]) -> None:
+    """As jinja does by default, and with it Hugging Face; a second one is rendered."""
+    directory = copied_needle()
+    for end, expected in (("\n", "<hi>"), ("\n\n", "<hi>\n"), ("\n ", "<hi>\n ")):
+        (directory / "chat_template.jinja").write_text("<{{ messages[0]['content'] }}>" + end, encoding="utf-8")
+        assert rendered(directory) == expected
+
+
+def test_of_several_templates_the_default_one_counts_and_the_others_are_named(
+    copied_needle: Callable[..., Path], logged: list[str]
+) -> None:
+    directory = copied_needle()
+    config = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
+    named = {"tool_use": "tools", "default": "<{{ messages[0]['content'] }}>", "rag": "documents"}
+    config["chat_template"] = [{"name": name, "template": template} for name, template in named.items()]
+    (directory / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert rendered(directory) == "<hi>"
+    assert [line for line in logged if "not used: tool_use, rag" in line]
+
+    (directory / "additional_chat_templates").mkdir()
+    (directory / "additional_chat_templates" / "tool_use.jinja").write_text("tools", encoding="utf-8")
+    (directory / "chat_template.jinja").write_text("[{{ messages[0]['content'] }}]", encoding="utf-8")
+    logged.clear()
+    assert rendered(directory) == "[hi]"
+    assert [line for line in logged if "not used: tool_use.jinja" in line]
+
+
+def test_the_slow_tokenizer_says_which_files_it_lacks(copied_needle: Callable[..., Path]) -> None:
+    directory = as_transformers_5_saves_it(copied_needle())
+    with pytest.raises(FileNotFoundError, match=r"lacks vocab\.json or merges\.txt, which use_fast=False needs"):
+        AutoTokenizer.from_pretrained(str(directory), use_fast=False)
+
+
+def test_a_damaged_tokenizer_config_is_named(copied_needle: Callable[..., Path]) -> None:
+    directory = copied_needle()
+    (directory / "tokenizer_config.json").write_text("{", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json is not valid JSON"):
+        AutoTokenizer.from_pretrained(str(directory))
