@@ -7,6 +7,7 @@ classes have been imported, at once where they already are.
 from __future__ import annotations
 
 import sys
+import warnings
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,10 @@ __all__ = ["Qwen2OneMForCausalLM", "register", "threads"]
 __version__ = "0.1.0"
 
 AUTO_CLASSES = "paddlenlp.transformers"
+
+# Advice for those who build extensions, which every import of Paddle repeats.
+warnings.filterwarnings("ignore", "No ccache found", UserWarning)
+warnings.filterwarnings("ignore", "Setuptools is replacing distutils", UserWarning)
 
 
 def register() -> None:
