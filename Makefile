@@ -1,9 +1,5 @@
-# Every target sets up what it needs in .venv/ and does nothing twice. /bin/sh, a Python of 3.9 to 3.12 and a C++ compiler are enough.
-#   make demo        retrieval table of the small checkpoint, then one 65,536-token document   (minutes)
-#   make demo-long   the same at 131,072 and 262,144 tokens
-#   make test        the tests;  make test-slow: those that take long
-#   make lint        ruff, clang-format, mypy;  make format: rewrite in place
-#   make bench       speed beside Hugging Face transformers on this CPU
+# `make help` prints the targets. Each sets up what it needs in .venv/ and does nothing twice. /bin/sh, a Python of 3.9 to
+# 3.12 and a C++ compiler are enough.
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -14,7 +10,11 @@ SOURCES := setup.py custom_ops/cuda/build_cuda.py $(filter-out %.cu %.cuh,$(CPP)
 # $(call needs,KEY): the requirements that pyproject.toml lists under KEY.
 needs = $(shell awk '/^$(1) = \[/ {on = 1} on {print} on && /\]$$/ {exit}' pyproject.toml | grep -o '"[^"]*"')
 
-.PHONY: setup demo demo-long test test-slow lint format bench clean
+.PHONY: help setup demo demo-long test test-slow lint format bench clean
+
+# A line "name: needs  ## what it does" is a target with its help.
+help: ## this list (the default)
+	@awk -F ':.*## ' '/^[a-z -]+:.*## / {printf "make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(VENV)/created:
 	@command -v $${CXX:-g++} >/dev/null || { echo "No C++ compiler: install g++ (or set CXX) and run make again." >&2; exit 1; }
@@ -26,46 +26,50 @@ $(VENV)/created:
 
 # The build uses the installed Paddle (--no-build-isolation), so Paddle and the build's other needs come first.
 $(VENV)/paddle: $(VENV)/created pyproject.toml
-	@echo "Installing Paddle and what the build needs into $(VENV) ..."
+	@echo "Set-up, once: Paddle and what it needs into $(VENV), the custom ops, the package; about two minutes on two cores."
+	@echo "1 of 3: Paddle and what the build needs (downloads; most of the time) ..."
 	@$(PIP) $(call needs,requires) $(call needs,cpu)
 	@touch $@
 
 $(VENV)/package: $(VENV)/paddle $(SOURCES)
-	@echo "Building the custom ops and installing the package ..."
+	@echo "2 of 3: the custom ops (compiled, about half a minute) and the package ..."
 	@$(PIP) --no-build-isolation --editable '.[cpu]'
 	@touch $@
 
 # The extras test, demo and lint.
 $(VENV)/extra-%: $(VENV)/package
+	@echo "3 of 3: what '$*' needs besides ..."
 	@$(PIP) $(call needs,$*)
 	@touch $@
 
-setup: $(VENV)/package
+setup: $(VENV)/package ## .venv/ with Paddle and this package, editable
 
+demo: ## a small checkpoint finds what is hidden in documents 16 and 64 times its training length (minutes)
+demo-long: ## the same in documents of 131,072 and 262,144 tokens
 demo demo-long:
 	@started=$$(date +%s) && $(MAKE) --silent --no-print-directory $(VENV)/extra-demo && \
 	    echo "set-up took $$(( $$(date +%s) - started )) s"
 	@$(PY) -W ignore tools/demo.py $(if $(filter demo-long,$@),--long)
 
-test: $(VENV)/extra-test
+test: $(VENV)/extra-test ## the tests, without those that take long
 	@$(PY) -m pytest -m "not slow"
 
-test-slow: $(VENV)/extra-test
+test-slow: $(VENV)/extra-test ## those that take long
 	@$(PY) -m pytest -m slow
 
-lint: $(VENV)/extra-lint
+lint: $(VENV)/extra-lint ## ruff, clang-format, mypy
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 	@$(VENV)/bin/clang-format --dry-run -Werror $(CPP)
 	@$(PY) -m mypy paddle_qwen1m
 
-format: $(VENV)/extra-lint
+format: $(VENV)/extra-lint ## rewrites the sources in place
 	@$(PY) -m ruff check --fix .
 	@$(PY) -m ruff format .
 	@$(VENV)/bin/clang-format -i $(CPP)
 
-bench: $(VENV)/package
+bench: $(VENV)/package ## speed beside Hugging Face transformers on this CPU
 	@$(PY) -W ignore tools/benchmark_cpu.py
 
-clean:
-	rm -rf $(VENV) build *.egg-info paddle_qwen1m/_ops.so
+clean: ## removes .venv/, out/ and everything that was built
+	rm -rf $(VENV) build out *.egg-info paddle_qwen1m/_ops.so

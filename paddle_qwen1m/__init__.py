@@ -6,6 +6,7 @@ modules have been imported, at once where they already are.
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from paddle_qwen1m import threads  # notes OMP_NUM_THREADS before Paddle is imported, which sets it
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Qwen2OneMForCausalLM", "register", "threads"]
 __version__ = "0.1.0"
+
+# Advice for those who build extensions, which every import of Paddle repeats.
+warnings.filterwarnings("ignore", "No ccache found", UserWarning)
+warnings.filterwarnings("ignore", "Setuptools is replacing distutils", UserWarning)
 
 
 def register() -> None:

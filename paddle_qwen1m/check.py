@@ -7,10 +7,10 @@ import platform
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Callable
 
 from paddle_qwen1m.dtypes import itemsize
+from paddle_qwen1m.memory import available_gpu_memory, available_host_memory
 from paddle_qwen1m.plan import MemoryPlan, longest_context, parameters, plan_memory
 
 if TYPE_CHECKING:
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 OK, WARN, FAIL = "OK", "WARN", "FAIL"
 GPU_INDEX = "https://www.paddlepaddle.org.cn/packages/stable/cu126/"
 SAMPLE = "The quick brown fox: 1,048,576 tokens\n\tnaïve café, 百万 токенов 🙂"
-CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-CGROUP_USED = ("/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory/memory.usage_in_bytes")
 
 
 @dataclass(frozen=True)
@@ -72,24 +70,9 @@ def check_checkpoint(name: str, options: CheckOptions) -> Iterator[Finding]:
 
 def available_memory() -> int | None:
     """Bytes this process can still take: the GPU's memory, or what the kernel or a container's limit leaves."""
-    import paddle
-
     from paddle_qwen1m import ops
 
-    if ops.on_gpu():
-        return int(paddle.device.cuda.get_device_properties().total_memory)
-    found = []
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                found.append(int(line.split()[1]) * 1024)
-    for limit, used in zip(CGROUP_LIMITS, CGROUP_USED):
-        if os.path.exists(limit) and os.path.exists(used):
-            text = Path(limit).read_text().strip()
-            if text.isdigit():
-                found.append(max(0, int(text) - int(Path(used).read_text())))
-    return min(found) if found else None
+    return available_gpu_memory() if ops.on_gpu() else available_host_memory()
 
 
 def _guarded(topic: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
@@ -188,7 +171,13 @@ def _files(checkpoint: Checkpoint) -> Iterator[Finding]:
     sets = rank_sets(checkpoint.read_config())
     if sets is not None:
         cut = open_source(checkpoint.directory)
-        yield Finding(OK, "files", f"{len(cut.tensors)} tensors, cut for {sets} ranks, complete")
+        yield Finding(
+            WARN,
+            "files",
+            f"{len(cut.tensors)} tensors, cut for {sets} ranks, complete; one process cannot load them: start {sets} "
+            f"(`python -m paddle.distributed.launch --nproc_per_node {sets} paddle-qwen1m generate ...`), or convert "
+            "them with --format huggingface",
+        )
         return
     weights = Weights(checkpoint.directory)
     files = {tensor.file for tensor in weights.tensors.values()}
@@ -250,16 +239,19 @@ def _memory(checkpoint: Checkpoint, options: CheckOptions) -> Iterator[Finding]:
     from paddle_qwen1m.model import device_dtypes
     from paddle_qwen1m.options import default_batched_tokens
     from paddle_qwen1m.paddlenlp import look_up_budgets
+    from paddle_qwen1m.weights.sharding import local_config, rank_sets
 
     config = _read_config(checkpoint)
+    ranks = rank_sets(checkpoint.read_config()) or 1
+    held = local_config(config, ranks)
     budgets = look_up_budgets(checkpoint, config, options.sparse_budgets)[0] if options.sparse else None
     rows = options.max_num_batched_tokens or default_batched_tokens(ops.on_gpu())
     storage, compute = device_dtypes(options.dtype or config.dtype)
-    weights = parameters(config) * itemsize(storage)
+    weights = parameters(held) * itemsize(storage)
 
     def plan(length: int) -> MemoryPlan:
         return plan_memory(
-            config,
+            held,
             length,
             max_num_batched_tokens=rows,
             cache_dtype=options.kv_cache_dtype or compute,
@@ -268,21 +260,30 @@ def _memory(checkpoint: Checkpoint, options: CheckOptions) -> Iterator[Finding]:
             dtype=compute,
         )
 
-    limit = options.max_model_len or config.max_position_embeddings
+    most = config.max_position_embeddings
+    limit = options.max_model_len or most
+    if limit > most:
+        yield Finding(FAIL, "memory", f"--max-model-len {limit:,} is more than the model has: {most:,} tokens")
+        limit = most
     need = plan(limit)
     text = (
-        f"{limit:,} tokens need {_gb(need.total)} ({_gb(need.weights)} weights, {_gb(need.cache)} KV cache, "
-        f"{_gb(need.activations)} activations)"
+        f"{limit:,} tokens need {_gb(need.total)}{f' on each of {ranks} ranks' if ranks > 1 else ''} "
+        f"({_gb(need.weights)} weights, {_gb(need.cache)} KV cache, {_gb(need.activations)} activations)"
     )
     available = available_memory()
     if available is None:
         yield Finding(WARN, "memory", f"{text}; this machine does not say how much it has")
         return
     text = f"{text}, {_gb(available)} available"
-    if need.total <= available:
+    share = available
+    if ranks > 1:
+        where = "a GPU" if ops.on_gpu() else "to all of them on this machine"
+        text = f"{text} {where}"
+        share = available if ops.on_gpu() else available // ranks
+    if need.total <= share:
         yield Finding(OK, "memory", text)
         return
-    longest = longest_context(limit, available, plan)
+    longest = longest_context(limit, share, plan)
     if longest is None:
         yield Finding(FAIL, "memory", f"{text}: the weights alone do not fit")
     else:

@@ -1,30 +1,48 @@
 """The command paddle-qwen1m: reads arguments and files, runs the engine, prints; each subcommand is one Command below.
 
-Exit status: 0 done, 1 failed, 2 wrong arguments or input, 130 interrupted. Errors are one line on stderr.
+Exit status: 0 done, 1 failed, 2 wrong arguments or input, 130 interrupted. Errors are one line on stderr. Under
+paddle.distributed.launch every process runs the command: rank 0 leads `generate`, the others hold their part of the
+model and follow; other commands are rank 0's alone.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import logging
 import os
 import re
 import secrets
+import signal
 import sys
 import time
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from itertools import chain
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable
 
+from paddle_qwen1m import __version__
 from paddle_qwen1m.dtypes import DTYPES
 from paddle_qwen1m.options import LOADING, Dtype, Switch, Whole
+from paddle_qwen1m.parallel.job import launched_rank, launched_ranks
+from paddle_qwen1m.progress import Progress
+from paddle_qwen1m.streams import (
+    InputError,
+    Output,
+    directory_argument,
+    file_argument,
+    name_argument,
+    note,
+    open_standard_streams,
+    read_document,
+    readable_file,
+    say,
+    shown,
+    text_argument,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,11 +53,8 @@ if TYPE_CHECKING:
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 SAMPLING_OPTIONS = ("max_new_tokens", "min_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed")
+DEFAULT_NEW_TOKENS = 512
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-
-
-class InputError(Exception):
-    """What the user gave cannot be used; the message says what and why."""
 
 
 @dataclass(frozen=True)
@@ -83,30 +98,12 @@ class TextStream:
         return self._decode(self._tokens[self._context :])[len(known) :]
 
 
-def read_document(name: str) -> str:
-    """Text of a UTF-8 file, or of standard input for `-`. Raises InputError when it is missing, empty or not UTF-8."""
-    title = "standard input" if name == "-" else name
-    try:
-        raw = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-    except OSError as error:
-        raise InputError(f"--prompt-file: cannot read {title}: {error.strerror}") from error
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"--prompt-file: {title} is not UTF-8: byte 0x{raw[error.start]:02x} at offset {error.start}"
-        ) from error
-    if not text.strip():
-        raise InputError(f"--prompt-file: {title} is empty")
-    return text
-
-
 def user_text(document: str, question: str | None) -> str:
     """The document, then the question on a line of its own."""
     return document if question is None else f"{document.rstrip()}\n{question}"
 
 
-def _at_least(lowest: int) -> Callable[[str], int]:
+def _at_least(lowest: int, highest: int = 2**31 - 1) -> Callable[[str], int]:
     def parse(text: str) -> int:
         try:
             value = int(text)
@@ -114,6 +111,8 @@ def _at_least(lowest: int) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
         if value < lowest:
             raise argparse.ArgumentTypeError(f"must be at least {lowest}, got {value}")
+        if value > highest:
+            raise argparse.ArgumentTypeError(f"must be at most {highest}, got {value}")
         return value
 
     return parse
@@ -135,37 +134,54 @@ def _add_model_options(parser: argparse.ArgumentParser, without: Sequence[str] =
         group.add_argument(option.flag, dest=option.name, help=option.flag_help, **kind)
 
 
-def generate_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `generate`, which tools/generate.py has too."""
+def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="DIR", help="checkpoint directory, or a hub name")
+    parser.add_argument("--output", metavar="FILE", help="write answers there, in UTF-8, instead of to standard output")
     parser.add_argument(
-        "--json", action="store_true", help="print one JSON object instead of the text, and no progress"
+        "--json", action="store_true", help="a JSON object a question, on a line, instead of the text; a silent prefill"
     )
     prompt = parser.add_argument_group("prompt")
-    prompt.add_argument("--prompt-file", required=True, metavar="FILE", help="UTF-8 text, - for standard input")
-    prompt.add_argument("--question", metavar="TEXT", help="asked after the document, on a line of its own")
+    document = prompt.add_mutually_exclusive_group(required=True)
+    document.add_argument("--prompt-file", metavar="FILE", help="UTF-8 text, - for standard input")
+    document.add_argument("--prompt", metavar="TEXT", help="the text itself")
+    prompt.add_argument(
+        "--question",
+        action="append",
+        metavar="TEXT",
+        help="asked after the document, on a line of its own; given again, another one about the same document",
+    )
     prompt.add_argument("--system", metavar="TEXT", help="system message (default: the chat template's own)")
     prompt.add_argument("--raw", action="store_true", help="use the text as it is, without the chat template")
     sampling = parser.add_argument_group(
         "sampling", "what is not given comes from the checkpoint's generation_config.json"
     )
-    sampling.add_argument("--max-new-tokens", type=_at_least(1), default=512, metavar="N", help="default %(default)s")
+    sampling.add_argument(
+        "--max-new-tokens",
+        type=_at_least(1),
+        metavar="N",
+        help=f"default {DEFAULT_NEW_TOKENS}, or what the prompt leaves of --max-model-len",
+    )
     sampling.add_argument("--min-new-tokens", type=_at_least(0), metavar="N")
     sampling.add_argument("--temperature", type=float, metavar="X")
     sampling.add_argument("--top-k", type=_at_least(0), metavar="N", help="0: no limit")
     sampling.add_argument("--top-p", type=float, metavar="X")
     sampling.add_argument("--repetition-penalty", type=float, metavar="X")
-    sampling.add_argument("--seed", type=_at_least(0), metavar="N")
+    sampling.add_argument("--seed", type=_at_least(0, 2**63 - 1), metavar="N")
     sampling.add_argument("--greedy", action="store_true", help="always the most likely token")
     _add_model_options(parser)
     parser.add_argument("--threads", type=_at_least(1), metavar="N", help="CPU threads (default: all)")
     _add_debug(parser)
-    parser.set_defaults(tensor_parallel_degree=1)
 
 
 def _check_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", nargs="?", metavar="MODEL", help="checkpoint directory, or a hub name; without it the machine alone"
+    )
+    parser.add_argument(
+        "--table",
+        action="store_true",
+        help="print instead which card holds how many tokens of the published models, in chunks of "
+        "--max-num-batched-tokens",
     )
     _add_model_options(parser, without=["sparse_threshold"])
     _add_debug(parser)
@@ -176,10 +192,17 @@ def _add_debug(parser: argparse.ArgumentParser) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> int:
+    if arguments.table:
+        from paddle_qwen1m.cards import CHUNK, table
+
+        for line in table(arguments.max_num_batched_tokens or CHUNK):
+            say(line)
+        return 0
     from paddle_qwen1m.check import FAIL, CheckOptions, check_checkpoint, check_machine
 
     findings = check_machine()
     if arguments.model is not None:
+        _check_names(arguments)
         options = CheckOptions(
             from_hf_hub=arguments.from_hf_hub,
             max_model_len=arguments.max_model_len,
@@ -192,101 +215,136 @@ def _check(arguments: argparse.Namespace) -> int:
         findings = chain(findings, check_checkpoint(arguments.model, options))
     failed = False
     for finding in findings:
-        print(finding, flush=True)
+        say(str(finding))
         failed |= finding.level == FAIL
     return FAILED if failed else 0
 
 
-def generate(arguments: argparse.Namespace) -> int:
+def _generate(arguments: argparse.Namespace) -> int:
     """Answers; on rank 0 of a job with the others' help."""
     if arguments.raw and arguments.system is not None:
         raise InputError("--system has no place in a --raw prompt: write it into the text")
     if arguments.greedy and arguments.temperature:
         raise InputError(f"--greedy and --temperature {arguments.temperature:g} exclude each other")
-    if arguments.question is not None and not arguments.question.strip():
+    _check_names(arguments)
+    questions = _questions(arguments)
+    system = None if arguments.system is None else text_argument("--system", arguments.system)
+    document = _document(arguments)
+    with Output(arguments.output) as output:
+        _answer(arguments, output, document, questions, system)
+    return 0
+
+
+def _check_names(arguments: argparse.Namespace) -> None:
+    """InputError for a checkpoint or a file that cannot be named or read."""
+    name_argument("--model", arguments.model)
+    if arguments.sparse_budgets is not None:
+        readable_file("--sparse-budgets", arguments.sparse_budgets)
+
+
+def _questions(arguments: argparse.Namespace) -> list[str | None]:
+    """What is asked, in order; None for a document that is its own question."""
+    questions = [text_argument("--question", question) for question in arguments.question or ()]
+    if not all(question.strip() for question in questions):
         raise InputError("--question is empty")
-    text = user_text(read_document(arguments.prompt_file), arguments.question)
+    return [*questions] or [None]
+
+
+def _document(arguments: argparse.Namespace) -> str:
+    if arguments.prompt is not None:
+        text = text_argument("--prompt", arguments.prompt)
+        if not text.strip():
+            raise InputError("--prompt is empty")
+        return text
+    text = read_document(arguments.prompt_file)
+    if arguments.output is not None and _same_file(arguments.output, arguments.prompt_file):
+        raise InputError(f"--output: {arguments.output} is the document itself")
+    return text
+
+
+def _same_file(one: str, other: str) -> bool:
+    try:
+        return os.path.samefile(one, other)
+    except (OSError, ValueError):
+        return False
+
+
+def _answer(
+    arguments: argparse.Namespace, output: Output, document: str, questions: Sequence[str | None], system: str | None
+) -> None:
+    """Loads the model, checks that every question fits, then answers them in order."""
     from paddle_qwen1m.parallel.follow import Leader
 
     started = time.perf_counter()
     with as_input():
-        model = load_model(arguments)
+        model = _load_model(arguments)
         tokenizer = _load_tokenizer(arguments)
     load_seconds = time.perf_counter() - started
     with as_input():
-        prompt = _prompt_ids(tokenizer, text, arguments)
-        params = _sampling(model, arguments, len(prompt))
-        model.engine.check_length(len(prompt), params.max_new_tokens)
+        prompts = [_prompt_ids(tokenizer, user_text(document, one), system, arguments) for one in questions]
+        choices = [_sampling(model, arguments, len(prompt)) for prompt in prompts]
+        for prompt, params in zip(prompts, choices):
+            model.engine.check_length(len(prompt), params.max_new_tokens)
 
     def decode(tokens: list[int]) -> str:
         return str(tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
-    run = _Run(len(prompt), progress=not arguments.json)
-    stream = TextStream(decode, _print_now)
-
-    def on_token(_index: int, token: int) -> None:
-        run.token()
-        if not arguments.json:
-            stream.put(token)
-
     leader = Leader(model.engine)
-    with run:
-        completion = leader.generate([prompt], [params], on_token=on_token, on_prefill=run.prefill)[0]
+    for question, prompt, params in zip(questions, prompts, choices):
+        stream = TextStream(decode, output.write)
+        run = _Run(len(prompt), None if arguments.json else stream.put)
+        with run:
+            completion = leader.generate([prompt], [params], on_token=run.token, on_prefill=run.prefill)[0]
+        if not arguments.json:
+            stream.end()
+            output.write("\n")
+            note(run.summary())
+            continue
+        report = {
+            "question": question,
+            "text": decode(completion.token_ids),
+            "finish_reason": completion.finish_reason,
+            "prompt_tokens": len(prompt),
+            "completion_tokens": len(completion.token_ids),
+            "seed": params.seed if params.temperature > 0 else None,
+            "max_num_batched_tokens": model.engine.max_num_batched_tokens,
+            "sparse": model.engine.is_sparse(len(prompt)),
+            "load_seconds": round(load_seconds, 3),
+            **run.timings(),
+        }
+        output.write(json.dumps(report) + "\n")
     leader.close()
-    report = {
-        "text": decode(completion.token_ids),
-        "finish_reason": completion.finish_reason,
-        "prompt_tokens": len(prompt),
-        "completion_tokens": len(completion.token_ids),
-        "seed": params.seed if params.temperature > 0 else None,
-        "load_seconds": round(load_seconds, 3),
-        **run.timings(),
-    }
-    if arguments.json:
-        print(json.dumps(report))
-    else:
-        stream.end()
-        print(flush=True)
-        print(run.summary(), file=sys.stderr)
-    return 0
 
 
 class _Run:
-    """Times one request and shows how far its prefill is: a bar on a terminal, nothing elsewhere."""
+    """Times one request; gives each token to `show`, without which the prefill's progress is not shown either."""
 
-    def __init__(self, prompt_tokens: int, progress: bool) -> None:
-        from tqdm import tqdm
-
+    def __init__(self, prompt_tokens: int, show: Callable[[int], None] | None) -> None:
         self._prompt_tokens = prompt_tokens
+        self._show = show
         self._generated = 0
         self._started = self._first = self._last = time.perf_counter()
-        self._bar = tqdm(
-            total=prompt_tokens,
-            desc="Prefill",
-            unit=" tokens",
-            unit_scale=True,
-            leave=False,
-            file=sys.stderr,
-            disable=not (progress and sys.stderr.isatty()),
-        )
+        self._progress = Progress("Prefill", prompt_tokens, visible=show is not None, stay=False)
 
     def __enter__(self) -> _Run:
         self._started = time.perf_counter()
         return self
 
     def __exit__(self, *_error: object) -> None:
-        self._bar.close()
+        self._progress.close()
 
     def prefill(self, progress: PrefillProgress) -> None:
-        self._bar.update(progress.done_tokens - self._bar.n)
+        self._progress.update(progress.done_tokens - self._progress.done)
         if progress.done_tokens == progress.total_tokens:
-            self._bar.close()
+            self._progress.close()
 
-    def token(self) -> None:
+    def token(self, _index: int, token: int) -> None:
         self._last = time.perf_counter()
         if self._generated == 0:
             self._first = self._last
         self._generated += 1
+        if self._show is not None:
+            self._show(token)
 
     def timings(self) -> dict[str, float | None]:
         """Seconds to the first token, then from the first token to the last; rates are None where nothing was timed."""
@@ -308,10 +366,6 @@ class _Run:
         return text if rate is None else f"{text} ({rate:,.1f} tokens/s)"
 
 
-def _print_now(text: str) -> None:
-    print(text, end="", flush=True)
-
-
 @contextmanager
 def as_input() -> Iterator[None]:
     """What the model refuses here is the user's input, not a failure; a damaged checkpoint is one all the same."""
@@ -321,11 +375,11 @@ def as_input() -> Iterator[None]:
         yield
     except CheckpointError:
         raise
-    except (FileNotFoundError, ValueError) as error:
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError, ValueError) as error:
         raise InputError(str(error)) from error
 
 
-def load_model(arguments: argparse.Namespace) -> Qwen2OneMForCausalLM:
+def _load_model(arguments: argparse.Namespace) -> Qwen2OneMForCausalLM:
     """The model that the options name, or this rank's part of it."""
     from paddle_qwen1m import ops
     from paddle_qwen1m.paddlenlp import Qwen2OneMForCausalLM
@@ -333,11 +387,15 @@ def load_model(arguments: argparse.Namespace) -> Qwen2OneMForCausalLM:
     if arguments.threads is not None:
         ops.set_num_threads(arguments.threads)
     options = {option.name: getattr(arguments, option.name) for option in LOADING if option.command}
-    return Qwen2OneMForCausalLM.from_pretrained(
+    model = Qwen2OneMForCausalLM.from_pretrained(
         arguments.model,
-        tensor_parallel_degree=arguments.tensor_parallel_degree,
+        tensor_parallel_degree=launched_ranks(),
         **options,
     )
+    if len(arguments.question or ()) > 1:
+        engine = model.engine
+        engine.configure(replace(engine.options, enable_prefix_caching=True), engine.budgets)
+    return model
 
 
 def _load_tokenizer(arguments: argparse.Namespace) -> Any:
@@ -346,28 +404,30 @@ def _load_tokenizer(arguments: argparse.Namespace) -> Any:
     return AutoTokenizer.from_pretrained(arguments.model, from_hf_hub=arguments.from_hf_hub)
 
 
-def _prompt_ids(tokenizer: Any, text: str, arguments: argparse.Namespace) -> npt.NDArray[np.int64]:
+def _prompt_ids(tokenizer: Any, text: str, system: str | None, arguments: argparse.Namespace) -> npt.NDArray[np.int64]:
     import numpy as np
 
     if not arguments.raw:
         messages = [{"role": "user", "content": text}]
-        if arguments.system is not None:
-            messages.insert(0, {"role": "system", "content": arguments.system})
+        if system is not None:
+            messages.insert(0, {"role": "system", "content": system})
         if not tokenizer.chat_template:
             raise InputError(f"{arguments.model} has no chat template: use --raw")
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return np.asarray(tokenizer(text)["input_ids"], dtype=np.int64)
+    return np.asarray(tokenizer(text, verbose=False)["input_ids"], dtype=np.int64)
 
 
 def _sampling(model: Qwen2OneMForCausalLM, arguments: argparse.Namespace, prompt_tokens: int) -> SamplingParams:
     """generation_config.json with the options given here over it; a seed is drawn where none is given."""
     options = {name: getattr(arguments, name) for name in SAMPLING_OPTIONS}
     options["num_return_sequences"] = 1
+    options["max_new_tokens"] = arguments.max_new_tokens or DEFAULT_NEW_TOKENS
     if arguments.greedy:
         options["do_sample"] = False
     elif arguments.temperature is not None:
         options["do_sample"] = True
-    params = model.read_request(options).params_for(prompt_tokens, model.engine.max_model_len)
+    request = replace(model.read_request(options), may_cut=arguments.max_new_tokens is None)
+    params = request.params_for(prompt_tokens, model.engine.max_model_len)
     return params if params.seed is not None else replace(params, seed=secrets.randbits(31))
 
 
@@ -406,6 +466,8 @@ def _convert(arguments: argparse.Namespace) -> int:
             f"--quantization {arguments.quantization}: there are no kernels that compute with {arguments.quantization} "
             "weights yet; leave it out"
         )
+    directory_argument("SRC", arguments.source)
+    file_argument("DST", arguments.destination)
     wanted = {
         "degree": arguments.tensor_parallel_size,
         "dtype": arguments.dtype,
@@ -414,13 +476,14 @@ def _convert(arguments: argparse.Namespace) -> int:
     with as_input():
         if arguments.dry_run:
             for line in describe(plan(arguments.source, arguments.format, **wanted)):
-                print(line)
+                say(line)
             return 0
         started = time.perf_counter()
         outcome = convert(arguments.source, arguments.destination, arguments.format, verify=arguments.verify, **wanted)
     seconds = time.perf_counter() - started
-    print(
-        f"{arguments.destination}: {arguments.format}, {outcome.files} files of weights, {outcome.nbytes:,} bytes"
+    say(
+        f"{shown(arguments.destination)}: {arguments.format}, {outcome.files} files of weights, "
+        f"{outcome.nbytes:,} bytes"
         f"{f', {outcome.kept} of them there already' if outcome.kept else ''}"
         f"{', verified' if arguments.verify else ''}; {seconds:.1f} s"
     )
@@ -428,7 +491,7 @@ def _convert(arguments: argparse.Namespace) -> int:
 
 
 COMMANDS = (
-    Command("generate", "answer a question about a document, or continue a text", generate_arguments, generate),
+    Command("generate", "answer a question about a document, or continue a text", _generate_arguments, _generate),
     Command("check", "tell whether this machine and a checkpoint will work", _check_arguments, _check, logging.ERROR),
     Command("convert", "write a checkpoint in another format", _convert_arguments, _convert),
 )
@@ -436,6 +499,7 @@ COMMANDS = (
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="paddle-qwen1m", description="Qwen2.5-7B/14B-Instruct-1M on PaddlePaddle")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command in COMMANDS:
         own = commands.add_parser(command.name, help=command.summary, description=command.summary, allow_abbrev=False)
@@ -462,44 +526,98 @@ def _quiet(log_level: int) -> Iterator[None]:
         logger.removeFilter(useful)
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of paddle-qwen1m; returns the exit status."""
-    arguments = _parser().parse_args(argv)
-    return execute(arguments.run, arguments, arguments.log_level, _show_error)
+    open_standard_streams()
+    try:
+        rank, ranks = launched_rank(), launched_ranks()
+    except ValueError as error:
+        return _end_alone(f"PADDLE_TRAINER_ID and PADDLE_TRAINERS_NUM, the launcher's variables: {error}", BAD_INPUT)
+    arguments = _arguments(argv, rank)
+    if arguments.command == "generate" and ranks > 1:
+        return _generate_on_ranks(arguments)
+    if rank != 0:
+        return 0
+    return _execute(arguments.run, arguments, _end_alone)
 
 
-def _show_error(reason: str, status: int) -> int:
-    print(f"error: {reason}", file=sys.stderr)
-    return status
+def _arguments(argv: Sequence[str] | None, rank: int) -> argparse.Namespace:
+    """What the command line says; rank 0 alone prints help and errors. Ends the process as argparse does."""
+    with ExitStack() as stack:
+        if rank != 0:
+            nowhere = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(redirect_stdout(nowhere))
+            stack.enter_context(redirect_stderr(nowhere))
+        return _parser().parse_args(argv)
 
 
-def execute(
+def _generate_on_ranks(arguments: argparse.Namespace) -> int:
+    """This rank's part of `generate`; a rank that fails ends all."""
+    from paddle_qwen1m.parallel.job import StartError
+
+    with nullcontext() if arguments.debug else _quiet(arguments.log_level):
+        import paddlenlp  # noqa: F401  (it takes off the signal handlers that it finds)
+
+        from paddle_qwen1m.parallel.group import start
+    signal.signal(signal.SIGTERM, _interrupted)
+    try:
+        group = start(launched_ranks())
+    except (StartError, ValueError) as error:
+        return _end_alone(str(error), FAILED if isinstance(error, StartError) else BAD_INPUT)
+    except KeyboardInterrupt:
+        return _end_alone("interrupted", INTERRUPTED)
+    return _execute(_generate if group.rank == 0 else _follow, arguments, group.fail)
+
+
+def _interrupted(_signal: int, _frame: object) -> None:
+    """Ctrl-C, which paddle.distributed.launch passes on as SIGTERM, several times."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def _follow(arguments: argparse.Namespace) -> int:
+    """A rank other than 0: does what rank 0 asks for."""
+    from paddle_qwen1m.parallel.follow import follow
+
+    with as_input():
+        model = _load_model(arguments)
+    follow(model.engine)
+    return 0
+
+
+def _execute(
     command: Callable[[argparse.Namespace], int],
     arguments: argparse.Namespace,
-    log_level: int,
-    on_error: Callable[[str, int], int],
+    end: Callable[[str, int], int],
 ) -> int:
-    """Runs a command; returns its exit status, of a failure what `on_error` makes of reason and status."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+    """Runs a command; returns its exit status, of a failure what `end` makes of reason and status."""
     try:
-        with nullcontext() if arguments.debug else _quiet(log_level):
+        with nullcontext() if arguments.debug else _quiet(arguments.log_level):
             return command(arguments)
     except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the interpreter's last flush is quiet
-        return FAILED
+        return end("interrupted", INTERRUPTED)
     except Exception as error:
         if arguments.debug:
             traceback.print_exc()
-        return on_error(_one_line(error), BAD_INPUT if isinstance(error, InputError) else FAILED)
+        return end(_reason(error), BAD_INPUT if isinstance(error, InputError) else FAILED)
+
+
+def _end_alone(reason: str, status: int) -> int:
+    note("\ninterrupted" if status == INTERRUPTED else f"error: {reason}")
+    return status
+
+
+def _reason(error: Exception) -> str:
+    """One line that says what went wrong; of memory that could not be had, how much and what takes less."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    refused = re.search(r"alloc memory of (?P<bytes>\d+) size|allocate (?P<size>[\d.]+ ?[KMGT]i?B)|bad_alloc", text)
+    if not isinstance(error, MemoryError) or refused is None:
+        return text
+    size = f"{int(refused['bytes']) / 1e9:.2f} GB" if refused["bytes"] else refused["size"] or "what was wanted"
+    return (
+        f"out of memory: {size} more could not be had; a smaller --max-num-batched-tokens, --kv-cache-dtype or --dtype "
+        "bfloat16 on a CPU, and a shorter prompt take less; `paddle-qwen1m check MODEL` counts what is needed"
+    )
 
 
 if __name__ == "__main__":

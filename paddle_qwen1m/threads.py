@@ -21,7 +21,7 @@ def default_num_threads() -> int:
     started this process, a 1 says nothing. The launcher's processes of this machine share the cores.
     """
     launched = os.environ.get("PADDLE_LOCAL_SIZE", "")
-    if _WISH.isdigit() and int(_WISH) >= 1 and not (_WISH == "1" and (_PADDLE_WAS_IMPORTED or launched)):
+    if _WISH.isdecimal() and int(_WISH) >= 1 and not (_WISH == "1" and (_PADDLE_WAS_IMPORTED or launched)):
         return int(_WISH)
     cores = len(os.sched_getaffinity(0))
-    return max(1, cores // int(launched)) if launched.isdigit() and int(launched) > 1 else cores
+    return max(1, cores // int(launched)) if launched.isdecimal() and int(launched) > 1 else cores

@@ -11,51 +11,32 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "paddle_qwen1m"
 
 # From the lowest to the highest: a room imports rooms above its line alone, and of them those named.
-ROOMS: dict[str, tuple[str, ...]] = {
-    "dtypes": (),
-    "memory": (),
-    "threads": (),
-    "config_keys": (),
-    "config": ("config_keys", "dtypes"),
-    "options": ("config", "dtypes"),
-    "ops": ("config", "threads"),
-    "parallel": ("config", "ops"),
-    "weights": ("config", "dtypes", "parallel"),
-    "plan": ("config", "dtypes", "weights"),
-    "cache": ("config", "ops"),
-    "attention": ("cache", "config", "ops"),
-    "model": ("attention", "cache", "config", "dtypes", "ops", "parallel", "weights"),
-    "engine": ("attention", "cache", "config", "memory", "model", "ops", "options", "plan"),
-    "parallel.follow": ("engine",),
-    "paddlenlp": (
-        "config",
-        "config_keys",
-        "dtypes",
-        "engine",
-        "memory",
-        "model",
-        "options",
-        "parallel",
-        "plan",
-        "weights",
-    ),
-    "check": (
-        "config",
-        "config_keys",
-        "dtypes",
-        "memory",
-        "model",
-        "ops",
-        "options",
-        "paddlenlp",
-        "parallel",
-        "plan",
-        "weights",
-    ),
-    "cli": ("check", "dtypes", "engine", "ops", "options", "paddlenlp", "parallel", "parallel.follow", "weights"),
-    "__main__": ("cli",),
-    "__init__": ("paddlenlp", "threads"),
-}
+TABLE = """
+dtypes
+memory
+progress
+streams
+threads
+config_keys
+config             config_keys dtypes
+options            config dtypes
+ops                config threads
+parallel           config ops
+weights            config dtypes parallel progress
+plan               config dtypes weights
+cards              config dtypes plan weights
+cache              config ops
+attention          cache config ops
+model              attention cache config dtypes ops parallel weights
+engine             attention cache config memory model ops options plan
+parallel.follow    engine
+paddlenlp          config config_keys dtypes engine model options parallel weights
+check              config config_keys dtypes memory model ops options paddlenlp plan weights
+cli                cards check dtypes engine ops options paddlenlp parallel parallel.follow progress streams weights
+__main__           cli
+__init__           paddlenlp threads
+"""
+ROOMS = {room: tuple(allowed) for room, *allowed in map(str.split, TABLE.strip().splitlines())}
 PADDLENLP = {"paddlenlp", "check", "cli"}
 """Rooms that may import PaddleNLP."""
 

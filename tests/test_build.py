@@ -1,9 +1,11 @@
-"""What setup.py says when it builds no GPU kernels, and when it cannot build at all."""
+"""What setup.py says when it builds no GPU kernels or nothing, a package when it is hidden, make when it is asked."""
 
 from __future__ import annotations
 
 import os
+import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,8 @@ from typing import Any
 import pytest
 import setuptools
 
-SETUP = Path(__file__).parents[1] / "setup.py"
+ROOT = Path(__file__).parents[1]
+SETUP = ROOT / "setup.py"
 
 
 @pytest.fixture
@@ -52,3 +55,42 @@ def test_a_missing_compiler_is_named(tmp_path: Path) -> None:
     assert build.returncode == 1
     assert "no C++ compiler (no-such-compiler) on the PATH: install g++" in build.stderr
     assert not list(tmp_path.iterdir())
+
+
+def python(code: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "default", "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+
+
+def test_a_source_tree_that_hides_the_installed_package_says_so(tmp_path: Path) -> None:
+    tree, site = tmp_path / "tree", tmp_path / "site"
+    built = shutil.ignore_patterns("_ops.so", "__pycache__")
+    shutil.copytree(ROOT / "paddle_qwen1m", tree / "paddle_qwen1m", ignore=built)
+    shutil.copytree(ROOT / "configs", tree / "configs")
+    (site / "paddle_qwen1m").mkdir(parents=True)
+    (site / "paddle_qwen1m" / "_ops.so").touch()
+    (site / "paddle_qwen1m-0.1.0.dist-info").mkdir()
+    (site / "paddle_qwen1m-0.1.0.dist-info" / "METADATA").write_text("Name: paddle-qwen1m\nVersion: 0.1.0\n")
+    code = "from paddle_qwen1m import ops; ops.load()"
+    hidden = python(code, cwd=tree, env={**os.environ, "PYTHONPATH": str(site)})
+    assert f"this source tree hides the package that is installed in {site / 'paddle_qwen1m'}: start" in hidden.stderr
+    alone = python(code, cwd=tree, env={**os.environ, "PYTHONPATH": ""})
+    assert "the custom ops were not built; run `pip install . --no-build-isolation`" in alone.stderr
+
+
+def test_paddles_advice_to_builders_of_extensions_is_not_shown() -> None:
+    done = python("import paddle_qwen1m, paddle, setuptools", env={**os.environ, "PATH": ""})
+    assert "ccache" not in done.stderr and "distutils" not in done.stderr
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+def test_make_help_lists_every_target() -> None:
+    targets = re.findall(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)[0].split()
+    shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, timeout=60).stdout
+    assert [line.split()[1] for line in shown.splitlines()] == targets
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+def test_make_clean_takes_along_what_the_demo_wrote() -> None:
+    shown = subprocess.run(["make", "-n", "clean"], cwd=ROOT, capture_output=True, text=True, timeout=60).stdout
+    assert {"out", ".venv", "build"} <= set(shown.split())

@@ -1,7 +1,7 @@
 """The demo: retrieval far beyond the trained length, with nothing but the positions changed.
 
-    python tools/demo.py --out out/           the table (make demo), about five minutes on two cores
-    python tools/demo.py --out out/ --long    131,072 and 262,144 tokens (make demo-long)
+    python tools/demo.py --out out/           the table (make demo), about three minutes on two cores
+    python tools/demo.py --out out/ --long    131,072 and 262,144 tokens (make demo-long), about seven
 
 Every cell is eight documents of four hidden access codes; one of them is asked for, its depth spread evenly over the
 cell. The prompts go through AutoModelForCausalLM.from_pretrained and generate, greedy. The three rows are the same
@@ -15,6 +15,7 @@ import json
 import logging
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import resident_memory
-from needle_documents import DocumentMaker, is_answer, messages
+from needle_documents import NAMES, Document, DocumentMaker, is_answer, messages
 from paddlenlp.transformers import AutoModelForCausalLM, AutoTokenizer
 from paddlenlp.utils.log import logger
 
@@ -59,8 +60,9 @@ Table = dict[str, dict[int, int]]
 
 
 class Run(NamedTuple):
-    """One prompt and its answer. `peak`: the most bytes of this process that were resident meanwhile."""
+    """A question about a document and its answer. `peak`: the most bytes of this process resident meanwhile."""
 
+    document: Document
     tokens: int
     answer: str
     right: bool
@@ -92,6 +94,7 @@ class Reader:
         seconds = time.monotonic() - start
         answer = self._tokenizer.batch_decode(generated, skip_special_tokens=True)[0]
         return Run(
+            document=document,
             tokens=int(inputs["input_ids"].shape[1]),
             answer=answer,
             right=is_answer(answer, needle),
@@ -121,28 +124,26 @@ def kv_cache_bytes(checkpoint: Path, tokens: int) -> int:
     return int(2 * config["num_hidden_layers"] * config["num_key_value_heads"] * head_dim * 4 * tokens)
 
 
-def show_progress(text: str) -> None:
-    """Rewrites one line of a terminal; says nothing elsewhere."""
-    if sys.stderr.isatty():
-        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+def announce(step: str) -> None:
+    """Says what begins now; what came of it is printed on the same line."""
+    print(step, end=" ", flush=True)
 
 
 def fill_table(checkpoint: Path) -> Table:
-    """Every variant at every length."""
+    """Every variant at every length; a dot for each document that was read."""
     table: Table = {}
     for variant in VARIANTS:
         table[variant.title] = {}
         with checkpoint_of(variant, checkpoint) as directory:
             reader = Reader(directory)
             for tokens in LENGTHS:
+                announce(f"{variant.title}, {tokens:,} tokens, {DOCUMENTS} documents")
                 right, start = 0, time.monotonic()
                 for seed in range(DOCUMENTS):
-                    show_progress(f"{variant.title}, {tokens:,} tokens, document {seed + 1} of {DOCUMENTS}")
                     right += reader.ask(tokens, seed, DOCUMENTS).right
+                    print(".", end="", flush=True)
                 table[variant.title][tokens] = right
-                seconds = time.monotonic() - start
-                show_progress("")
-                print(f"{variant.title}, {tokens:,} tokens: {right} of {DOCUMENTS} right, {seconds:.0f} s", flush=True)
+                print(f" {right} right, {time.monotonic() - start:.0f} s", flush=True)
     return table
 
 
@@ -197,25 +198,59 @@ def draw(table: Table, path: Path) -> None:
 def describe(run: Run, checkpoint: Path) -> str:
     cache = kv_cache_bytes(checkpoint, run.tokens)
     return (
-        f"{run.tokens:,} tokens, sparse: {'right' if run.right else 'WRONG'} ({run.answer!r}), {run.seconds:.1f} s, "
+        f"{'right' if run.right else 'WRONG'} ({run.answer!r}), {run.seconds:.1f} s, "
         f"{run.peak / 1e6:,.0f} MB resident at the peak, of it {cache / 1e6:,.0f} MB of KV cache"
     )
 
 
+def show_question(run: Run) -> None:
+    """What was asked, the place of the document that answers it, and the answer."""
+    needle, sentences = run.document.needles[0], run.document.sentences
+    place = sentences.index(needle.sentence)
+    print(f"\nIts sentences {place - 1:,} to {place + 3:,} of {len(sentences):,}:")
+    print(f"    ... {' '.join(sentences[max(0, place - 2) : place + 3])} ...")
+    print(f"Question: {needle.question}\nAnswer:   {run.answer.strip()}")
+
+
+def show_next(checkpoint: Path, document: Path, question: str) -> None:
+    """What to try now."""
+    print(f"""
+Next, the same question from a shell; set-up is in .venv, which has to be activated:
+    . .venv/bin/activate
+    paddle-qwen1m generate --model {checkpoint} --prompt-file {document} --greedy \\
+        --question "{question}"
+Or ask a text of your own: this checkpoint of 9M parameters finds the sentence "The access code for NAME is 12345." in
+it, and nothing else; NAME is one of
+{textwrap.fill(", ".join(NAMES), 116, initial_indent="    ", subsequent_indent="    ")}
+Qwen2.5-7B/14B-Instruct-1M answer anything, with --model DIR or a hub name: see README.md.""")
+
+
 def demo(checkpoint: Path, out: Path) -> int:
+    print("Three kinds of positions, nine steps, then a long document: about three minutes on two cores.\n")
     table = fill_table(checkpoint)
     print_table(table)
     broken = broken_bounds(table)
+    announce(f"{DCA_TEMPERATURE.title}, one document of {SPARSE_LENGTH:,} tokens, sparse prefill:")
     run = Reader(checkpoint).ask(SPARSE_LENGTH, seed=0, documents=1)
-    print(f"{DCA_TEMPERATURE.title}, {describe(run, checkpoint)}")
+    print(describe(run, checkpoint))
+    show_question(run)
     if not run.right:
         broken.append(f"the document of {SPARSE_LENGTH:,} tokens was answered wrong: {run.answer!r}")
     for line in broken:
         print(f"FAILED: {line}")
     picture = out / "retrieval.png"
     draw(table, picture)
-    print(f"Picture: {picture}")
+    document = out / "document.txt"
+    document.write_text(run.document.text, encoding="utf-8")
+    print(f"\nPicture of the table: {picture}. The document: {document}")
+    show_next(nearby(checkpoint), document, run.document.needles[0].question)
     return 1 if broken else 0
+
+
+def nearby(path: Path) -> Path:
+    """The path as it is written from the directory that this was started in, where it lies in that."""
+    here = Path.cwd()
+    return path.relative_to(here) if here in path.parents else path
 
 
 def demo_long(checkpoint: Path) -> int:
@@ -224,10 +259,9 @@ def demo_long(checkpoint: Path) -> int:
     for tokens in LONG_LENGTHS:
         right = 0
         for seed in range(LONG_DOCUMENTS):
-            show_progress(f"{tokens:,} tokens, document {seed + 1} of {LONG_DOCUMENTS}")
+            announce(f"{DCA_TEMPERATURE.title}, {tokens:,} tokens, sparse, document {seed + 1} of {LONG_DOCUMENTS}:")
             run = reader.ask(tokens, seed, LONG_DOCUMENTS)
-            show_progress("")
-            print(f"{DCA_TEMPERATURE.title}, {describe(run, checkpoint)}", flush=True)
+            print(describe(run, checkpoint), flush=True)
             right += run.right
         if right == LONG_DOCUMENTS and not beyond:
             holds = tokens

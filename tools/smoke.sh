@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Installs the project into a fresh environment for each Python, runs one generate on the demo checkpoint, prints a line each:
+# Installs the project into a fresh environment for each Python, asks the demo checkpoint from Python and by the installed
+# command, prints a line each:
 #   tools/smoke.sh [PYTHON...]     default: python3.9 to python3.13, those that are on the PATH
 # Python 3.13 and newer must be refused in one line. With Python 3.12 the pair Paddle 2.6.2 + PaddleNLP 3.0.0b2 is run
 # too, installed without its needs as on the GPU machine. Exit status: the number of failures.
@@ -48,11 +49,22 @@ run() {
     "$@" >"$log" 2>&1 || { fail "$name" "$*" "$log"; return 1; }
 }
 
+# The installed command, with no file of the project but the checkpoint.
+ask() {
+    local environment=$1 command
+    for command in "$environment/bin/paddle-qwen1m" "$environment/bin/python -m paddle_qwen1m"; do
+        $command generate --model "$project/checkpoints/needle" --greedy --question "What is the access code for jade?" \
+            --prompt "The grass is green. The access code for jade is 64931. The sky is blue." |
+            grep -x "The access code for jade is 64931." || return
+    done
+}
+
 generate() {
     local name=$1 environment=$2 log=$3
     if (cd "$work" && "$environment/bin/python" -c "$GENERATE" \
-        "$project/checkpoints/needle" "$project/tests/data/needle_oracle/oracle.json") >"$log" 2>&1; then
-        say "$name" "$(grep '^ok: ' "$log")"
+        "$project/checkpoints/needle" "$project/tests/data/needle_oracle/oracle.json" && ask "$environment") >"$log" 2>&1
+    then
+        say "$name" "$(grep '^ok: ' "$log"), and so does the command"
     else
         fail "$name" generate "$log"
     fi

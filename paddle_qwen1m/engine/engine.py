@@ -219,13 +219,20 @@ class Engine:
 
     def check_length(self, prompt: int, max_new_tokens: int = 0) -> None:
         """ValueError when a prompt of so many tokens and its answer do not fit max_model_len."""
-        limit = self.max_model_len
-        if prompt + max_new_tokens > limit:
-            raise ValueError(
-                f"Input prompt ({prompt} tokens) + max_new_tokens ({max_new_tokens}) is too long and exceeds "
-                f"max_model_len ({limit} tokens): shorten the prompt, ask for at most {max(0, limit - prompt)} new "
-                "tokens, or increase max_model_len in from_pretrained"
-            )
+        limit, most = self.max_model_len, self.model.config.max_position_embeddings
+        if prompt + max_new_tokens <= limit:
+            return
+        ways = []
+        if prompt < limit:
+            ways.append(f"ask for at most {limit - prompt} new tokens")
+        excess = prompt + max_new_tokens - limit
+        ways.append(f"shorten the prompt by {excess} tokens" if excess < prompt else "give a shorter prompt")
+        if prompt < most and limit < most:
+            ways.append(f"raise max_model_len (--max-model-len) to at most {most}, all that the model has")
+        raise ValueError(
+            f"Input prompt ({prompt} tokens) + max_new_tokens ({max_new_tokens}) is too long and exceeds max_model_len "
+            f"({limit} tokens{', all that the model has' if limit == most else ''}): {', or '.join(ways)}"
+        )
 
     def _check(self, request: Request) -> None:
         """ValueError for a request that is not one, or that does not fit max_model_len."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import re
 import warnings
+from importlib import metadata
 from pathlib import Path
 
 import paddle
@@ -27,9 +28,7 @@ def load() -> None:
     if _registered:
         return
     if not LIBRARY.exists():
-        raise ImportError(
-            f"{LIBRARY} is missing: the custom ops were not built; run `pip install . --no-build-isolation`"
-        )
+        raise ImportError(f"{LIBRARY} is missing: {_why_missing()}")
     load_op_meta_info_and_register_op(str(LIBRARY))
     _registered = True
     set_num_threads(default_num_threads())
@@ -38,6 +37,17 @@ def load() -> None:
         if obstacle is not None:
             warnings.warn(f"{obstacle}: Paddle's device is set to cpu", stacklevel=2)
             paddle.device.set_device("cpu")
+
+
+def _why_missing() -> str:
+    for distribution in metadata.distributions(name="paddle-qwen1m"):
+        installed = Path(str(distribution.locate_file("paddle_qwen1m"))) / LIBRARY.name
+        if installed.exists():
+            return (
+                f"this source tree hides the package that is installed in {installed.parent}: start Python in another "
+                "directory, or run `pip install --editable . --no-build-isolation` in this one"
+            )
+    return "the custom ops were not built; run `pip install . --no-build-isolation`"
 
 
 def gpu_obstacle() -> str | None:

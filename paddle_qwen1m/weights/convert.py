@@ -82,7 +82,7 @@ def convert(
     dtype: "float32", "float16" or "bfloat16", rounded to nearest even; None keeps what is there.
     max_shard_bytes: see conversion.plan_conversion.
     verify: read everything again afterwards and compare sizes, headers and SHA-256.
-    progress: show a bar on stderr when that is a terminal.
+    progress: stderr tells how far it is: a bar on a terminal, lines elsewhere.
 
     Memory is bounded by a few panels of a tensor, whatever the size of tensors and shards. An interrupted call is
     repeated with the same arguments: finished shards are kept. While it is unfinished the directory has no index, and

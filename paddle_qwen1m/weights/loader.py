@@ -7,7 +7,6 @@ import io
 import logging
 import math
 import os
-import sys
 from collections import defaultdict
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack
@@ -16,9 +15,9 @@ from typing import Any, Callable
 
 import numpy as np
 import paddle
-from tqdm import tqdm
 
 from paddle_qwen1m.dtypes import SAFETENSORS, STORAGE, dtype_name
+from paddle_qwen1m.progress import Progress
 
 from .checkpoint import Checkpoint, check_fit
 from .safetensors import DTYPE_BYTES, Array, TensorInfo
@@ -84,7 +83,7 @@ def load_checkpoint(
     Tensors in `ignore` and rotary tables may be in the checkpoint and are skipped. A head among them is compared with
     the embedding, which is used in its place; one line in the log says when they differ. Host memory beyond the
     parameters is a few MB, for parameters on a GPU STAGING_BYTES more; nothing is written to the directory. With
-    `progress`, a bar goes to stderr when that is a terminal.
+    `progress`, stderr tells how far it is.
     Raises CheckpointError, before anything is read, when files, names or shapes do not fit: see Checkpoint.
     """
     checkpoint = Checkpoint(directory)
@@ -100,14 +99,8 @@ def load_checkpoint(
         asked += nbytes
         bar.update(nbytes)
 
-    with tqdm(
-        total=sum(_held_bytes(checkpoint.tensors[name], slot) for name, slot in slots.items()),
-        desc="Loading weights",
-        unit="B",
-        unit_scale=True,
-        file=sys.stderr,
-        disable=not (progress and sys.stderr.isatty()),
-    ) as bar:
+    total = sum(_held_bytes(checkpoint.tensors[name], slot) for name, slot in slots.items())
+    with Progress("Loading weights", total, "bytes", visible=progress) as bar:
         for path, names in by_file.items():
             with open(path, "rb", buffering=0) as file:
                 for name in names:

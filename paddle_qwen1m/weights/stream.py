@@ -5,16 +5,15 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Callable
 
 import numpy as np
-from tqdm import tqdm
 
 from paddle_qwen1m.dtypes import STORAGE
+from paddle_qwen1m.progress import Progress
 
 from .conversion import Group, Plan, Target
 from .durable import publish, temporary
@@ -51,7 +50,7 @@ def write_shards(plan: Plan, destination: Path, record: Record, progress: bool) 
             raise
 
     total = sum(target.nbytes for target in plan.targets if target.file not in record.files)
-    with Writer(publish_file) as writer, _bar("Converting", total, progress) as bar:
+    with Writer(publish_file) as writer, Progress("Converting", total, "bytes", visible=progress) as bar:
         memory = Buffers(PANELS), Buffers(TRANSPOSED_PANELS)
         for group in plan.groups:
             targets = [target for target in group.targets if target.file not in record.files]
@@ -60,7 +59,12 @@ def write_shards(plan: Plan, destination: Path, record: Record, progress: bool) 
 
 
 def _write_group(
-    group: Group, targets: list[Target], destination: Path, writer: Writer, memory: tuple[Buffers, Buffers], bar: tqdm
+    group: Group,
+    targets: list[Target],
+    destination: Path,
+    writer: Writer,
+    memory: tuple[Buffers, Buffers],
+    bar: Progress,
 ) -> None:
     files = [writer.open(destination / target.file) for target in targets]
 
@@ -120,7 +124,8 @@ def _cut(panel: Array, first: int, part: Part | None) -> Array:
 def differing_shards(plan: Plan, destination: Path, record: Record, progress: bool) -> list[str]:
     """Reads every file of weights again; names those whose size, header or SHA-256 are not what was written."""
     wrong = []
-    with _bar("Verifying", sum(target.nbytes for target in plan.targets), progress) as bar:
+    total = sum(target.nbytes for target in plan.targets)
+    with Progress("Verifying", total, "bytes", visible=progress) as bar:
         for target in plan.targets:
             path = destination / target.file
             if not _is_as_written(path, target, record.files[target.file], bar):
@@ -128,7 +133,7 @@ def differing_shards(plan: Plan, destination: Path, record: Record, progress: bo
     return wrong
 
 
-def _is_as_written(path: Path, target: Target, entry: dict[str, object], bar: tqdm) -> bool:
+def _is_as_written(path: Path, target: Target, entry: dict[str, object], bar: Progress) -> bool:
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(PANEL_BYTES))
     with ReadAheadFile(path) as file:
@@ -143,8 +148,3 @@ def _is_as_written(path: Path, target: Target, entry: dict[str, object], bar: tq
             bar.update(got)
             nbytes += got
     return nbytes == target.nbytes == entry["bytes"] and digest.hexdigest() == entry["sha256"]
-
-
-def _bar(title: str, total: int, progress: bool) -> tqdm:
-    shown = progress and sys.stderr.isatty()
-    return tqdm(total=total, desc=title, unit="B", unit_scale=True, file=sys.stderr, disable=not shown)

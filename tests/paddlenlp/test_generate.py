@@ -150,7 +150,7 @@ def test_generation_stops_at_any_of_several_end_tokens(needle: Qwen2OneMForCausa
             {"max_new_tokens": 1048570},
             ValueError,
             r"Input prompt \(10 tokens\) \+ max_new_tokens \(1048570\) is too long and exceeds max_model_len "
-            r"\(1048576 tokens\).*at most 1048566 new tokens.*increase max_model_len",
+            r"\(1048576 tokens, all that the model has\): ask for at most 1048566 new tokens, or shorten the prompt",
         ),
     ],
 )

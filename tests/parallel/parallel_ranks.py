@@ -67,6 +67,10 @@ class Process:
         """Kills the process alone, not what it started."""
         self._process.kill()
 
+    def signal(self, number: int) -> None:
+        """Sends a signal to the process alone."""
+        self._process.send_signal(number)
+
 
 def launcher(degree: int, logs: Path, script: Sequence[str | Path], *options: str) -> list[str | Path]:
     return [
