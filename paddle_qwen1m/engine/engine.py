@@ -250,7 +250,8 @@ class Engine:
         """Events of requests that come together, until all are done; those that are not at the end are dropped."""
         for request in requests:
             self._check(request)
-        self._make_room([request.max_length for request in requests])
+        if requests:
+            self._make_room([request.max_length for request in requests])
         try:
             for request in requests:
                 self.add(request)

@@ -58,6 +58,10 @@ def test_requests_that_come_while_others_run_get_what_they_get_alone(
     assert [completions[f"request {number}"] for number in range(3)] == alone
 
 
+def test_no_prompts_are_no_work(model: Qwen2OneM) -> None:
+    assert Engine(model, EngineOptions()).generate([], GREEDY) == []
+
+
 def test_events_tell_the_whole_story(model: Qwen2OneM, prompts: list[np.ndarray]) -> None:
     one = Engine(model, EngineOptions(max_num_batched_tokens=100))
     one.add(Request("story", prompts[2], GREEDY))
