@@ -79,14 +79,15 @@ def _wrap_auto_tokenizer(module: ModuleType) -> None:
 
     @wraps(stock)
     def tokenizer(cls: Any, name: Any, *arguments: Any, **options: Any) -> Any:
-        from paddle_qwen1m.paddlenlp import chat_template, compat, loading
+        from paddle_qwen1m.paddlenlp import chat_template, loading
+        from paddle_qwen1m.paddlenlp.tokenizer import load_tokenizer
 
         checkpoint = loading.find_ours(name, cls._tokenizer_mapping, options, weights=False)
         if checkpoint is None:
             return stock(cls, name, *arguments, **options)
         checkpoint.announce()
         rest = {key: value for key, value in options.items() if key not in loading.HUB_OPTIONS}
-        loaded = compat.load_tokenizer(partial(stock, cls), checkpoint.fetch_tokenizer(), *arguments, **rest)
+        loaded = load_tokenizer(partial(stock, cls), checkpoint.fetch_tokenizer(), *arguments, **rest)
         return chat_template.honour_keywords(loaded)
 
     tokenizer.is_qwen1m = True  # type: ignore[attr-defined]

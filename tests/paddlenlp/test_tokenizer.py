@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from paddlenlp.transformers import AutoTokenizer
+from paddlenlp.transformers import AutoTokenizer, Qwen2Config
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "data" / "tokenizer" / "golden.json").read_text(encoding="utf-8"))
 
@@ -116,6 +116,12 @@ def test_every_name_of_the_class_gives_the_same_ids(copied_needle: Callable[...,
     (directory / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     ids = AutoTokenizer.from_pretrained(str(directory))(GOLDEN["chat"]["text"])["input_ids"]
     assert list(ids) == GOLDEN["chat"]["ids"]
+
+
+def test_a_config_given_by_hand_is_none_of_the_tokenizers_business(needle_checkpoint: Path) -> None:
+    config = Qwen2Config.from_pretrained(str(needle_checkpoint))
+    loaded = AutoTokenizer.from_pretrained(str(needle_checkpoint), config=config)
+    assert list(loaded(GOLDEN["chat"]["text"])["input_ids"]) == GOLDEN["chat"]["ids"]
 
 
 def rendered(directory: Path, **options: Any) -> str:
