@@ -553,12 +553,10 @@ def _arguments(argv: Sequence[str] | None, rank: int) -> argparse.Namespace:
 
 def _generate_on_ranks(arguments: argparse.Namespace) -> int:
     """This rank's part of `generate`; a rank that fails ends all."""
-    from paddle_qwen1m.parallel.job import StartError
-
     with nullcontext() if arguments.debug else _quiet(arguments.log_level):
-        import paddlenlp  # noqa: F401  (it takes off the signal handlers that it finds)
-
         from paddle_qwen1m.parallel.group import start
+        from paddle_qwen1m.parallel.job import StartError
+
     signal.signal(signal.SIGTERM, _interrupted)
     try:
         group = start(launched_ranks())
@@ -566,7 +564,14 @@ def _generate_on_ranks(arguments: argparse.Namespace) -> int:
         return _end_alone(str(error), FAILED if isinstance(error, StartError) else BAD_INPUT)
     except KeyboardInterrupt:
         return _end_alone("interrupted", INTERRUPTED)
-    return _execute(_generate if group.rank == 0 else _follow, arguments, group.fail)
+
+    def command(arguments: argparse.Namespace) -> int:
+        import paddlenlp  # noqa: F401  (it takes off the signal handlers that it finds)
+
+        signal.signal(signal.SIGTERM, _interrupted)
+        return _generate(arguments) if group.rank == 0 else _follow(arguments)
+
+    return _execute(command, arguments, group.fail)
 
 
 def _interrupted(_signal: int, _frame: object) -> None:
