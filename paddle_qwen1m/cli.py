@@ -34,11 +34,11 @@ from paddle_qwen1m.streams import (
     Output,
     directory_argument,
     file_argument,
+    json_file,
     name_argument,
     note,
     open_standard_streams,
     read_document,
-    readable_file,
     say,
     shown,
     text_argument,
@@ -202,7 +202,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
     findings = check_machine()
     if arguments.model is not None:
-        _check_names(arguments)
+        _check_names(arguments, "MODEL")
         options = CheckOptions(
             from_hf_hub=arguments.from_hf_hub,
             max_model_len=arguments.max_model_len,
@@ -226,7 +226,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         raise InputError("--system has no place in a --raw prompt: write it into the text")
     if arguments.greedy and arguments.temperature:
         raise InputError(f"--greedy and --temperature {arguments.temperature:g} exclude each other")
-    _check_names(arguments)
+    _check_names(arguments, "--model")
     questions = _questions(arguments)
     system = None if arguments.system is None else text_argument("--system", arguments.system)
     document = _document(arguments)
@@ -235,11 +235,11 @@ def _generate(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _check_names(arguments: argparse.Namespace) -> None:
-    """InputError for a checkpoint or a file that cannot be named or read."""
-    name_argument("--model", arguments.model)
+def _check_names(arguments: argparse.Namespace, model: str) -> None:
+    """InputError for a checkpoint, given as `model`, or a file that cannot be named or read."""
+    name_argument(model, arguments.model)
     if arguments.sparse_budgets is not None:
-        readable_file("--sparse-budgets", arguments.sparse_budgets)
+        json_file("--sparse-budgets", arguments.sparse_budgets)
 
 
 def _questions(arguments: argparse.Namespace) -> list[str | None]:
