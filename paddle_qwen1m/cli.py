@@ -34,11 +34,11 @@ from paddle_qwen1m.streams import (
     Output,
     directory_argument,
     file_argument,
+    json_file,
     name_argument,
     note,
     open_standard_streams,
     read_document,
-    readable_file,
     say,
     shown,
     text_argument,
@@ -202,7 +202,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
     findings = check_machine()
     if arguments.model is not None:
-        _check_names(arguments)
+        _check_names(arguments, "MODEL")
         options = CheckOptions(
             from_hf_hub=arguments.from_hf_hub,
             max_model_len=arguments.max_model_len,
@@ -226,7 +226,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         raise InputError("--system has no place in a --raw prompt: write it into the text")
     if arguments.greedy and arguments.temperature:
         raise InputError(f"--greedy and --temperature {arguments.temperature:g} exclude each other")
-    _check_names(arguments)
+    _check_names(arguments, "--model")
     questions = _questions(arguments)
     system = None if arguments.system is None else text_argument("--system", arguments.system)
     document = _document(arguments)
@@ -235,11 +235,11 @@ def _generate(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _check_names(arguments: argparse.Namespace) -> None:
-    """InputError for a checkpoint or a file that cannot be named or read."""
-    name_argument("--model", arguments.model)
+def _check_names(arguments: argparse.Namespace, model: str) -> None:
+    """InputError for a checkpoint, given as `model`, or a file that cannot be named or read."""
+    name_argument(model, arguments.model)
     if arguments.sparse_budgets is not None:
-        readable_file("--sparse-budgets", arguments.sparse_budgets)
+        json_file("--sparse-budgets", arguments.sparse_budgets)
 
 
 def _questions(arguments: argparse.Namespace) -> list[str | None]:
@@ -553,12 +553,10 @@ def _arguments(argv: Sequence[str] | None, rank: int) -> argparse.Namespace:
 
 def _generate_on_ranks(arguments: argparse.Namespace) -> int:
     """This rank's part of `generate`; a rank that fails ends all."""
-    from paddle_qwen1m.parallel.job import StartError
-
     with nullcontext() if arguments.debug else _quiet(arguments.log_level):
-        import paddlenlp  # noqa: F401  (it takes off the signal handlers that it finds)
-
         from paddle_qwen1m.parallel.group import start
+        from paddle_qwen1m.parallel.job import StartError
+
     signal.signal(signal.SIGTERM, _interrupted)
     try:
         group = start(launched_ranks())
@@ -566,7 +564,14 @@ def _generate_on_ranks(arguments: argparse.Namespace) -> int:
         return _end_alone(str(error), FAILED if isinstance(error, StartError) else BAD_INPUT)
     except KeyboardInterrupt:
         return _end_alone("interrupted", INTERRUPTED)
-    return _execute(_generate if group.rank == 0 else _follow, arguments, group.fail)
+
+    def command(arguments: argparse.Namespace) -> int:
+        import paddlenlp  # noqa: F401  (it takes off the signal handlers that it finds)
+
+        signal.signal(signal.SIGTERM, _interrupted)
+        return _generate(arguments) if group.rank == 0 else _follow(arguments)
+
+    return _execute(command, arguments, group.fail)
 
 
 def _interrupted(_signal: int, _frame: object) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import re
 import sys
@@ -92,13 +93,16 @@ def directory_argument(option: str, value: str) -> str:
     return value
 
 
-def readable_file(option: str, value: str) -> str:
-    """The path of a file that can be opened. Raises InputError."""
+def json_file(option: str, value: str) -> str:
+    """The path of a file that holds JSON. Raises InputError."""
+    raw = _read(option, file_argument(option, value), shown(value))
     try:
-        with open(file_argument(option, value), "rb"):
-            return value
-    except OSError as error:
-        raise InputError(f"{option}: cannot read {shown(value)}: {error.strerror or error}") from error
+        json.loads(raw.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise InputError(f"{option}: {shown(value)} {_not_utf8(error)}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{option}: {shown(value)} is not JSON: {error}") from error
+    return value
 
 
 def shown(name: str) -> str:
@@ -112,10 +116,7 @@ def read_document(name: str, option: str = "--prompt-file") -> str:
     Raises InputError when it cannot be read, is empty or not UTF-8.
     """
     title = "standard input" if name == "-" else shown(file_argument(option, name))
-    try:
-        raw = _standard_input(option) if name == "-" else Path(name).read_bytes()
-    except OSError as error:
-        raise InputError(f"{option}: cannot read {title}: {error.strerror or error}") from error
+    raw = _read(option, name, title)
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -175,12 +176,18 @@ def note(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-def _standard_input(option: str) -> bytes:
-    if sys.stdin is None:
-        raise InputError(f"{option}: standard input is closed")
-    if sys.stdin.isatty():
-        note("reading the document from the terminal, to its end (Ctrl-D)")
-    return sys.stdin.buffer.read()
+def _read(option: str, name: str, title: str) -> bytes:
+    """What a file holds, or standard input for `-`."""
+    try:
+        if name != "-":
+            return Path(name).read_bytes()
+        if sys.stdin is None:
+            raise InputError(f"{option}: standard input is closed")
+        if sys.stdin.isatty():
+            note("reading the document from the terminal, to its end (Ctrl-D)")
+        return sys.stdin.buffer.read()
+    except OSError as error:
+        raise InputError(f"{option}: cannot read {title}: {error.strerror or error}") from error
 
 
 def _not_utf8(error: UnicodeDecodeError) -> str:

@@ -57,6 +57,12 @@ def test_a_missing_compiler_is_named(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_every_folder_of_the_package_is_installed() -> None:
+    listed = re.findall(r'"(paddle_qwen1m(?:\.\w+)*)",\n', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    folders = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "paddle_qwen1m").rglob("*.py")}
+    assert set(listed) == {*folders, "paddle_qwen1m.configs"}
+
+
 def python(code: str, **options: Any) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-W", "default", "-c", code]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)

@@ -67,7 +67,7 @@ def test_an_argument_that_is_no_text_is_refused_by_its_option(value: str, reason
         streams.text_argument("--question", value)
 
 
-@pytest.mark.parametrize("read", [streams.file_argument, streams.name_argument, streams.readable_file])
+@pytest.mark.parametrize("read", [streams.file_argument, streams.name_argument, streams.json_file])
 @pytest.mark.parametrize(
     ("value", "reason"),
     [("", "is empty"), ("a\0b", "cannot hold the character NUL"), ("a\ud800", "cannot be a file name")],
@@ -83,6 +83,21 @@ def test_a_name_that_libraries_open_as_text_must_be_text() -> None:
     assert streams.name_argument("--model", "/tmp/modèle") == "/tmp/modèle"
     with pytest.raises(InputError, match=r"^--model: the name /tmp/mod\\xe8le is no text in the locale's encoding"):
         streams.name_argument("--model", os.fsdecode(b"/tmp/mod\xe8le"))
+
+
+@pytest.mark.parametrize(
+    ("raw", "reason"),
+    [
+        (b"\xff\xfe[", "is not UTF-8: byte 0xff at offset 0"),
+        (b"[1,", "is not JSON: Expecting value"),
+        (b"[" * 200_000, "is not JSON: maximum recursion depth"),
+    ],
+)
+def test_a_file_that_holds_no_json_is_refused_by_its_option(tmp_path: Path, raw: bytes, reason: str) -> None:
+    path = tmp_path / "budgets.json"
+    path.write_bytes(raw)
+    with pytest.raises(InputError, match=f"^--sparse-budgets: {re.escape(str(path))} {reason}"):
+        streams.json_file("--sparse-budgets", str(path))
 
 
 # --- documents ---

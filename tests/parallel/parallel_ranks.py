@@ -25,6 +25,8 @@ from paddle_qwen1m.weights.tensors import part_of
 
 ROOT = Path(__file__).parents[2]
 NEEDLE = ROOT / "checkpoints" / "needle"
+COMMAND = Path(sys.executable).with_name("paddle-qwen1m")
+"""The program that pip installs; the launcher runs what does not end in .py as a program."""
 
 
 def environment(**changes: str) -> dict[str, str]:

@@ -6,15 +6,12 @@ import contextlib
 import json
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from parallel_ranks import NEEDLE, Process, launch, launcher
+from parallel_ranks import COMMAND, NEEDLE, Process, launch, launcher
 
-COMMAND = Path(sys.executable).with_name("paddle-qwen1m")
-"""The program that pip installs; the launcher runs what does not end in .py as a program."""
 SENTENCE = "The access code for jade is 64931."
 ASK = ["--greedy", "--question", "What is the access code for jade?", "--question", "What is the access code for ruby?"]
 OBSERVED = """

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from parallel_ranks import NEEDLE, ROOT, Process, cut, launch, launcher, write_checkpoint
+from parallel_ranks import COMMAND, NEEDLE, Process, cut, launch, launcher, write_checkpoint
 
 from paddle_qwen1m import Qwen2OneMForCausalLM
 from paddle_qwen1m.parallel.job import free_port
 
-GENERATE = ROOT / "tools" / "generate.py"
+GENERATE = [COMMAND, "generate"]
 FAILING = Path(__file__).with_name("failing_rank.py")
 HOST = socket.gethostname()
 START = 60.0
@@ -69,8 +69,8 @@ def test_a_degree_that_does_not_fit_is_refused_before_anything_is_read(tmp_path:
         Qwen2OneMForCausalLM.from_pretrained(str(tmp_path), tensor_parallel_degree=8)
 
 
-def test_the_launch_script_refuses_a_degree_too(tmp_path: Path, prompt: Path) -> None:
-    status, output = launch(3, tmp_path / "logs", [GENERATE, *options(prompt)], START)
+def test_the_command_refuses_a_degree_too(tmp_path: Path, prompt: Path) -> None:
+    status, output = launch(3, tmp_path / "logs", [*GENERATE, *options(prompt)], START)
     assert status == 2
     assert "tensor_parallel_degree must be one of 1, 2, 4" in output and "got 3: use 2" in output
     assert any(f"rank {rank} on {HOST}" in output for rank in range(3)), "whichever refuses first ends the others"
@@ -94,7 +94,7 @@ def test_ranks_that_do_not_come_are_named(prompt: Path) -> None:
     """Rank 0 and 2 of 3 start, and rank 1 of another job alone."""
     port, other = free_port("127.0.0.1"), free_port("127.0.0.1")
     limit = {"PADDLE_QWEN1M_START_SECONDS": "5"}
-    script = [GENERATE, *options(prompt)]
+    script = [*GENERATE, *options(prompt)]
     first, third = (Process(script, **rank_environment(rank, 3, port), **limit) for rank in (0, 2))
     alone = Process(script, **rank_environment(1, 2, other), **limit)
     for process in (first, third):
@@ -155,7 +155,7 @@ def test_two_launchers_make_one_job(tmp_path: Path, prompt: Path, fails: bool) -
     """Two launchers on this machine, as on two: rank 0's prints the answer; a killed rank ends both, and no process
     stays."""
     master = f"127.0.0.1:{free_port('127.0.0.1')}"
-    script: list[Any] = [FAILING, NEEDLE, tmp_path, 1, "decode", "kill"] if fails else [GENERATE, *options(prompt)]
+    script: list[Any] = [FAILING, NEEDLE, tmp_path, 1, "decode", "kill"] if fails else [*GENERATE, *options(prompt)]
     launchers = [
         Process(launcher(1, tmp_path / f"logs-{number}", script, "--nnodes", "2", "--master", master))
         for number in range(2)
@@ -188,6 +188,6 @@ def test_a_killed_launcher_leaves_no_rank_behind(tmp_path: Path) -> None:
 
 
 def test_the_help_is_printed_once(tmp_path: Path) -> None:
-    status, output = Process(launcher(2, tmp_path / "logs", [GENERATE, "--help"])).finish(START)
+    status, output = Process(launcher(2, tmp_path / "logs", [*GENERATE, "--help"])).finish(START)
     assert status == 0 and "--prompt-file" in output
     assert os.path.getsize(tmp_path / "logs" / "workerlog.1") < 1000
