@@ -21,9 +21,9 @@ from paddle_qwen1m.paddlenlp.hub import Checkpoint, HubError, locate, read_json
 from paddle_qwen1m.parallel.group import Group, start
 from paddle_qwen1m.weights import load_checkpoint
 from paddle_qwen1m.weights.foreign import describe_adapter, describe_file
+from paddle_qwen1m.weights.rotary_tables import compare_rotary_tables
 from paddle_qwen1m.weights.sharding import check_degree, rank_directory, rank_sets
 from paddle_qwen1m.weights.tensors import HEAD
-from paddle_qwen1m.weights.unused import compare_unused
 
 SPARSE_CONFIG = "sparse_attention_config.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -128,7 +128,7 @@ def read_weights(model: Qwen2OneM, checkpoint: Checkpoint, described: dict[str, 
         directory = directory / rank_directory(group.rank, group.degree)
         slots = {name: slot.without_slicing() for name, slot in slots.items()}
     tied = {HEAD} if model.config.tie_word_embeddings else set()
-    for line in compare_unused(directory, model.config):
+    for line in compare_rotary_tables(directory, model.config):
         logger.warning(line)
     load_checkpoint(directory, slots, ignore=tied, progress=group.rank == 0)
 
