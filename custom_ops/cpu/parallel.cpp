@@ -1,5 +1,6 @@
 #include "parallel.h"
 
+#include <pthread.h>
 #include <stdlib.h>
 
 #include <new>
@@ -13,7 +14,12 @@ namespace qwen1m {
 
 namespace {
 int threads = 1;
-}
+
+// Before a fork. The threads that wait for this one's next team would be missing in the child, which would wait for
+// them for ever; without them parent and child each start a new team.
+void end_idle_team() { omp_pause_resource_all(omp_pause_hard); }
+
+}  // namespace
 
 int num_threads() { return threads; }
 
@@ -29,6 +35,8 @@ Scratch::~Scratch() { free(data); }
 
 // The kernels share out the work themselves and call one single-threaded GEMM a task.
 void qwen1m_cpu_set_num_threads(int count) {
+  static const int registered = pthread_atfork(qwen1m::end_idle_team, nullptr, nullptr);
+  (void)registered;
   qwen1m::threads = count;
   scipy_openblas_set_num_threads(1);
 }

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import threading
 import time
+import weakref
 from collections.abc import Iterator
 from collections.abc import Sequence as ManyOf
 from contextlib import contextmanager
@@ -54,7 +57,10 @@ class Engine:
         self._sequences: dict[str, Sequence] = {}
         self._scheduler: Scheduler | None = None
         self._numbers = count()
+        self._thread = threading.get_ident()
         self.configure(options, budgets)
+        forget = weakref.WeakMethod(self._forget_other_thread)
+        os.register_at_fork(after_in_child=lambda: (call := forget()) is not None and call())
 
     def configure(self, options: EngineOptions, budgets: SparseBudgets | None = None) -> None:
         """Changes options and budgets between calls. ValueError for what the model or its device does not allow."""
@@ -130,6 +136,7 @@ class Engine:
 
     def step(self) -> list[Event]:
         """Runs one step, if there is something to do, and tells what became of the requests in it."""
+        self._thread = threading.get_ident()
         work = self._scheduler.next() if self._scheduler is not None else None
         if work is None:
             return []
@@ -294,6 +301,13 @@ class Engine:
 
     def _new_id(self) -> str:
         return f"call-{next(self._numbers)}"
+
+    def _forget_other_thread(self) -> None:
+        """In a forked child: requests that a thread of the parent was in the middle of are not the child's."""
+        if self._sequences and self._thread != threading.get_ident() and not self.model.on_gpu:
+            self._sequences.clear()
+            self._scheduler = None
+            self.runner.use(None)
 
     def _make_room(self, lengths: ManyOf[int]) -> None:
         """A cache for requests of so many tokens each and, where memory allows, max_num_batched_tokens more each.
