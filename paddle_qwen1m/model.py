@@ -124,6 +124,7 @@ class Qwen2OneM(nn.Layer):
             delta = layer.mlp(normed)
             following = self.layers[number + 1].input_norm if number + 1 < len(self.layers) else self.norm
             normed = ops.add_rms_norm(delta, residual, following, eps)
+            group.mark(normed)
             yield number + 1
         if step.lengths is None:
             if step.logit_rows is None:

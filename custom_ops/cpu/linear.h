@@ -13,6 +13,7 @@ namespace QWEN1M_ISA {
 constexpr int64_t kDotRows = 8;               // up to so many rows the weights are read once, in registers
 constexpr int64_t kTileFloats = 1024 * 1024;  // widened weights of one task: they stay in the last-level cache
 constexpr int64_t kTileColumns = 512;
+constexpr int64_t kTileTokens = 2048;  // rows of x of one sgemm
 
 // y[r, n] for ROWS rows of x and one row of the weight
 template <typename T, int ROWS>
@@ -86,10 +87,14 @@ void linear(const qwen1m_linear& a) {
         for (int64_t n = 0; n < width; ++n) y[t * a.out_features + begin + n] = widen(bias[begin + n]);
       }
     }
-    scipy_cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, static_cast<blasint>(a.tokens),
-                      static_cast<blasint>(width), static_cast<blasint>(a.in_features), 1.0f, x,
-                      static_cast<blasint>(a.in_features), tile, static_cast<blasint>(a.in_features),
-                      bias ? 1.0f : 0.0f, y + begin, static_cast<blasint>(a.out_features));
+    for (int64_t t = 0; t < a.tokens; t += kTileTokens) {
+      const int64_t rows = a.tokens - t < kTileTokens ? a.tokens - t : kTileTokens;
+      scipy_cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, static_cast<blasint>(rows),
+                        static_cast<blasint>(width), static_cast<blasint>(a.in_features), 1.0f, x + t * a.in_features,
+                        static_cast<blasint>(a.in_features), tile, static_cast<blasint>(a.in_features),
+                        bias ? 1.0f : 0.0f, y + t * a.out_features + begin, static_cast<blasint>(a.out_features));
+      advance();
+    }
   });
 }
 

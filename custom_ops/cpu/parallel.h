@@ -5,6 +5,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "progress.h"
 #include "qwen1m/types.h"
 
 namespace qwen1m {
@@ -35,7 +36,10 @@ void parallel_tasks(int64_t tasks, size_t arena_floats, const Body& body) {
   {
     float* arena = arenas.data + stride * omp_get_thread_num();
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t task = 0; task < tasks; ++task) body(task, arena);
+    for (int64_t task = 0; task < tasks; ++task) {
+      body(task, arena);
+      advance();
+    }
   }
 }
 
@@ -46,12 +50,14 @@ void parallel_ranges(int64_t count, int64_t grain, const Body& body) {
   const int threads = shares < num_threads() ? static_cast<int>(shares) : num_threads();
   if (threads <= 1) {
     if (count > 0) body(int64_t{0}, count);
+    advance();
     return;
   }
 #pragma omp parallel num_threads(threads)
   {
     const int64_t thread = omp_get_thread_num();
     body(count * thread / threads, count * (thread + 1) / threads);
+    advance();
   }
 }
 

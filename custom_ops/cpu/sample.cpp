@@ -79,5 +79,8 @@ void sample_row(const qwen1m_sample& a, int row) {
 
 void qwen1m_cpu_sample(const qwen1m_sample* a) {
 #pragma omp parallel for schedule(dynamic, 1) num_threads(std::min(qwen1m::num_threads(), a->batch))
-  for (int row = 0; row < a->batch; ++row) sample_row(*a, row);
+  for (int row = 0; row < a->batch; ++row) {
+    sample_row(*a, row);
+    qwen1m::advance();
+  }
 }

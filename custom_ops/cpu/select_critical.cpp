@@ -47,6 +47,7 @@ void qwen1m_cpu_select_critical(const qwen1m_select_critical* a) {
              a->column_width, &ranks, a->columns + static_cast<int64_t>(head) * a->column_width);
       select(a->slash + row, a->keys, a->keys - a->forced_diagonals, a->keys, std::min(a->slash_sizes[head], a->keys),
              a->slash_width, &ranks, a->slashes + static_cast<int64_t>(head) * a->slash_width);
+      qwen1m::advance();
     }
   }
 }

@@ -129,6 +129,7 @@ void qwen1m_cpu_sparse_index(const qwen1m_sparse_index* a) {
         counts[stage] = out.num_blocks - blocks_before;
         counts[kStages + stage] = out.num_columns - columns_before;
       }
+      advance();
     }
   }
 }

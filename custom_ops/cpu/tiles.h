@@ -4,6 +4,7 @@
 // same register tile: kTileRows x kPanel accumulators, one broadcast and two loads a step.
 #pragma once
 
+#include "progress.h"
 #include "simd.h"
 
 namespace qwen1m {
@@ -149,6 +150,7 @@ struct Rows {
   }
 
   void score(const KeyTile& tile) {
+    advance();
     with_type(tile.dtype, [&](auto type) { pack_keys<decltype(type), D>(tile, keys); });
     multiply(q, D, count, keys, D * kPanel, tile.padded() / kPanel, D, scores, kTileKeys, false);
     for (int r = 0; r < count; ++r) {

@@ -259,6 +259,7 @@ class Engine:
             self._check(request)
         if requests:
             self._make_room([request.max_length for request in requests])
+            self.model.group.meet()
         try:
             for request in requests:
                 self.add(request)

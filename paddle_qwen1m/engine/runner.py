@@ -75,7 +75,10 @@ class Runner:
         if self._decoder is None:
             page_size, vocabulary = self.cache.pool.page_size, self.model.config.vocab_size
             self._decoder = Decoder(self._builder, page_size, vocabulary, self._logits, replay=self._replay)
-        return self._decoder.step(sequences)
+        ids, logprobs = self._decoder.step(sequences)
+        if self._replay:  # no layer of a replay marks itself
+            self.model.group.mark(ids, replayed=True)
+        return ids, logprobs
 
     def rest(self) -> None:
         """Gives back what only running sequences need."""

@@ -21,6 +21,7 @@ from paddle_qwen1m.ops.attention import Stage, dca_decode, dca_prefill, dca_spar
 from paddle_qwen1m.ops.keys import PROBE_ROWS, SparseIndex, dca_probe, select_critical, sparse_index
 from paddle_qwen1m.ops.library import LIBRARY, cpu_isa, gpu_obstacle, load, on_gpu, set_num_threads
 from paddle_qwen1m.ops.pages import copy_page
+from paddle_qwen1m.ops.progress import mark_progress
 from paddle_qwen1m.ops.sampling import sample
 from paddle_qwen1m.ops.step import (
     FEW_ROWS,
@@ -59,6 +60,7 @@ __all__ = [
     "join_columns",
     "linear",
     "load",
+    "mark_progress",
     "on_gpu",
     "rms_norm",
     "rotary_table",

@@ -54,7 +54,7 @@ def gpu_obstacle() -> str | None:
     """Why the ops cannot run on Paddle's GPU, or None when they can."""
     if not paddle.device.is_compiled_with_cuda() or paddle.device.cuda.device_count() == 0:
         return "Paddle has no NVIDIA GPU"
-    if not hasattr(_library(), "qwen1m_cuda_linear"):
+    if not hasattr(library(), "qwen1m_cuda_linear"):
         return "the custom ops were built without CUDA kernels"
     major, minor = paddle.device.cuda.get_device_capability()
     if major < 8:
@@ -81,7 +81,8 @@ def call(name: str, *arguments: object) -> list[paddle.Tensor]:
     return result if isinstance(result, list) else [result]
 
 
-def _library() -> ctypes.CDLL:
+def library() -> ctypes.CDLL:
+    """The library's C functions."""
     load()
     return ctypes.CDLL(str(LIBRARY))
 
@@ -90,11 +91,11 @@ def set_num_threads(count: int) -> None:
     """Threads that every CPU op uses from now on."""
     if count < 1:
         raise ValueError(f"the number of threads must be at least 1, got {count}")
-    _library().qwen1m_cpu_set_num_threads(count)
+    library().qwen1m_cpu_set_num_threads(count)
 
 
 def cpu_isa() -> str:
     """Instruction set of the CPU ops: avx512, avx2 or generic; the environment variable QWEN1M_CPU_ISA narrows it."""
-    name = _library().qwen1m_cpu_isa
+    name = library().qwen1m_cpu_isa
     name.restype = ctypes.c_char_p
     return str(name().decode())

@@ -131,6 +131,7 @@ def read_weights(model: Qwen2OneM, checkpoint: Checkpoint, described: dict[str, 
     for line in compare_rotary_tables(directory, model.config):
         logger.warning(line)
     load_checkpoint(directory, slots, ignore=tied, progress=group.rank == 0)
+    group.meet()  # files come at other speeds elsewhere
 
 
 def find_budgets(

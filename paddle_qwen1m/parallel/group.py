@@ -5,22 +5,21 @@ On a CPU they go through gloo, on a GPU through NCCL on the stream of the comput
 
 from __future__ import annotations
 
-import atexit
 import os
 import sys
-from typing import Any, NoReturn
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
-import numpy as np
 import paddle
 from paddle.base import core
 
 from paddle_qwen1m import ops
+from paddle_qwen1m.ops.library import library
 from paddle_qwen1m.parallel.job import Job, end_with_the_launcher, free_port, join, launched_rank, launched_ranks
 
 GROUP_OF_ONE = "PADDLE_QWEN1M_GROUP_OF_ONE"
 """Environment variable: 1 sends the collectives of one rank through a real process group."""
-GROUP_ID = 1010
-"""Paddle's number of the process group, far from those that fleet gives out."""
 LAUNCH = "python -m paddle.distributed.launch"
 
 
@@ -43,8 +42,15 @@ class Group:
         return value
 
     def smallest(self, value: int) -> int:
-        """The smallest of the ranks' values, each 0 to 2^24."""
+        """The smallest of the ranks' values. A rank may come as late as it likes, which in a collective is a stall."""
         return value
+
+    def meet(self) -> None:
+        """Returns when every rank has called it."""
+        self.smallest(0)
+
+    def mark(self, values: paddle.Tensor, *, replayed: bool = False) -> None:
+        """For others to see that this rank gets on: `values` are a layer's output, or `replayed`, that of a graph."""
 
     def fail(self, reason: str, status: int) -> int:
         """Says why this rank cannot go on; ends the process with `status` where there are others, and them too."""
@@ -62,26 +68,32 @@ class ProcessGroup(Group):
         self.rank, self.degree = (job.rank, job.degree) if job is not None else (0, 1)
         self.job = job
         self._on_gpu = ops.on_gpu()
+        self._library = library()
         address, port = job.store_address if job is not None else ("127.0.0.1", free_port("127.0.0.1"))
+        os.environ.setdefault("PADDLE_TRAINER_ID", str(self.rank))  # Paddle's groups ask for it
         paddle_core: Any = core  # ProcessGroupNCCL is in builds with CUDA alone
         kind = paddle_core.ProcessGroupNCCL if self._on_gpu else paddle_core.ProcessGroupGloo
         self._store = core.TCPStore(address, port, self.rank == 0, self.degree)
-        self._group = kind.create(self._store, self.rank, self.degree, GROUP_ID)
+        # Paddle wants a number that no other group of this process ever had, the same on all ranks, and fleet's count
+        # from 0.
+        self._group = kind.create(self._store, self.rank, self.degree, port)
 
     def all_reduce(self, values: paddle.Tensor) -> paddle.Tensor:
-        if self._on_gpu:
-            self._group.all_reduce_on_calc_stream(values, core.ReduceOp.SUM)
-        else:
-            self._group.all_reduce(values, core.ReduceOp.SUM, True).wait()
+        with self._collective():
+            if self._on_gpu:
+                self._group.all_reduce_on_calc_stream(values, core.ReduceOp.SUM)
+            else:
+                self._group.all_reduce(values, core.ReduceOp.SUM, True).wait()
         return values
 
     def gather_columns(self, values: paddle.Tensor, columns: int) -> paddle.Tensor:
         rows, share = values.shape
         gathered = paddle.empty([self.degree, rows, share], values.dtype)
-        if self._on_gpu:
-            self._group.all_gather_into_tensor_on_calc_stream(gathered, values)
-        else:
-            self._group.all_gather_into_tensor(gathered, values, True).wait()
+        with self._collective():
+            if self._on_gpu:
+                self._group.all_gather_into_tensor_on_calc_stream(gathered, values)
+            else:
+                self._group.all_gather_into_tensor(gathered, values, True).wait()
         if rows == 1 and columns == self.degree * share:
             return gathered.reshape([1, columns])
         return ops.join_columns(gathered, columns)
@@ -90,13 +102,29 @@ class ProcessGroup(Group):
         return value if self.job is None else self.job.share(value)
 
     def smallest(self, value: int) -> int:
-        assert 0 <= value <= 1 << 24
-        own = np.zeros(self.degree, np.float32)
-        own[self.rank] = value
-        return int(self.all_reduce(paddle.to_tensor(own)).numpy().min())
+        return value if self.job is None else self.job.smallest(value)
+
+    def mark(self, values: paddle.Tensor, *, replayed: bool = False) -> None:
+        if self._on_gpu:  # on a CPU the ops count their tiles
+            ops.mark_progress(values, replayed=replayed)
 
     def fail(self, reason: str, status: int) -> int:
         return super().fail(reason, status) if self.job is None else self.job.fail(reason, status)
+
+    @contextmanager
+    def _collective(self) -> Iterator[None]:
+        """Counts a collective for as long as the host is in it; one that fails names the rank whose fault it is."""
+        if self.job is not None:
+            self.job.check()
+        self._library.qwen1m_enter_collective()
+        try:
+            yield
+        except Exception as error:
+            if self.job is not None:
+                self.job.explain(error)
+            raise
+        finally:
+            self._library.qwen1m_leave_collective()
 
 
 _started: Group | None = None
@@ -125,36 +153,9 @@ def start(degree: int) -> Group:
     if _started is None:
         if ops.on_gpu():
             paddle.device.set_device(f"gpu:{paddle.distributed.ParallelEnv().device_id}")
-        os.environ.setdefault("PADDLE_TRAINER_ID", "0")  # NCCL's group asks for it
         job = None
         if degree > 1:
             job = join(launched_rank(), os.environ["PADDLE_TRAINER_ENDPOINTS"].split(","))
-            _end_together(job)
+            end_with_the_launcher()
         _started = ProcessGroup(job)
     return _started
-
-
-def _end_together(job: Job) -> None:
-    """An exception, or sys.exit with an error, that ends this process ends the job; its regular end does not.
-
-    No rank outlives its launcher.
-    """
-    end_with_the_launcher()
-    show, exited = sys.excepthook, 0
-
-    def report(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-        show(kind, error, trace)
-        job.fail(f"{kind.__name__}: {error}")
-
-    def exit_with(status: Any = None) -> NoReturn:
-        nonlocal exited
-        exited = status
-        raise SystemExit(status)
-
-    def leave() -> None:
-        if exited in (None, 0):
-            return job.leave()
-        job.fail(f"sys.exit({exited!r})", exited if isinstance(exited, int) else 1)
-
-    sys.excepthook, sys.exit = report, exit_with
-    atexit.register(leave)

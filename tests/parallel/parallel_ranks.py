@@ -86,6 +86,24 @@ def launch(degree: int, logs: Path, script: Sequence[str | Path], seconds: float
     return status, output + "".join(f"\n--- {log.name}\n{log.read_text()}" for log in sorted(logs.glob("workerlog.*")))
 
 
+def rank_environment(rank: int, degree: int, port: int) -> dict[str, str]:
+    """What the launcher tells a rank."""
+    return {
+        "PADDLE_TRAINER_ID": str(rank),
+        "PADDLE_TRAINERS_NUM": str(degree),
+        "PADDLE_TRAINER_ENDPOINTS": ",".join(f"127.0.0.1:{port + number}" for number in range(degree)),
+        "PADDLE_LOCAL_SIZE": str(degree),
+        "PADDLE_DISTRI_BACKEND": "gloo",
+    }
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every published tensor of a model."""
     hidden, inner = config.hidden_size, config.intermediate_size

@@ -1,0 +1,92 @@
+"""Who holds what: to how many ranks a model can be split, and what of it each of them has. No Paddle in here."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from paddle_qwen1m.config import ModelConfig
+
+ROWS, COLUMNS = 0, 1
+
+
+class Part(NamedTuple):
+    """Rows (axis 0) or columns (axis 1) [begin, end) of a published tensor."""
+
+    axis: int
+    begin: int
+    end: int
+
+    @property
+    def size(self) -> int:
+        return self.end - self.begin
+
+
+class Cut(NamedTuple):
+    """In equal parts along `axis`; where there are more ranks than `units`, neighbours hold the same part."""
+
+    axis: int
+    units: int | None = None
+
+    def part(self, size: int, degree: int, rank: int) -> Part:
+        """What `rank` of `degree` holds of `size` rows or columns.
+
+        Where it does not divide, the last ranks hold fewer, or none.
+        """
+        parts = degree if self.units is None else min(degree, self.units)
+        share, number = -(-size // parts), rank * parts // degree
+        return Part(self.axis, min(number * share, size), min((number + 1) * share, size))
+
+
+def degrees(config: ModelConfig) -> list[int]:
+    """The degrees that a model can be split to, ascending.
+
+    Every divisor of its KV heads, and above them the multiples of the KV heads that divide the query heads, where
+    several ranks hold the same KV head. Each must divide the MLP's intermediate size too.
+    """
+    heads, kv_heads = config.num_heads, config.num_kv_heads
+    return [
+        degree
+        for degree in range(1, heads + 1)
+        if heads % degree == 0
+        and config.intermediate_size % degree == 0
+        and (kv_heads % degree == 0 or degree % kv_heads == 0)
+    ]
+
+
+def check_degree(config: ModelConfig, degree: int) -> None:
+    """ValueError for a degree that the model cannot be split to, naming those that work and what to do instead."""
+    works = degrees(config)
+    if degree in works:
+        return
+    smaller = max((one for one in works if one < degree), default=None)
+    advice = f"use {works[0]}"
+    if smaller is not None:
+        advice = f"use {smaller}"
+        replicas = degree // smaller
+        if replicas > 1:
+            count = {2: "two", 3: "three", 4: "four"}.get(replicas, f"{replicas:,}")
+            advice = f"for {degree} devices use {smaller} and {count} replicas"
+    raise ValueError(
+        f"tensor_parallel_degree must be one of {', '.join(map(str, works))} for a model of {config.num_heads} query "
+        f"heads, {config.num_kv_heads} KV heads and intermediate_size {config.intermediate_size}, got {degree}: "
+        f"{advice}"
+    )
+
+
+def local_config(config: ModelConfig, degree: int) -> ModelConfig:
+    """The shapes of what one rank holds: its heads, its part of the MLP and as much vocabulary as rank 0."""
+    check_degree(config, degree)
+    return replace(
+        config,
+        num_heads=config.num_heads // degree,
+        num_kv_heads=max(1, config.num_kv_heads // degree),
+        intermediate_size=config.intermediate_size // degree,
+        vocab_size=Cut(ROWS).part(config.vocab_size, degree, 0).size,
+    )
+
+
+def own_heads(num_heads: int, degree: int, rank: int) -> slice:
+    """Which of the model's query heads are a rank's."""
+    return slice(rank * num_heads // degree, (rank + 1) * num_heads // degree)
