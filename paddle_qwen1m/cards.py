@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from paddle_qwen1m.config import ModelConfig, published_budgets
+from paddle_qwen1m.parallel.split import degrees, local_config
 from paddle_qwen1m.plan import MemoryPlan, longest_context, parameters, plan_memory
-from paddle_qwen1m.weights.sharding import degrees, local_config
 
 CARDS = (24, 40, 48, 80, 141)
 """Memory of common cards in GB, counted as 10^9 bytes."""

@@ -239,7 +239,8 @@ def _memory(checkpoint: Checkpoint, options: CheckOptions) -> Iterator[Finding]:
     from paddle_qwen1m.model import device_dtypes
     from paddle_qwen1m.options import default_batched_tokens
     from paddle_qwen1m.paddlenlp import look_up_budgets
-    from paddle_qwen1m.weights.sharding import local_config, rank_sets
+    from paddle_qwen1m.parallel.split import local_config
+    from paddle_qwen1m.weights.sharding import rank_sets
 
     config = _read_config(checkpoint)
     ranks = rank_sets(checkpoint.read_config()) or 1

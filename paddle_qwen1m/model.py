@@ -16,8 +16,8 @@ from paddle_qwen1m.attention.step import Step
 from paddle_qwen1m.cache import LayerCache
 from paddle_qwen1m.config import ModelConfig
 from paddle_qwen1m.parallel.group import ALONE, Group
+from paddle_qwen1m.parallel.split import local_config
 from paddle_qwen1m.weights import Slot
-from paddle_qwen1m.weights.sharding import local_config
 from paddle_qwen1m.weights.tensors import published_tensors
 
 

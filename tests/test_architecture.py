@@ -24,14 +24,14 @@ ops                config threads
 parallel           config ops
 weights            config dtypes parallel progress
 plan               config dtypes weights
-cards              config dtypes plan weights
+cards              config dtypes parallel plan weights
 cache              config ops
 attention          cache config ops
 model              attention cache config dtypes ops parallel weights
-engine             attention cache config memory model ops options plan
+engine             attention cache config memory model ops options parallel plan
 parallel.follow    engine
 paddlenlp          config config_keys dtypes engine model options parallel weights
-check              config config_keys dtypes memory model ops options paddlenlp plan weights
+check              config config_keys dtypes memory model ops options paddlenlp parallel plan weights
 cli                cards check dtypes engine ops options paddlenlp parallel parallel.follow progress streams weights
 __main__           cli
 __init__           paddlenlp threads

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from paddle_qwen1m.config import ModelConfig, SparseBudgets, published_budgets
+from paddle_qwen1m.parallel.split import degrees, local_config
 from paddle_qwen1m.plan import (
     activation_bytes,
     cache_bytes_per_token,
@@ -17,7 +18,6 @@ from paddle_qwen1m.plan import (
     plan_memory,
     sparse_bytes,
 )
-from paddle_qwen1m.weights.sharding import degrees, local_config
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED: dict[str, Any] = {

@@ -17,6 +17,7 @@ from paddle_qwen1m.engine.graph import Outputs
 from paddle_qwen1m.engine.sampling import SamplingBatch
 from paddle_qwen1m.engine.scheduler import PrefillChunk
 from paddle_qwen1m.model import Qwen2OneM
+from paddle_qwen1m.parallel.split import own_heads
 
 
 class Runner:
@@ -105,7 +106,6 @@ class Runner:
 
 def selectors(model: Qwen2OneM, budgets: SparseBudgets) -> list[Selector]:
     """Each layer's choice of keys, with the budgets of this rank's heads."""
-    group, heads = model.group, budgets.vertical.shape[1]
-    own = slice(group.rank * heads // group.degree, (group.rank + 1) * heads // group.degree)
+    own = own_heads(budgets.vertical.shape[1], model.group.degree, model.group.rank)
     sizes = zip(np.ascontiguousarray(budgets.vertical[:, own]), np.ascontiguousarray(budgets.slash[:, own]))
     return [Selector(number, LayerBudgets(*of_layer)) for number, of_layer in enumerate(sizes)]

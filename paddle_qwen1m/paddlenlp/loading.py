@@ -19,10 +19,11 @@ from paddle_qwen1m.paddlenlp.generation import Defaults
 from paddle_qwen1m.paddlenlp.generation_keys import is_known
 from paddle_qwen1m.paddlenlp.hub import Checkpoint, HubError, locate, read_json
 from paddle_qwen1m.parallel.group import Group, start
+from paddle_qwen1m.parallel.split import check_degree
 from paddle_qwen1m.weights import load_checkpoint
 from paddle_qwen1m.weights.foreign import describe_adapter, describe_file
 from paddle_qwen1m.weights.rotary_tables import compare_rotary_tables
-from paddle_qwen1m.weights.sharding import check_degree, rank_directory, rank_sets
+from paddle_qwen1m.weights.sharding import rank_directory, rank_sets
 from paddle_qwen1m.weights.tensors import HEAD
 
 SPARSE_CONFIG = "sparse_attention_config.json"

@@ -12,12 +12,13 @@ from fnmatch import fnmatch
 from typing import Any
 
 from paddle_qwen1m.dtypes import SAFETENSORS
+from paddle_qwen1m.parallel.split import Part, check_degree
 
 from . import names
 from .checkpoint import INDEX_NAME, SINGLE_NAME, index_metadata
 from .record import RECORD_NAME, PublishedFiles
 from .safetensors import DTYPE_BYTES
-from .sharding import RANK_SETS, check_degree, rank_directory
+from .sharding import RANK_SETS, rank_directory
 from .source import (
     CONFIG_NAME,
     HUGGINGFACE,
@@ -26,7 +27,7 @@ from .source import (
     Source,
     Tensor,
 )
-from .tensors import Part, part_of
+from .tensors import part_of
 
 COMPANIONS = ("*.json", "*.txt", "*.jinja", "*.md", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*")
 FORMATS = {HUGGINGFACE: "pt", PADDLENLP: "np", TENSOR_PARALLEL: "pt"}  # what safetensors metadata says of the layout

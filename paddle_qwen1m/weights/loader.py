@@ -17,11 +17,12 @@ import numpy as np
 import paddle
 
 from paddle_qwen1m.dtypes import SAFETENSORS, STORAGE, dtype_name
+from paddle_qwen1m.parallel.split import COLUMNS, ROWS, Part
 from paddle_qwen1m.progress import Progress
 
 from .checkpoint import Checkpoint, check_fit
 from .safetensors import DTYPE_BYTES, Array, TensorInfo
-from .tensors import COLUMNS, EMBEDDING, HEAD, ROWS, Part
+from .tensors import EMBEDDING, HEAD
 from .window import read_matrix
 
 STAGING_BYTES = 64 << 20  # what is read before it is copied to a GPU

@@ -10,12 +10,13 @@ from typing import Any
 
 from paddle_qwen1m.config import ModelConfig
 from paddle_qwen1m.dtypes import SAFETENSORS
+from paddle_qwen1m.parallel.split import ROWS, check_degree
 
 from . import names, sharding
 from .checkpoint import INDEX_NAME, Checkpoint, as_published, check_fit, read_weight_map, summarise
 from .record import PublishedFiles, Record, refuse_unfinished
 from .safetensors import CheckpointError, TensorInfo, read_header
-from .tensors import HEAD, ROWS, part_of, published_shapes
+from .tensors import HEAD, part_of, published_shapes
 from .window import Piece
 
 CONFIG_NAME = "config.json"
@@ -149,7 +150,7 @@ def _rank_set(directory: Path, model: ModelConfig, degree: Any) -> tuple[dict[st
     if not isinstance(degree, int) or degree < 2:
         raise CheckpointError(f"{directory / CONFIG_NAME}: {sharding.RANK_SETS} must be at least 2, got {degree!r}")
     try:
-        sharding.check_degree(model, degree)
+        check_degree(model, degree)
     except ValueError as error:
         raise CheckpointError(f"{directory / CONFIG_NAME}: {error}") from None
     ranks = [Checkpoint(directory / sharding.rank_directory(rank, degree)) for rank in range(degree)]

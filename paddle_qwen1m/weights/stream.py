@@ -13,6 +13,7 @@ from typing import Callable
 import numpy as np
 
 from paddle_qwen1m.dtypes import STORAGE
+from paddle_qwen1m.parallel.split import ROWS, Part
 from paddle_qwen1m.progress import Progress
 
 from .conversion import Group, Plan, Target
@@ -20,7 +21,6 @@ from .durable import publish, temporary
 from .readahead import ReadAheadFile
 from .record import Record
 from .safetensors import Array
-from .tensors import ROWS, Part
 from .window import as_matrix, read_window
 from .writer import Buffers, OutputFile, Piece, Writer
 

@@ -5,32 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
+
+from paddle_qwen1m.parallel.split import COLUMNS, ROWS, Cut, Part
 
 if TYPE_CHECKING:
     from paddle_qwen1m.config import ModelConfig
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-ROWS, COLUMNS = 0, 1
-
-
-class Part(NamedTuple):
-    """Rows (axis 0) or columns (axis 1) [begin, end) of a published tensor."""
-
-    axis: int
-    begin: int
-    end: int
-
-    @property
-    def size(self) -> int:
-        return self.end - self.begin
-
-
-class Cut(NamedTuple):
-    """In equal parts along `axis`; where there are more ranks than `units`, neighbours hold the same part."""
-
-    axis: int
-    units: int | None = None
 
 
 @dataclass(frozen=True)
@@ -45,16 +27,10 @@ class Published:
     parameter: str | None
 
     def part(self, degree: int, rank: int) -> Part | None:
-        """What `rank` of `degree` holds; None: all of it.
-
-        Where it does not divide, the last ranks hold fewer rows, or none.
-        """
+        """What `rank` of `degree` holds; None: all of it."""
         if degree == 1 or self.cut is None:
             return None
-        axis, units = self.cut
-        parts, size = degree if units is None else min(degree, units), self.shape[axis]
-        share, number = -(-size // parts), rank * parts // degree
-        return Part(axis, min(number * share, size), min((number + 1) * share, size))
+        return self.cut.part(self.shape[self.cut.axis], degree, rank)
 
 
 @lru_cache(maxsize=16)

@@ -13,8 +13,8 @@ import pytest
 from parallel_ranks import NEEDLE, Process, launch, shapes
 
 from paddle_qwen1m.config import ModelConfig
+from paddle_qwen1m.parallel.split import local_config
 from paddle_qwen1m.plan import cache_bytes_per_token
-from paddle_qwen1m.weights.sharding import local_config
 from paddle_qwen1m.weights.tensors import part_of
 
 HERE = Path(__file__).parent

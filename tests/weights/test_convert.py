@@ -15,10 +15,10 @@ import safetensors.numpy
 from paddle_qwen1m import cli
 from paddle_qwen1m.config import ModelConfig
 from paddle_qwen1m.paddlenlp import Qwen2OneMForCausalLM
+from paddle_qwen1m.parallel.split import degrees
 from paddle_qwen1m.weights import Checkpoint, CheckpointError, Slot, load_checkpoint
 from paddle_qwen1m.weights.convert import ConversionError, convert
 from paddle_qwen1m.weights.record import RECORD_NAME
-from paddle_qwen1m.weights.sharding import degrees
 from paddle_qwen1m.weights.tensors import part_of, published_shapes
 from paddle_qwen1m.weights.window import transpose
 

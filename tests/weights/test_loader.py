@@ -10,8 +10,8 @@ import paddle
 import pytest
 from checkpoint_files import write_file, write_sharded
 
+from paddle_qwen1m.parallel.split import Part
 from paddle_qwen1m.weights import CheckpointError, Slot, load_checkpoint
-from paddle_qwen1m.weights.tensors import Part
 
 RNG = np.random.default_rng(1)
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from paddle_qwen1m.config import ModelConfig
-from paddle_qwen1m.weights.sharding import check_degree, degrees
-from paddle_qwen1m.weights.tensors import Part, part_of
+from paddle_qwen1m.parallel.split import Part, check_degree, degrees
+from paddle_qwen1m.weights.tensors import part_of
 
 NEEDLE = ModelConfig.from_dict(
     json.loads((Path(__file__).parents[2] / "checkpoints" / "needle" / "config.json").read_text(encoding="utf-8"))
