@@ -3,7 +3,7 @@
     python tools/cuda_library.py && python tools/benchmark_gpu_attention.py [dense] [sparse] [probe] [decode]
     python tools/benchmark_gpu_attention.py --fetch-peer DIR      downloads the sparse kernel that SGLang uses (21 MB)
 
-Needs PyTorch. Dense prefill stands beside PyTorch's FlashAttention-2 and cuDNN, sparse prefill beside SGLang's kernel
+Needs PyTorch. Dense prefill stands beside the kernels of other cards, PyTorch's FlashAttention-2 and cuDNN, sparse prefill beside SGLang's kernel
 (--peer DIR), decode beside a device copy, the probe beside its floor. Medians of CUDA events; caches exceed L2.
 """
 
@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import sparse_workload
-from cuda_library import CudaLibrary
+from cuda_library import REFERENCE, CudaLibrary
 
 CHUNK_LEN = 253952
 PAGE = 256
@@ -51,6 +51,14 @@ def copy_bandwidth() -> float:
     source = torch.empty(2**31, dtype=torch.uint8, device="cuda").random_()
     target = torch.empty_like(source)
     return 2 * 2**31 / milliseconds(lambda: target.copy_(source), 9) * 1e3
+
+
+def matmul_speed() -> float:
+    """TFLOP/s of a bfloat16 matrix product of 8192^3."""
+    import torch
+
+    a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    return 2 * 8192**3 / milliseconds(lambda: a @ b, 9) / 1e9
 
 
 class Sequence:
@@ -128,42 +136,42 @@ class Sequence:
         }
 
 
-def bench_dense(cuda: CudaLibrary) -> None:
-    """40/8 heads: 8,192 rows at long contexts, and causal at 16,384, beside PyTorch's FlashAttention-2 and cuDNN."""
+def bench_dense(cuda: CudaLibrary, reference: CudaLibrary) -> None:
+    """40/8 heads: 8,192 rows at long contexts, and causal at 16,384, beside other kernels; shares of a matrix product."""
     import torch
     import torch.nn.functional as functional
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    print("\ndense prefill, 40/8 heads, bf16          ours              FlashAttention-2       cuDNN")
+    peak = matmul_speed()
+    print(f"\ndense prefill, 40/8 heads, bf16, TFLOP/s; 8192^3 matmul {peak:.0f}")
+    print("                                 ours        share  sm_80 kernels  FlashAttention-2      cuDNN")
     heads, kv_heads = MODELS["14B"]
     for rows, keys in ((16384, 16384), (8192, 131072), (8192, 1015808)):
         sequence = Sequence(heads, kv_heads, keys, rows)
         pairs = rows * (keys - (rows - 1) / 2)
         flop = 4 * heads * HEAD_DIM * pairs
-        ours = milliseconds(lambda s=sequence: s.dense(cuda))  # type: ignore[misc]
         whole_flop = flop if rows == keys else 4 * heads * HEAD_DIM * rows * keys
         q = sequence.q[0].transpose(0, 1)[None]
         k, v = (
             pool.view(-1, kv_heads, HEAD_DIM)[:keys].transpose(0, 1)[None].repeat_interleave(heads // kv_heads, 1)
             for pool in (sequence.key, sequence.value)
         )
-        others = []
+
+        def theirs(q: Any = q, k: Any = k, v: Any = v, causal: bool = rows == keys) -> None:
+            functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+        ours = milliseconds(lambda s=sequence: s.dense(cuda))  # type: ignore[misc]
+        speed = flop / ours / 1e9
+        others = [flop / milliseconds(lambda s=sequence: s.dense(reference), 3) / 1e9]  # type: ignore[misc]
         for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
             with sdpa_kernel(backend):
-                time = milliseconds(
-                    lambda q=q, k=k, v=v, causal=rows == keys: functional.scaled_dot_product_attention(  # type: ignore[misc]
-                        q, k, v, is_causal=causal
-                    ),
-                    3,
-                )
-            others.append(whole_flop / time / 1e9)
-        speed = flop / ours / 1e9
+                others.append(whole_flop / milliseconds(theirs, 3) / 1e9)
         print(
-            f"{rows:6,} rows, {keys:9,} keys {ours:10.2f} ms {speed:5.0f} TFLOP/s {others[0]:5.0f} TFLOP/s "
-            f"({speed / others[0]:.2f}x) {others[1]:5.0f} TFLOP/s ({speed / others[1]:.2f}x)",
+            f"{rows:6,} rows, {keys:9,} keys {ours:8.2f} ms {speed:5.0f} {speed / peak:5.2f}"
+            + "".join(f" {other:8.0f} ({speed / other:.2f}x)" for other in others),
             flush=True,
         )
-        del sequence, q, k, v
+        del sequence, q, k, v, theirs
         torch.cuda.empty_cache()
 
 
@@ -437,7 +445,7 @@ def main() -> int:
     cuda = CudaLibrary()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
     if "dense" in parts:
-        bench_dense(cuda)
+        bench_dense(cuda, CudaLibrary(REFERENCE))
     if "sparse" in parts:
         bench_sparse(cuda, Peer(arguments.peer) if arguments.peer else None, arguments.models, arguments.seed)
     if "probe" in parts:

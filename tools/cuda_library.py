@@ -1,6 +1,7 @@
 """The CUDA kernels through their C interface, on tensors of PyTorch: for tests and benchmarks that need no Paddle.
 
-    python tools/cuda_library.py [--arch sm_90a ...]     builds build/libqwen1m_cuda.so
+    python tools/cuda_library.py [--arch sm_90a ...]     builds build/libqwen1m_cuda.so and, with the attention that
+                                                         cards other than Hopper run, build/libqwen1m_cuda_sm80.so
 
 Structs and data types are read off the headers in custom_ops/include/, so that they cannot disagree with them.
 """
@@ -20,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 HEADERS = ROOT / "custom_ops" / "include" / "qwen1m"
 FAMILIES = ("pages", "keys", "attention", "step", "sampling")  # one may use structs of those before it
 LIBRARY = ROOT / "build" / "libqwen1m_cuda.so"
+REFERENCE = ROOT / "build" / "libqwen1m_cuda_sm80.so"
 sys.path.insert(0, str(ROOT / "custom_ops" / "cuda"))
 
 C_TYPES: dict[str, Any] = {
@@ -111,12 +113,12 @@ class CudaLibrary:
             raise RuntimeError(f"{op}: CUDA error {status}")
 
 
-def build(archs: Iterable[str] = (), out: Path = LIBRARY) -> Path:
-    """Compiles the kernels into one library without Paddle."""
-    from build_cuda import build_library
+def build(archs: Iterable[str] = (), out: Path = LIBRARY, reference: Path = REFERENCE) -> Path:
+    """Compiles the kernels into libraries without Paddle."""
+    from build_cuda import ARCHITECTURES, build_libraries
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    build_library(out, list(archs))
+    build_libraries(out, reference, list(archs) or ARCHITECTURES)
     return out
 
 

@@ -22,6 +22,14 @@ template <typename T, int D>
 int dca_decode(const qwen1m_dca_decode&, void* workspace, qwen1m_stream);
 
 }  // namespace sm80
+
+// For compute capability 9.0 alone, and a head size of 128.
+namespace sm90 {
+
+template <typename T>
+int dca_prefill(const qwen1m_dca_prefill&, qwen1m_stream);
+
+}  // namespace sm90
 }  // namespace cuda
 }  // namespace qwen1m
 

@@ -6,6 +6,7 @@ python custom_ops/cuda/build_cuda.py     compiles every kernel and keeps nothing
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -59,33 +60,56 @@ def gencode(architecture: str) -> str:
     return f"-gencode=arch=compute_{number},code={architecture}"
 
 
-def compile_objects(out: Path, architectures: Sequence[str] = ARCHITECTURES, extra: Sequence[str] = ()) -> list[Path]:
-    """One object file a .cu, compiled on all cores, for `architectures` or those of its folder.
+SLOW = re.compile(r"\(C75(0[4-9]|1\d|20)\)|[1-9]\d* bytes spill")
+"""What ptxas says of Hopper kernels whose products it serialised or whose registers it spilled."""
 
-    Raises CalledProcessError; nvcc's messages are on stderr.
+
+def compile_source(source: Path, target: Path, architectures: Sequence[str], extra: Sequence[str] = ()) -> None:
+    """One object file for `architectures` or those of the source's folder.
+
+    Raises CalledProcessError, for a Hopper kernel that would be slow as well; nvcc's messages are on stderr.
     """
     nvcc = find_nvcc()
     assert nvcc is not None
-    options = [*FLAGS, f"-I{FOLDER.parent / 'include'}", f"-I{FOLDER}", *extra]
+    name = source.relative_to(FOLDER)
+    only = FOLDER_ARCHITECTURES.get(name.parts[0])
+    print(f"nvcc {name}", flush=True)
+    command = [nvcc, *FLAGS, f"-I{FOLDER.parent / 'include'}", f"-I{FOLDER}", *extra]
+    command += [*map(gencode, only or architectures), "-c", str(source), "-o", str(target)]
+    if only is None:
+        subprocess.run(command, check=True)
+        return
+    done = subprocess.run([*command, "-Xptxas=-v"], stderr=subprocess.PIPE, text=True)
+    if done.returncode != 0 or SLOW.search(done.stderr):
+        print(done.stderr, file=sys.stderr)
+        raise subprocess.CalledProcessError(done.returncode or 1, command)
+
+
+def compile_objects(out: Path, architectures: Sequence[str] = ARCHITECTURES, extra: Sequence[str] = ()) -> list[Path]:
+    """An object file in `out` for every .cu, compiled on all cores; for the rest see compile_source."""
 
     def compile_one(source: Path) -> Path:
-        name = source.relative_to(FOLDER)
-        target = out / f"{'_'.join(name.with_suffix('').parts)}.o"
-        print(f"nvcc {name}", flush=True)
-        wanted = FOLDER_ARCHITECTURES.get(name.parts[0], architectures)
-        subprocess.run([nvcc, *options, *map(gencode, wanted), "-c", str(source), "-o", str(target)], check=True)
+        target = out / f"{'_'.join(source.relative_to(FOLDER).with_suffix('').parts)}.o"
+        compile_source(source, target, architectures, extra)
         return target
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         return list(pool.map(compile_one, sorted(FOLDER.rglob("*.cu"))))
 
 
-def build_library(out: Path, architectures: Sequence[str] = ARCHITECTURES) -> None:
-    """Links the kernels into a shared library of their own."""
-    objects = compile_objects(out.parent, architectures or ARCHITECTURES)
+def link_library(out: Path, objects: Sequence[Path]) -> None:
     nvcc = find_nvcc()
     assert nvcc is not None
     subprocess.run([nvcc, "-shared", "-cudart=static", "-o", str(out), *map(str, objects)], check=True)
+
+
+def build_libraries(out: Path, reference: Path, architectures: Sequence[str] = ARCHITECTURES) -> None:
+    """Links the kernels into shared libraries of their own: `reference` attends as cards other than Hopper do."""
+    objects = compile_objects(out.parent, architectures)
+    link_library(out, objects)
+    dispatch = out.parent / "dispatch_sm80.o"
+    compile_source(FOLDER / "dispatch.cu", dispatch, architectures, ["-DQWEN1M_SM80_ATTENTION"])
+    link_library(reference, [dispatch, *(item for item in objects if item.name != "dispatch.o")])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-// Which attention kernel runs: chosen by the activations' type and the head size.
+// Which attention kernel runs: chosen by the device, the activations' type and the head size.
+//
+// With QWEN1M_SM80_ATTENTION defined Hopper runs what other cards run: the reference that its own kernels are held to.
 #include <type_traits>
 
 #include "attention.cuh"
@@ -19,6 +21,19 @@ int with_shape(qwen1m_dtype dtype, int head_dim, F&& f) {
   });
 }
 
+// Whether the current device is a Hopper, whose own kernels are machine code for it alone.
+bool on_hopper() {
+#ifdef QWEN1M_SM80_ATTENTION
+  return false;
+#else
+  int device = 0, major = 0, minor = 0;
+  return cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess && major == 9 &&
+         minor == 0;
+#endif
+}
+
 }  // namespace
 }  // namespace cuda
 }  // namespace qwen1m
@@ -27,6 +42,9 @@ using namespace qwen1m::cuda;
 
 int qwen1m_cuda_dca_prefill(const qwen1m_dca_prefill* a, qwen1m_stream stream) {
   return with_shape(a->activation, a->cache.head_dim, [&](auto type, auto head_dim) {
+    if constexpr (head_dim.value == 128) {
+      if (on_hopper()) return sm90::dca_prefill<decltype(type)>(*a, stream);
+    }
     return sm80::dca_prefill<decltype(type), head_dim.value>(*a, stream);
   });
 }

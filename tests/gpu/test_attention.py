@@ -10,6 +10,8 @@ import pytest
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
 import attention_cases as cases  # noqa: E402
+from conftest import missing  # noqa: E402
+from cuda_library import LIBRARY, REFERENCE, CudaLibrary  # noqa: E402
 
 BOUND = 1e-2
 """Of ||out - expected|| / || p |v| ||."""
@@ -17,6 +19,14 @@ PLANTED_BOUND = 2e-2
 """Of ||out - expected|| / ||expected||, where at most 16 keys carry the mass."""
 SHAPES = [(1, 1, 128), (2, 1, 64), (5, 1, 128), (7, 1, 128), (10, 2, 128), (14, 2, 64), (40, 8, 128), (17, 1, 128)]
 DTYPES = [torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(scope="session", params=[LIBRARY, REFERENCE], ids=["chosen", "sm80"])
+def cuda(request: Any) -> CudaLibrary:
+    """The kernels that the device's architecture asks for, and those of every card."""
+    if (reason := missing()) is not None:
+        pytest.skip(reason)
+    return CudaLibrary(request.param)
 
 
 def check_dense(cuda: Any, context: cases.Context, rng: np.random.Generator) -> None:

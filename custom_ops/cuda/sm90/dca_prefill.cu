@@ -1,0 +1,437 @@
+// Dense dual chunk attention on Hopper: 128 rows of one head walk over all their keys, 128 at a time, the three stages
+// under one online softmax.
+//
+//   producer   one warp has the copy engine fill rings of key and value tiles, a page lookup every 64 keys, and the
+//              rows' rotation of each stage ahead of its use
+//   consumers  two warpgroups of 64 rows. One takes the tensor cores for a step (scores of this tile, output of the
+//              last one) while the other is at its softmax; they take turns
+//
+// Blocks stay: each takes work items (a head, a tile of rows) until none is left.
+#include <algorithm>
+#include <climits>
+#include <tuple>
+
+#include "attention.cuh"
+#include "row_loads.cuh"
+#include "rows.cuh"
+#include "tensor_map.h"
+
+namespace qwen1m {
+namespace cuda {
+namespace sm90 {
+namespace {
+
+constexpr int kMaxPieces = 64;  // of one launch; they travel as kernel parameters
+constexpr int kConsumers = 2, kThreads = (1 + kConsumers) * kWarpgroup;
+constexpr int kItemRows = kConsumers * kRows;
+constexpr int kStepKeys = 128, kBoxes = kStepKeys / kBoxRows;  // pages hold whole boxes
+constexpr int kRing = 2;                                       // tiles of keys, and of values
+constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+constexpr int kSectionBytes = 32 << 20;  // of keys and values that blocks share in L2
+
+struct DenseArguments : qwen1m_dca_prefill {
+  CUtensorMap query_map, key_map, value_map;
+  int32_t items, tiles, section_heads;
+  qwen1m_piece piece[kMaxPieces];
+};
+
+constexpr int kPanelBytes = kStepKeys * kPanelRowBytes, kBoxBytes = kBoxRows * kPanelRowBytes;
+
+struct alignas(1024) Shared {
+  char queries[2][kConsumers][kPanels][kBoxBytes];  // of this stage and the next
+  char keys[kRing][kPanels][kPanelBytes];
+  char values[kRing][kPanels][kPanelBytes];
+  uint64_t query_full[2], query_empty[2];
+  uint64_t key_full[kRing], key_empty[kRing];
+  uint64_t value_full[kRing], value_empty[kRing];
+  uint64_t last_values;  // a tile of values that the producer must complete with zeros has arrived
+};
+
+enum NamedBarrier { kTurn = 1 };  // kTurn + consumer: that consumer may take the tensor cores
+
+// Rows [first_row, + rows) of the step, at positions from `begin` on, of one head.
+struct Item {
+  int head, rows, sequence;
+  int32_t begin, first_row;
+
+  // Longest rows go first. Heads come in sections whose keys and values share L2.
+  __device__ Item(const DenseArguments& a, int number) {
+    const int section_items = a.section_heads * a.tiles, first_head = number / section_items * a.section_heads;
+    const int heads = min(a.section_heads, a.heads - first_head), within = number % section_items;
+    head = first_head + within % heads;
+    int tile = a.tiles - 1 - within / heads, p = 0;
+    for (;; ++p) {
+      const int tiles = (a.piece[p].rows + kItemRows - 1) / kItemRows;
+      if (tile < tiles) break;
+      tile -= tiles;
+    }
+    const qwen1m_piece& piece = a.piece[p];
+    rows = min(piece.rows - tile * kItemRows, kItemRows);
+    begin = piece.begin + tile * kItemRows;
+    first_row = piece.row + tile * kItemRows;
+    sequence = piece.sequence;
+  }
+};
+
+// f(item) for the items of this block. Every other round runs backwards, which evens out their lengths.
+template <typename F>
+__device__ void each_item(const DenseArguments& a, F&& f) {
+  const int blocks = gridDim.x, block = blockIdx.x;
+  for (int round = 0;; ++round) {
+    const int number = round * blocks + (round % 2 ? blocks - 1 - block : block);
+    if (round * blocks >= a.items) break;
+    if (number < a.items) f(Item(a, number));
+  }
+}
+
+// The tiles of an item, stage after stage.
+struct Steps {
+  const int32_t last_position, chunk_len;
+  int stage = kStages;  // before the first
+  Span span{0, 0};
+  int32_t first = 0;  // key of the tile
+
+  __device__ Steps(const DenseArguments& a, const Item& item)
+      : last_position(item.begin + item.rows - 1), chunk_len(a.chunk_len) {}
+
+  __device__ bool next() {
+    first += kStepKeys;
+    while (first >= span.end) {
+      if (stage == kIntra) return false;
+      span = stage_keys(static_cast<Stage>(--stage), last_position, chunk_len);
+      first = span.begin;
+    }
+    return true;
+  }
+  __device__ bool enters() const { return first == span.begin; }  // a stage
+};
+
+// Where the boxes of a stage lie in the cache: 32 looked up at once, a box a lane, and the next 32 ahead of their use.
+struct BoxSlots {
+  const Pages pages;
+  const int lane = threadIdx.x % kWarp;
+  Span span{0, 0};
+  int32_t these = 0, following = 0;
+
+  __device__ int32_t look_up(int32_t box) const {
+    return static_cast<int32_t>(pages.slot(min(span.begin + box * kBoxRows, (span.end - 1) / kBoxRows * kBoxRows)));
+  }
+  __device__ void enter(Span stage) {
+    span = stage;
+    following = look_up(lane);
+  }
+  // In ascending order; every box with a number that is a multiple of 32 must be asked for.
+  __device__ int32_t operator()(int32_t box) {
+    if (box % kWarp == 0) {
+      these = following;
+      following = look_up(box + kWarp + lane);
+    }
+    return __shfl_sync(kAllLanes, these, box % kWarp);
+  }
+};
+
+template <typename T>
+struct Producer {
+  const DenseArguments& a;
+  Shared& shared;
+  const int lane = threadIdx.x % kWarp;
+  RingPlace<2> query;
+  RingPlace<kRing> key, value;
+  uint32_t last_parity = 0;
+
+  // A tile of keys or values: where its boxes lie, and how many of its rows are keys of the stage.
+  struct Tile {
+    int32_t slot[kBoxes];
+    int32_t rows;
+  };
+
+  __device__ void load_queries(const Item& item, int stage) {
+    const uint32_t full = shared_address(&shared.query_full[query.index]);
+    barrier_wait(shared_address(&shared.query_empty[query.index]), query.parity ^ 1);
+    if (lane == 0) {
+      barrier_arrive_expecting(full, sizeof(shared.queries[0]));
+      for (int consumer = 0; consumer < kConsumers; ++consumer) {
+        for (int panel = 0; panel < kPanels; ++panel) {
+          copy_box(shared_address(shared.queries[query.index][consumer][panel]), a.query_map, full,
+                   panel * kPanelValues, item.head, stage * a.tokens + item.first_row + consumer * kRows);
+        }
+      }
+    }
+    query.advance();
+  }
+
+  __device__ void load_boxes(char (&target)[kPanels][kPanelBytes], const CUtensorMap& map, uint32_t full,
+                             const Tile& tile, int kv_head) const {
+    if (lane != 0) return;
+    const int boxes = tile.rows > kBoxRows ? kBoxes : 1;
+    barrier_arrive_expecting(full, boxes * kPanels * kBoxBytes);
+    for (int box = 0; box < boxes; ++box) {
+      for (int panel = 0; panel < kPanels; ++panel) {
+        copy_box(shared_address(target[panel] + box * kBoxBytes), map, full, panel * kPanelValues, kv_head,
+                 tile.slot[box]);
+      }
+    }
+  }
+
+  __device__ void load_keys(const Tile& tile, int kv_head) {
+    barrier_wait(shared_address(&shared.key_empty[key.index]), key.parity ^ 1);
+    load_boxes(shared.keys[key.index], a.key_map, shared_address(&shared.key_full[key.index]), tile, kv_head);
+    key.advance();
+  }
+
+  // Weights of zero make no output of a row that is no key only if that row is finite: such rows are zeros.
+  __device__ void load_values(const Tile& tile, int kv_head) {
+    auto& target = shared.values[value.index];
+    const uint32_t full = shared_address(&shared.value_full[value.index]);
+    barrier_wait(shared_address(&shared.value_empty[value.index]), value.parity ^ 1);
+    value.advance();
+    if (tile.rows >= kStepKeys) {
+      load_boxes(target, a.value_map, full, tile, kv_head);
+      return;
+    }
+    const uint32_t arrived = shared_address(&shared.last_values);
+    load_boxes(target, a.value_map, arrived, tile, kv_head);
+    barrier_wait(arrived, last_parity);
+    last_parity ^= 1;
+    for (int panel = 0; panel < kPanels; ++panel) {
+      for (int at = tile.rows * kPanelRowBytes + lane * 16; at < kPanelBytes; at += kWarp * 16) {
+        *reinterpret_cast<uint4*>(target[panel] + at) = make_uint4(0, 0, 0, 0);
+      }
+    }
+    async_proxy_fence();
+    __syncwarp();
+    if (lane == 0) barrier_arrive(full);
+  }
+
+  // Keys are loaded a tile ahead of values, as they are used.
+  __device__ void run() {
+    each_item(a, [&](const Item& item) {
+      const int kv_head = item.head / (a.heads / a.cache.kv_heads);
+      BoxSlots slots{Pages(a.block_tables + static_cast<int64_t>(item.sequence) * a.table_width, a.cache.page_size)};
+      Steps steps(a, item);
+      Tile before{};
+      for (bool more = true; more;) {
+        more = steps.next();
+        Tile tile{};
+        if (more) {
+          if (steps.enters()) {
+            slots.enter(steps.span);
+            load_queries(item, steps.stage);
+          }
+          const int32_t box = (steps.first - steps.span.begin) / kBoxRows;
+#pragma unroll
+          for (int i = 0; i < kBoxes; ++i) tile.slot[i] = slots(box + i);
+          tile.rows = steps.span.end - steps.first;
+          load_keys(tile, kv_head);
+        }
+        if (before.rows > 0) load_values(before, kv_head);
+        before = tile;
+      }
+    });
+  }
+};
+
+template <typename T>
+struct Consumer {
+  const DenseArguments& a;
+  Shared& shared;
+  const int number = static_cast<int>(threadIdx.x) / kWarpgroup - 1;
+  RingPlace<2> query;
+  RingPlace<kRing> key, value;
+  Rows<T> rows;
+  Scores<T, kStepKeys> scores;
+  uint32_t weights[kStepKeys / 4];
+
+  __device__ void release(uint64_t& barrier) const {
+    if (threadIdx.x % kWarp == 0) barrier_arrive(shared_address(&barrier));
+  }
+  __device__ void wait_turn() const { named_sync(kTurn + number, kConsumers * kWarpgroup); }
+  __device__ void pass_turn() const { named_arrive(kTurn + 1 - number, kConsumers * kWarpgroup); }
+
+  // scores = Q K^T, under way.
+  __device__ void score() {
+    const uint64_t q = rows_descriptor(shared_address(shared.queries[query.index][number][0]));
+    const uint64_t k = rows_descriptor(shared_address(shared.keys[key.index][0]));
+#pragma unroll
+    for (int step = 0; step < kHeadDim / 16; ++step) {
+      const int panel = step / 4, chunk = step % 4 * 2;
+      multiply_shared<T>(scores.value, q + (panel * kBoxBytes >> 4) + chunk, k + (panel * kPanelBytes >> 4) + chunk,
+                         step > 0);
+    }
+    products_commit();
+  }
+
+  // out += weights V, under way.
+  __device__ void attend() {
+    rows.attend(weights, columns_descriptor(shared_address(shared.values[value.index][0]), kStepKeys));
+    products_commit();
+  }
+
+  __device__ void wait_queries() { barrier_wait(shared_address(&shared.query_full[query.index]), query.parity); }
+  __device__ void wait_keys() { barrier_wait(shared_address(&shared.key_full[key.index]), key.parity); }
+  __device__ void wait_values() { barrier_wait(shared_address(&shared.value_full[value.index]), value.parity); }
+  __device__ void release_queries() {
+    release(shared.query_empty[query.index]);
+    query.advance();
+  }
+  __device__ void release_keys() {
+    release(shared.key_empty[key.index]);
+    key.advance();
+  }
+  __device__ void release_values() {
+    release(shared.value_empty[value.index]);
+    value.advance();
+  }
+
+  // The keys that a row must not see, and the softmax of the others.
+  __device__ void weigh(const Item& item, const Steps& steps, float scale) {
+    const int32_t begin = item.begin + number * kRows, last = steps.first + kStepKeys - 1;
+    const bool causal = steps.stage == kIntra;
+    if (causal ? last > begin : last >= steps.span.end) {
+      const int32_t position = begin + threadIdx.x / kWarp % 4 * 16 + threadIdx.x % kWarp / 4;
+      const int32_t limit[2] = {(causal ? position : steps.span.end - 1) - steps.first,
+                                (causal ? position + 8 : steps.span.end - 1) - steps.first};
+      scores.mask([&](int column, int h) { return column <= limit[h]; });
+    }
+    rows.soften(scores, scale);
+  }
+
+  __device__ void walk(const Item& item) {
+    const float scale = a.scale[item.sequence] * kLog2E;
+    rows.start();
+    Steps steps(a, item);
+    steps.next();
+    wait_queries();
+    wait_keys();
+    products_begin();
+    score();
+    products_wait<0>();
+    settle(scores.value);
+    release_keys();
+    weigh(item, steps, scale);
+    scores.pack(weights);
+
+    while (steps.next()) {
+      if (steps.enters()) {
+        release_queries();
+        wait_queries();
+      }
+      wait_keys();
+      wait_turn();
+      settle(rows.out);
+      settle(weights);
+      products_begin();
+      score();
+      wait_values();
+      products_begin();
+      attend();
+      pass_turn();
+      products_wait<1>();
+      settle(scores.value);
+      release_keys();
+      weigh(item, steps, scale);
+      settle(scores.value);
+      rows.settle_output();
+      settle(weights);
+      release_values();
+      scores.pack(weights);
+    }
+    release_queries();
+    wait_values();
+    settle(rows.out);
+    settle(weights);
+    products_begin();
+    attend();
+    products_wait<0>();
+    settle(rows.out);
+    release_values();
+
+    const int64_t place = (static_cast<int64_t>(item.first_row) + number * kRows) * a.heads + item.head;
+    rows.store(static_cast<T*>(a.out) + place * kHeadDim, a.lse == nullptr ? nullptr : a.lse + place,
+               item.rows - number * kRows, a.heads, scale);
+  }
+
+  __device__ void run() {
+    if (number == 1) pass_turn();
+    each_item(a, [&](const Item& item) { walk(item); });
+    if (number == 0) wait_turn();
+  }
+};
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads, 1) dca_prefill_kernel(const __grid_constant__ DenseArguments a) {
+  extern __shared__ char memory[];
+  Shared& shared = *reinterpret_cast<Shared*>(memory);
+  if (threadIdx.x == 0) {
+    constexpr int kConsumerWarps = kConsumers * kWarpgroup / kWarp;
+    const auto init = [](uint64_t& barrier, int arrivals) { barrier_init(shared_address(&barrier), arrivals); };
+    for (auto* full : {&shared.query_full, &shared.key_full, &shared.value_full}) {
+      for (uint64_t& barrier : *full) init(barrier, 1);
+    }
+    for (auto* empty : {&shared.query_empty, &shared.key_empty, &shared.value_empty}) {
+      for (uint64_t& barrier : *empty) init(barrier, kConsumerWarps);
+    }
+    init(shared.last_values, 1);
+    barrier_init_fence();
+  }
+  __syncthreads();
+  if (threadIdx.x < kWarpgroup) {
+    give_registers<kProducerRegisters>();
+    if (threadIdx.x < kWarp) Producer<T>{a, shared}.run();
+  } else {
+    take_registers<kConsumerRegisters>();
+    Consumer<T>{a, shared}.run();
+  }
+}
+
+}  // namespace
+
+template <typename T>
+int dca_prefill(const qwen1m_dca_prefill& a, qwen1m_stream stream) {
+  const auto kernel = dca_prefill_kernel<T>;
+  int device = 0, processors = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  if (status == cudaSuccess) {
+    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared));
+  }
+  if (status != cudaSuccess) return status;
+  for (int first = 0; first < a.num_pieces; first += kMaxPieces) {
+    DenseArguments arguments{a, {}, {}, {}, 0, 0, 0, {}};
+    arguments.num_pieces = std::min(a.num_pieces - first, kMaxPieces);
+    int32_t most_keys = 0;
+    for (int p = 0; p < arguments.num_pieces; ++p) {
+      const qwen1m_piece& piece = arguments.piece[p] = a.pieces[first + p];
+      arguments.tiles += static_cast<int32_t>(ceil_div(piece.rows, kItemRows));
+      most_keys = std::max(most_keys, piece.begin + piece.rows);
+    }
+    const int group = a.heads / a.cache.kv_heads;
+    const int64_t head_bytes = static_cast<int64_t>(most_keys) * kHeadDim * 2 * sizeof(T);
+    const int64_t sections = std::max<int64_t>(1, kSectionBytes / std::max<int64_t>(head_bytes, 1));
+    arguments.section_heads = group * static_cast<int>(std::min<int64_t>(sections, a.cache.kv_heads));
+    arguments.items = arguments.tiles * a.heads;
+    if (arguments.items == 0) continue;
+
+    const int variants = std::min((most_keys - 1) / a.chunk_len, static_cast<int>(kInter)) + 1;
+    constexpr int64_t kAnyRow = INT32_MAX;  // the pages' number is not known here; tables name only those that exist
+    for (const auto [map, base, heads, rows] :
+         {std::tuple{&arguments.query_map, a.q, a.heads, static_cast<int64_t>(variants) * a.tokens},
+          std::tuple{&arguments.key_map, static_cast<const void*>(a.cache.key), a.cache.kv_heads, kAnyRow},
+          std::tuple{&arguments.value_map, static_cast<const void*>(a.cache.value), a.cache.kv_heads, kAnyRow}}) {
+      const int code = make_tensor_map(*map, a.activation, base, kHeadDim, heads, rows);
+      if (code != cudaSuccess) return code;
+    }
+    const int blocks = std::min(arguments.items, processors);
+    kernel<<<blocks, kThreads, sizeof(Shared), as_stream(stream)>>>(arguments);
+    status = cudaGetLastError();
+    if (status != cudaSuccess) return status;
+  }
+  return cudaSuccess;
+}
+
+template int dca_prefill<bf16>(const qwen1m_dca_prefill&, qwen1m_stream);
+template int dca_prefill<f16>(const qwen1m_dca_prefill&, qwen1m_stream);
+
+}  // namespace sm90
+}  // namespace cuda
+}  // namespace qwen1m

@@ -1,0 +1,207 @@
+// Instructions of compute capability 9.0 (sm_90a): barriers, bulk tensor copies, register shares, products of a
+// warpgroup. One function an instruction; PTX ISA 8.0 and newer.
+#pragma once
+
+#include <cuda.h>
+
+#include "mma.cuh"
+
+namespace qwen1m {
+namespace cuda {
+namespace sm90 {
+
+constexpr int kWarpgroup = 128;  // threads that issue a product together
+
+// ---- mbarriers: a phase ends when all arrivals and all announced bytes have come in ----
+
+__device__ inline void barrier_init(uint32_t barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+// Makes initialised barriers known to the copy engine.
+__device__ inline void barrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+__device__ inline void barrier_arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+__device__ inline void barrier_arrive_expecting(uint32_t barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+// Waits for the end of the phase of that parity. A barrier that was never used counts as past parity 1.
+__device__ inline void barrier_wait(uint32_t barrier, uint32_t parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "WAIT:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@done bra DONE;\n"
+      "bra WAIT;\n"
+      "DONE:\n"
+      "}" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+
+// A position in a ring of buffers and the parity of the barriers' phase there.
+template <int kSize>
+struct RingPlace {
+  int index = 0;
+  uint32_t parity = 0;
+
+  __device__ void advance() {
+    if (++index == kSize) {
+      index = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// ---- named barriers among the threads of several warps ----
+
+__device__ inline void named_sync(int barrier, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+__device__ inline void named_arrive(int barrier, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+// ---- the copy engine and what it and the tensor cores see ----
+
+// Ordinary writes of this thread to shared memory become visible to copies and products that follow.
+__device__ inline void async_proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+__device__ inline void prefetch_tensor_map(const CUtensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
+// A box of the tensor, its first element at (x, y, z), to shared memory; its bytes count for the barrier.
+__device__ inline void copy_box(uint32_t shared, const CUtensorMap& map, uint32_t barrier, int x, int y, int z) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(
+          shared),
+      "l"(&map), "r"(barrier), "r"(x), "r"(y), "r"(z)
+      : "memory");
+}
+
+// ---- registers of a warpgroup ----
+
+template <int kRegisters>
+__device__ inline void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+template <int kRegisters>
+__device__ inline void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+// ---- products of a warpgroup ----
+
+// Values in registers that products read or write are settled before and after: the compiler moves no use across.
+template <typename T, int N>
+__device__ inline void settle(T (&values)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    if constexpr (sizeof(T) == 4 && T(0.5f) != T(0)) {
+      asm volatile("" : "+f"(values[i])::"memory");
+    } else {
+      asm volatile("" : "+r"(values[i])::"memory");
+    }
+  }
+}
+
+// Before the first product after registers of this warpgroup were written.
+__device__ inline void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ inline void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+// Waits until at most `kGroups` groups of products are under way.
+template <int kGroups>
+__device__ inline void products_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kGroups) : "memory");
+}
+
+// Operands in shared memory are panels of rows of 64 16-bit values (128 bytes), the 16-byte chunks of a row permuted by
+// chunk ^= row % 8; panels begin at multiples of 1,024 bytes.
+constexpr int kPanelValues = 64, kPanelRowBytes = 128;
+
+__device__ inline uint64_t descriptor(uint32_t shared, uint32_t leading_bytes, uint32_t stride_bytes) {
+  constexpr uint64_t kSwizzle128 = 1ull << 62;
+  return kSwizzle128 | static_cast<uint64_t>(stride_bytes >> 4) << 32 | static_cast<uint64_t>(leading_bytes >> 4) << 16 |
+         (shared & 0x3ffff) >> 4;
+}
+
+// Rows of the left factor, or those whose transpose is the right one: from a row, and 16-byte chunk 2 * step, on.
+__device__ inline uint64_t rows_descriptor(uint32_t shared) { return descriptor(shared, 16, 8 * kPanelRowBytes); }
+
+// Rows of the right factor itself: its columns go on in the next panel.
+__device__ inline uint64_t columns_descriptor(uint32_t shared, int panel_rows) {
+  return descriptor(shared, panel_rows * kPanelRowBytes, 8 * kPanelRowBytes);
+}
+
+#define QWEN1M_F4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define QWEN1M_F16(d, i) QWEN1M_F4(d, i), QWEN1M_F4(d, i + 4), QWEN1M_F4(d, i + 8), QWEN1M_F4(d, i + 12)
+#define QWEN1M_R16(a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p) \
+  "%" #a ", %" #b ", %" #c ", %" #d ", %" #e ", %" #f ", %" #g ", %" #h ", %" #i ", %" #j ", %" #k ", %" #l ", %" #m \
+  ", %" #n ", %" #o ", %" #p
+#define QWEN1M_R32                                                         \
+  QWEN1M_R16(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15) ", "    \
+  QWEN1M_R16(16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31)
+#define QWEN1M_R64                                                                  \
+  QWEN1M_R32 ", " QWEN1M_R16(32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43, 44, 45, 46, 47) ", " \
+  QWEN1M_R16(48, 49, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60, 61, 62, 63)
+
+// c[64, N] (+)= a[64, 16] b[16, N], N = 2 * (values of c a thread). Thread 32w + 4g + p holds rows 16w + g (c[4n],
+// c[4n + 1]) and 16w + g + 8 (c[4n + 2], c[4n + 3]) at columns 8n + 2p, 8n + 2p + 1. `add` false: c's contents do not
+// count. Both factors in shared memory, rows as their transposes.
+template <typename T>
+__device__ inline void multiply_shared(float (&c)[64], uint64_t a, uint64_t b, bool add);
+
+// The left factor in registers, as multiply_add takes it; the right one as its transpose.
+template <typename T>
+__device__ inline void multiply_transposed(float (&c)[32], const uint32_t (&a)[4], uint64_t b, bool add);
+
+// The left factor in registers, the right one as it is. Always adds.
+template <typename T>
+__device__ inline void multiply_rows(float (&c)[64], const uint32_t (&a)[4], uint64_t b);
+
+#define QWEN1M_PRODUCTS(T, name)                                                                                     \
+  template <>                                                                                                        \
+  __device__ inline void multiply_shared<T>(float (&c)[64], uint64_t a, uint64_t b, bool add) {                      \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"                                                        \
+                 "wgmma.mma_async.sync.aligned.m64n128k16.f32." name "." name " {" QWEN1M_R64                        \
+                 "}, %64, %65, p, 1, 1, 0, 0;\n}"                                                                    \
+                 : QWEN1M_F16(c, 0), QWEN1M_F16(c, 16), QWEN1M_F16(c, 32), QWEN1M_F16(c, 48)                         \
+                 : "l"(a), "l"(b), "r"(static_cast<int>(add)));                                                      \
+  }                                                                                                                  \
+  template <>                                                                                                        \
+  __device__ inline void multiply_transposed<T>(float (&c)[32], const uint32_t (&a)[4], uint64_t b, bool add) {      \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"                                                        \
+                 "wgmma.mma_async.sync.aligned.m64n64k16.f32." name "." name " {" QWEN1M_R32                         \
+                 "}, {%32, %33, %34, %35}, %36, p, 1, 1, 0;\n}"                                                      \
+                 : QWEN1M_F16(c, 0), QWEN1M_F16(c, 16)                                                               \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)));                  \
+  }                                                                                                                  \
+  template <>                                                                                                        \
+  __device__ inline void multiply_rows<T>(float (&c)[64], const uint32_t (&a)[4], uint64_t b) {                      \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." name "." name " {" QWEN1M_R64                        \
+                 "}, {%64, %65, %66, %67}, %68, 1, 1, 1, 1;"                                                         \
+                 : QWEN1M_F16(c, 0), QWEN1M_F16(c, 16), QWEN1M_F16(c, 32), QWEN1M_F16(c, 48)                         \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                              \
+  }
+
+QWEN1M_PRODUCTS(bf16, "bf16")
+QWEN1M_PRODUCTS(f16, "f16")
+
+#undef QWEN1M_PRODUCTS
+#undef QWEN1M_R64
+#undef QWEN1M_R32
+#undef QWEN1M_R16
+#undef QWEN1M_F16
+#undef QWEN1M_F4
+
+}  // namespace sm90
+}  // namespace cuda
+}  // namespace qwen1m

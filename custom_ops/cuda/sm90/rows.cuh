@@ -1,0 +1,142 @@
+// 64 query rows of a warpgroup under an online softmax: mask, weights, output. Layout of registers: see hopper.cuh.
+#pragma once
+
+#include "hopper.cuh"
+#include "qwen1m/dca_stages.h"
+
+namespace qwen1m {
+namespace cuda {
+namespace sm90 {
+
+constexpr int kHeadDim = 128;
+constexpr int kRows = 64;  // of a warpgroup
+constexpr int kPanels = kHeadDim / kPanelValues;
+constexpr float kGrowth = 8.0f;  // of a running maximum, in log2, before output and sum are rescaled
+
+// Scores of the rows against kKeys keys, then their weights.
+template <typename T, int kKeys>
+struct Scores {
+  float value[kKeys / 2];
+
+  // Key number `column` is seen by the rows h of this thread (16w + g + 8h) when visible(column, h).
+  template <typename F>
+  __device__ void mask(F&& visible) {
+    const int pair = threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int n = 0; n < kKeys / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (!visible(8 * n + pair + i % 2, i / 2)) value[4 * n + i] = kNegativeInfinity;
+      }
+    }
+  }
+
+  __device__ void pack(uint32_t (&weights)[kKeys / 4]) const {
+#pragma unroll
+    for (int i = 0; i < kKeys / 4; ++i) weights[i] = pack_pair<T>(value[2 * i], value[2 * i + 1]);
+  }
+};
+
+template <typename T>
+struct Rows {
+  float out[kHeadDim / 2];
+  float maximum[2];  // lags behind the true one by kGrowth at most
+  float sum[2];      // of this thread's columns
+  float shrink[2];   // what `out` must be multiplied by, after the products under way, before the next
+
+  __device__ void start() {
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 2; ++i) out[i] = 0;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      maximum[h] = kNegativeInfinity;
+      sum[h] = 0;
+    }
+  }
+
+  // Scores become weights. `scale` includes log2(e). Leaves `out` alone. A row's numbers depend on its own scores only.
+  template <int kKeys>
+  __device__ void soften(Scores<T, kKeys>& scores, float scale) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float top = kNegativeInfinity;
+#pragma unroll
+      for (int n = 0; n < kKeys / 8; ++n) {
+        top = fmaxf(top, fmaxf(scores.value[4 * n + 2 * h], scores.value[4 * n + 2 * h + 1]));
+      }
+      top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 1));
+      top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 2));
+      const bool grown = (top - maximum[h]) * scale > kGrowth;
+      shrink[h] = grown ? exp2_fast((maximum[h] - top) * scale) : 1.0f;
+      maximum[h] = grown ? top : maximum[h];
+      const float origin = maximum[h] == kNegativeInfinity ? 0.0f : maximum[h] * scale;
+      float total = 0;
+#pragma unroll
+      for (int n = 0; n < kKeys / 8; ++n) {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          float& score = scores.value[4 * n + 2 * h + c];
+          score = exp2_fast(score * scale - origin);
+          total += score;
+        }
+      }
+      sum[h] = sum[h] * shrink[h] + total;
+    }
+  }
+
+  // Whether some row of the warp needs rescale().
+  __device__ bool grown() const { return __any_sync(kAllLanes, shrink[0] != 1.0f || shrink[1] != 1.0f); }
+
+  __device__ void rescale() {
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 2; ++i) out[i] *= shrink[i / 2 % 2];
+  }
+
+  // Ends the products under way, which run beside what was computed so far: ptxas moves a wait up to the last branch.
+  __device__ void settle_output() {
+    if (grown()) {
+      products_wait<0>();
+      settle(out);
+      rescale();
+    } else {
+      asm volatile("wgmma.wait_group.sync.aligned 0;  // unlike the other branch's" ::: "memory");
+      settle(out);
+    }
+  }
+
+  // out += weights V; V's rows in panels of `panel_rows`. Does not wait.
+  template <int kWeights>
+  __device__ void attend(const uint32_t (&weights)[kWeights], uint64_t values) {
+#pragma unroll
+    for (int step = 0; step < kWeights / 4; ++step) {
+      const uint32_t a[4] = {weights[4 * step], weights[4 * step + 1], weights[4 * step + 2], weights[4 * step + 3]};
+      multiply_rows<T>(out, a, values + (step * 16 * kPanelRowBytes >> 4));
+    }
+  }
+
+  // Rows [0, rows) of the warpgroup go to `place` (first row, this head), rows of `stride` heads; `lse` may be null.
+  __device__ void store(T* place, float* lse, int rows, int stride, float scale) const {
+    const int lane = threadIdx.x % kWarp, first = threadIdx.x / kWarp % 4 * 16 + lane / 4;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float total = sum[h];
+      total += __shfl_xor_sync(kAllLanes, total, 1);
+      total += __shfl_xor_sync(kAllLanes, total, 2);
+      const float inverse = total > 0 ? 1.0f / total : 0.0f;
+      const int row = first + 8 * h;
+      if (row < rows) {
+        const int64_t line = static_cast<int64_t>(row) * stride;
+        uint32_t* values = reinterpret_cast<uint32_t*>(place + line * kHeadDim) + lane % 4;
+#pragma unroll
+        for (int n = 0; n < kHeadDim / 8; ++n) {
+          values[4 * n] = pack_pair<T>(out[4 * n + 2 * h] * inverse, out[4 * n + 2 * h + 1] * inverse);
+        }
+        if (lse != nullptr && lane % 4 == 0) lse[line] = (maximum[h] * scale + log2f(total)) * kLn2;
+      }
+    }
+  }
+};
+
+}  // namespace sm90
+}  // namespace cuda
+}  // namespace qwen1m

@@ -1,0 +1,22 @@
+// Descriptions of tensors in global memory for the copy engine.
+#pragma once
+
+#include <cuda.h>
+#include <stdint.h>
+
+#include "qwen1m/types.h"
+
+namespace qwen1m {
+namespace cuda {
+namespace sm90 {
+
+constexpr int kBoxRows = 64;
+
+// `base` [rows, heads, values] of 16 bits, copied by boxes of 64 rows of 64 values of one head at (value, head, row),
+// rows 128 bytes apart in shared memory with permuted chunks (see hopper.cuh). Rows from `rows` on come as zeros.
+// Returns a cudaError_t.
+int make_tensor_map(CUtensorMap& map, qwen1m_dtype dtype, const void* base, int values, int heads, int64_t rows);
+
+}  // namespace sm90
+}  // namespace cuda
+}  // namespace qwen1m
