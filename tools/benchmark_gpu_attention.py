@@ -3,8 +3,9 @@
     python tools/cuda_library.py && python tools/benchmark_gpu_attention.py [dense] [sparse] [probe] [decode]
     python tools/benchmark_gpu_attention.py --fetch-peer DIR      downloads the sparse kernel that SGLang uses (21 MB)
 
-Needs PyTorch. Dense prefill stands beside the kernels of other cards, PyTorch's FlashAttention-2 and cuDNN, sparse prefill beside SGLang's kernel
-(--peer DIR), decode beside a device copy, the probe beside its floor. Medians of CUDA events; caches exceed L2.
+Needs PyTorch. Prefill stands beside the kernels that other cards run, dense beside PyTorch's FlashAttention-2 and cuDNN
+as well, sparse beside SGLang's kernel (--peer DIR), decode beside a device copy, the probe beside its floor. Medians of
+CUDA events; caches exceed L2.
 """
 
 from __future__ import annotations
@@ -292,13 +293,15 @@ class Peer:
         return converting, milliseconds(attend), float(64 * index[0].float().mean() + index[2].float().mean())
 
 
-def bench_sparse(cuda: CudaLibrary, peer: Peer | None, models: list[str], seed: int) -> None:
+def bench_sparse(
+    cuda: CudaLibrary, reference: CudaLibrary, peer: Peer | None, models: list[str], seed: int
+) -> None:
     """The workloads with L = 253,952 and all their stages; the peer runs the same lines as one causal stage."""
     import torch
 
     print(
         "\nsparse prefill, 32,768 rows, bf16                ours: convert  attend  keys a row"
-        "    peer: convert  attend  keys a row   speed"
+        "   sm_80 kernel: attend    peer: convert  attend  keys a row   speed"
     )
     for model in models:
         heads, kv_heads = MODELS[model]
@@ -311,6 +314,8 @@ def bench_sparse(cuda: CudaLibrary, peer: Peer | None, models: list[str], seed: 
             keys = sum(piece.keys_a_row() * piece.rows for piece in pieces) / workload.rows
             speed = 4 * heads * HEAD_DIM * workload.rows * keys / attending / 1e9
             line = f"{model} {workload!s:42} {converting:8.2f} {attending:8.2f} {keys:8,.0f} {speed:4.0f} TFLOP/s"
+            other = milliseconds(lambda ps=pieces: [piece.attend(reference) for piece in ps], 3)  # type: ignore[misc]
+            line += f" {other:8.2f} ({other / attending:.2f}x)"
             if peer is not None:
                 their_convert, their_attend, their_keys = peer.times(sequence, lines)
                 ratio = (their_convert + their_attend) / (converting + attending)
@@ -447,7 +452,8 @@ def main() -> int:
     if "dense" in parts:
         bench_dense(cuda, CudaLibrary(REFERENCE))
     if "sparse" in parts:
-        bench_sparse(cuda, Peer(arguments.peer) if arguments.peer else None, arguments.models, arguments.seed)
+        peer = Peer(arguments.peer) if arguments.peer else None
+        bench_sparse(cuda, CudaLibrary(REFERENCE), peer, arguments.models, arguments.seed)
     if "probe" in parts:
         bench_probe(cuda)
     if "decode" in parts:

@@ -28,6 +28,8 @@ namespace sm90 {
 
 template <typename T>
 int dca_prefill(const qwen1m_dca_prefill&, qwen1m_stream);
+template <typename T>
+int dca_sparse_prefill(const qwen1m_dca_sparse_prefill&, qwen1m_stream);
 
 }  // namespace sm90
 }  // namespace cuda

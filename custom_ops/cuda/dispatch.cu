@@ -51,6 +51,9 @@ int qwen1m_cuda_dca_prefill(const qwen1m_dca_prefill* a, qwen1m_stream stream) {
 
 int qwen1m_cuda_dca_sparse_prefill(const qwen1m_dca_sparse_prefill* a, qwen1m_stream stream) {
   return with_shape(a->activation, a->cache.head_dim, [&](auto type, auto head_dim) {
+    if constexpr (head_dim.value == 128) {
+      if (on_hopper()) return sm90::dca_sparse_prefill<decltype(type)>(*a, stream);
+    }
     return sm80::dca_sparse_prefill<decltype(type), head_dim.value>(*a, stream);
   });
 }

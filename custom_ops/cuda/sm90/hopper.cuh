@@ -29,6 +29,11 @@ __device__ inline void barrier_arrive_expecting(uint32_t barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
+// Arrives once this thread's copies so far (copy_async) have come in.
+__device__ inline void copy_arrive(uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
 // Waits for the end of the phase of that parity. A barrier that was never used counts as past parity 1.
 __device__ inline void barrier_wait(uint32_t barrier, uint32_t parity) {
   asm volatile(
