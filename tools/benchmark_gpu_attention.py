@@ -293,9 +293,7 @@ class Peer:
         return converting, milliseconds(attend), float(64 * index[0].float().mean() + index[2].float().mean())
 
 
-def bench_sparse(
-    cuda: CudaLibrary, reference: CudaLibrary, peer: Peer | None, models: list[str], seed: int
-) -> None:
+def bench_sparse(cuda: CudaLibrary, reference: CudaLibrary, peer: Peer | None, models: list[str], seed: int) -> None:
     """The workloads with L = 253,952 and all their stages; the peer runs the same lines as one causal stage."""
     import torch
 

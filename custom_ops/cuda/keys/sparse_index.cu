@@ -4,7 +4,8 @@
 // `block` keys that end at t + start + block - rows + 1. In ascending order such ranges are covered greedily by blocks
 // (spec section 6), and a column is listed by itself where no block covers it. The blocks do not depend on the columns:
 //
-//   list_blocks   a thread a row block. The threads of a warp walk down the same diagonals, a step a block.
+//   list_blocks   a lane a row block. Measured from the diagonals, whose keys move with the row block, most row blocks'
+//                 blocks end at the same places: the warp finds the next diagonal once for all lanes that stand there.
 //   list_columns  a warp a row block. Its lanes look 32 columns at a time up in the blocks.
 #include <climits>
 
@@ -61,34 +62,67 @@ __device__ Lines stage_diagonals(const int32_t* slashes, int32_t count, Stage st
   return {nullptr, end - 1 - (entries - 1) * step, step, entries};
 }
 
+// Ascending diagonals as a warp reads them: 32 at once, a diagonal a lane, and the 32 behind them under way.
+class DiagonalWindow {
+ public:
+  __device__ DiagonalWindow(const Lines& lines, int32_t first) : lines_(lines), base_(first) {
+    these_ = entry(base_);
+    following_ = entry(base_ + kWarp);
+  }
+
+  // The first diagonal above `place`, which ascends from call to call; INT_MAX for none. The same in all lanes.
+  __device__ int32_t above(int32_t place) {
+    for (;;) {
+      const unsigned found = __ballot_sync(kAllLanes, these_ > place);
+      if (found != 0) return __shfl_sync(kAllLanes, these_, __ffs(found) - 1);
+      base_ += kWarp;
+      these_ = following_;
+      following_ = entry(base_ + kWarp);
+    }
+  }
+
+ private:
+  __device__ int32_t entry(int32_t first) const {
+    const int32_t i = first + static_cast<int32_t>(threadIdx.x % kWarp);
+    return i < lines_.count ? lines_[i] : INT_MAX;
+  }
+
+  const Lines lines_;
+  int32_t base_, these_, following_;
+};
+
 // Covers the ranges of `diagonals`, a diagonal t's range ending at t + shift, by blocks of one stage. A range that
-// begins left of the stage counts as its first block. Without a range, intra visits the keys from `row_block_end` on
-// (spec section 6, which masks them). Returns the number of blocks.
+// begins left of the stage counts as its first block. Without a range, intra visits the keys from row_block_end on
+// (spec section 6, which masks them). Returns the number of blocks. All lanes of the warp call it, each with a shift of
+// its own; those with `listing` false list nothing.
 __device__ int32_t cover(const Lines& diagonals, int32_t shift, Stage stage, Span keys, int32_t row_block_end,
-                         int32_t block, int32_t* blocks) {
-  int32_t at = min(first_above(diagonals, 0, diagonals.count, keys.begin - shift), diagonals.count - 1);
-  int32_t diagonal = diagonals[at];
+                         int32_t block, bool listing, int32_t* blocks) {
+  const int32_t at = min(first_above(diagonals, 0, diagonals.count, keys.begin - shift), diagonals.count - 1);
+  const int32_t diagonal = diagonals[at];
   int32_t begin = max(diagonal + shift - block, keys.begin);
   if (diagonal + shift < keys.begin) begin = stage == kIntra ? row_block_end : keys.end;
+  DiagonalWindow window(diagonals, __reduce_min_sync(kAllLanes, at));
   int32_t count = 0;
-  while (begin < keys.end) {
+  // Where this lane's block ends, measured from the diagonals; INT_MAX when the lane is through.
+  int32_t place = listing && begin < keys.end ? begin + block - shift : INT_MAX;
+  for (;;) {
+    const int32_t nearest = __reduce_min_sync(kAllLanes, place);
+    if (nearest == INT_MAX) break;
+    const int32_t next = window.above(nearest);
+    if (place != nearest) continue;
     blocks[count++] = begin;
-    const int32_t end = begin + block;
-    // The next diagonal that reaches beyond. Diagonals are distinct, which bounds how many do not.
-    const int32_t last = end - shift, bound = min(at + 1 + last - diagonal, diagonals.count);
-    const bool all_covered = bound > at + 1 && diagonals[bound - 1] <= last;
-    at = all_covered ? bound : first_above(diagonals, at + 1, bound, last);
-    if (at == diagonals.count) break;
-    diagonal = diagonals[at];
-    begin = max(diagonal + shift - block, end);
+    place = INT_MAX;
+    if (next == INT_MAX) continue;
+    begin = max(next + shift - block, begin + block);
+    if (begin < keys.end) place = begin + block - shift;
   }
   return count;
 }
 
 __global__ void __launch_bounds__(kWarp) list_blocks(const qwen1m_sparse_index a, int32_t row_blocks) {
   const int32_t row_block = blockIdx.x * kWarp + threadIdx.x, start = row_block * a.block;
-  if (row_block >= row_blocks) return;
-  const int64_t head = blockIdx.y, entry = head * row_blocks + row_block;
+  const bool exists = row_block < row_blocks;
+  const int64_t head = blockIdx.y, entry = head * row_blocks + min(row_block, row_blocks - 1);
   const int32_t* slashes = a.slashes + head * a.selected_slashes;
   int32_t* blocks = a.tables.blocks + entry * a.tables.block_width;
   int32_t* counts = a.tables.counts + entry * 2 * kStages;
@@ -98,9 +132,10 @@ __global__ void __launch_bounds__(kWarp) list_blocks(const qwen1m_sparse_index a
     int32_t count = 0;
     if (keys.begin < keys.end) {
       const Lines diagonals = stage_diagonals(slashes, a.selected_slashes, stage, keys, a.rows);
-      count = cover(diagonals, start + a.block - a.rows + 1, stage, keys, a.begin + start + a.block, a.block, blocks);
+      count = cover(diagonals, start + a.block - a.rows + 1, stage, keys, a.begin + start + a.block, a.block, exists,
+                    blocks);
     }
-    counts[stage] = count;
+    if (exists) counts[stage] = count;
     blocks += count;
   }
 }

@@ -263,7 +263,8 @@ struct Consumer {
 
   // out += weights V, under way.
   __device__ void attend() {
-    rows.attend(weights, columns_descriptor(shared_address(shared.values[value.index][0]), kStepKeys));
+    rows.template attend<kStepKeys / 16>(weights, 0,
+                                         columns_descriptor(shared_address(shared.values[value.index][0]), kStepKeys));
     products_commit();
   }
 
@@ -291,7 +292,7 @@ struct Consumer {
       const int32_t position = begin + threadIdx.x / kWarp % 4 * 16 + threadIdx.x % kWarp / 4;
       const int32_t limit[2] = {(causal ? position : steps.span.end - 1) - steps.first,
                                 (causal ? position + 8 : steps.span.end - 1) - steps.first};
-      scores.mask([&](int column, int h) { return column <= limit[h]; });
+      mask_scores(scores.value, [&](int column, int h) { return column <= limit[h]; });
     }
     rows.soften(scores, scale);
   }
@@ -414,7 +415,7 @@ int dca_prefill(const qwen1m_dca_prefill& a, qwen1m_stream stream) {
 
     const int variants = std::min((most_keys - 1) / a.chunk_len, static_cast<int>(kInter)) + 1;
     constexpr int64_t kAnyRow = INT32_MAX;  // the pages' number is not known here; tables name only those that exist
-    for (const auto [map, base, heads, rows] :
+    for (const auto& [map, base, heads, rows] :
          {std::tuple{&arguments.query_map, a.q, a.heads, static_cast<int64_t>(variants) * a.tokens},
           std::tuple{&arguments.key_map, static_cast<const void*>(a.cache.key), a.cache.kv_heads, kAnyRow},
           std::tuple{&arguments.value_map, static_cast<const void*>(a.cache.value), a.cache.kv_heads, kAnyRow}}) {

@@ -4,13 +4,14 @@
 // are mostly the same, shifted by 64. So the two lists are merged, a slot says which row block wants it, and what both
 // want is read once. A row block only ever weighs the keys of its own lists, in their order.
 //
-//   producer   four warps. The first merges the lists, a window of 32 entries of each at once, into a plan of slots;
-//              all four copy the planned keys and values into a ring
+//   producer   four warps. They merge the lists, a window of each at once, into a plan of slots and copy the planned
+//              keys and values into a ring
 //   consumers  two warpgroups, a row block each, its queries in registers. A slot that a consumer does not want it
-//              releases at once. The scores of a slot run beside the output of the slot before
+//              releases at once; two blocks that follow each other in its list, or two slots of columns, are one step.
+//              One's softmax runs beside the other's products. A consumer waits for a slot far ahead only with empty
+//              hands, since the lists may differ at will
 //
 // Row blocks 2i and 2i + 1 of a piece are always merged, wanted or not, so that rows do not depend on how it is cut.
-#include <algorithm>
 #include <climits>
 
 #include "attention.cuh"
@@ -23,377 +24,350 @@ namespace sm90 {
 namespace {
 
 constexpr int kConsumers = 2, kThreads = (1 + kConsumers) * kWarpgroup;
-constexpr int kSlotKeys = kTileKeys, kRing = 5;
-constexpr int kPlanned = 2 * kWarp;  // slots of a plan: a window of each list
-constexpr int kProducerRegisters = 104, kConsumerRegisters = 200;
+constexpr int kSlotKeys = kTileKeys, kRing = 6;
+constexpr int kWindow = 512;  // entries of each list that are merged at once
+constexpr int kProducerRegisters = 72, kConsumerRegisters = 216;
 constexpr int32_t kNoKey = INT_MAX;
 
 enum NamedBarrier { kPlan = 1 };  // the producer's warps agree on a plan
 
 constexpr int kSlotPanelBytes = kSlotKeys * kPanelRowBytes;
 
-// What consumers know of a slot. Bit c of `wanted` and `masked`: of consumer c.
+// What consumers know of a slot. Bit c of `wanted`, `masked` and `followed`: of consumer c.
 struct SlotInfo {
   int32_t first;  // its first key; kNoKey: the keys are columns; other fields hold for both
   int32_t end;    // keys from here on count for none
-  uint8_t stage, wanted, masked, last;  // last: no slot, the item ends
+  uint8_t stage, wanted, masked;
+  uint8_t followed;  // the next slot that the consumer wants is at hand: the keys behind these, or more columns
+};
+constexpr uint8_t kLast = kStages;  // in place of a stage: no slot, the item ends
+
+// A key with marks: bits 0 and 1, the row blocks that list it; bits 2 and 3, those that list the block behind it next.
+constexpr int kMarkShift = 28;
+__device__ inline uint32_t mark(int32_t key, int marks) { return key | static_cast<uint32_t>(marks) << kMarkShift; }
+__device__ inline int32_t key_of(uint32_t marked) { return marked & ((1u << kMarkShift) - 1); }
+__device__ inline int marks_of(uint32_t marked) { return marked >> kMarkShift; }
+
+// One row block's list of a stage, and how far it has been merged.
+struct List {
+  const int32_t* entries;
+  int32_t count, taken;
 };
 
-// A block of 64 keys: row r lies at number `near + r` of the pool before the page's border, at `far + r` behind it.
-struct alignas(16) PlannedBlock {
-  int32_t first, near, far;
-  uint32_t wanted;
+// What the producer is about to load. A block's row r lies at number near + r of the pool before the border of the page
+// that it begins in, at far + r behind it.
+struct Plan {
+  List lists[2];
+  int32_t entry[2][kWindow + 1];             // of the two lists, kNoKey behind their ends
+  uint32_t twice[kWindow / kWarp];           // bit by bit, which entries of the first list the second has as well
+  uint32_t merged[2 * kWindow + kSlotKeys];  // marked keys, ascending
+  int32_t near[2 * kWindow], far[2 * kWindow];
 };
 
 struct alignas(1024) Shared {
   char keys[kRing][kPanels][kSlotPanelBytes];
   char values[kRing][kPanels][kSlotPanelBytes];
-  char queries[kConsumers][kRows * kHeadDim * 2];
   int32_t position[kRing][kSlotKeys];  // of a slot of columns; kNoKey where there is none
   uint64_t listed[kRing][kConsumers];  // which of them a consumer's row block lists
-  SlotInfo info[kRing];
-  PlannedBlock blocks[kPlanned];
-  int32_t column[2 * kSlotKeys];          // merged and not yet planned
-  uint8_t column_wanted[2 * kSlotKeys];
-  int32_t column_slot[kSlotKeys];
-  int32_t planned;
   uint64_t full[kRing], empty[kRing];
-  uint64_t query_full[kConsumers], query_empty[kConsumers];
+  SlotInfo info[kRing];
+  Plan plan;
 };
+static_assert(sizeof(Shared) <= 227 << 10, "what a block may have");
 
-// Row blocks 2i and 2i + 1 of one head. Bit c of `present`: row block 2i + c is to be computed.
+// Row blocks 2i and 2i + 1 of one head.
 struct Item {
-  int head, row_block, present;
-  int32_t begin, rows;  // position of the first row, rows of both
-  int64_t first_row;
+  const qwen1m_dca_sparse_prefill& a;
+  int head, row_block;
 
-  __device__ Item(const qwen1m_dca_sparse_prefill& a, int number) {
-    const int first_pair = a.first_block / 2, pairs = (a.first_block + a.num_blocks - 1) / 2 - first_pair + 1;
-    head = number / pairs;
-    row_block = 2 * (first_pair + number % pairs);
-    present = 0;
-    for (int c = 0; c < kConsumers; ++c) {
-      if (row_block + c >= a.first_block && row_block + c < a.first_block + a.num_blocks) present |= 1 << c;
-    }
-    const int32_t skipped = row_block * kRows;
-    begin = a.begin + skipped;
-    first_row = a.row + static_cast<int64_t>(skipped);
-    rows = min(a.rows - skipped, kConsumers * kRows);
+  __device__ explicit Item(const qwen1m_dca_sparse_prefill& arguments)
+      : a(arguments), head(blockIdx.y), row_block(2 * (a.first_block / 2 + static_cast<int>(blockIdx.x))) {}
+  __device__ int32_t begin() const { return a.begin + row_block * kRows; }    // position of the first row
+  __device__ int32_t first_row() const { return a.row + row_block * kRows; }  // its number in the step
+  __device__ int32_t rows() const { return min(a.rows - row_block * kRows, kConsumers * kRows); }
+  // Whether row block 2i + c is to be computed, and as bits.
+  __device__ bool has(int c) const {
+    return row_block + c >= a.first_block && row_block + c < a.first_block + a.num_blocks;
   }
+  __device__ int present() const { return (has(0) ? 1 : 0) | (has(1) ? 2 : 0); }
 };
 
-__host__ __device__ inline int count_items(const qwen1m_dca_sparse_prefill& a) {
-  return ((a.first_block + a.num_blocks - 1) / 2 - a.first_block / 2 + 1) * a.heads;
-}
-
-// An ascending list as a warp reads it: 32 entries, an entry a lane, and the 32 behind them under way.
-struct Window {
-  const int32_t* list = nullptr;
-  int32_t count = 0;
-  int32_t these = kNoKey, following = kNoKey;
-
-  __device__ int32_t entry(int32_t i) const { return i < count ? __ldg(list + i) : kNoKey; }
-
-  __device__ void enter(const int32_t* entries, int32_t size) {
-    list = entries;
-    count = size;
-    these = entry(threadIdx.x);
-    following = entry(kWarp + threadIdx.x);
-  }
-  __device__ void advance(int n) {
-    const int from = threadIdx.x + n;
-    const int32_t near = __shfl_sync(kAllLanes, these, from % kWarp), far = __shfl_sync(kAllLanes, following, from % kWarp);
-    these = from < kWarp ? near : far;
-    list += n;
-    count -= n;
-    following = entry(kWarp + threadIdx.x);
-  }
-  // How many entries of the window are below `value`, a value a lane.
-  __device__ int below(int32_t value) const {
-    int n = 0;
+// How many of `kWindow` ascending entries are below `value`.
+__device__ inline int count_below(const int32_t* entries, int32_t value) {
+  int n = 0;
 #pragma unroll
-    for (int step = kWarp / 2; step > 0; step /= 2) {
-      if (__shfl_sync(kAllLanes, these, n + step - 1) < value) n += step;
-    }
-    return n + (__shfl_sync(kAllLanes, these, n) < value);
+  for (int step = kWindow / 2; step > 0; step /= 2) {
+    if (entries[n + step - 1] < value) n += step;
   }
-};
-
-// Takes what two windows surely hold of their lists' union, ascending: write(number, entry, which lists have it as
-// bits). Returns how many entries that are, 64 at most; 0 when both lists are at their end.
-template <typename F>
-__device__ int merge(Window (&lists)[2], F&& write) {
-  const int lane = threadIdx.x;
-  const int32_t bound = min(__shfl_sync(kAllLanes, lists[0].these, kWarp - 1),
-                            __shfl_sync(kAllLanes, lists[1].these, kWarp - 1));
-  bool taken[2];
-  int below[2], taken_count[2];
-#pragma unroll
-  for (int l = 0; l < 2; ++l) {
-    taken[l] = lists[l].these <= bound && lists[l].these != kNoKey;
-    taken_count[l] = __popc(__ballot_sync(kAllLanes, taken[l]));
-    below[l] = lists[1 - l].below(lists[l].these);
-  }
-  const int32_t equal = __shfl_sync(kAllLanes, lists[1].these, below[0] % kWarp);
-  const bool twice = taken[0] && below[0] < kWarp && equal == lists[0].these;
-  const unsigned doubles = __ballot_sync(kAllLanes, twice);
-  if (taken[0]) {
-    write(lane + below[0] - __popc(doubles & ((1u << lane) - 1)), lists[0].these, twice ? 3 : 1);
-  }
-  const int32_t other = __shfl_sync(kAllLanes, lists[0].these, below[1] % kWarp);
-  if (taken[1] && !(below[1] < kWarp && other == lists[1].these)) {
-    const unsigned before = below[1] < kWarp ? (1u << below[1]) - 1 : kAllLanes;
-    write(lane + below[1] - __popc(doubles & before), lists[1].these, 2);
-  }
-  __syncwarp();
-  lists[0].advance(taken_count[0]);
-  lists[1].advance(taken_count[1]);
-  return taken_count[0] + taken_count[1] - __popc(doubles);
+  return n + (entries[n] < value);
 }
 
 template <typename T>
 struct Producer {
   const qwen1m_dca_sparse_prefill& a;
   Shared& shared;
-  const Pages pages{a.block_table, a.cache.page_size};
-  const int row = threadIdx.x / 16, chunk = threadIdx.x % 16;  // of this thread's first copy; the others 8 rows further
   RingPlace<kRing> ring;
-  uint32_t query_parity[kConsumers] = {};
-  const char *keys = nullptr, *values = nullptr;  // of the item's head, this thread's chunk
-  int32_t columns_waiting = 0;
+  int32_t head_bytes = 0;  // where the item's head begins in a row of the pool
 
-  __device__ bool plans() const { return threadIdx.x < kWarp; }
   __device__ void agree() const { named_sync(kPlan, kWarpgroup); }
 
-  __device__ int32_t pool_row(int32_t position) const { return static_cast<int32_t>(pages.slot(position)); }
+  __device__ int32_t pool_row(int32_t position) const {
+    return static_cast<int32_t>(Pages(a.block_table, a.cache.page_size).slot(position));
+  }
+  __device__ int32_t page_mask() const { return a.cache.page_size - 1; }
 
-  // For the consumers in `wanting`.
-  __device__ void load_queries(const Item& item, int stage, int wanting) {
-    const int64_t stride = static_cast<int64_t>(a.heads) * kHeadDim;
-#pragma unroll
-    for (int c = 0; c < kConsumers; ++c) {
-      if (!(wanting >> c & 1)) continue;
-      barrier_wait(shared_address(&shared.query_empty[c]), query_parity[c] ^ 1);
-      query_parity[c] ^= 1;
-      const int64_t first = stage * static_cast<int64_t>(a.tokens) + item.first_row + c * kRows;
-      load_rows<T, kHeadDim, kRows, kWarpgroup>(shared_address(shared.queries[c]),
-                                                static_cast<const T*>(a.q) + first * stride + item.head * kHeadDim,
-                                                stride, 0, item.rows - c * kRows);
-      copy_arrive(shared_address(&shared.query_full[c]));
-    }
+  __device__ void wait_for_slot() const { barrier_wait(shared_address(&shared.empty[ring.index]), ring.parity ^ 1); }
+
+  // After the slot was described by thread 0 and its copies are under way.
+  __device__ void hand_over() {
+    const uint32_t full = shared_address(&shared.full[ring.index]);
+    copy_arrive(full);
+    if (threadIdx.x == 0) barrier_arrive(full);
+    ring.advance();
   }
 
-  // A slot begins: its description, then its rows, then finish_slot().
-  __device__ void begin_slot(const SlotInfo& info) {
-    barrier_wait(shared_address(&shared.empty[ring.index]), ring.parity ^ 1);
-    if (threadIdx.x == 0) shared.info[ring.index] = info;
-  }
+  // Both copies of the slot's rows; pool_row_of a row of this thread.
   template <typename F>
-  __device__ void copy_rows(F&& pool_row_of) {
+  __device__ void copy_slot(F&& pool_row_of) {
+    const int row = threadIdx.x / 16, chunk = threadIdx.x % 16;  // of the first copy; the others 8 rows further
     const int32_t stride = a.cache.kv_heads * kHeadDim * static_cast<int32_t>(sizeof(T));
     const int place = chunk / 8 * kSlotPanelBytes + row * kPanelRowBytes + ((chunk % 8 ^ row) << 4);
+    const char* keys = static_cast<const char*>(a.cache.key) + head_bytes + chunk * 16;
+    const char* values = static_cast<const char*>(a.cache.value) + head_bytes + chunk * 16;
     const uint32_t key_target = shared_address(shared.keys[ring.index]) + place;
     const uint32_t value_target = shared_address(shared.values[ring.index]) + place;
-#pragma unroll
+#pragma unroll 4
     for (int i = 0; i < kSlotKeys / 8; ++i) {
       const int64_t offset = static_cast<int64_t>(pool_row_of(row + 8 * i)) * stride;
       copy_async(key_target + i * 8 * kPanelRowBytes, keys + offset);
       copy_async(value_target + i * 8 * kPanelRowBytes, values + offset);
     }
+    hand_over();
   }
-  __device__ void finish_slot() {
-    const uint32_t full = shared_address(&shared.full[ring.index]);
-    copy_arrive(full);
-    if (threadIdx.x == 0) barrier_arrive(full);  // for what was stored
-    ring.advance();
+
+  __device__ void end_item() {
+    wait_for_slot();
+    if (threadIdx.x == 0) shared.info[ring.index].stage = kLast;
+    hand_over();
   }
 
   // Which of `wanting` the slot's keys, the last of them `last`, need a mask for.
   __device__ int masked(const Item& item, int stage, int32_t last, int32_t end, int wanting) const {
     if (last >= end) return wanting;
     if (stage != kIntra) return 0;
-    return wanting & ((last > item.begin ? 1 : 0) | (last > item.begin + kRows ? 2 : 0));
+    return wanting & ((last > item.begin() ? 1 : 0) | (last > item.begin() + kRows ? 2 : 0));
   }
 
-  // ---- blocks ----
-
-  __device__ void plan_blocks(Window (&lists)[2], int32_t end) {
-    const int count = merge(lists, [&](int number, int32_t first, int wanted) {
-      const int32_t start = min(first, end - 1), border = (start | pages.mask) + 1;
-      const int32_t near = pool_row(start);
-      const int32_t far = border < min(start + kSlotKeys, end) ? pool_row(border) - (border - start) : near;
-      shared.blocks[number] = {first, near, far, static_cast<uint32_t>(wanted)};
-    });
-    if (threadIdx.x == 0) shared.planned = count;
+  // The lists of a stage, which stand behind those of the stages before. `of` 0: blocks, kStages: columns.
+  __device__ void open(const Item& item, int stage, int of, const int32_t* tables, int width) const {
+    const int c = threadIdx.x, row_blocks = (a.rows + kRows - 1) / kRows;
+    if (c < kConsumers) {
+      List list{tables, 0, 0};
+      if (item.row_block + c < row_blocks) {
+        const int64_t number = static_cast<int64_t>(item.head) * row_blocks + item.row_block + c;
+        const int32_t* counts = a.tables.counts + number * 2 * kStages + of;
+        list.entries += number * width;
+        for (int before = kInter; before > stage; --before) list.entries += __ldg(counts + before);
+        list.count = __ldg(counts + stage);
+      }
+      shared.plan.lists[c] = list;
+    }
+    agree();
   }
 
-  __device__ void load_block(const Item& item, int stage, int32_t end, const PlannedBlock& block) {
-    const int wanted = block.wanted & item.present;
+  __device__ bool more_listed() const {
+    const List(&lists)[2] = shared.plan.lists;
+    return lists[0].taken < lists[0].count || lists[1].taken < lists[1].count;
+  }
+
+  // Appends to plan.merged from `at` on what the next windows surely hold of the lists' union, with its marks. Returns
+  // how many entries that are.
+  __device__ int merge(int at) {
+    Plan& plan = shared.plan;
+    List(&lists)[2] = plan.lists;
+    constexpr int kEach = kWindow / kWarpgroup;
+    const int lane = threadIdx.x % kWarp, first_group = threadIdx.x / kWarp * kEach;
+#pragma unroll
+    for (int l = 0; l < 2; ++l) {
+      for (int i = threadIdx.x; i <= kWindow; i += kWarpgroup) {
+        const int32_t number = lists[l].taken + i;
+        plan.entry[l][i] = number < lists[l].count ? __ldg(lists[l].entries + number) : kNoKey;
+      }
+    }
+    agree();
+    const int32_t bound = min(plan.entry[0][kWindow - 1], plan.entry[1][kWindow - 1]);
+    int taken[2];
+#pragma unroll
+    for (int l = 0; l < 2; ++l) {
+      taken[l] =
+          bound == kNoKey ? min(lists[l].count - lists[l].taken, kWindow) : count_below(plan.entry[l], bound + 1);
+    }
+#pragma unroll 2
+    for (int k = 0; k < kEach; ++k) {
+      const int i = (first_group + k) * kWarp + lane;
+      const int32_t key = plan.entry[0][i];
+      const int below = count_below(plan.entry[1], key);
+      const bool twice = i < taken[0] && below < kWindow && plan.entry[1][below] == key;
+      const unsigned both = __ballot_sync(kAllLanes, twice);
+      if (lane == 0) plan.twice[first_group + k] = both;
+    }
+    agree();
+    // Lane g holds how many entries of groups up to g are in both lists.
+    int doubles = lane < kWindow / kWarp ? __popc(plan.twice[lane]) : 0;
+#pragma unroll
+    for (int distance = 1; distance < kWarp; distance *= 2) {
+      const int lower = __shfl_up_sync(kAllLanes, doubles, distance);
+      if (lane >= distance) doubles += lower;
+    }
+    const auto doubles_before = [&](int i) {
+      const int group = i / kWarp, before = __shfl_sync(kAllLanes, doubles, max(group - 1, 0));
+      const unsigned own = group < kWindow / kWarp ? plan.twice[group] & ((1u << i % kWarp) - 1) : 0;
+      return (group > 0 ? before : 0) + __popc(own);
+    };
+#pragma unroll 1
+    for (int k = 0; k < kEach; ++k) {
+      const int i = (first_group + k) * kWarp + lane;
+      const int32_t key = plan.entry[0][i];
+      const int below = count_below(plan.entry[1], key), rank = i + below - doubles_before(i);
+      if (i < taken[0]) {
+        int marks = plan.entry[0][i + 1] == key + kSlotKeys ? 5 : 1;
+        if (plan.twice[first_group + k] >> lane & 1) {
+          marks |= plan.entry[1][below + 1] == key + kSlotKeys ? 10 : 2;
+        }
+        plan.merged[at + rank] = mark(key, marks);
+      }
+    }
+#pragma unroll 1
+    for (int k = 0; k < kEach; ++k) {
+      const int i = (first_group + k) * kWarp + lane;
+      const int32_t key = plan.entry[1][i];
+      const int before = count_below(plan.entry[0], key), rank = i + before - doubles_before(before);
+      if (i < taken[1] && !(before < kWindow && plan.entry[0][before] == key)) {
+        plan.merged[at + rank] = mark(key, plan.entry[1][i + 1] == key + kSlotKeys ? 10 : 2);
+      }
+    }
+    if (threadIdx.x == 0) {
+      lists[0].taken += taken[0];
+      lists[1].taken += taken[1];
+    }
+    const int total = taken[0] + taken[1] - __shfl_sync(kAllLanes, doubles, kWarp - 1);
+    agree();
+    return total;
+  }
+
+  __device__ void load_block(const Item& item, int stage, int32_t end, int number) {
+    const uint32_t planned = shared.plan.merged[number];
+    const int32_t first = key_of(planned), near = shared.plan.near[number], far = shared.plan.far[number];
+    const int marks = marks_of(planned), wanted = marks & item.present();
     if (wanted == 0) return;
-    const int flags = masked(item, stage, block.first + kSlotKeys - 1, end, wanted);
-    begin_slot({block.first, end, static_cast<uint8_t>(stage), static_cast<uint8_t>(wanted),
-                static_cast<uint8_t>(flags), 0});
+    wait_for_slot();
+    if (threadIdx.x == 0) {
+      const int flags = masked(item, stage, first + kSlotKeys - 1, end, wanted);
+      shared.info[ring.index] = {first,
+                                 end,
+                                 static_cast<uint8_t>(stage),
+                                 static_cast<uint8_t>(wanted),
+                                 static_cast<uint8_t>(flags),
+                                 static_cast<uint8_t>(marks >> 2)};
+    }
     // In place of no key stands the last one, whose weight the mask makes zero.
-    const int32_t start = min(block.first, end - 1), border = pages.mask + 1 - (start & pages.mask), last = end - 1 - start;
-    copy_rows([&](int32_t r) {
+    const int32_t start = min(first, end - 1), border = page_mask() + 1 - (start & page_mask()), last = end - 1 - start;
+    copy_slot([&](int32_t r) {
       r = min(r, last);
-      return (r < border ? block.near : block.far) + r;
+      return (r < border ? near : far) + r;
     });
-    finish_slot();
   }
 
-  __device__ void load_blocks(const Item& item, int stage, int32_t end, const int32_t* table, const int32_t (&at)[2],
-                              const int32_t (&count)[2]) {
-    Window lists[2];
-    if (plans()) {
-      lists[0].enter(table + at[0], count[0]);
-      lists[1].enter(table + a.tables.block_width + at[1], count[1]);
-    }
-    for (;;) {
-      if (plans()) plan_blocks(lists, end);
+  __device__ void load_blocks(const Item& item, int stage, int32_t end) {
+    open(item, stage, 0, a.tables.blocks, a.tables.block_width);
+    while (more_listed()) {
+      const int count = merge(0);
+      for (int i = threadIdx.x; i < count; i += kWarpgroup) {
+        const int32_t start = min(key_of(shared.plan.merged[i]), end - 1), border = (start | page_mask()) + 1;
+        const int32_t near = pool_row(start);
+        shared.plan.near[i] = near;
+        shared.plan.far[i] = border < min(start + kSlotKeys, end) ? pool_row(border) - (border - start) : near;
+      }
       agree();
-      const int planned = shared.planned;
-      for (int i = 0; i < planned; ++i) load_block(item, stage, end, shared.blocks[i]);
-      agree();
-      if (planned == 0) break;
+      for (int i = 0; i < count; ++i) load_block(item, stage, end, i);
     }
   }
 
-  // ---- columns ----
-
-  // Until there are enough for a slot or no more.
-  __device__ void plan_columns(Window (&lists)[2]) {
-    int count = columns_waiting;
-    while (count < kSlotKeys) {
-      const int more = merge(lists, [&](int number, int32_t column, int wanted) {
-        shared.column[count + number] = column;
-        shared.column_wanted[count + number] = static_cast<uint8_t>(wanted);
-      });
-      if (more == 0) break;
-      count += more;
-    }
-    __syncwarp();
-    for (int i = threadIdx.x; i < kSlotKeys; i += kWarp) {
-      // In place of no key stands the first one.
-      shared.column_slot[i] = count > 0 ? pool_row(shared.column[i < count ? i : 0]) : 0;
-    }
-    columns_waiting = count;
-    if (threadIdx.x == 0) shared.planned = min(count, kSlotKeys);
-  }
-
-  __device__ void load_slot_of_columns(const Item& item, int stage, int32_t end, int count) {
-    unsigned listed[kConsumers][2] = {};
-    int32_t positions[2], wanted[2];
-    if (plans()) {
+  // `count` of the planned columns from `from` on, for the row blocks that list some of the stage.
+  __device__ void load_slot_of_columns(const Item& item, int stage, int32_t end, int listing, int from, int count,
+                                       bool more) {
+    const uint32_t* columns = shared.plan.merged + from;
+    wait_for_slot();
+    if (threadIdx.x < kWarp) {
+      uint64_t listed[kConsumers] = {};
+      int32_t last = 0;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int i = half * kWarp + threadIdx.x;
-        positions[half] = i < count ? shared.column[i] : kNoKey;
-        wanted[half] = i < count ? shared.column_wanted[i] & item.present : 0;
+        const uint32_t column = i < count ? columns[i] : 0;
+        const int32_t position = i < count ? key_of(column) : kNoKey;
+        const int marks = marks_of(column);
+        shared.position[ring.index][i] = position;
+        last = __shfl_sync(kAllLanes, position, kWarp - 1);
 #pragma unroll
-        for (int c = 0; c < kConsumers; ++c) listed[c][half] = __ballot_sync(kAllLanes, wanted[half] >> c & 1);
+        for (int c = 0; c < kConsumers; ++c) {
+          listed[c] |= static_cast<uint64_t>(__ballot_sync(kAllLanes, marks >> c & 1)) << half * kWarp;
+        }
       }
-    }
-    barrier_wait(shared_address(&shared.empty[ring.index]), ring.parity ^ 1);
-    if (plans()) {
-      int wanting = 0, partly = 0;
-#pragma unroll
-      for (int c = 0; c < kConsumers; ++c) {
-        const uint64_t both = static_cast<uint64_t>(listed[c][1]) << kWarp | listed[c][0];
-        if (both != 0) wanting |= 1 << c;
-        if (both != ~0ull) partly |= 1 << c;
-        if (threadIdx.x == 0) shared.listed[ring.index][c] = both;
-      }
-      const int32_t last = __shfl_sync(kAllLanes, positions[1], kWarp - 1);
-#pragma unroll
-      for (int half = 0; half < 2; ++half) shared.position[ring.index][half * kWarp + threadIdx.x] = positions[half];
-      const int flags = (partly & wanting) | masked(item, stage, last, end, wanting);
       if (threadIdx.x == 0) {
-        shared.info[ring.index] = {kNoKey, end, static_cast<uint8_t>(stage), static_cast<uint8_t>(wanting),
-                                   static_cast<uint8_t>(flags), 0};
+        const int wanted = listing & item.present();
+        int flags = masked(item, stage, last, end, wanted);
+#pragma unroll
+        for (int c = 0; c < kConsumers; ++c) {
+          shared.listed[ring.index][c] = listed[c];
+          flags |= (listed[c] != ~0ull) << c;
+        }
+        shared.info[ring.index] = {kNoKey,
+                                   end,
+                                   static_cast<uint8_t>(stage),
+                                   static_cast<uint8_t>(wanted),
+                                   static_cast<uint8_t>(flags),
+                                   static_cast<uint8_t>(more ? 3 : 0)};
       }
       __syncwarp();
     }
-    copy_rows([&](int32_t r) { return shared.column_slot[r]; });
-    finish_slot();
+    // In place of no key stands the first one.
+    copy_slot([&](int32_t r) { return pool_row(key_of(columns[r < count ? r : 0])); });
   }
 
-  __device__ void drop_columns() {
-    const int left = max(columns_waiting - kSlotKeys, 0);
-    int32_t column[2];
-    uint8_t wanted[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int i = kSlotKeys + half * kWarp + threadIdx.x;
-      column[half] = shared.column[i];
-      wanted[half] = shared.column_wanted[i];
-    }
-    __syncwarp();
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int i = half * kWarp + threadIdx.x;
-      shared.column[i] = column[half];
-      shared.column_wanted[i] = wanted[half];
-    }
-    columns_waiting = left;
-    __syncwarp();
-  }
-
-  __device__ void load_columns(const Item& item, int stage, int32_t end, const int32_t* table, const int32_t (&at)[2],
-                               const int32_t (&count)[2]) {
-    Window lists[2];
-    if (plans()) {
-      lists[0].enter(table + at[0], count[0]);
-      lists[1].enter(table + a.tables.column_width + at[1], count[1]);
-    }
-    columns_waiting = 0;
-    for (;;) {
-      if (plans()) plan_columns(lists);
-      agree();
-      const int planned = shared.planned;
-      if (planned > 0) load_slot_of_columns(item, stage, end, planned);
-      agree();
-      if (planned == 0) break;
-      if (plans()) drop_columns();
+  __device__ void load_columns(const Item& item, int stage, int32_t end) {
+    const List(&lists)[2] = shared.plan.lists;
+    open(item, stage, kStages, a.tables.columns, a.tables.column_width);
+    const int listing = (lists[0].count > 0 ? 1 : 0) | (lists[1].count > 0 ? 2 : 0);
+    if ((listing & item.present()) == 0) return;
+    int waiting = 0;
+    for (bool more = true; more;) {
+      const int count = waiting + merge(waiting);
+      more = more_listed();
+      int from = 0;
+      for (; from + kSlotKeys <= count || (!more && from < count); from += kSlotKeys) {
+        const int slot = min(count - from, kSlotKeys);
+        load_slot_of_columns(item, stage, end, listing, from, slot, more || from + kSlotKeys < count);
+      }
+      waiting = max(count - from, 0);
+      if (more) {
+        agree();
+        const uint32_t left = threadIdx.x < waiting ? shared.plan.merged[from + threadIdx.x] : 0;
+        agree();
+        if (threadIdx.x < waiting) shared.plan.merged[threadIdx.x] = left;
+      }
     }
   }
 
   __device__ void walk(const Item& item) {
-    const int64_t offset = static_cast<int64_t>(item.head / (a.heads / a.cache.kv_heads)) * kHeadDim * sizeof(T) + chunk * 16;
-    keys = static_cast<const char*>(a.cache.key) + offset;
-    values = static_cast<const char*>(a.cache.value) + offset;
-    const int row_blocks = (a.rows + kRows - 1) / kRows;
-    const int64_t entry = static_cast<int64_t>(item.head) * row_blocks + item.row_block;
-    const int32_t* counts = a.tables.counts + entry * 2 * kStages;
-    int32_t block_at[2] = {}, column_at[2] = {};
+    head_bytes = item.head / (a.heads / a.cache.kv_heads) * kHeadDim * static_cast<int32_t>(sizeof(T));
     for (int stage = kInter; stage >= kIntra; --stage) {
-      const int32_t end = stage == kIntra ? item.begin + item.rows
-                                          : stage_keys(static_cast<Stage>(stage), item.begin, a.chunk_len).end;
-      int32_t blocks[2], columns[2];
-#pragma unroll
-      for (int c = 0; c < kConsumers; ++c) {
-        const bool exists = item.row_block + c < row_blocks;
-        blocks[c] = exists ? __ldg(counts + c * 2 * kStages + stage) : 0;
-        columns[c] = exists ? __ldg(counts + c * 2 * kStages + kStages + stage) : 0;
-      }
-      const int listing = (blocks[0] + columns[0] > 0 ? 1 : 0) | (blocks[1] + columns[1] > 0 ? 2 : 0);
-      if (listing == 0) continue;
-      load_queries(item, stage, listing & item.present);
-      load_blocks(item, stage, end, a.tables.blocks + entry * a.tables.block_width, block_at, blocks);
-      load_columns(item, stage, end, a.tables.columns + entry * a.tables.column_width, column_at, columns);
-#pragma unroll
-      for (int c = 0; c < kConsumers; ++c) {
-        block_at[c] += blocks[c];
-        column_at[c] += columns[c];
-      }
+      const int32_t end = stage == kIntra ? item.begin() + item.rows()
+                                          : stage_keys(static_cast<Stage>(stage), item.begin(), a.chunk_len).end;
+      load_blocks(item, stage, end);
+      load_columns(item, stage, end);
     }
-    begin_slot({0, 0, 0, 0, 0, 1});
-    finish_slot();
-  }
-
-  __device__ void run() {
-    const int items = count_items(a);
-    for (int number = blockIdx.x; number < items; number += gridDim.x) walk(Item(a, number));
+    end_item();
   }
 };
 
@@ -403,130 +377,158 @@ struct Consumer {
   Shared& shared;
   const int number = static_cast<int>(threadIdx.x) / kWarpgroup - 1;
   RingPlace<kRing> ring;
-  uint32_t query_parity = 0;
   Rows<T> rows;
-  Scores<T, kSlotKeys> scores;
   uint32_t queries[kHeadDim / 16][4];
-  uint32_t weights[kSlotKeys / 4];
 
   __device__ void release(uint64_t& barrier) const {
     if (threadIdx.x % kWarp == 0) barrier_arrive(shared_address(&barrier));
   }
 
-  // The next slot that this row block wants, or the item's end; its place is ring.index.
-  __device__ SlotInfo next() {
-    for (;;) {
-      barrier_wait(shared_address(&shared.full[ring.index]), ring.parity);
-      const SlotInfo info = shared.info[ring.index];
-      if (info.last || info.wanted >> number & 1) return info;
-      release(shared.empty[ring.index]);
-      ring.advance();
-    }
-  }
-
-  // The rows' rotation of the next stage; no product may be under way that reads the last one.
-  __device__ void take_queries() {
-    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp % 4;
-    barrier_wait(shared_address(&shared.query_full[number]), query_parity);
-    query_parity ^= 1;
-    const uint32_t place = at<kHeadDim>(shared_address(shared.queries[number]) + operand<kHeadDim>(lane), 16 * warp, 0);
+  // The rows' rotation of a stage, as left factors; rows that do not exist repeat the last one.
+  __device__ void take_queries(const Item& item, int stage) {
+    const int lane = threadIdx.x % kWarp, row = number * kRows + threadIdx.x / kWarp % 4 * 16 + lane / 4;
+    const int64_t stride = static_cast<int64_t>(a.heads) * kHeadDim;
+    const T* q = static_cast<const T*>(a.q) + (stage * static_cast<int64_t>(a.tokens) + item.first_row()) * stride +
+                 item.head * kHeadDim + lane % 4 * 2;
 #pragma unroll
-    for (int step = 0; step < kHeadDim / 16; ++step) load_left(queries[step], at<kHeadDim>(place, 0, step));
-    release(shared.query_empty[number]);
+    for (int h = 0; h < 2; ++h) {
+      const uint32_t* values = reinterpret_cast<const uint32_t*>(q + min(row + 8 * h, item.rows() - 1) * stride);
+#pragma unroll
+      for (int step = 0; step < kHeadDim / 16; ++step) {
+        queries[step][h] = __ldg(values + step * 8);
+        queries[step][h + 2] = __ldg(values + step * 8 + 4);
+      }
+    }
 #pragma unroll
     for (int step = 0; step < kHeadDim / 16; ++step) settle(queries[step]);
   }
 
-  // scores = Q K^T of the slot at ring.index, under way.
-  __device__ void score() {
-    const uint64_t k = rows_descriptor(shared_address(shared.keys[ring.index][0]));
+  // scores = Q K^T of a slot, under way.
+  __device__ void score(float (&scores)[kSlotKeys / 2], int place) {
+    const uint64_t k = rows_descriptor(shared_address(shared.keys[place][0]));
 #pragma unroll
     for (int step = 0; step < kHeadDim / 16; ++step) {
-      multiply_transposed<T>(scores.value, queries[step], k + (step / 4 * kSlotPanelBytes >> 4) + step % 4 * 2, step > 0);
+      multiply_transposed<T>(scores, queries[step], k + (step / 4 * kSlotPanelBytes >> 4) + step % 4 * 2, step > 0);
     }
     products_commit();
   }
 
-  // out += weights V of the slot at `place`, under way.
-  __device__ void attend(int place) {
-    rows.attend(weights, columns_descriptor(shared_address(shared.values[place][0]), kSlotKeys));
-    products_commit();
+  __device__ uint64_t values_of(int place) const {
+    return columns_descriptor(shared_address(shared.values[place][0]), kSlotKeys);
   }
 
-  __device__ void weigh(const Item& item, const SlotInfo& info, float scale) {
-    if (info.masked >> number & 1) {
-      const int lane = threadIdx.x % kWarp;
-      const int32_t position = item.begin + number * kRows + threadIdx.x / kWarp % 4 * 16 + lane / 4;
-      const int32_t limit[2] = {min(position, info.end - 1), min(position + 8, info.end - 1)};
-      if (info.first != kNoKey) {
-        scores.mask([&](int column, int h) { return info.first + column <= limit[h]; });
-      } else {
-        const uint64_t listed = shared.listed[ring.index][number];
-        const int32_t* keys = shared.position[ring.index];
-        scores.mask([&](int column, int h) { return (listed >> column & 1) && keys[column] <= limit[h]; });
-      }
+  __device__ void mask(const Item& item, int place, float (&scores)[kSlotKeys / 2]) const {
+    const SlotInfo& info = shared.info[place];
+    if (!(info.masked >> number & 1)) return;
+    const int32_t position = item.begin() + number * kRows + threadIdx.x / kWarp % 4 * 16 + threadIdx.x % kWarp / 4;
+    const int32_t limit[2] = {min(position, info.end - 1), min(position + 8, info.end - 1)};
+    if (info.first != kNoKey) {
+      mask_scores(scores, [&](int column, int h) { return info.first + column <= limit[h]; });
+    } else {
+      const uint64_t listed = shared.listed[place][number];
+      const int32_t* keys = shared.position[place];
+      mask_scores(scores, [&](int column, int h) { return (listed >> column & 1) && keys[column] <= limit[h]; });
     }
+  }
+
+  // Moves on to the next slot that this row block wants, or to the item's end, and releases those between.
+  __device__ const SlotInfo& find() {
+    for (;; ring.advance()) {
+      barrier_wait(shared_address(&shared.full[ring.index]), ring.parity);
+      const SlotInfo& info = shared.info[ring.index];
+      if (info.stage == kLast || info.wanted >> number & 1) return info;
+      release(shared.empty[ring.index]);
+    }
+  }
+
+  // Which of the keys count, and the softmax of their scores.
+  __device__ void weigh(const Item& item, int place, Scores<T, kSlotKeys>& scores, float scale) {
+    mask(item, place, scores.value);
     rows.soften(scores, scale);
+    settle(scores.value);
+  }
+
+  // out += weights V of a slot, under way.
+  __device__ void attend(const Scores<T, kSlotKeys>& scores, uint32_t (&weights)[kSlotKeys / 4], int place) {
+    scores.pack(weights);
+    settle(rows.out);
+    settle(weights);
+    products_begin();
+    rows.template attend<kSlotKeys / 16>(weights, 0, values_of(place));
+    products_commit();
+  }
+
+  // Attends to the keys of the slot that was found.
+  __device__ void step(const Item& item, float scale) {
+    Scores<T, kSlotKeys> scores;
+    uint32_t weights[kSlotKeys / 4];
+    const int place = ring.index;
+    ring.advance();
+    async_proxy_fence();
+    products_begin();
+    score(scores.value, place);
+    products_wait<0>();
+    settle(scores.value);
+    weigh(item, place, scores, scale);
+    if (rows.grown()) rows.rescale();
+    attend(scores, weights, place);
+    products_wait<0>();
+    settle(rows.out);
+    release(shared.empty[place]);
+  }
+
+  // The same for it and the next one: the softmax of either runs beside a product of the other.
+  __device__ void double_step(const Item& item, float scale) {
+    Scores<T, kSlotKeys> near_scores, far_scores;
+    uint32_t weights[kSlotKeys / 4];
+    const int near = ring.index;
+    ring.advance();
+    find();
+    const int far = ring.index;
+    ring.advance();
+    async_proxy_fence();
+    products_begin();
+    score(near_scores.value, near);
+    score(far_scores.value, far);
+    products_wait<1>();
+    settle(near_scores.value);
+    weigh(item, near, near_scores, scale);
+    if (rows.grown()) rows.rescale();
+    attend(near_scores, weights, near);
+    products_wait<1>();
+    settle(far_scores.value);
+    weigh(item, far, far_scores, scale);
+    rows.settle_output();
+    settle(weights);
+    release(shared.empty[near]);
+    attend(far_scores, weights, far);
+    products_wait<0>();
+    settle(rows.out);
+    release(shared.empty[far]);
   }
 
   __device__ void walk(const Item& item) {
     const float scale = a.scale * kLog2E;
     rows.start();
-    SlotInfo info = next();
-    if (!info.last) {
-      take_queries();
-      int stage = info.stage;
-      async_proxy_fence();
-      products_begin();
-      score();
-      products_wait<0>();
-      settle(scores.value);
-      weigh(item, info, scale);
-      scores.pack(weights);
-      int before = ring.index;
-      ring.advance();
-      for (info = next(); !info.last; info = next()) {
-        if (info.stage != stage) {
-          take_queries();
-          stage = info.stage;
-        }
-        async_proxy_fence();
-        settle(rows.out);
-        settle(weights);
-        products_begin();
-        score();
-        attend(before);
-        products_wait<1>();
-        settle(scores.value);
-        weigh(item, info, scale);
-        settle(scores.value);
-        rows.settle_output();
-        settle(weights);
-        release(shared.empty[before]);
-        scores.pack(weights);
-        before = ring.index;
-        ring.advance();
+    int stage = kLast;
+    for (;;) {
+      const SlotInfo& info = find();
+      if (info.stage == kLast) break;
+      if (info.stage != stage) {
+        stage = info.stage;
+        take_queries(item, stage);
       }
-      settle(rows.out);
-      settle(weights);
-      products_begin();
-      attend(before);
-      products_wait<0>();
-      settle(rows.out);
-      release(shared.empty[before]);
+      if (info.followed >> number & 1) {
+        double_step(item, scale);
+      } else {
+        step(item, scale);
+      }
     }
-    release(shared.empty[ring.index]);
-    ring.advance();
-    if (item.present >> number & 1) {
-      const int64_t place = (item.first_row + number * kRows) * a.heads + item.head;
+    if (item.has(number)) {
+      const int64_t place = static_cast<int64_t>(item.first_row() + number * kRows) * a.heads + item.head;
       rows.store(static_cast<T*>(a.out) + place * kHeadDim, a.lse == nullptr ? nullptr : a.lse + place,
-                 item.rows - number * kRows, a.heads, scale);
+                 item.rows() - number * kRows, a.heads, scale);
     }
-  }
-
-  __device__ void run() {
-    const int items = count_items(a);
-    for (int number = blockIdx.x; number < items; number += gridDim.x) walk(Item(a, number));
   }
 };
 
@@ -541,19 +543,16 @@ __global__ void __launch_bounds__(kThreads, 1)
       barrier_init(shared_address(&shared.full[i]), kWarpgroup + 1);
       barrier_init(shared_address(&shared.empty[i]), kConsumerWarps);
     }
-    for (int c = 0; c < kConsumers; ++c) {
-      barrier_init(shared_address(&shared.query_full[c]), kWarpgroup);
-      barrier_init(shared_address(&shared.query_empty[c]), kConsumerWarps / kConsumers);
-    }
     barrier_init_fence();
   }
   __syncthreads();
+  const Item item(a);
   if (threadIdx.x < kWarpgroup) {
     give_registers<kProducerRegisters>();
-    Producer<T>{a, shared}.run();
+    Producer<T>{a, shared}.walk(item);
   } else {
     take_registers<kConsumerRegisters>();
-    Consumer<T>{a, shared}.run();
+    Consumer<T>{a, shared}.walk(item);
   }
 }
 
@@ -563,14 +562,10 @@ template <typename T>
 int dca_sparse_prefill(const qwen1m_dca_sparse_prefill& a, qwen1m_stream stream) {
   if (a.num_blocks == 0) return cudaSuccess;
   const auto kernel = dca_sparse_prefill_kernel<T>;
-  int device = 0, processors = 0;
-  cudaError_t status = cudaGetDevice(&device);
-  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  if (status == cudaSuccess) {
-    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared));
-  }
+  const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared));
   if (status != cudaSuccess) return status;
-  kernel<<<std::min(count_items(a), processors), kThreads, sizeof(Shared), as_stream(stream)>>>(a);
+  const int pairs = (a.first_block + a.num_blocks - 1) / 2 - a.first_block / 2 + 1;
+  kernel<<<dim3(pairs, a.heads), kThreads, sizeof(Shared), as_stream(stream)>>>(a);
   return cudaGetLastError();
 }
 

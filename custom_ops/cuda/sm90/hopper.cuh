@@ -85,8 +85,8 @@ __device__ inline void prefetch_tensor_map(const CUtensorMap& map) {
 // A box of the tensor, its first element at (x, y, z), to shared memory; its bytes count for the barrier.
 __device__ inline void copy_box(uint32_t shared, const CUtensorMap& map, uint32_t barrier, int x, int y, int z) {
   asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(
-          shared),
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::
+          "r"(shared),
       "l"(&map), "r"(barrier), "r"(x), "r"(y), "r"(z)
       : "memory");
 }
@@ -134,8 +134,8 @@ constexpr int kPanelValues = 64, kPanelRowBytes = 128;
 
 __device__ inline uint64_t descriptor(uint32_t shared, uint32_t leading_bytes, uint32_t stride_bytes) {
   constexpr uint64_t kSwizzle128 = 1ull << 62;
-  return kSwizzle128 | static_cast<uint64_t>(stride_bytes >> 4) << 32 | static_cast<uint64_t>(leading_bytes >> 4) << 16 |
-         (shared & 0x3ffff) >> 4;
+  return kSwizzle128 | static_cast<uint64_t>(stride_bytes >> 4) << 32 |
+         static_cast<uint64_t>(leading_bytes >> 4) << 16 | (shared & 0x3ffff) >> 4;
 }
 
 // Rows of the left factor, or those whose transpose is the right one: from a row, and 16-byte chunk 2 * step, on.
@@ -148,15 +148,15 @@ __device__ inline uint64_t columns_descriptor(uint32_t shared, int panel_rows) {
 
 #define QWEN1M_F4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define QWEN1M_F16(d, i) QWEN1M_F4(d, i), QWEN1M_F4(d, i + 4), QWEN1M_F4(d, i + 8), QWEN1M_F4(d, i + 12)
-#define QWEN1M_R16(a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p) \
+#define QWEN1M_R16(a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p)                                                   \
   "%" #a ", %" #b ", %" #c ", %" #d ", %" #e ", %" #f ", %" #g ", %" #h ", %" #i ", %" #j ", %" #k ", %" #l ", %" #m \
   ", %" #n ", %" #o ", %" #p
-#define QWEN1M_R32                                                         \
-  QWEN1M_R16(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15) ", "    \
-  QWEN1M_R16(16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31)
-#define QWEN1M_R64                                                                  \
-  QWEN1M_R32 ", " QWEN1M_R16(32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43, 44, 45, 46, 47) ", " \
-  QWEN1M_R16(48, 49, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60, 61, 62, 63)
+#define QWEN1M_R32                                                 \
+  QWEN1M_R16(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15) \
+  ", " QWEN1M_R16(16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31)
+#define QWEN1M_R64                                                                                            \
+  QWEN1M_R32 ", " QWEN1M_R16(32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43, 44, 45, 46, 47) ", " QWEN1M_R16( \
+      48, 49, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60, 61, 62, 63)
 
 // c[64, N] (+)= a[64, 16] b[16, N], N = 2 * (values of c a thread). Thread 32w + 4g + p holds rows 16w + g (c[4n],
 // c[4n + 1]) and 16w + g + 8 (c[4n + 2], c[4n + 3]) at columns 8n + 2p, 8n + 2p + 1. `add` false: c's contents do not
@@ -172,29 +172,30 @@ __device__ inline void multiply_transposed(float (&c)[32], const uint32_t (&a)[4
 template <typename T>
 __device__ inline void multiply_rows(float (&c)[64], const uint32_t (&a)[4], uint64_t b);
 
-#define QWEN1M_PRODUCTS(T, name)                                                                                     \
-  template <>                                                                                                        \
-  __device__ inline void multiply_shared<T>(float (&c)[64], uint64_t a, uint64_t b, bool add) {                      \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"                                                        \
-                 "wgmma.mma_async.sync.aligned.m64n128k16.f32." name "." name " {" QWEN1M_R64                        \
-                 "}, %64, %65, p, 1, 1, 0, 0;\n}"                                                                    \
-                 : QWEN1M_F16(c, 0), QWEN1M_F16(c, 16), QWEN1M_F16(c, 32), QWEN1M_F16(c, 48)                         \
-                 : "l"(a), "l"(b), "r"(static_cast<int>(add)));                                                      \
-  }                                                                                                                  \
-  template <>                                                                                                        \
-  __device__ inline void multiply_transposed<T>(float (&c)[32], const uint32_t (&a)[4], uint64_t b, bool add) {      \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"                                                        \
-                 "wgmma.mma_async.sync.aligned.m64n64k16.f32." name "." name " {" QWEN1M_R32                         \
-                 "}, {%32, %33, %34, %35}, %36, p, 1, 1, 0;\n}"                                                      \
-                 : QWEN1M_F16(c, 0), QWEN1M_F16(c, 16)                                                               \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)));                  \
-  }                                                                                                                  \
-  template <>                                                                                                        \
-  __device__ inline void multiply_rows<T>(float (&c)[64], const uint32_t (&a)[4], uint64_t b) {                      \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." name "." name " {" QWEN1M_R64                        \
-                 "}, {%64, %65, %66, %67}, %68, 1, 1, 1, 1;"                                                         \
-                 : QWEN1M_F16(c, 0), QWEN1M_F16(c, 16), QWEN1M_F16(c, 32), QWEN1M_F16(c, 48)                         \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                              \
+#define QWEN1M_PRODUCTS(T, name)                                                                                      \
+  template <>                                                                                                         \
+  __device__ inline void multiply_shared<T>(float (&c)[64], uint64_t a, uint64_t b, bool add) {                       \
+    asm volatile(                                                                                                     \
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"                                                                  \
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32." name "." name " {" QWEN1M_R64 "}, %64, %65, p, 1, 1, 0, 0;\n}" \
+        : QWEN1M_F16(c, 0), QWEN1M_F16(c, 16), QWEN1M_F16(c, 32), QWEN1M_F16(c, 48)                                   \
+        : "l"(a), "l"(b), "r"(static_cast<int>(add)));                                                                \
+  }                                                                                                                   \
+  template <>                                                                                                         \
+  __device__ inline void multiply_transposed<T>(float (&c)[32], const uint32_t (&a)[4], uint64_t b, bool add) {       \
+    asm volatile(                                                                                                     \
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"                                                                  \
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32." name "." name " {" QWEN1M_R32                                   \
+        "}, {%32, %33, %34, %35}, %36, p, 1, 1, 0;\n}"                                                                \
+        : QWEN1M_F16(c, 0), QWEN1M_F16(c, 16)                                                                         \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)));                            \
+  }                                                                                                                   \
+  template <>                                                                                                         \
+  __device__ inline void multiply_rows<T>(float (&c)[64], const uint32_t (&a)[4], uint64_t b) {                       \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." name "." name " {" QWEN1M_R64                         \
+                 "}, {%64, %65, %66, %67}, %68, 1, 1, 1, 1;"                                                          \
+                 : QWEN1M_F16(c, 0), QWEN1M_F16(c, 16), QWEN1M_F16(c, 32), QWEN1M_F16(c, 48)                          \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                               \
   }
 
 QWEN1M_PRODUCTS(bf16, "bf16")

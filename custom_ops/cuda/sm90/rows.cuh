@@ -18,17 +18,11 @@ template <typename T, int kKeys>
 struct Scores {
   float value[kKeys / 2];
 
-  // Key number `column` is seen by the rows h of this thread (16w + g + 8h) when visible(column, h).
-  template <typename F>
-  __device__ void mask(F&& visible) {
-    const int pair = threadIdx.x % 4 * 2;
-#pragma unroll
-    for (int n = 0; n < kKeys / 8; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (!visible(8 * n + pair + i % 2, i / 2)) value[4 * n + i] = kNegativeInfinity;
-      }
-    }
+  // Those of the kPart-th kPartKeys keys.
+  template <int kPartKeys, int kPart>
+  __device__ float (&part()) [kPartKeys / 2] {
+    static_assert((kPart + 1) * kPartKeys <= kKeys, "");
+    return *reinterpret_cast<float (*)[kPartKeys / 2]>(value + kPart * kPartKeys / 2);
   }
 
   __device__ void pack(uint32_t (&weights)[kKeys / 4]) const {
@@ -36,6 +30,19 @@ struct Scores {
     for (int i = 0; i < kKeys / 4; ++i) weights[i] = pack_pair<T>(value[2 * i], value[2 * i + 1]);
   }
 };
+
+// Key number `column` is seen by the rows h of this thread (16w + g + 8h) when visible(column, h).
+template <int N, typename F>
+__device__ inline void mask_scores(float (&scores)[N], F&& visible) {
+  const int pair = threadIdx.x % 4 * 2;
+#pragma unroll
+  for (int n = 0; n < N / 4; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (!visible(8 * n + pair + i % 2, i / 2)) scores[4 * n + i] = kNegativeInfinity;
+    }
+  }
+}
 
 template <typename T>
 struct Rows {
@@ -59,28 +66,30 @@ struct Rows {
   __device__ void soften(Scores<T, kKeys>& scores, float scale) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      float top = kNegativeInfinity;
+      float tops[2] = {kNegativeInfinity, kNegativeInfinity};
 #pragma unroll
       for (int n = 0; n < kKeys / 8; ++n) {
-        top = fmaxf(top, fmaxf(scores.value[4 * n + 2 * h], scores.value[4 * n + 2 * h + 1]));
+#pragma unroll
+        for (int c = 0; c < 2; ++c) tops[c] = fmaxf(tops[c], scores.value[4 * n + 2 * h + c]);
       }
+      float top = fmaxf(tops[0], tops[1]);
       top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 1));
       top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 2));
       const bool grown = (top - maximum[h]) * scale > kGrowth;
       shrink[h] = grown ? exp2_fast((maximum[h] - top) * scale) : 1.0f;
       maximum[h] = grown ? top : maximum[h];
       const float origin = maximum[h] == kNegativeInfinity ? 0.0f : maximum[h] * scale;
-      float total = 0;
+      float totals[2] = {0, 0};
 #pragma unroll
       for (int n = 0; n < kKeys / 8; ++n) {
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
           float& score = scores.value[4 * n + 2 * h + c];
           score = exp2_fast(score * scale - origin);
-          total += score;
+          totals[c] += score;
         }
       }
-      sum[h] = sum[h] * shrink[h] + total;
+      sum[h] = sum[h] * shrink[h] + (totals[0] + totals[1]);
     }
   }
 
@@ -104,12 +113,13 @@ struct Rows {
     }
   }
 
-  // out += weights V; V's rows in panels of `panel_rows`. Does not wait.
-  template <int kWeights>
-  __device__ void attend(const uint32_t (&weights)[kWeights], uint64_t values) {
+  // out += weights V for kSteps times 16 keys: weights from `first` on. Does not wait.
+  template <int kSteps, int kWeights>
+  __device__ void attend(const uint32_t (&weights)[kWeights], int first, uint64_t values) {
 #pragma unroll
-    for (int step = 0; step < kWeights / 4; ++step) {
-      const uint32_t a[4] = {weights[4 * step], weights[4 * step + 1], weights[4 * step + 2], weights[4 * step + 3]};
+    for (int step = 0; step < kSteps; ++step) {
+      const uint32_t* w = weights + first + 4 * step;
+      const uint32_t a[4] = {w[0], w[1], w[2], w[3]};
       multiply_rows<T>(out, a, values + (step * 16 * kPanelRowBytes >> 4));
     }
   }

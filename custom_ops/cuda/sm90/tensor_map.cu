@@ -1,7 +1,7 @@
 // Descriptions of tensors in global memory for the copy engine; the driver's encoder is found at run time.
-#include "tensor_map.h"
-
 #include <cuda_runtime.h>
+
+#include "tensor_map.h"
 
 namespace qwen1m {
 namespace cuda {
