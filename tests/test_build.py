@@ -100,3 +100,13 @@ def test_make_help_lists_every_target() -> None:
 def test_make_clean_takes_along_what_the_demo_wrote() -> None:
     shown = subprocess.run(["make", "-n", "clean"], cwd=ROOT, capture_output=True, text=True, timeout=60).stdout
     assert {"out", ".venv", "build"} <= set(shown.split())
+
+
+def test_a_hopper_kernel_that_would_be_slow_does_not_compile(script: dict[str, Any]) -> None:
+    slow = script["build_cuda"].SLOW
+    assert slow.search(
+        "ptxas info    : (C7514) Potential Performance Loss: wgmma.mma_async instructions are serialized"
+    )
+    assert slow.search("    88 bytes stack frame, 224 bytes spill stores, 296 bytes spill loads")
+    assert not slow.search("    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads")
+    assert not slow.search("ptxas info    : Used 168 registers, used 16 barriers")

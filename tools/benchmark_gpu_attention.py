@@ -138,7 +138,7 @@ class Sequence:
 
 
 def bench_dense(cuda: CudaLibrary, reference: CudaLibrary) -> None:
-    """40/8 heads: 8,192 rows at long contexts, and causal at 16,384, beside other kernels; shares of a matrix product."""
+    """40/8 heads: 8,192 rows at long contexts, and causal at 16,384, beside other kernels and a matrix product."""
     import torch
     import torch.nn.functional as functional
     from torch.nn.attention import SDPBackend, sdpa_kernel

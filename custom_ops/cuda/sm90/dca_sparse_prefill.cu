@@ -161,6 +161,7 @@ struct Producer {
   // The lists of a stage, which stand behind those of the stages before. `of` 0: blocks, kStages: columns.
   __device__ void open(const Item& item, int stage, int of, const int32_t* tables, int width) const {
     const int c = threadIdx.x, row_blocks = (a.rows + kRows - 1) / kRows;
+    agree();  // the lists before are done with
     if (c < kConsumers) {
       List list{tables, 0, 0};
       if (item.row_block + c < row_blocks) {
