@@ -19,6 +19,7 @@ import paddle
 
 from paddle_qwen1m import ops
 from paddle_qwen1m.attention.positions import pieces
+from paddle_qwen1m.config import BLOCK
 
 HEADS, KV_HEADS, HEAD_DIM, CHUNK_LEN, PAGE_SIZE = 4, 2, 128, 3072, 256
 COLUMNS, DIAGONALS = 1000, 500
@@ -60,7 +61,7 @@ def main() -> None:
     selected = ops.select_critical(*sums, *sizes, COLUMNS, DIAGONALS)
     index = ops.sparse_index(*selected, last.begin, last.rows, CHUNK_LEN)
     counts = index.counts.numpy().astype(np.int64)
-    visited = ops.BLOCK * int(ops.BLOCK * counts[..., :3].sum() + counts[..., 3:].sum())
+    visited = BLOCK * int(BLOCK * counts[..., :3].sum() + counts[..., 3:].sum())
     x, weight = normal(4096, 512), normal(1536, 512)
     pair = 4 * HEAD_DIM
     cases: dict[str, tuple[float, Callable[[], object]]] = {

@@ -16,6 +16,7 @@ from needle_documents import Document, DocumentMaker, Encode, prompt_head, promp
 from paddle_qwen1m import ops
 from paddle_qwen1m.attention.positions import Piece
 from paddle_qwen1m.attention.selector import Observer
+from paddle_qwen1m.config import BLOCK
 
 
 @dataclass
@@ -48,13 +49,13 @@ def visited_pairs(index: ops.SparseIndex, begin: int, rows: int, chunk_len: int)
     chunk_start = begin // chunk_len * chunk_len
     visited = 0
     for row_block in range(counts.shape[1]):
-        first = begin + row_block * ops.BLOCK
-        positions = np.arange(first, min(first + ops.BLOCK, begin + rows))
+        first = begin + row_block * BLOCK
+        positions = np.arange(first, min(first + BLOCK, begin + rows))
         # keys of a stage end here, for each row: intra, succ, inter
         ends = [positions + 1, np.full_like(positions, chunk_start), np.full_like(positions, chunk_start - chunk_len)]
         for head in range(counts.shape[0]):
             for table, width, stage_counts in (
-                (blocks, ops.BLOCK, counts[head, row_block, :3]),
+                (blocks, BLOCK, counts[head, row_block, :3]),
                 (columns, 1, counts[head, row_block, 3:]),
             ):
                 taken = 0

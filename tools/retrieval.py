@@ -27,7 +27,7 @@ from paddlenlp.utils.log import logger
 import paddle_qwen1m  # noqa: F401  (importing it registers the model)
 from paddle_qwen1m import ops
 from paddle_qwen1m.attention.positions import Piece
-from paddle_qwen1m.config import SparseBudgets
+from paddle_qwen1m.config import BLOCK, SparseBudgets
 
 CHECKPOINT = Path(__file__).resolve().parent.parent / "checkpoints" / "needle"
 CHOICES = ("dense", "sparse", "forced keys alone")
@@ -52,8 +52,8 @@ class VisitedAtMost:
 
     def __call__(self, layer: int, piece: Piece, index: ops.SparseIndex) -> None:
         counts = np.asarray(index.counts.numpy(), np.int64)
-        rows = np.minimum(ops.BLOCK, piece.rows - np.arange(counts.shape[1]) * ops.BLOCK)
-        keys = ops.BLOCK * counts[..., :3].sum(-1) + counts[..., 3:].sum(-1)
+        rows = np.minimum(BLOCK, piece.rows - np.arange(counts.shape[1]) * BLOCK)
+        keys = BLOCK * counts[..., :3].sum(-1) + counts[..., 3:].sum(-1)
         self.visited += int((keys * rows).sum())
         self.causal += counts.shape[0] * (piece.rows * piece.begin + piece.rows * (piece.rows + 1) // 2)
 
