@@ -114,7 +114,10 @@ void beat() {
 }
 
 void send_last_frame(int status, void*) {
-  if (getpid() != job().pid) return;
+  if (getpid() != job().pid) {  // a forked child, where the destructors of gloo would wait for threads of the rank
+    fflush(nullptr);
+    _exit(status);
+  }
   const auto deadline = after(kFarewellSeconds);
   const auto peers = job().now();
   {
@@ -170,13 +173,18 @@ std::shared_ptr<Peer> find(int fd) {
 
 }  // namespace
 
+void tell_exit_first() {
+  job();
+  on_exit(send_last_frame, nullptr);
+}
+
 }  // namespace qwen1m
 
 using namespace qwen1m;
 
 void qwen1m_open_peer(int fd, double seconds) {
   static const bool registered = [] {
-    on_exit(send_last_frame, nullptr);
+    tell_exit_first();
     pthread_atfork(before_fork, after_fork_in_parent, after_fork_in_child);
     return true;
   }();

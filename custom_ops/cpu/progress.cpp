@@ -52,7 +52,12 @@ void qwen1m_enter_collective() {
   ++waiting;
 }
 
-void qwen1m_leave_collective() { --waiting; }
+void qwen1m_leave_collective() {
+  --waiting;
+  // The first one has made the communicator, whose destructor may wait for the other ranks.
+  static const bool told = (tell_exit_first(), true);
+  (void)told;
+}
 
 void qwen1m_count_marks(int64_t (*ask)(int32_t*)) { reached_marks = ask; }
 

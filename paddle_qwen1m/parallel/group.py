@@ -5,8 +5,10 @@ On a CPU they go through gloo, on a GPU through NCCL on the stream of the comput
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -77,6 +79,8 @@ class ProcessGroup(Group):
         # Paddle wants a number that no other group of this process ever had, the same on all ranks, and fleet's count
         # from 0.
         self._group = kind.create(self._store, self.rank, self.degree, port)
+        keep = weakref.WeakMethod(self._keep)
+        os.register_at_fork(after_in_child=lambda: (call := keep()) is not None and call())
 
     def all_reduce(self, values: paddle.Tensor) -> paddle.Tensor:
         with self._collective():
@@ -110,6 +114,11 @@ class ProcessGroup(Group):
 
     def fail(self, reason: str, status: int) -> int:
         return super().fail(reason, status) if self.job is None else self.job.fail(reason, status)
+
+    def _keep(self) -> None:
+        """In a forked child Paddle's objects are never destroyed: they would wait for threads of the rank."""
+        for paddles in (self._store, self._group):
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(paddles))
 
     @contextmanager
     def _collective(self) -> Iterator[None]:
