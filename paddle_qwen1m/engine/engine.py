@@ -281,16 +281,20 @@ class Engine:
         sequence = chunk.sequence
         if sequence.started is None:
             sequence.started = time.perf_counter()
+        asked = sum(sequence.num_cached <= place < chunk.end for place in sequence.request.logit_positions)
         logits = self.runner.prefill(chunk)
         assert self._scheduler is not None
         self._scheduler.cached(sequence)
         events: list[Event] = [
             Prefilled(sequence.id, chunk.end, len(sequence.prompt), sequence.num_reused, sequence.started)
         ]
-        if logits is not None and sequence.request.logit_positions:
-            events.append(Logits(sequence.id, logits.numpy()))
-        elif logits is not None:
-            events += _chosen([sequence], self.runner.first_token(sequence, logits))
+        if logits is None:
+            return events
+        if asked:
+            events.append(Logits(sequence.id, logits[:asked].numpy()))
+        if len(logits) > asked:
+            last = logits[asked:] if asked else logits
+            events += _chosen([sequence], self.runner.first_token(sequence, last))
         return events
 
     def _line_up(self, sequence: Sequence) -> None:

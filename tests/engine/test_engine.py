@@ -85,6 +85,15 @@ def test_logits_are_a_request_too(model: Qwen2OneM, prompts: list[np.ndarray]) -
     assert events[-1] == Finished("read", None)
 
 
+def test_a_request_may_ask_for_logits_and_an_answer(model: Qwen2OneM, prompts: list[np.ndarray]) -> None:
+    one = Engine(model, EngineOptions(max_num_batched_tokens=64))
+    one.add(Request("both", prompts[0], GREEDY, logit_positions=(5, 298, 299)))
+    events = [event for _ in iter(lambda: one.is_idle, True) for event in one.step()]
+    values = np.concatenate([event.values for event in events if isinstance(event, Logits)])
+    np.testing.assert_array_equal(values, one.logits(prompts[0], [5, 298, 299]))
+    assert events[-1] == Finished("both", one.generate(prompts[:1], GREEDY)[0])
+
+
 @pytest.mark.parametrize("steps", [0, 1, 3, 8])
 def test_an_aborted_request_leaves_nothing_behind(model: Qwen2OneM, prompts: list[np.ndarray], steps: int) -> None:
     """Dropped while it waits, is read, or answers: the others get what they would have got."""
