@@ -47,6 +47,7 @@ class Process:
             text=True,
             env=environment(**changes),
             start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background jobs of a shell ignore it
         )
 
     def finish(self, seconds: float) -> tuple[int, str]:
