@@ -10,6 +10,7 @@ namespace cuda {
 
 template <typename T, int D>
 int dca_probe(const qwen1m_dca_probe&, void* workspace, qwen1m_stream);
+int64_t dca_probe_workspace(const qwen1m_dca_probe&);
 
 // For compute capability 8.0 and everything newer.
 namespace sm80 {
@@ -30,6 +31,12 @@ template <typename T>
 int dca_prefill(const qwen1m_dca_prefill&, qwen1m_stream);
 template <typename T>
 int dca_sparse_prefill(const qwen1m_dca_sparse_prefill&, qwen1m_stream);
+
+// The probe, for the groups of query heads and the chunks that it takes.
+bool takes_probe(const qwen1m_dca_probe&);
+int64_t dca_probe_workspace(const qwen1m_dca_probe&);
+template <typename T>
+int dca_probe(const qwen1m_dca_probe&, void* workspace, qwen1m_stream);
 
 }  // namespace sm90
 }  // namespace cuda

@@ -34,6 +34,10 @@ bool on_hopper() {
 #endif
 }
 
+bool probes_on_hopper(const qwen1m_dca_probe& a) {
+  return a.cache.head_dim == 128 && sm90::takes_probe(a) && on_hopper();
+}
+
 }  // namespace
 }  // namespace cuda
 }  // namespace qwen1m
@@ -64,8 +68,15 @@ int qwen1m_cuda_dca_decode(const qwen1m_dca_decode* a, void* workspace, qwen1m_s
   });
 }
 
+int64_t qwen1m_cuda_dca_probe_workspace(const qwen1m_dca_probe* a) {
+  return probes_on_hopper(*a) ? sm90::dca_probe_workspace(*a) : dca_probe_workspace(*a);
+}
+
 int qwen1m_cuda_dca_probe(const qwen1m_dca_probe* a, void* workspace, qwen1m_stream stream) {
   return with_shape(a->activation, a->cache.head_dim, [&](auto type, auto head_dim) {
+    if constexpr (head_dim.value == 128) {
+      if (probes_on_hopper(*a)) return sm90::dca_probe<decltype(type)>(*a, workspace, stream);
+    }
     return dca_probe<decltype(type), head_dim.value>(*a, workspace, stream);
   });
 }

@@ -8,6 +8,7 @@
 #include <algorithm>
 
 #include "attention.cuh"
+#include "keys/probe_sums.cuh"
 #include "qwen1m/dca_stages.h"
 #include "row_loads.cuh"
 
@@ -17,13 +18,11 @@ namespace cuda {
 namespace {
 
 constexpr int kWarps = 4, kThreads = kWarps * kWarp;
-constexpr int kProbeRows = 64;
 constexpr int kWarpKeys = 32;
 constexpr int kProbeRing = 2;
 constexpr int kHalo = kProbeRows;  // keys before a span that share diagonals with it
-constexpr int kRowTiles8 = kProbeRows / 8, kKeyTiles8 = kWarpKeys / 8;
-constexpr int kDiagonals8 = kKeyTiles8 + kRowTiles8;  // groups of eight diagonals that a tile meets
-constexpr float kGrowth = 8.0f;                       // of a running maximum, in log2, before its sum is rescaled
+constexpr int kKeyTiles8 = kWarpKeys / 8;
+constexpr float kGrowth = 8.0f;  // of a running maximum, in log2, before its sum is rescaled
 
 struct ProbeArguments : qwen1m_dca_probe {
   float2* statistic;  // [H, spans, 64]: maximum in units of log2, sum
@@ -211,82 +210,6 @@ __global__ void __launch_bounds__(kThreads, 2) statistics_kernel(const __grid_co
   }
 }
 
-// One block a head, kMergeThreads / 64 threads a row.
-constexpr int kMergeThreads = 1024;
-
-__global__ void __launch_bounds__(kMergeThreads) merge_statistics_kernel(const __grid_constant__ ProbeArguments a) {
-  __shared__ float2 parts[kMergeThreads / kProbeRows][kProbeRows];
-  const int row = threadIdx.x % kProbeRows, part = threadIdx.x / kProbeRows;
-  const float2* statistic = a.statistic + static_cast<int64_t>(blockIdx.x) * a.spans * kProbeRows;
-  float top = kNegativeInfinity, total = 0;
-  const auto add = [&](float2 other) {
-    if (other.x == kNegativeInfinity) return;
-    const float both = fmaxf(top, other.x);
-    total = total * exp2_fast(top - both) + other.y * exp2_fast(other.x - both);
-    top = both;
-  };
-  for (int s = part; s < a.spans; s += kMergeThreads / kProbeRows) add(statistic[s * kProbeRows + row]);
-  parts[part][row] = make_float2(top, total);
-  __syncthreads();
-  if (part != 0) return;
-  for (int other = 1; other < kMergeThreads / kProbeRows; ++other) add(parts[other][row]);
-  // Rows that do not exist weigh nothing.
-  a.log_sum[blockIdx.x * kProbeRows + row] = row < row_offset(a) ? -kNegativeInfinity : top + log2f(total);
-}
-
-// Weights of a tile of keys summed along diagonals. Diagonal d of the tile, 0 <= d < 96, meets key k and row a where
-// k + 64 - a = d. Lane 8p + g of open[i] holds diagonal 32i + 8p + g.
-struct OpenDiagonals {
-  float open[3] = {};
-
-  // along[j][e]: this lane's weights on the diagonals 8j + g - 2p - e, one of each key tile less one of each row tile.
-  __device__ void add(const float (&along)[kDiagonals8][2], int lane) {
-    const int g = lane / 4, p = lane % 4;
-    // Both e onto diagonal 8j + g - 2p: the one of e = 1 lies one key further on.
-    float even[kDiagonals8];
-#pragma unroll
-    for (int j = 0; j < kDiagonals8; ++j) {
-      even[j] = __shfl_sync(kAllLanes, along[j][1], (lane + 4) % kWarp);
-    }
-    float straight[kDiagonals8];
-#pragma unroll
-    for (int j = 0; j < kDiagonals8; ++j) {
-      const float following = j + 1 < kDiagonals8 ? even[j + 1 < kDiagonals8 ? j + 1 : j] : 0.0f;
-      straight[j] = along[j][0] + (g == 7 ? following : even[j]);
-    }
-    // All p onto diagonal 8j + g: that of p lies 2p keys further on.
-    float turned[kDiagonals8];
-#pragma unroll
-    for (int j = 0; j < kDiagonals8; ++j) {
-      turned[j] = __shfl_sync(kAllLanes, straight[j], ((g + 2 * p) % 8) * 4 + p);
-    }
-#pragma unroll
-    for (int j = 0; j < kDiagonals8; ++j) {
-      const float following = j + 1 < kDiagonals8 ? turned[j + 1 < kDiagonals8 ? j + 1 : j] : 0.0f;
-      straight[j] = g + 2 * p >= 8 ? following : turned[j];
-    }
-    // Summed over the four lanes of a g; lane p keeps groups j = 4i + p.
-#pragma unroll
-    for (int i = 0; i < kDiagonals8 / 4; ++i) {
-      const bool upper = p >= 2, odd = p % 2;
-      const float send0 = upper ? straight[4 * i] : straight[4 * i + 2];
-      const float send1 = upper ? straight[4 * i + 1] : straight[4 * i + 3];
-      const float keep0 = (upper ? straight[4 * i + 2] : straight[4 * i]) + __shfl_xor_sync(kAllLanes, send0, 2);
-      const float keep1 = (upper ? straight[4 * i + 3] : straight[4 * i + 1]) + __shfl_xor_sync(kAllLanes, send1, 2);
-      open[i] += (odd ? keep1 : keep0) + __shfl_xor_sync(kAllLanes, odd ? keep0 : keep1, 1);
-    }
-  }
-
-  // The 32 diagonals that no later key meets; the others move down.
-  __device__ float close() {
-    const float closed = open[0];
-    open[0] = open[1];
-    open[1] = open[2];
-    open[2] = 0;
-    return closed;
-  }
-};
-
 // The weights of a span's keys, summed along columns and diagonals.
 template <typename T, int D>
 __global__ void __launch_bounds__(kThreads, 2) sums_kernel(const __grid_constant__ ProbeArguments a) {
@@ -308,7 +231,7 @@ __global__ void __launch_bounds__(kThreads, 2) sums_kernel(const __grid_constant
   float* slash = a.slash + static_cast<int64_t>(head) * a.end;
   const int32_t span_end = min(begin + a.span, a.end);
   const int p = lane % 4, place = 8 * p + lane / 4;  // of this lane among 32 keys or diagonals
-  OpenDiagonals diagonals;
+  OpenDiagonals<kWarpKeys> diagonals;
   // Diagonal d of the tile at `first` meets the last row at key first + d - 1.
   const auto write_closed = [&](int32_t first) {
     const float closed = diagonals.close();
@@ -316,7 +239,7 @@ __global__ void __launch_bounds__(kThreads, 2) sums_kernel(const __grid_constant
     if (first >= begin && key >= 0 && key < a.end) slash[key] = closed;
   };
   walk_keys<T, D>(a, shared, max(begin - kHalo, 0), span_end, [&](int32_t first, ProbeScores& scores) {
-    float column[kKeyTiles8] = {}, along[kDiagonals8][2] = {};
+    float column[kKeyTiles8] = {}, along[diagonals.kGroups][2] = {};
     scores.each([&](float& score, int h, int n, int e) {
       const float weight = exp2_fast(score * scale - log_sum[n][e]);
       column[h] += weight;
@@ -362,18 +285,17 @@ int dca_probe(const qwen1m_dca_probe& probe, void* workspace, qwen1m_stream stre
   }
   const dim3 grid(a.spans / kWarps, a.heads);
   statistics<<<grid, kThreads, kBytes, as_stream(stream)>>>(a);
-  merge_statistics_kernel<<<a.heads, kMergeThreads, 0, as_stream(stream)>>>(a);
+  merge_statistics_kernel<<<a.heads, kMergeThreads, 0, as_stream(stream)>>>(a.statistic, a.log_sum, a.spans, a.rows);
   sums<<<grid, kThreads, kBytes, as_stream(stream)>>>(a);
   return cudaGetLastError();
+}
+
+int64_t dca_probe_workspace(const qwen1m_dca_probe& probe) {
+  const ProbeArguments a = plan(probe, nullptr);
+  return static_cast<int64_t>(a.heads) * kProbeRows * (a.spans * sizeof(float2) + sizeof(float));
 }
 
 QWEN1M_INSTANTIATE(dca_probe, (const qwen1m_dca_probe&, void*, qwen1m_stream));
 
 }  // namespace cuda
 }  // namespace qwen1m
-
-int64_t qwen1m_cuda_dca_probe_workspace(const qwen1m_dca_probe* a) {
-  const auto planned = qwen1m::cuda::plan(*a, nullptr);
-  return static_cast<int64_t>(planned.heads) * qwen1m::cuda::kProbeRows *
-         (planned.spans * sizeof(float2) + sizeof(float));
-}
