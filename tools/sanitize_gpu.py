@@ -1,6 +1,6 @@
-"""Runs every CUDA kernel on small odd shapes under compute-sanitizer: memory errors, then races in shared memory.
+"""Runs every CUDA kernel on small odd shapes under compute-sanitizer: memory errors, races in shared memory, barriers.
 
-    python tools/cuda_library.py && python tools/sanitize_gpu.py [memcheck] [racecheck]
+    python tools/cuda_library.py && python tools/sanitize_gpu.py [memcheck] [racecheck] [synccheck]
 
 Without PyTorch, whose own libraries would take the sanitizer minutes; what the kernels compute is the tests' affair.
 """
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from cuda_library import CudaLibrary
 
-TOOLS = ("memcheck", "racecheck")
+TOOLS = ("memcheck", "racecheck", "synccheck")
 CHUNK_LEN, PAGE = 256, 64
 EXIT_CODE = 9
 
@@ -67,14 +67,32 @@ class PlainLibrary(CudaLibrary):
         return 0
 
 
-class Kernels:
-    """Calls every op once for one head size."""
+def split_pieces(begin: int, rows: int) -> list[tuple[int, int, int, int]]:
+    """Sequence 0's rows at positions from `begin` on, a piece a chunk: sequence, row, rows, position."""
+    pieces, position, end = [], begin, begin + rows
+    while position < end:
+        stop = min((position // CHUNK_LEN + 1) * CHUNK_LEN, end)
+        pieces.append((0, position - begin, stop - position, position))
+        position = stop
+    return pieces
 
-    def __init__(self, head_dim: int) -> None:
+
+def cut_piece(piece: tuple[int, int, int, int]) -> list[tuple[int, int, int, int]]:
+    """A piece in two, at a row block where it has several."""
+    sequence, row, rows, begin = piece
+    first = rows // 2 // 64 * 64 or rows
+    parts = [(sequence, row, first, begin), (sequence, row + first, rows - first, begin + first)]
+    return [part for part in parts if part[2] > 0]
+
+
+class Kernels:
+    """Calls every op for one head size and one KV head."""
+
+    def __init__(self, head_dim: int, heads: int) -> None:
         self.runtime = Runtime()
         self.cuda = PlainLibrary(self.runtime)
         self.rng = np.random.default_rng(head_dim)
-        self.head_dim, self.heads, self.kv_heads = head_dim, 5, 1
+        self.head_dim, self.heads, self.kv_heads = head_dim, heads, 1
 
     def array(self, values: np.ndarray) -> DeviceArray:
         return DeviceArray(self.runtime, values)
@@ -102,7 +120,7 @@ class Kernels:
         }
 
     def prefill(self, length: int, rows: int) -> None:
-        """Probe, selection, conversion, sparse and dense attention of the last rows of one sequence."""
+        """Dense and sparse attention of the last rows of one sequence, which may cross borders of chunks."""
         pages = -(-length // PAGE)
         cache, table = self.cache(pages), self.array(self.rng.permutation(pages).astype(np.int32))
         begin, variants = length - rows, min(3, (length - 1) // CHUNK_LEN + 1)
@@ -111,15 +129,33 @@ class Kernels:
         scale = self.head_dim**-0.5
         common = {"q": q, "out": out, "lse": lse, "cache": cache, "activation": "bfloat16", "tokens": rows}
         common |= {"heads": self.heads, "chunk_len": CHUNK_LEN}
-        self.cuda(
-            "dca_prefill",
-            **common,
-            block_tables=table,
-            pieces=np.asarray([[0, 0, rows, begin]], np.int32),
-            scale=self.array(np.asarray([scale], np.float32)),
-            table_width=pages,
-            num_pieces=1,
-        )
+        pieces = split_pieces(begin, rows)
+        cut = [part for piece in pieces for part in cut_piece(piece)]
+        for ranges in (pieces, cut):
+            self.cuda(
+                "dca_prefill",
+                **common,
+                block_tables=table,
+                pieces=np.asarray(ranges, np.int32),
+                scale=self.array(np.asarray([scale], np.float32)),
+                table_width=pages,
+                num_pieces=len(ranges),
+            )
+        for _, row, piece_rows, piece_begin in pieces:
+            self.sparse_prefill(common, cache, table, scale, row, piece_begin, piece_rows)
+
+    def sparse_prefill(
+        self,
+        common: dict[str, Any],
+        cache: dict[str, Any],
+        table: DeviceArray,
+        scale: float,
+        row: int,
+        begin: int,
+        rows: int,
+    ) -> None:
+        """Probe, selection, conversion and sparse attention of one piece, whole and in two ranges of row blocks."""
+        length, variants = begin + rows, min(3, begin // CHUNK_LEN + 1)
         probe_rows = min(64, rows)
         sums = [self.floats(self.heads, length) for _ in range(2)]
         self.cuda(
@@ -175,8 +211,9 @@ class Kernels:
             chunk_len=CHUNK_LEN,
             block=64,
         )
-        piece = {"row": 0, "begin": begin, "rows": rows, "first_block": 0, "num_blocks": -(-rows // 64)}
-        self.cuda("dca_sparse_prefill", **common, block_table=table, tables=tables, scale=scale, **piece)
+        for first, end in ((0, row_blocks), (0, row_blocks // 2), (row_blocks // 2, row_blocks)):
+            piece = {"row": row, "begin": begin, "rows": rows, "first_block": first, "num_blocks": end - first}
+            self.cuda("dca_sparse_prefill", **common, block_table=table, tables=tables, scale=scale, **piece)
 
     def decode(self, lengths: list[int]) -> None:
         batch, width = len(lengths), -(-max(lengths) // PAGE)
@@ -346,9 +383,9 @@ class Kernels:
 
 
 def run() -> None:
-    for head_dim in (128, 64):
-        kernels = Kernels(head_dim)
-        for length, rows in ((1, 1), (65, 65), (300, 40), (700, 130), (769, 1)):
+    for head_dim, heads in ((128, 5), (128, 7), (64, 5)):
+        kernels = Kernels(head_dim, heads)
+        for length, rows in ((1, 1), (65, 65), (300, 40), (700, 130), (769, 1), (1000, 520)):
             kernels.prefill(length, rows)
         kernels.decode([1, 65, 257, 700])
         kernels.layers(1, 64)
@@ -368,7 +405,7 @@ def main() -> int:
         status = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         print(f"{tool}: {status.stdout.strip().splitlines()[-1]}", flush=True)
         if status.returncode != 0:
-            print(status.stdout[:4000])
+            print("\n".join(dict.fromkeys(status.stdout.splitlines()))[:8000])  # each line once
             failed = 1
     return failed
 

@@ -49,22 +49,27 @@ CASES += [(600, 64), (1025, 1), (1088, 64), (1500, 64), (1600, 50), (5000, 64), 
 
 
 @pytest.mark.parametrize("length, rows", CASES)
-@pytest.mark.parametrize("dtype, head_dim", [(torch.bfloat16, 128), (torch.float16, 64)])
+@pytest.mark.parametrize(
+    "dtype, head_dim, group",
+    [(torch.bfloat16, 128, 5), (torch.float16, 128, 7), (torch.bfloat16, 128, 3), (torch.float16, 64, 5)],
+)
 def test_sums_of_columns_and_diagonals(
-    cuda: Any, rng: np.random.Generator, length: int, rows: int, dtype: torch.dtype, head_dim: int
+    cuda: Any, rng: np.random.Generator, length: int, rows: int, dtype: torch.dtype, head_dim: int, group: int
 ) -> None:
     """Few rows, few keys, one to three stages: every sum is exact to float32."""
     context = cases.random_context(
-        rng, length, rows, heads=5, kv_heads=1, head_dim=head_dim, dtype=dtype, chunk_len=512, sharpness=3.0
+        rng, length, rows, heads=group, kv_heads=1, head_dim=head_dim, dtype=dtype, chunk_len=512, sharpness=3.0
     )
     for got, expected in zip(cases.run_probe(cuda, context), exact_sums(context)):
         assert largest_error(got, expected) < 2e-4
 
 
-@pytest.mark.parametrize("length", [131072, 300001])
-def test_sums_of_long_contexts(cuda: Any, rng: np.random.Generator, length: int) -> None:
+@pytest.mark.parametrize("length, heads", [(131072, 10), (300001, 10), (300001, 14)])
+def test_sums_of_long_contexts(cuda: Any, rng: np.random.Generator, length: int, heads: int) -> None:
     """Every span of keys, and the diagonals that pass from one to the next."""
-    context = cases.random_context(rng, length, 64, heads=10, kv_heads=2, chunk_len=65536, page_size=256, sharpness=4.0)
+    context = cases.random_context(
+        rng, length, 64, heads=heads, kv_heads=2, chunk_len=65536, page_size=256, sharpness=4.0
+    )
     for got, expected in zip(cases.run_probe(cuda, context), exact_sums(context)):
         assert largest_error(got, expected) < 2e-4
 

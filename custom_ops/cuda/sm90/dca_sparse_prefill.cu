@@ -381,7 +381,9 @@ struct Consumer {
   Rows<T> rows;
   uint32_t queries[kHeadDim / 16][4];
 
+  // After all of the warp have read what they need of the slot.
   __device__ void release(uint64_t& barrier) const {
+    __syncwarp();
     if (threadIdx.x % kWarp == 0) barrier_arrive(shared_address(&barrier));
   }
 
