@@ -45,7 +45,11 @@ def run(folder: Path, rank: int, how: str, where: str, *others: str, **changes: 
     return [results[number] for number in range(degree)]
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+RANKS = [pytest.param(0, marks=pytest.mark.slow), 1]
+"""Either may end; the quick suite tries one."""
+
+
+@pytest.mark.parametrize("rank", RANKS)
 @pytest.mark.parametrize("how", DEATHS)
 def test_a_rank_that_ends_with_an_error_ends_all(tmp_path: Path, how: str, rank: int) -> None:
     """One that waits in a collective, and one that computes, where nothing else would tell it."""
@@ -56,7 +60,7 @@ def test_a_rank_that_ends_with_an_error_ends_all(tmp_path: Path, how: str, rank:
         assert f"error: rank {rank} on {HOST}: {DEATHS[how]}" in output
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", RANKS)
 @pytest.mark.parametrize("how", ["os._exit(3)", "kill"])
 def test_a_thread_can_end_its_process_and_so_the_job(tmp_path: Path, how: str, rank: int) -> None:
     results = run(tmp_path, rank, how, "another", "computing")
@@ -64,7 +68,7 @@ def test_a_thread_can_end_its_process_and_so_the_job(tmp_path: Path, how: str, r
     assert f"error: rank {rank} on {HOST}: {DEATHS[how]}" in results[1 - rank][1]
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", RANKS)
 def test_the_end_of_a_thread_is_no_end(tmp_path: Path, rank: int) -> None:
     results = run(tmp_path, rank, OF_A_THREAD, "another", "done")
     assert [status for status, _ in results] == [0, 0], results

@@ -65,12 +65,12 @@ def test_a_rank_that_does_not_come_to_a_collective_is_named(tmp_path: Path, rank
     [
         ("idle", 0),
         ("meet", 0),
-        ("meet", 1),
+        pytest.param("meet", 1, marks=pytest.mark.slow),
         ("layer", 0),
         ("late", 0),
-        ("late", 1),
+        pytest.param("late", 1, marks=pytest.mark.slow),
         ("hold", 0),
-        ("hold", 1),
+        pytest.param("hold", 1, marks=pytest.mark.slow),
         ("pause", 0),
     ],
 )
