@@ -284,7 +284,7 @@ def _answer(
         prompts = [_prompt_ids(tokenizer, user_text(document, one), system, arguments) for one in questions]
         choices = [_sampling(model, arguments, len(prompt)) for prompt in prompts]
         for prompt, params in zip(prompts, choices):
-            model.engine.check_length(len(prompt), params.max_new_tokens)
+            model.engine.check_length(len(prompt), params.max_tokens or 0)
 
     def decode(tokens: list[int]) -> str:
         return str(tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))

@@ -79,7 +79,7 @@ def test_children_of_multiprocessing(answer: Callable[[], list[list[int]]]) -> N
 def test_children_that_are_forked_while_another_thread_generates(needle_checkpoint: Path) -> None:
     """What that thread was in the middle of is the parent's: the child does not go on with it, nor wait for it."""
     engine = Qwen2OneMForCausalLM.from_pretrained(str(needle_checkpoint)).engine
-    short, long, params = IDS[0], np.tile(IDS[0], 3), SamplingParams(max_new_tokens=4)
+    short, long, params = IDS[0], np.tile(IDS[0], 3), SamplingParams(max_tokens=4, temperature=0.0)
 
     def ask(prompt: np.ndarray) -> list[int]:
         tokens: list[int] = []
@@ -109,7 +109,7 @@ def test_children_that_are_forked_while_another_thread_generates(needle_checkpoi
 
 def test_a_child_of_the_thread_that_generates_can_go_on_with_it(needle_checkpoint: Path) -> None:
     engine = Qwen2OneMForCausalLM.from_pretrained(str(needle_checkpoint)).engine
-    prompt, params = IDS[0], SamplingParams(max_new_tokens=4)
+    prompt, params = IDS[0], SamplingParams(max_tokens=4, temperature=0.0)
     expected = engine.generate([prompt], params)[0].token_ids
     children: list[int] = []
 

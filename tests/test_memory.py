@@ -30,7 +30,7 @@ ids = np.asarray(tokenizer(prompt(document, document.needles[0]))["input_ids"], 
 engine = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="float32", sparse=sparse).engine
 before = resident_memory.resident_bytes()
 resident_memory.reset_peak()
-engine.generate([ids], SamplingParams(max_new_tokens=4))
+engine.generate([ids], SamplingParams(max_tokens=4, temperature=0.0))
 print(json.dumps({"rise": resident_memory.peak_bytes() - before, "tokens": len(ids) + 4}))
 """
 

@@ -124,7 +124,7 @@ class Ours:
         times: list[float] = []
         self._dense.generate(
             [np.asarray(ids, np.int64)],
-            SamplingParams(max_new_tokens=tokens + 1),
+            SamplingParams(max_tokens=tokens + 1, temperature=0.0),
             on_token=lambda index, token: times.append(time.monotonic()),
         )
         return times[-1] - times[0]

@@ -143,7 +143,7 @@ def token_seconds(engine: Engine, prompt: np.ndarray, new_tokens: int, **hooks: 
     times: list[float] = []
     engine.generate(
         [prompt],
-        SamplingParams(max_new_tokens=new_tokens),
+        SamplingParams(max_tokens=new_tokens, temperature=0.0),
         on_token=lambda index, token: times.append(time.perf_counter()),
         **hooks,
     )

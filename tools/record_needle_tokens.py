@@ -57,7 +57,7 @@ def recorded_margins(engine: Engine) -> Iterator[list[float]]:
 
 def answer(engine: Engine, ids: np.ndarray) -> tuple[list[int], list[float]]:
     """Greedy tokens after a prompt, and the margin of each."""
-    params = SamplingParams(max_new_tokens=ANSWER_TOKENS, eos_token_ids=END_TOKENS)
+    params = SamplingParams(max_tokens=ANSWER_TOKENS, stop_token_ids=END_TOKENS, temperature=0.0)
     with recorded_margins(engine) as margins:
         token_ids = engine.generate([ids], params)[0].token_ids
     return token_ids, margins

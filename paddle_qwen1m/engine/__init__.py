@@ -9,10 +9,10 @@ from paddle_qwen1m.engine.core import (
     Prefilled,
     PrefillProgress,
     Request,
-    SamplingParams,
     TokenChosen,
 )
 from paddle_qwen1m.engine.engine import Engine, PrefilledContext
+from paddle_qwen1m.engine.params import SamplingParams, StructuredOutputsParams
 
 __all__ = [
     "Completion",
@@ -26,5 +26,6 @@ __all__ = [
     "PrefilledContext",
     "Request",
     "SamplingParams",
+    "StructuredOutputsParams",
     "TokenChosen",
 ]

@@ -2,48 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import secrets
 from dataclasses import dataclass, field
 from typing import Union
 
 import numpy as np
 
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How tokens are chosen. temperature 0 is greedy; top_k 0 keeps all; a sequence ends at any of eos_token_ids.
-
-    min_new_tokens: no eos before so many tokens. seed: the draw of a token depends on (seed, its number) alone.
-    """
-
-    max_new_tokens: int = 20
-    min_new_tokens: int = 0
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
-    eos_token_ids: tuple[int, ...] = ()
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("temperature", "top_p", "repetition_penalty"):
-            if not math.isfinite(getattr(self, name)):
-                raise ValueError(f"{name} must be a finite number, got {getattr(self, name)}")
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
-        if not 0 <= self.min_new_tokens <= self.max_new_tokens:
-            raise ValueError(
-                f"min_new_tokens must be 0 to max_new_tokens ({self.max_new_tokens}), got {self.min_new_tokens}"
-            )
-        if self.temperature < 0:
-            raise ValueError(f"temperature must not be negative, got {self.temperature}")
-        if self.top_k < 0:
-            raise ValueError(f"top_k must not be negative, got {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
-        if self.repetition_penalty <= 0:
-            raise ValueError(f"repetition_penalty must be above 0, got {self.repetition_penalty}")
+from paddle_qwen1m.engine.params import SamplingParams
 
 
 @dataclass(frozen=True)
@@ -80,7 +45,7 @@ class Request:
     @property
     def max_length(self) -> int:
         """Tokens of the prompt and its longest answer."""
-        return len(self.prompt) + (self.params.max_new_tokens if self.params is not None else 0)
+        return len(self.prompt) + (self.params.max_tokens or 0 if self.params is not None else 0)
 
 
 @dataclass(frozen=True)
@@ -189,9 +154,9 @@ class Sequence:
         assert self.is_prefilled and self.finish_reason is None
         self.token_ids.append(token)
         self.logprobs.append(logprob)
-        if token in self.params.eos_token_ids:
+        if token in self.params.stop_token_ids:
             self.finish_reason = "stop"
-        elif len(self.token_ids) == self.params.max_new_tokens:
+        elif len(self.token_ids) == self.params.max_tokens:
             self.finish_reason = "length"
 
     def completion(self) -> Completion | None:

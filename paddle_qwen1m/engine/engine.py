@@ -28,12 +28,12 @@ from paddle_qwen1m.engine.core import (
     Prefilled,
     PrefillProgress,
     Request,
-    SamplingParams,
     Sequence,
     TokenChosen,
     draw_seed,
 )
 from paddle_qwen1m.engine.graph import Outputs
+from paddle_qwen1m.engine.params import SamplingParams
 from paddle_qwen1m.engine.runner import Runner
 from paddle_qwen1m.engine.scheduler import PrefillChunk, Scheduler
 from paddle_qwen1m.memory import available_gpu_memory, available_host_memory

@@ -20,9 +20,9 @@ class SamplingBatch:
         for row, sequence in zip(seen, sequences):
             row[sequence.prompt] = 1
             row[sequence.token_ids] = 1
-        banned = np.full((len(sequences), max(1, *(len(one.eos_token_ids) for one in params))), -1, np.int32)
+        banned = np.full((len(sequences), max(1, *(len(one.stop_token_ids) for one in params))), -1, np.int32)
         for row, one in zip(banned, params):
-            row[: len(one.eos_token_ids)] = one.eos_token_ids
+            row[: len(one.stop_token_ids)] = one.stop_token_ids
         self._inputs = [
             paddle.to_tensor(values)
             for values in (
@@ -32,7 +32,7 @@ class SamplingBatch:
                 np.asarray([one.top_p for one in params], np.float32),
                 np.asarray([one.repetition_penalty for one in params], np.float32),
                 banned,
-                np.asarray([one.min_new_tokens for one in params], np.int64),
+                np.asarray([one.min_tokens for one in params], np.int64),
                 np.asarray([sequence.seed for sequence in sequences], np.int64),
                 np.asarray([len(sequence.token_ids) for sequence in sequences], np.int64),
             )

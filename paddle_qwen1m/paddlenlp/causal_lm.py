@@ -244,7 +244,7 @@ class Qwen2OneMForCausalLM(PretrainedModel):  # type: ignore[misc]
     def _params(self, request: Request, prompt: np.ndarray, sample: int) -> SamplingParams:
         """The params of one row, answer number `sample` of its prompt. ValueError where it does not fit."""
         params = request.params_for(len(prompt), self.engine.max_model_len)
-        self.engine.check_length(len(prompt), params.max_new_tokens)
+        self.engine.check_length(len(prompt), params.max_tokens or 0)
         if params.temperature == 0:
             return params
         return replace(params, seed=drawn_seed() if params.seed is None else (params.seed + sample) % 2**63)

@@ -111,7 +111,7 @@ class Request:
 
         ValueError where a max_length that counts the prompt leaves nothing.
         """
-        longest, shortest = self.params.max_new_tokens, self.params.min_new_tokens
+        longest, shortest = self.params.max_tokens or 0, self.params.min_tokens
         if self.max_length is not None:
             longest = self.max_length - prompt_tokens
             if longest < 1:
@@ -125,7 +125,7 @@ class Request:
             shortest = max(0, self.min_length - prompt_tokens)
         if self.may_cut or self.min_length is not None:
             shortest = min(shortest, longest)
-        return replace(self.params, max_new_tokens=longest, min_new_tokens=shortest)
+        return replace(self.params, max_tokens=longest, min_tokens=shortest)
 
 
 def read_request(
@@ -190,13 +190,13 @@ def read_request(
 
     return Request(
         SamplingParams(
-            max_new_tokens=longest,
-            min_new_tokens=shortest,
+            max_tokens=longest,
+            min_tokens=shortest,
             temperature=temperature,
             top_k=option("top_k", 0),
             top_p=option("top_p", 1.0),
             repetition_penalty=option("repetition_penalty", 1.0),
-            eos_token_ids=eos_ids,
+            stop_token_ids=eos_ids,
             seed=option("seed", None),
         ),
         pad_token_id=(*pads, *eos_ids, 0)[0],

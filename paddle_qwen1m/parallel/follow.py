@@ -45,4 +45,4 @@ def follow(engine: Engine) -> None:
 
 
 def _params(values: dict[str, Any]) -> SamplingParams:
-    return SamplingParams(**{**values, "eos_token_ids": tuple(values["eos_token_ids"])})
+    return SamplingParams(**values)

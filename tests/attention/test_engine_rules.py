@@ -82,7 +82,7 @@ def test_p10_decode_has_the_temperature_of_its_own_length(
 ) -> None:
     """Property 10: the token that is processed as number n attends with m(n)^2."""
     engine, steps = watched_engine(monkeypatch, model, EngineOptions())
-    engine.generate([prompt], SamplingParams(max_new_tokens=4))
+    engine.generate([prompt], SamplingParams(max_tokens=4, temperature=0.0))
     decoded = [step for step in steps if step.decode]
     assert [step.scales for step in decoded] == [{scale_at(n)} for n in (531, 532, 533)]
 
@@ -128,7 +128,7 @@ def test_p23_the_decision_holds_for_every_chunk_and_never_for_decode(
     """Property 23: the prompt's length decides, also for chunks that end long before the threshold."""
     options = EngineOptions(max_num_batched_tokens=60, sparse_threshold=threshold)
     engine, steps = watched_engine(monkeypatch, model, options)
-    engine.generate([prompt], SamplingParams(max_new_tokens=3))
+    engine.generate([prompt], SamplingParams(max_tokens=3, temperature=0.0))
     prefill = [step for step in steps if not step.decode]
     assert len(prefill) >= 9 and len(steps) - len(prefill) == 2
     for step in prefill:

@@ -79,9 +79,9 @@ def needle(needle_checkpoint: Path) -> Engine:
 
 PROMPTS = [np.arange(5, 5 + length, dtype=np.int64) for length in (700, 30, 250)]
 CHOICES = [
-    SamplingParams(max_new_tokens=90, temperature=1.5, seed=3, repetition_penalty=1.1),
-    SamplingParams(max_new_tokens=20, min_new_tokens=12, eos_token_ids=(745, 747)),
-    SamplingParams(max_new_tokens=2),
+    SamplingParams(max_tokens=90, temperature=1.5, seed=3, repetition_penalty=1.1),
+    SamplingParams(max_tokens=20, min_tokens=12, stop_token_ids=(745, 747), temperature=0.0),
+    SamplingParams(max_tokens=2, temperature=0.0),
 ]
 
 
@@ -97,10 +97,10 @@ def test_replayed_steps_are_the_steps(
 
 def test_a_batch_is_run_once_captured_once_and_replayed(needle: Engine, graphs: list[StandInGraph]) -> None:
     """One graph a composition; one that lasts a single step needs none. All of them are reset at the end."""
-    steps = SamplingParams(max_new_tokens=10)
+    steps = SamplingParams(max_tokens=10, temperature=0.0)
     needle.generate(PROMPTS[:1], steps)
     assert [one.replays for one in graphs] == [8]  # ten tokens: one of the prefill, one that warms up
-    needle.generate(PROMPTS[:2], [steps, SamplingParams(max_new_tokens=2)])
+    needle.generate(PROMPTS[:2], [steps, SamplingParams(max_tokens=2, temperature=0.0)])
     assert [one.replays for one in graphs] == [8, 7]
     assert all(one.was_reset for one in graphs)
 
@@ -111,7 +111,7 @@ def test_an_interrupt_resets_the_graph(needle: Engine, graphs: list[StandInGraph
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        needle.generate(PROMPTS[:1], SamplingParams(max_new_tokens=10), on_token=interrupt)
+        needle.generate(PROMPTS[:1], SamplingParams(max_tokens=10, temperature=0.0), on_token=interrupt)
     assert [one.was_reset for one in graphs] == [True]
 
 
@@ -127,5 +127,5 @@ def test_an_error_while_capturing_ends_the_capture(
 
     monkeypatch.setattr(needle.runner, "forward", fail_when_captured)
     with pytest.raises(RuntimeError, match="out of memory"):
-        needle.generate(PROMPTS[:1], SamplingParams(max_new_tokens=10))
+        needle.generate(PROMPTS[:1], SamplingParams(max_tokens=10, temperature=0.0))
     assert not graphs[0].is_capturing

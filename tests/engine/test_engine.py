@@ -23,8 +23,8 @@ from paddle_qwen1m.engine import (
 from paddle_qwen1m.model import Qwen2OneM
 from paddle_qwen1m.options import EngineOptions
 
-GREEDY = SamplingParams(max_new_tokens=6)
-SEEDED = SamplingParams(max_new_tokens=9, temperature=1.3, seed=5)
+GREEDY = SamplingParams(max_tokens=6, temperature=0.0)
+SEEDED = SamplingParams(max_tokens=9, temperature=1.3, seed=5)
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ class World:
         self.memory[target, :tokens] = self.memory[source, :tokens]
 
     def add(self, name: str, prompt: list[int], new_tokens: int = 3) -> Sequence:
-        params = SamplingParams(max_new_tokens=new_tokens)
+        params = SamplingParams(max_tokens=new_tokens, temperature=0.0)
         sequence = Sequence(Request(name, np.asarray(prompt, np.int64), params), 0, len(prompt), "dense 1.0")
         self.scheduler.add(sequence)
         self.live[name] = sequence

@@ -35,7 +35,7 @@ from paddle_qwen1m.engine import Completion, Engine, SamplingParams  # noqa: E40
 RECORD = json.loads((Path(__file__).parents[1] / "data" / "needle_cpu_tokens.json").read_text(encoding="utf-8"))
 SURE = 0.5
 """Logits by which the CPU's token must lead for 16-bit arithmetic to be held to it."""
-GREEDY = SamplingParams(max_new_tokens=ANSWER_TOKENS, eos_token_ids=END_TOKENS)
+GREEDY = SamplingParams(max_tokens=ANSWER_TOKENS, stop_token_ids=END_TOKENS, temperature=0.0)
 
 
 def load(checkpoint: Path, device: str, **options: Any) -> Engine:
@@ -146,7 +146,7 @@ def test_a_chunked_prefill_gives_the_same_answer(engine: Engine, prompt: Any) ->
         engine.configure(options, engine.budgets)
 
 
-SAMPLED = SamplingParams(max_new_tokens=40, temperature=2.0, top_k=50, top_p=0.95, repetition_penalty=1.1, seed=5)
+SAMPLED = SamplingParams(max_tokens=40, temperature=2.0, top_k=50, top_p=0.95, repetition_penalty=1.1, seed=5)
 
 
 @pytest.mark.parametrize("params", [replace(GREEDY, min_new_tokens=24), SAMPLED], ids=["greedy", "sampled"])

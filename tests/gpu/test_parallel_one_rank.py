@@ -44,7 +44,7 @@ for graph in (True, False):
     options = engine.options
     engine.configure(type(options)(**{**vars(options), "cuda_graph": graph}), engine.budgets)
     prompts = [np.arange(n, dtype=np.int64) * 37 % 700 for n in (1024, 740, 4096)]
-    params = [SamplingParams(max_new_tokens=40), SamplingParams(max_new_tokens=30, temperature=2.0, seed=5)]
+    params = [SamplingParams(max_tokens=40, temperature=0.0), SamplingParams(max_tokens=30, temperature=2.0, seed=5)]
     answers = [engine.generate(prompts[:1], params[0]), engine.generate(prompts, params[1])]
     found[str(graph)] = [[(one.token_ids, one.logprobs) for one in answer] for answer in answers]
 group = engine.model.group

@@ -38,14 +38,14 @@ def request(base: GenerationConfig | None = None, defaults: Defaults | None = No
 def new_tokens(asked: Request, prompt: int, limit: int = 1000) -> tuple[int, int]:
     """The least and most new tokens after a prompt of so many tokens."""
     params = asked.params_for(prompt, limit)
-    return params.min_new_tokens, params.max_new_tokens
+    return params.min_tokens, params.max_tokens
 
 
 def test_the_published_defaults_are_followed() -> None:
     params = request().params
     assert (params.temperature, params.top_p, params.top_k, params.repetition_penalty) == (0.7, 0.8, 20, 1.05)
-    assert params.eos_token_ids == (7, 5)
-    assert (params.max_new_tokens, params.min_new_tokens, params.seed) == (20, 0, None)
+    assert params.stop_token_ids == (7, 5)
+    assert (params.max_tokens, params.min_tokens, params.seed) == (20, 0, None)
     assert request().pad_token_id == 5
     assert request().trunc_input is False
 
@@ -76,11 +76,11 @@ def test_contradicting_strategies_are_refused() -> None:
 
 
 def test_max_length_counts_new_tokens_as_in_paddlenlp() -> None:
-    assert request(max_length=33).params.max_new_tokens == 33
-    assert request(GenerationConfig(max_length=44)).params.max_new_tokens == 44
-    assert request(GenerationConfig(max_length=44), max_new_tokens=5).params.max_new_tokens == 5
-    assert request(max_new_tokens=9, min_length=4).params.min_new_tokens == 4
-    assert request(max_new_tokens=9, min_new_tokens=3).params.min_new_tokens == 3
+    assert request(max_length=33).params.max_tokens == 33
+    assert request(GenerationConfig(max_length=44)).params.max_tokens == 44
+    assert request(GenerationConfig(max_length=44), max_new_tokens=5).params.max_tokens == 5
+    assert request(max_new_tokens=9, min_length=4).params.min_tokens == 4
+    assert request(max_new_tokens=9, min_new_tokens=3).params.min_tokens == 3
     with pytest.raises(ValueError, match="max_new_tokens=3 and max_length=4"):
         request(max_new_tokens=3, max_length=4)
 
@@ -90,18 +90,18 @@ def test_max_length_counts_new_tokens_as_in_paddlenlp() -> None:
     [(3, (3,)), ([3, 4], (3, 4)), ([], ()), (None, (7, 5)), (-1, ()), ([-1, 3], (3,)), (np.array([3]), (3,))],
 )
 def test_one_or_several_end_tokens(eos: Any, expected: tuple[int, ...]) -> None:
-    assert request(eos_token_id=eos).params.eos_token_ids == expected
+    assert request(eos_token_id=eos).params.stop_token_ids == expected
 
 
 def test_the_models_own_tokens_stand_in_for_missing_ones() -> None:
     answer = request(GenerationConfig())
-    assert answer.params.eos_token_ids == (9,)
+    assert answer.params.stop_token_ids == (9,)
     assert answer.pad_token_id == 9
 
 
 def test_a_default_end_token_outside_the_vocabulary_counts_as_none() -> None:
     answer = request(GenerationConfig(eos_token_id=[151643, 3], pad_token_id=151643))
-    assert answer.params.eos_token_ids == (3,)
+    assert answer.params.stop_token_ids == (3,)
     assert answer.pad_token_id == 3
 
 
@@ -235,16 +235,16 @@ def test_a_value_of_the_file_that_cannot_be_used_is_named(name: str, value: Any)
 def test_null_is_off(name: str) -> None:
     plain = request(defaults=from_file())
     assert request(defaults=from_file(**{name: None})).params == {
-        "eos_token_id": replace(plain.params, eos_token_ids=()),
+        "eos_token_id": replace(plain.params, stop_token_ids=()),
         "top_k": replace(plain.params, top_k=0),
     }.get(name, plain.params)
 
 
 def test_the_file_may_say_off_and_never_stop_as_other_engines_do() -> None:
     params = request(defaults=from_file(**{**PUBLISHED, "top_k": -1, "eos_token_id": -1})).params
-    assert (params.top_k, params.eos_token_ids) == (0, ())
-    assert request(defaults=from_file(eos_token_id=[])).params.eos_token_ids == ()
-    assert request(defaults=from_file()).params.eos_token_ids == (9,)
+    assert (params.top_k, params.stop_token_ids) == (0, ())
+    assert request(defaults=from_file(eos_token_id=[])).params.stop_token_ids == ()
+    assert request(defaults=from_file()).params.stop_token_ids == (9,)
     assert request(top_k=-1).params.top_k == 0
 
 

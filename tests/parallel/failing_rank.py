@@ -45,7 +45,9 @@ def main() -> None:
         model, tensor_parallel_degree=launched_ranks(), max_num_batched_tokens=256, sparse=False
     ).engine
     prompt = np.arange(8000, dtype=np.int64) % 700
-    engine.generate([prompt], SamplingParams(max_new_tokens=5000), on_token=on_token, on_prefill=on_prefill)
+    engine.generate(
+        [prompt], SamplingParams(max_tokens=5000, temperature=0.0), on_token=on_token, on_prefill=on_prefill
+    )
 
 
 if __name__ == "__main__":

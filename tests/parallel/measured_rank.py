@@ -28,7 +28,7 @@ def main() -> None:
         model, tensor_parallel_degree=launched_ranks(), max_num_batched_tokens=256, sparse=False
     )
     asked = asked_bytes() - asked
-    loaded.engine.generate([np.zeros(int(tokens), np.int64)], SamplingParams(max_new_tokens=2))
+    loaded.engine.generate([np.zeros(int(tokens), np.int64)], SamplingParams(max_tokens=2, temperature=0.0))
     found = {"asked": asked, "rise": resident_memory.peak_bytes() - before}
     (Path(out) / f"rank-{launched_rank()}.json").write_text(json.dumps(found), encoding="utf-8")
 

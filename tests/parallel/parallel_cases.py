@@ -64,7 +64,7 @@ def run(loads: list[dict[str, Any]], degree: int) -> Results:
                 if "positions" in one:
                     results[f"{key}/logits"] = engine.logits(prompt, one["positions"])
                 else:
-                    params = SamplingParams(max_new_tokens=one["new_tokens"], **one.get("params", {}))
+                    params = SamplingParams(max_tokens=one["new_tokens"], **one.get("params", {}))
                     completion = engine.generate([prompt], params)[0]
                     results[f"{key}/tokens"] = np.array(completion.token_ids)
                     results[f"{key}/logprobs"] = np.array(completion.logprobs)
