@@ -8,8 +8,10 @@ from paddle_qwen1m.engine.core import (
     Logits,
     Prefilled,
     PrefillProgress,
+    PromptLogprobs,
     Request,
     TokenChosen,
+    TokenLogprobs,
 )
 from paddle_qwen1m.engine.engine import Engine, PrefilledContext
 from paddle_qwen1m.engine.params import SamplingParams, StructuredOutputsParams
@@ -24,8 +26,10 @@ __all__ = [
     "PrefillProgress",
     "Prefilled",
     "PrefilledContext",
+    "PromptLogprobs",
     "Request",
     "SamplingParams",
     "StructuredOutputsParams",
     "TokenChosen",
+    "TokenLogprobs",
 ]

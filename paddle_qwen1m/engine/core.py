@@ -12,25 +12,52 @@ from paddle_qwen1m.engine.params import SamplingParams
 
 
 @dataclass(frozen=True)
+class TokenLogprobs:
+    """How likely a token was before anything but the model spoke: the log-softmax of its raw logits.
+
+    rank: 1 for the likeliest. top_ids, top_logprobs: those of the likeliest tokens, as many as were asked for.
+    """
+
+    token: int
+    logprob: float
+    rank: int
+    top_ids: tuple[int, ...] = ()
+    top_logprobs: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
 class Completion:
-    """The answer to one prompt: its tokens, their log-probabilities, and why it ended ("stop" or "length")."""
+    """The `index`-th answer to a prompt.
+
+    logprobs: of its tokens, as they were drawn from: penalties included, before the temperature. token_logprobs: of
+    each token, where params.logprobs asked for them. finish_reason: "stop" (a token that ends an answer, or whoever
+    asked stopped it), "length" or "abort"; stop_reason: which of stop_token_ids, or the text; None at the model's own.
+    """
 
     token_ids: list[int]
     logprobs: list[float]
     finish_reason: str
+    index: int = 0
+    stop_reason: int | str | None = None
+    token_logprobs: list[TokenLogprobs] | None = None
 
 
 @dataclass(frozen=True)
 class Request:
     """What a caller asks for under an id of its own choosing: `prompt` int64 [n], and how to go on from it.
 
-    params None asks for no answer. logit_positions, ascending: positions of the prompt after which logits are wanted.
+    params None asks for no answer. eos_token_ids: the model's own ends of an answer. bad_words: the token sequences of
+    params.bad_words. logit_positions, ascending: positions of the prompt after which logits are wanted. cache_salt:
+    only requests with the same one share prefixes.
     """
 
     id: str
     prompt: np.ndarray
     params: SamplingParams | None = None
     logit_positions: tuple[int, ...] = ()
+    eos_token_ids: tuple[int, ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    cache_salt: str = ""
 
     def __post_init__(self) -> None:
         prompt = self.prompt
@@ -70,23 +97,35 @@ class Logits:
 
 
 @dataclass(frozen=True)
+class PromptLogprobs:
+    """Event: the log-probabilities of the prompt's tokens from position `begin` on, each after those before it."""
+
+    id: str
+    begin: int
+    tokens: tuple[TokenLogprobs, ...]
+
+
+@dataclass(frozen=True)
 class TokenChosen:
-    """Event: a request's next token."""
+    """Event: the next token of a request's `index`-th answer. finish_reason: where it is the last one."""
 
     id: str
     token: int
     logprob: float
+    index: int = 0
+    logprobs: TokenLogprobs | None = None
+    finish_reason: str | None = None
 
 
 @dataclass(frozen=True)
 class Finished:
-    """Event: a request is done and holds nothing any more; `completion` is None where no answer was asked for."""
+    """Event: a request is done and holds nothing any more; `completions` are its answers, if it asked for any."""
 
     id: str
-    completion: Completion | None
+    completions: tuple[Completion, ...]
 
 
-Event = Union[Prefilled, Logits, TokenChosen, Finished]
+Event = Union[Prefilled, Logits, PromptLogprobs, TokenChosen, Finished]
 
 
 @dataclass(frozen=True)
@@ -159,11 +198,11 @@ class Sequence:
         elif len(self.token_ids) == self.params.max_tokens:
             self.finish_reason = "length"
 
-    def completion(self) -> Completion | None:
+    def completions(self) -> tuple[Completion, ...]:
         if self.request.params is None:
-            return None
+            return ()
         assert self.finish_reason is not None
-        return Completion(self.token_ids, self.logprobs, self.finish_reason)
+        return (Completion(self.token_ids, self.logprobs, self.finish_reason),)
 
 
 def draw_seed(params: SamplingParams | None) -> int:

@@ -148,7 +148,7 @@ class Engine:
         for sequence in sequences:
             if sequence.is_finished:
                 self.abort(sequence.id)
-                events.append(Finished(sequence.id, sequence.completion()))
+                events.append(Finished(sequence.id, sequence.completions()))
         return events
 
     def generate(
@@ -179,8 +179,7 @@ class Engine:
                 seconds = time.perf_counter() - event.started
                 on_prefill(PrefillProgress(event.id, event.done_tokens, event.total_tokens, seconds))
             elif isinstance(event, Finished):
-                assert event.completion is not None
-                completions[event.id] = event.completion
+                (completions[event.id],) = event.completions
         return [completions[request.id] for request in requests]
 
     def logits(self, token_ids: np.ndarray, positions: ManyOf[int] | None = None) -> np.ndarray:

@@ -40,7 +40,7 @@ def prompts(rng: np.random.Generator) -> list[np.ndarray]:
 def run(one: Engine) -> dict[str, Completion]:
     done = {}
     while not one.is_idle:
-        done.update({event.id: event.completion for event in one.step() if isinstance(event, Finished)})
+        done.update({event.id: event.completions[0] for event in one.step() if isinstance(event, Finished)})
     return done
 
 
@@ -53,7 +53,7 @@ def test_requests_that_come_while_others_run_get_what_they_get_alone(
     for number, prompt in enumerate(prompts):
         busy.add(Request(f"request {number}", prompt, SEEDED))
         for _ in range(6):
-            completions.update({event.id: event.completion for event in busy.step() if isinstance(event, Finished)})
+            completions.update({event.id: event.completions[0] for event in busy.step() if isinstance(event, Finished)})
     completions.update(run(busy))
     assert [completions[f"request {number}"] for number in range(3)] == alone
 
@@ -73,7 +73,7 @@ def test_events_tell_the_whole_story(model: Qwen2OneM, prompts: list[np.ndarray]
         (140, 140, 0),
     ]
     tokens = [event.token for event in events if isinstance(event, TokenChosen)]
-    assert isinstance(events[-1], Finished) and events[-1].completion.token_ids == tokens and len(tokens) == 6
+    assert isinstance(events[-1], Finished) and events[-1].completions[0].token_ids == tokens and len(tokens) == 6
 
 
 def test_logits_are_a_request_too(model: Qwen2OneM, prompts: list[np.ndarray]) -> None:
@@ -193,7 +193,7 @@ def test_a_shared_beginning_is_computed_once_and_changes_no_bit(
             if isinstance(event, Prefilled):
                 read.append((event.id, event.reused_tokens))
             elif isinstance(event, Finished):
-                done[event.id] = event.completion
+                (done[event.id],) = event.completions
     assert [done[str(number)] for number in range(3)] == expected
     assert {reused for name, reused in read if name == "0"} == {0}
     assert {reused for name, reused in read if name != "0"} == {border}
