@@ -11,7 +11,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Rows:
-    """Tokens of one prompt to prefill: `ids` int64 [n] at positions [begin, begin + n), in `pages` with all before them.
+    """Tokens of one prompt to prefill: `ids` int64 [n] at positions [begin, begin + n), `pages` for them and all before.
 
     length: the n of the temperature and of the sparse threshold. wanted: which of the n rows' logits are, ascending.
     """
@@ -32,8 +32,8 @@ class Rows:
 class Prefill:
     """Begin a chunk of one prompt, or of several short ones, and go on to its first point.
 
-    row_blocks: a point behind so many row blocks of a layer's attention, 0: behind each layer alone. A chunk that is begun
-    while another one stands at a point goes to its end at once; then the other can go on.
+    row_blocks: a point behind so many row blocks of a layer's attention, 0: behind each layer alone. A chunk that is
+    begun while another one stands at a point goes to its end at once; then the other can go on.
     """
 
     rows: tuple[Rows, ...]

@@ -82,7 +82,7 @@ def test_logits_are_a_request_too(model: Qwen2OneM, prompts: list[np.ndarray]) -
     events = [event for _ in iter(lambda: one.is_idle, True) for event in one.step()]
     values = np.concatenate([event.values for event in events if isinstance(event, Logits)])
     np.testing.assert_array_equal(values, one.logits(prompts[0], [0, 70, 71, 299]))
-    assert events[-1] == Finished("read", None)
+    assert events[-1] == Finished("read", ())
 
 
 def test_a_request_may_ask_for_logits_and_an_answer(model: Qwen2OneM, prompts: list[np.ndarray]) -> None:
