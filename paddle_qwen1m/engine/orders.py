@@ -11,7 +11,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Rows:
-    """Tokens of one prompt to prefill: `ids` int64 [n] at positions [begin, begin + n), `pages` for them and all before.
+    """Tokens of one prompt to prefill: `ids` int64 [n] at positions [begin, begin + n), `pages` of all up to there.
 
     length: the n of the temperature and of the sparse threshold. wanted: which of the n rows' logits are, ascending.
     """
