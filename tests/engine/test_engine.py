@@ -91,13 +91,7 @@ def test_a_request_may_ask_for_logits_and_an_answer(model: Qwen2OneM, prompts: l
     events = [event for _ in iter(lambda: one.is_idle, True) for event in one.step()]
     values = np.concatenate([event.values for event in events if isinstance(event, Logits)])
     np.testing.assert_array_equal(values, one.logits(prompts[0], [5, 298, 299]))
-    assert events[-1] == Finished(
-        "both",
-        one.generate(
-            prompts[:1],
-            (GREEDY)[0],
-        ),
-    )
+    assert events[-1] == Finished("both", tuple(one.generate(prompts[:1], GREEDY)))
 
 
 @pytest.mark.parametrize("steps", [0, 1, 3, 8])
