@@ -1,0 +1,242 @@
+"""The engine's loop under several requests, with a model of the real shape and random weights on one GPU.
+
+    python tools/benchmark_engine.py throughput [--model 7B] [--prompt 2048] [--new 256] [--requests 1 8 32]
+    python tools/benchmark_engine.py beside [--tokens 262144] [--sequences 8]    a long prefill beside running answers
+    python tools/benchmark_engine.py prefix [--tokens 229375 262144]             a second question on a cached document
+
+Attention of sparse prefill visits the seeded lines of benchmark_gpu_model.py. Every bound that a line prints beside its
+figure is measured in the same run: bytes over what a device copy moves, operations over a large matmul's speed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections import defaultdict
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import paddle
+from benchmark_gpu_model import SHAPES, copy_bandwidth, random_model, random_prompt, seeded_selection
+
+from paddle_qwen1m.config import published_budgets
+from paddle_qwen1m.engine import Engine, Finished, Prefilled, Request, SamplingParams, TokenChosen
+from paddle_qwen1m.model import Qwen2OneM
+from paddle_qwen1m.options import EngineOptions
+from paddle_qwen1m.plan import cache_bytes_per_token, parameters
+
+WARM_TOKENS = 1024
+ANSWER = 64
+
+
+@dataclass
+class Log:
+    """When what came of each request, in seconds of time.perf_counter."""
+
+    tokens: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    prefilled: dict[str, list[tuple[float, int, int]]] = field(default_factory=lambda: defaultdict(list))
+    finished: dict[str, float] = field(default_factory=dict)
+
+    def step(self, engine: Engine) -> None:
+        events = engine.step()
+        now = time.perf_counter()
+        for event in events:
+            if isinstance(event, TokenChosen):
+                self.tokens[event.id].append(now)
+            elif isinstance(event, Prefilled):
+                self.prefilled[event.id].append((now, event.done_tokens, event.reused_tokens))
+            elif isinstance(event, Finished):
+                self.finished[event.id] = now
+
+    def run(self, engine: Engine) -> None:
+        while not engine.is_idle:
+            self.step(engine)
+
+
+def params(new_tokens: int) -> SamplingParams:
+    return SamplingParams(max_tokens=new_tokens, temperature=0.0)
+
+
+def matmul_speed(width: int = 8192) -> float:
+    """Operations a second of a bfloat16 matmul of this width."""
+    one, other = (paddle.empty([width, width], "bfloat16") for _ in range(2))
+    paddle.matmul(one, other)
+    paddle.device.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(8):
+        paddle.matmul(one, other)
+    paddle.device.cuda.synchronize()
+    return 8 * 2 * width**3 / (time.perf_counter() - start)
+
+
+def throughput(model: Qwen2OneM, prompt_tokens: int, new_tokens: int, numbers: list[int]) -> None:
+    config = model.config
+    weights = parameters(config) - config.vocab_size * config.hidden_size
+    bandwidth, speed = copy_bandwidth(), matmul_speed()
+    most = max(numbers)
+    engine = Engine(
+        model,
+        EngineOptions(cache_tokens=most * (prompt_tokens + new_tokens + 256), sparse=False, max_num_seqs=most),
+    )
+    print(
+        f"{prompt_tokens:,} tokens in, {new_tokens} out; a copy moves {bandwidth / 1e12:.2f} TB/s, a matmul does "
+        f"{speed / 1e12:.0f} TFLOP/s"
+    )
+    print("requests  tokens/s  first token s  ms a step  bytes' ms  operations' ms  times the larger")
+    for number in numbers:
+        for turn in range(2):  # the first captures the graphs
+            log, start = Log(), time.perf_counter()
+            for index in range(number):
+                prompt = np.random.default_rng([number, turn, index]).integers(0, config.vocab_size, prompt_tokens)
+                engine.add(Request(f"{number}-{turn}-{index}", prompt, params(new_tokens)))
+            log.run(engine)
+        seconds = max(log.finished.values()) - start
+        firsts = [times[0] for times in log.tokens.values()]
+        last_first, first_end = max(firsts), min(times[-1] for times in log.tokens.values())
+        together = sorted({when for times in log.tokens.values() for when in times if last_first <= when <= first_end})
+        step = float(np.median(np.diff(together)))
+        keys = number * (prompt_tokens + new_tokens / 2) * cache_bytes_per_token(config, "bfloat16")
+        by_bytes, by_operations = (2 * weights + keys) / bandwidth, 2 * weights * number / speed
+        print(
+            f"{number:8} {number * new_tokens / seconds:9.1f} {max(firsts) - start:14.2f} {step * 1e3:10.2f} "
+            f"{by_bytes * 1e3:10.2f} {by_operations * 1e3:15.2f} {step / max(by_bytes, by_operations):17.2f}",
+            flush=True,
+        )
+
+
+def gaps(log: Log, begin: float, end: float) -> np.ndarray:
+    """Seconds between tokens of one sequence, of all that came within the time."""
+    found = [np.diff([when for when in times if begin <= when <= end]) for times in log.tokens.values()]
+    return np.concatenate(found)
+
+
+def beside(model: Qwen2OneM, tokens: int, sequences: int) -> None:
+    config = model.config
+    answers = 20_000
+    room = tokens + ANSWER + sequences * (WARM_TOKENS + answers) + 16 * WARM_TOKENS
+    engine = Engine(model, EngineOptions(cache_tokens=room), published_budgets(config))
+    bound = engine.options.max_inter_token_ms
+    assert bound is not None
+    long = random_prompt(model, tokens)
+    with seeded_selection(config, tokens):
+        Log().run(_with(engine, Request("warm", long[: 2 * engine.max_num_batched_tokens], params(4))))
+        alone, start = Log(), time.perf_counter()
+        alone.run(_with(engine, Request("alone", long, params(2))))
+        alone_seconds = alone.tokens["alone"][0] - start
+        log = Log()
+        for index in range(sequences):
+            engine.add(Request(f"answer-{index}", long[index * 7 :][:WARM_TOKENS], params(answers)))
+        while len(log.tokens) < sequences or min(map(len, log.tokens.values())) < 100:
+            log.step(engine)
+        begin = time.perf_counter()
+        until = min(map(len, log.tokens.values())) + 200
+        while min(map(len, log.tokens.values())) < until:
+            log.step(engine)
+        usual = gaps(log, begin, time.perf_counter())
+        start = time.perf_counter()
+        engine.add(Request("long", long, params(2)))
+        short_at = None
+        while "long" not in log.tokens:
+            log.step(engine)
+            if short_at is None and time.perf_counter() - start > alone_seconds / 2:
+                short_at = time.perf_counter()
+                engine.add(Request("short", long[100_000:][:WARM_TOKENS], params(2)))
+        end = log.tokens["long"][0]
+        within = gaps(log, start, end)
+        steps = sum(start <= when <= end for when in log.tokens["answer-0"])
+        own = steps * float(np.median(usual))
+        engine.add(Request("dropped", long[::-1].copy(), params(2)))
+        pause = time.perf_counter() + alone_seconds / 4
+        while time.perf_counter() < pause:
+            log.step(engine)
+        before = engine.free_tokens
+        asked = time.perf_counter()
+        engine.abort("dropped")
+        freed = time.perf_counter() - asked
+        after = engine.free_tokens
+        for index in range(sequences):
+            engine.abort(f"answer-{index}")
+        log.run(engine)
+    assert short_at is not None
+    whole = end - start
+    print(f"{tokens:,} tokens beside {sequences} answers, bound on the time between tokens {bound} ms")
+    print(f"time between tokens without the prefill: median {np.median(usual) * 1e3:.2f} ms, p99 {_p99(usual):.2f} ms")
+    print(f"with it: median {np.median(within) * 1e3:.1f} ms, p99 {_p99(within):.1f} ms, of {len(within)}")
+    print(f"a short request's first token after {(log.tokens['short'][0] - short_at) * 1e3:.1f} ms")
+    print(
+        f"the long prefill: {alone_seconds:.2f} s alone, {whole:.2f} s with {steps} decode steps of {own:.2f} s in it: "
+        f"{(whole - own) / alone_seconds - 1:+.1%} beside them"
+    )
+    print(f"aborted: {after - before:,} tokens of the cache free again after {freed * 1e3:.1f} ms")
+
+
+def prefix(model: Qwen2OneM, lengths: list[int]) -> None:
+    config = model.config
+    longest = max(lengths)
+    options = EngineOptions(cache_tokens=2 * longest + 65536, enable_prefix_caching=True)
+    engine = Engine(model, options, published_budgets(config))
+    question = 64
+    print("tokens      cold s  cold without cuts s  the cuts cost  second question s  times sooner  tokens reused")
+    for tokens in lengths:
+        document = np.random.default_rng(tokens).integers(0, config.vocab_size, tokens)
+        with seeded_selection(config, tokens):
+            other = document[::-1][: 2 * engine.max_num_batched_tokens].copy()
+            Log().run(_with(engine, Request("warm", other, params(2))))
+            engine.reset_prefix_cache()
+            cold, _ = _first_token(engine, document)
+            again = np.concatenate([document[:-question], np.random.default_rng(2).integers(0, 1000, question)])
+            warm, reused = _first_token(engine, again)
+            engine.configure(replace(options, prefix_border_parts=1), published_budgets(config))
+            whole, _ = _first_token(engine, document)
+            engine.configure(options, published_budgets(config))
+        print(
+            f"{tokens:9,} {cold:9.3f} {whole:20.3f} {cold / whole - 1:14.1%} {warm:18.3f} {cold / warm:13.1f} "
+            f"{reused:14,}",
+            flush=True,
+        )
+
+
+def _first_token(engine: Engine, prompt: np.ndarray) -> tuple[float, int]:
+    log, start = Log(), time.perf_counter()
+    log.run(_with(engine, Request("one", prompt, params(2))))
+    return log.tokens["one"][0] - start, log.prefilled["one"][0][2]
+
+
+def _with(engine: Engine, request: Request) -> Engine:
+    engine.add(request)
+    return engine
+
+
+def _p99(seconds: np.ndarray) -> float:
+    return float(np.percentile(seconds, 99)) * 1e3
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=list(SHAPES), default="7B")
+    commands = parser.add_subparsers(dest="what", required=True)
+    one = commands.add_parser("throughput")
+    one.add_argument("--prompt", type=int, default=2048)
+    one.add_argument("--new", type=int, default=256)
+    one.add_argument("--requests", type=int, nargs="+", default=[1, 8, 32])
+    one = commands.add_parser("beside")
+    one.add_argument("--tokens", type=int, default=262144 - ANSWER)
+    one.add_argument("--sequences", type=int, default=8)
+    one = commands.add_parser("prefix")
+    one.add_argument("--tokens", type=int, nargs="+", default=[229375, 262144])
+    arguments = parser.parse_args()
+    paddle.device.set_device("gpu")
+    model = random_model(arguments.model)
+    print(f"{arguments.model}, random weights, bf16, {paddle.device.cuda.get_device_name()}")
+    if arguments.what == "throughput":
+        throughput(model, arguments.prompt, arguments.new, arguments.requests)
+    elif arguments.what == "beside":
+        beside(model, arguments.tokens, arguments.sequences)
+    else:
+        prefix(model, arguments.tokens)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
