@@ -36,8 +36,8 @@ class PagePool:
     def __init__(self, num_pages: int, page_size: int, copy: Callable[[int, int, int], None]) -> None:
         self.num_pages, self.page_size = num_pages, page_size
         self._copy = copy
-        self.reclaim: Callable[[], bool] = lambda: False
-        """Gives up some of the index's pages; False when it has none left."""
+        self.reclaim: Callable[[int], None] = lambda count: None
+        """Frees at least so many of the pages that only the prefix index holds."""
         self._free = list(range(num_pages - 1, -1, -1))
         self._holders = np.zeros(num_pages, np.int32)
         self._indexed = np.zeros(num_pages, np.int32)
@@ -60,9 +60,9 @@ class PagePool:
         """So many pages, held once each. Raises CacheFull, taking nothing."""
         if count > self.available:
             raise CacheFull(f"{count} pages of {self.page_size} tokens are wanted, {self.available} are free")
-        while count > len(self._free):
-            if not self.reclaim():
-                raise AssertionError("the prefix index did not give up the pages that it alone holds")
+        if count > len(self._free):
+            self.reclaim(count - len(self._free))
+            assert count <= len(self._free), "the prefix index did not give up the pages that it alone holds"
         pages = [self._free.pop() for _ in range(count)]
         self._holders[pages] += 1
         return pages
@@ -94,23 +94,27 @@ class PagePool:
         """One more reference to each of these different pages, which somebody holds already."""
         where = np.asarray(pages, np.int64)
         assert (self._holders[where] > 0).all(), "a free page cannot be held: take it"
-        before = self._count_only_indexed(where)
+        before = self._num_only_indexed(where)
         self._holders[where] += 1
         if index:
             self._indexed[where] += 1
-        self._only_indexed += self._count_only_indexed(where) - before
+        self._only_indexed += self._num_only_indexed(where) - before
 
     def release(self, pages: Sequence[int], *, index: bool = False) -> None:
         """Gives back one reference to each of these different pages."""
         where = np.asarray(pages, np.int64)
-        before = self._count_only_indexed(where)
+        before = self._num_only_indexed(where)
         self._holders[where] -= 1
         if index:
             self._indexed[where] -= 1
         assert (self._indexed[where] >= 0).all() and (self._holders[where] >= self._indexed[where]).all()
-        self._only_indexed += self._count_only_indexed(where) - before
-        self._free.extend(reversed([page for page in pages if self._holders[page] == 0]))
+        self._only_indexed += self._num_only_indexed(where) - before
+        self._free.extend(where[self._holders[where] == 0][::-1].tolist())
 
-    def _count_only_indexed(self, where: np.ndarray) -> int:
+    def count_only_indexed(self, pages: Sequence[int]) -> int:
+        """How many of these pages the prefix index alone holds."""
+        return sum(self._holders[page] == self._indexed[page] > 0 for page in pages)
+
+    def _num_only_indexed(self, where: np.ndarray) -> int:
         indexed = self._indexed[where]
         return int(np.count_nonzero((indexed > 0) & (indexed == self._holders[where])))

@@ -8,6 +8,7 @@ from typing import Union
 
 import numpy as np
 
+from paddle_qwen1m.cache import PrefixChain
 from paddle_qwen1m.engine.params import SamplingParams
 
 
@@ -143,19 +144,21 @@ class Sequence:
     """A request and what has become of it. Its first `num_cached` tokens have their keys in `pages`.
 
     temperature_length: the n of the temperature and of the sparse threshold while the prompt is read. seed: of the
-    draws. made_under: what else than tokens decides about the prompt's keys; prefixes are shared under the same alone.
-    num_reused: tokens that were in the cache when it `started`. borders: where its prefixes end, and their digests.
+    draws. made_under, m2, sparse: what else than tokens decides about the prompt's keys. num_reused: tokens that were
+    in the cache when it `started`. chain: the names of the prompt's prefixes, once it has looked for one.
     """
 
     request: Request
     seed: int
     temperature_length: int
     made_under: str = ""
+    m2: float = 1.0
+    sparse: bool = False
     pages: list[int] = field(default_factory=list)
     num_cached: int = 0
     num_reused: int = 0
     started: float | None = None
-    borders: dict[int, bytes] = field(default_factory=dict)
+    chain: PrefixChain | None = None
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish_reason: str | None = None

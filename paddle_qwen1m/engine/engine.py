@@ -20,6 +20,7 @@ from paddle_qwen1m.attention.selector import Observer
 from paddle_qwen1m.cache import CacheFull, PagedCache, PagePool, choose_page_size
 from paddle_qwen1m.config import SparseBudgets
 from paddle_qwen1m.engine.admission import Budget, cache_pages
+from paddle_qwen1m.engine.borders import Chunking
 from paddle_qwen1m.engine.core import (
     Completion,
     Event,
@@ -298,8 +299,10 @@ class Engine:
 
     def _line_up(self, sequence: Sequence) -> None:
         assert self._scheduler is not None
-        sparse, dual_chunk = self.is_sparse(sequence.temperature_length), self.model.config.dual_chunk
-        sequence.made_under = f"{sparse} {dual_chunk.temperature(sequence.temperature_length)!r}"
+        length = sequence.temperature_length
+        sequence.sparse = self.is_sparse(length)
+        sequence.m2 = self.model.config.dual_chunk.temperature(length) ** 2
+        sequence.made_under = "sparse" if sequence.sparse else "dense"
         self._scheduler.add(sequence)
         self._sequences[sequence.id] = sequence
 
@@ -336,8 +339,8 @@ class Engine:
         cache = PagedCache(self.model.local, wanted, size, self.kv_cache_dtype)
         self.runner.use(cache)
         prefixes = cache.prefixes if self.options.enable_prefix_caching else None
-        chunk_len = self.model.config.dual_chunk.chunk_len
-        self._scheduler = Scheduler(cache.pool, self.max_num_batched_tokens, chunk_len, prefixes)
+        chunking = Chunking(self.max_num_batched_tokens, self.model.config.dual_chunk.chunk_len, size)
+        self._scheduler = Scheduler(cache.pool, chunking, prefixes)
 
     def _budget(self, longest: int, current: PagePool | None) -> Budget:
         """What a cache for requests of up to `longest` tokens depends on; the current one's memory is available."""

@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Union
 
-from paddle_qwen1m.cache import CacheFull, PagePool, PrefixIndex, digests
+from paddle_qwen1m.cache import CacheFull, PagePool, PrefixChain, PrefixIndex
+from paddle_qwen1m.engine.borders import Chunking
 from paddle_qwen1m.engine.core import Sequence
-
-
-def chunk_end(begin: int, prompt_length: int, max_tokens: int, chunk_len: int) -> int:
-    """Where the prefill chunk that starts at `begin` ends: after max_tokens at most.
-
-    A chunk that would end inside a DCA chunk which it did not begin in stops at that chunk's border: the critical keys
-    are chosen anew for each part of a DCA chunk, so that fewer parts cost fewer probes.
-    """
-    end = min(begin + max_tokens, prompt_length)
-    border = end // chunk_len * chunk_len
-    return border if end < prompt_length and begin < border else end
 
 
 @dataclass(frozen=True)
@@ -44,13 +34,11 @@ class Scheduler:
     """First come, first served: a sequence runs once the pool has the pages for its longest possible answer, and a
     prompt is read to its end before running sequences go on.
 
-    max_tokens: of a prefill chunk. chunk_len: of a DCA chunk. prefixes: where prompts look for what they can reuse,
-    None where they do not.
+    chunking: where prompts are cut. prefixes: where they look for what they can reuse, None where they do not.
     """
 
-    def __init__(self, pool: PagePool, max_tokens: int, chunk_len: int, prefixes: PrefixIndex | None = None) -> None:
-        self._pool, self._prefixes = pool, prefixes
-        self._max_tokens, self._chunk_len = max_tokens, chunk_len
+    def __init__(self, pool: PagePool, chunking: Chunking, prefixes: PrefixIndex | None = None) -> None:
+        self._pool, self._chunking, self._prefixes = pool, chunking, prefixes
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
 
@@ -72,14 +60,13 @@ class Scheduler:
         reading = next((sequence for sequence in self._running if not sequence.is_prefilled), None)
         sequence = reading or self._admit()
         if sequence is not None:
-            return PrefillChunk(sequence, self._chunk_end(sequence, sequence.num_cached))
+            return PrefillChunk(sequence, self._chunk_end(sequence))
         return DecodeStep(tuple(self._running)) if self._running else None
 
     def cached(self, sequence: Sequence) -> None:
         """A chunk of the sequence's prompt is in the cache, up to its num_cached: others may reuse it now."""
-        if self._prefixes is not None and sequence.num_cached in sequence.borders:
-            digest = sequence.borders[sequence.num_cached]
-            self._prefixes.add(digest, sequence.num_cached, sequence.pages)
+        if self._prefixes is not None and sequence.chain is not None:
+            self._prefixes.add(sequence.chain, sequence.num_reused, sequence.num_cached, sequence.pages)
 
     def retire(self, sequence: Sequence) -> None:
         """Takes a finished or aborted sequence out and gives its pages back."""
@@ -104,19 +91,15 @@ class Scheduler:
         return sequence
 
     def _reuse(self, sequence: Sequence, prefixes: PrefixIndex) -> None:
-        if not sequence.borders:
-            sequence.borders = dict(digests(sequence.prompt, self._borders(sequence), sequence.made_under))
-        prefix = prefixes.find(sequence.borders.values())
-        if prefix is not None:
+        if sequence.chain is None:
+            prompt, size = sequence.prompt, self._pool.page_size
+            cuts = self._chunking.cuts(len(prompt), sparse=sequence.sparse)
+            sequence.chain = PrefixChain.of(prompt, cuts, sequence.made_under, sequence.m2, size)
+        prefix = prefixes.find(sequence.chain)
+        if prefix.tokens:
             sequence.pages = self._pool.fork(prefix.pages, prefix.tokens)
             sequence.num_cached = sequence.num_reused = prefix.tokens
 
-    def _borders(self, sequence: Sequence) -> Iterator[int]:
-        """Where the prompt's chunks end, but for the last: its last tokens are always computed."""
-        end = self._chunk_end(sequence, 0)
-        while end < len(sequence.prompt):
-            yield end
-            end = self._chunk_end(sequence, end)
-
-    def _chunk_end(self, sequence: Sequence, begin: int) -> int:
-        return chunk_end(begin, len(sequence.prompt), self._max_tokens, self._chunk_len)
+    def _chunk_end(self, sequence: Sequence) -> int:
+        ends = self._chunking.ends(len(sequence.prompt), sparse=sequence.sparse)
+        return ends[bisect_right(ends, sequence.num_cached)]

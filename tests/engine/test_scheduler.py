@@ -10,10 +10,11 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from paddle_qwen1m.cache import PagePool, PrefixIndex
 from paddle_qwen1m.engine import Request, SamplingParams
+from paddle_qwen1m.engine.borders import Chunking
 from paddle_qwen1m.engine.core import Sequence
 from paddle_qwen1m.engine.scheduler import DecodeStep, PrefillChunk, Scheduler, Work
 
-PAGE_SIZE, MAX_TOKENS, CHUNK_LEN = 4, 6, 16  # a chunk's end lies inside a page as often as not
+PAGE_SIZE, MAX_TOKENS, CHUNK_LEN = 4, 6, 16  # chunks of 4 tokens
 
 
 class World:
@@ -23,7 +24,9 @@ class World:
         self.memory = np.full((num_pages, PAGE_SIZE), -1, np.int64)
         self.pool = PagePool(num_pages, PAGE_SIZE, self._copy)
         self.prefixes = PrefixIndex(self.pool)
-        self.scheduler = Scheduler(self.pool, MAX_TOKENS, CHUNK_LEN, self.prefixes if reuse else None)
+        self.scheduler = Scheduler(
+            self.pool, Chunking(MAX_TOKENS, CHUNK_LEN, PAGE_SIZE), self.prefixes if reuse else None
+        )
         self.live: dict[str, Sequence] = {}
 
     def _copy(self, source: int, target: int, tokens: int) -> None:
@@ -78,7 +81,7 @@ def test_prompts_are_read_in_the_order_in_which_they_came() -> None:
     for name, length in (("a", 5), ("b", 13), ("c", 2)):
         world.add(name, tokens(length))
     seen = [(work.sequence.id, work.end) for work in iter(world.step, None) if isinstance(work, PrefillChunk)]
-    assert seen == [("a", 5), ("b", 6), ("b", 12), ("b", 13), ("c", 2)]
+    assert seen == [("a", 4), ("a", 5), ("b", 4), ("b", 8), ("b", 12), ("b", 13), ("c", 2)]
 
 
 def test_running_sequences_go_on_together_once_every_prompt_is_read() -> None:
@@ -86,8 +89,8 @@ def test_running_sequences_go_on_together_once_every_prompt_is_read() -> None:
     world.add("a", tokens(5), new_tokens=3)
     world.add("b", tokens(7), new_tokens=2)
     works = list(iter(world.step, None))
-    assert [type(work) for work in works] == [PrefillChunk] * 3 + [DecodeStep] * 2
-    assert [[sequence.id for sequence in work.sequences] for work in works[3:]] == [["a", "b"], ["a"]]
+    assert [type(work) for work in works] == [PrefillChunk] * 4 + [DecodeStep] * 2
+    assert [[sequence.id for sequence in work.sequences] for work in works[4:]] == [["a", "b"], ["a"]]
     assert world.scheduler.is_idle and world.pool.available == 20
 
 
@@ -97,7 +100,7 @@ def test_who_comes_first_waits_for_pages_and_nobody_overtakes() -> None:
     world.add("larger", tokens(17), new_tokens=3)  # 5 pages
     world.add("small", tokens(1), new_tokens=1)  # would fit beside the first
     order = [work.sequence.id for work in iter(world.step, None) if isinstance(work, PrefillChunk)]
-    assert order == ["large"] * 3 + ["larger"] * 3 + ["small"]
+    assert order == ["large"] * 4 + ["larger"] * 5 + ["small"]
 
 
 def test_what_can_never_run_is_refused_with_both_numbers() -> None:
@@ -107,7 +110,7 @@ def test_what_can_never_run_is_refused_with_both_numbers() -> None:
     assert world.scheduler.is_idle and world.pool.available == 6
 
 
-@pytest.mark.parametrize("steps, state", [(0, "waiting"), (1, "being read"), (3, "answering")])
+@pytest.mark.parametrize("steps, state", [(0, "waiting"), (1, "being read"), (4, "answering")])
 def test_abort_in_every_state_gives_all_pages_back(steps: int, state: str) -> None:
     world = World(10)
     world.add("a", tokens(13))
@@ -156,10 +159,10 @@ def test_the_last_tokens_of_a_prompt_are_always_computed() -> None:
         sequence = world.add(name, tokens(12))
         while world.step() is not None:
             pass
-    assert sequence.num_reused == 6
+    assert sequence.num_reused == 8
 
 
-def test_a_border_inside_a_page_is_copied_and_both_go_on_writing() -> None:
+def test_two_that_share_pages_write_into_pages_of_their_own() -> None:
     world = World(20, reuse=True)
     one = world.add("a", tokens(6) + [1] * 4, new_tokens=5)
     world.step()
@@ -170,7 +173,7 @@ def test_a_border_inside_a_page_is_copied_and_both_go_on_writing() -> None:
             np.testing.assert_array_equal(
                 world.contents(sequence), [*sequence.prompt, *sequence.token_ids][: sequence.num_cached]
             )
-    assert two.num_reused == 6 and one.pages[0] == two.pages[0] and not set(one.pages[1:]) & set(two.pages[1:])
+    assert two.num_reused == 4 and one.pages[0] == two.pages[0] and not set(one.pages[1:]) & set(two.pages[1:])
 
 
 def test_pages_that_only_the_index_holds_count_as_free_and_the_oldest_go_first() -> None:
@@ -179,11 +182,11 @@ def test_pages_that_only_the_index_holds_count_as_free_and_the_oldest_go_first()
         world.add(name, tokens(9, first), new_tokens=1)
         while world.step() is not None:
             pass
-    assert world.pool.available == 10 and len(world.prefixes) == 2  # each holds 2 pages
+    assert world.pool.available == 10 and len(world.prefixes) == 4  # two pages each
     world.add("c", tokens(25, 300), new_tokens=1)  # 7 pages
     world.step()
     world.abort("c")
-    for name, first, reused in (("b again", 200, 6), ("a again", 100, 0)):
+    for name, first, reused in (("b again", 200, 8), ("a again", 100, 4)):  # its end alone was taken
         again = world.add(name, tokens(9, first), new_tokens=1)
         world.step()
         assert again.num_reused == reused
