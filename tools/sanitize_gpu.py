@@ -365,21 +365,38 @@ class Kernels:
         self.cuda(
             "sample",
             logits=self.floats(batch, vocab),
-            seen=self.integers(np.uint8, 2, batch, vocab),
+            counts=self.integers(np.int16, 3, batch, vocab),
+            mask=self.integers(np.int32, 2**31 - 1, batch, -(-vocab // 32)),
+            masked=self.integers(np.uint8, 2, batch),
+            bias=self.floats(batch, vocab),
+            biased=self.integers(np.uint8, 2, batch),
             temperature=self.array(temperatures),
             top_k=self.array(np.asarray([0, 20, 0, 600], np.int32)),
             top_p=self.array(np.asarray([1.0, 0.8, 0.9, 1.0], np.float32)),
             repetition_penalty=self.array(np.asarray([1.0, 1.05, 1.0, 1.2], np.float32)),
-            banned=self.array(np.asarray([[3], [-1], [5], [0]], np.int32)),
-            banned_steps=self.integers(np.int64, 5, batch),
+            frequency_penalty=self.array(np.asarray([0.0, 0.0, 0.5, 0.1], np.float32)),
+            presence_penalty=self.array(np.asarray([0.0, 0.0, 0.0, 0.3], np.float32)),
+            min_p=self.array(np.asarray([0.0, 0.0, 0.01, 0.0], np.float32)),
             seeds=self.integers(np.int64, 1000, batch),
             steps=self.integers(np.int64, 3, batch),
             ids=self.integers(np.int64, 1, batch),
             logprobs=self.floats(batch),
             batch=batch,
             vocab=vocab,
-            banned_width=1,
         )
+        for k in (1, 20):
+            self.cuda(
+                "top_logprobs",
+                logits=self.floats(batch, vocab),
+                ids=self.integers(np.int64, vocab, batch),
+                top_ids=self.integers(np.int32, 1, batch, k),
+                top_logprobs=self.floats(batch, k),
+                logprobs=self.floats(batch),
+                ranks=self.integers(np.int32, 1, batch),
+                batch=batch,
+                vocab=vocab,
+                k=k,
+            )
 
 
 def run() -> None:

@@ -1,8 +1,9 @@
-// Logits processing and sampling, a row a sequence: penalty, bans, temperature, top-k, top-p, draw.
+// Sampling, a row a sequence: bans, bias, penalties, temperature, min-p, top-k, top-p, draw. Log-probabilities.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <numeric>
 #include <vector>
 
 #include "parallel.h"
@@ -25,42 +26,79 @@ double log_sum_exp(const std::vector<float>& logits, float top) {
   return top + std::log(total);
 }
 
-void sample_row(const qwen1m_sample& a, int row) {
-  const float* source = a.logits + static_cast<int64_t>(row) * a.vocab;
-  uint8_t* seen = a.seen + static_cast<int64_t>(row) * a.vocab;
-  std::vector<float> logits(source, source + a.vocab);
-  for (float& x : logits) x = std::fmax(x, -std::numeric_limits<float>::infinity());  // NaN counts as -inf
-  const float penalty = a.repetition_penalty[row];
-  if (penalty != 1.0f) {
+// Larger logits first, then lower ids.
+struct Order {
+  const std::vector<float>& logits;
+  bool operator()(int32_t x, int32_t y) const { return logits[x] > logits[y] || (logits[x] == logits[y] && x < y); }
+};
+
+// NaN counts as -inf.
+std::vector<float> read_row(const float* source, int vocab) {
+  std::vector<float> logits(source, source + vocab);
+  for (float& x : logits) x = std::fmax(x, -std::numeric_limits<float>::infinity());
+  return logits;
+}
+
+// The first `count` ids in order.
+std::vector<int32_t> first_ids(const std::vector<float>& logits, int count) {
+  std::vector<int32_t> ids(logits.size());
+  std::iota(ids.begin(), ids.end(), 0);
+  std::partial_sort(ids.begin(), ids.begin() + count, ids.end(), Order{logits});
+  return ids;
+}
+
+void process(const qwen1m_sample& a, int row, std::vector<float>& logits) {
+  const int64_t begin = static_cast<int64_t>(row) * a.vocab;
+  if (a.masked[row]) {
+    const uint32_t* mask = a.mask + row * ((a.vocab + int64_t{31}) / 32);
     for (int i = 0; i < a.vocab; ++i) {
-      if (seen[i]) logits[i] = logits[i] > 0 ? logits[i] / penalty : logits[i] * penalty;
+      if (!(mask[i / 32] >> (i % 32) & 1)) logits[i] = -std::numeric_limits<float>::infinity();
     }
   }
-  const int64_t step = a.steps[row]++;
-  const int num_banned = step < a.banned_steps[row] ? a.banned_width : 0;
-  for (int i = 0; i < num_banned; ++i) {
-    const int32_t id = a.banned[static_cast<int64_t>(row) * a.banned_width + i];
-    if (id >= 0) logits[id] = -std::numeric_limits<float>::infinity();
+  if (a.biased[row]) {
+    for (int i = 0; i < a.vocab; ++i) logits[i] += a.bias[begin + i];
   }
+  const float repetition = a.repetition_penalty[row], frequency = a.frequency_penalty[row];
+  const float presence = a.presence_penalty[row];
+  if (repetition == 1.0f && frequency == 0.0f && presence == 0.0f) return;
+  for (int i = 0; i < a.vocab; ++i) {
+    const int count = a.counts[begin + i];
+    if (count == 0) continue;
+    float x = logits[i];
+    x = x > 0 ? x / repetition : x * repetition;
+    const int in_answer = count & QWEN1M_LARGEST_COUNT;
+    if (in_answer != 0) x = x - frequency * static_cast<float>(in_answer) - presence;
+    logits[i] = x;
+  }
+}
+
+void sample_row(const qwen1m_sample& a, int row) {
+  const int64_t step = a.steps[row];
+  if (step < 0) {  // no sequence
+    a.ids[row] = 0;
+    a.logprobs[row] = 0;
+    return;
+  }
+  std::vector<float> logits = read_row(a.logits + static_cast<int64_t>(row) * a.vocab, a.vocab);
+  process(a, row, logits);
   const auto best = std::max_element(logits.begin(), logits.end());
   int64_t chosen = best - logits.begin();
   if (a.temperature[row] > 0) {
-    const auto before = [&](int32_t x, int32_t y) {
-      return logits[x] > logits[y] || (logits[x] == logits[y] && x < y);
-    };
-    std::vector<int32_t> order(a.vocab);
-    for (int i = 0; i < a.vocab; ++i) order[i] = i;
     const int k = a.top_k[row] > 0 ? std::min(a.top_k[row], a.vocab) : a.vocab;
-    std::partial_sort(order.begin(), order.begin() + k, order.end(), before);
-    std::vector<double> weights(k);
+    const std::vector<int32_t> order = first_ids(logits, k);
+    std::vector<double> weights;
     double total = 0;
     for (int i = 0; i < k; ++i) {
-      weights[i] = std::exp((static_cast<double>(logits[order[i]]) - *best) / a.temperature[row]);
-      total += weights[i];
+      const double weight = std::exp((static_cast<double>(logits[order[i]]) - *best) / a.temperature[row]);
+      if (i > 0 && weight < a.min_p[row]) break;
+      weights.push_back(weight);
+      total += weight;
     }
     double kept = 0;
     int count = 0;
-    for (; count < k && (count == 0 || kept / total < a.top_p[row]); ++count) kept += weights[count];
+    for (; count < static_cast<int>(weights.size()) && (count == 0 || kept / total < a.top_p[row]); ++count) {
+      kept += weights[count];
+    }
     const double goal = static_cast<double>(uniform(a.seeds[row], step)) * kept;
     double running = 0;
     int i = 0;
@@ -72,7 +110,23 @@ void sample_row(const qwen1m_sample& a, int row) {
   }
   a.ids[row] = chosen;
   a.logprobs[row] = static_cast<float>(logits[chosen] - log_sum_exp(logits, *best));
-  seen[chosen] = 1;
+  uint16_t& count = a.counts[static_cast<int64_t>(row) * a.vocab + chosen];
+  if ((count & QWEN1M_LARGEST_COUNT) != QWEN1M_LARGEST_COUNT) ++count;
+  a.steps[row] = step + 1;
+}
+
+void top_logprobs_row(const qwen1m_top_logprobs& a, int row) {
+  const std::vector<float> logits = read_row(a.logits + static_cast<int64_t>(row) * a.vocab, a.vocab);
+  const std::vector<int32_t> order = first_ids(logits, a.k);
+  const double total = log_sum_exp(logits, logits[order[0]]);
+  for (int i = 0; i < a.k; ++i) {
+    const int64_t place = static_cast<int64_t>(row) * a.k + i;
+    a.top_ids[place] = order[i];
+    a.top_logprobs[place] = static_cast<float>(logits[order[i]] - total);
+  }
+  const float given = logits[a.ids[row]];
+  a.logprobs[row] = static_cast<float>(given - total);
+  a.ranks[row] = static_cast<int32_t>(std::count_if(logits.begin(), logits.end(), [&](float x) { return x >= given; }));
 }
 
 }  // namespace
@@ -81,6 +135,14 @@ void qwen1m_cpu_sample(const qwen1m_sample* a) {
 #pragma omp parallel for schedule(dynamic, 1) num_threads(std::min(qwen1m::num_threads(), a->batch))
   for (int row = 0; row < a->batch; ++row) {
     sample_row(*a, row);
+    qwen1m::advance();
+  }
+}
+
+void qwen1m_cpu_top_logprobs(const qwen1m_top_logprobs* a) {
+#pragma omp parallel for schedule(dynamic, 1) num_threads(std::min(qwen1m::num_threads(), a->batch))
+  for (int row = 0; row < a->batch; ++row) {
+    top_logprobs_row(*a, row);
     qwen1m::advance();
   }
 }

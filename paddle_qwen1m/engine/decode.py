@@ -40,6 +40,10 @@ class DecodeBatch:
         self._ids.copy_(ids, False)
         return ids, logprobs
 
+    def follow(self, sequences: ManyOf[Sequence]) -> None:
+        """The sequences have got the tokens of the last step."""
+        self._sampling.follow(sequences)
+
 
 class Decoder:
     """Decodes whichever sequences run: makes a batch of them, and a new one when they are no longer the same."""
@@ -50,6 +54,7 @@ class Decoder:
         self._arguments = builder, page_size, vocab_size, forward
         self._replay = replay
         self._ids: list[str] = []
+        self._batch: DecodeBatch | None = None
         self._step: Callable[[], Outputs] | None = None
 
     def step(self, sequences: ManyOf[Sequence]) -> Outputs:
@@ -57,8 +62,11 @@ class Decoder:
         ids = [sequence.id for sequence in sequences]
         if self._step is None or self._ids != ids:
             self.close()
-            step = DecodeBatch(sequences, *self._arguments).step
-            self._ids, self._step = ids, ReplayedStep(step) if self._replay else step
+            batch = DecodeBatch(sequences, *self._arguments)
+            self._ids, self._batch = ids, batch
+            self._step = ReplayedStep(batch.step) if self._replay else batch.step
+        assert self._batch is not None
+        self._batch.follow(sequences)
         for sequence in sequences:
             sequence.num_cached = sequence.length
         return self._step()
@@ -67,4 +75,4 @@ class Decoder:
         """Gives back the memory of the batch."""
         if isinstance(self._step, ReplayedStep):
             self._step.release()
-        self._step = None
+        self._step = self._batch = None

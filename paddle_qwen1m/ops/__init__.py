@@ -22,7 +22,7 @@ from paddle_qwen1m.ops.keys import PROBE_ROWS, SparseIndex, dca_probe, select_cr
 from paddle_qwen1m.ops.library import LIBRARY, cpu_isa, gpu_obstacle, load, on_gpu, set_num_threads
 from paddle_qwen1m.ops.pages import copy_page
 from paddle_qwen1m.ops.progress import mark_progress
-from paddle_qwen1m.ops.sampling import sample
+from paddle_qwen1m.ops.sampling import IN_PROMPT, LARGEST_COUNT, sample, top_logprobs
 from paddle_qwen1m.ops.step import (
     FEW_ROWS,
     add_rms_norm,
@@ -41,6 +41,8 @@ from paddle_qwen1m.ops.step import (
 
 __all__ = [
     "FEW_ROWS",
+    "IN_PROMPT",
+    "LARGEST_COUNT",
     "LIBRARY",
     "PROBE_ROWS",
     "SparseIndex",
@@ -71,4 +73,5 @@ __all__ = [
     "set_num_threads",
     "silu_mul",
     "sparse_index",
+    "top_logprobs",
 ]

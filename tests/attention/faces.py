@@ -208,31 +208,47 @@ class OpFace:
     def sample(
         self,
         logits: np.ndarray,
-        seen: np.ndarray,
+        counts: np.ndarray,
+        mask: np.ndarray,
+        masked: np.ndarray,
+        bias: np.ndarray,
+        biased: np.ndarray,
+        repetition_penalty: np.ndarray,
+        frequency_penalty: np.ndarray,
+        presence_penalty: np.ndarray,
         temperature: np.ndarray,
+        min_p: np.ndarray,
         top_k: np.ndarray,
         top_p: np.ndarray,
-        repetition_penalty: np.ndarray,
-        banned: np.ndarray,
-        banned_steps: np.ndarray,
         seeds: np.ndarray,
         steps: np.ndarray,
     ) -> tuple[np.ndarray, np.ndarray]:
-        marks, counts = tensor(seen), tensor(steps.astype(np.int64))
+        counted, advanced = tensor(counts.view(np.int16)), tensor(steps.astype(np.int64))
         ids, logprobs = ops.sample(
             tensor(logits),
-            marks,
+            counted,
+            tensor(mask.view(np.int32)),
+            tensor(masked.astype(np.uint8)),
+            tensor(bias),
+            tensor(biased.astype(np.uint8)),
+            tensor(repetition_penalty),
+            tensor(frequency_penalty),
+            tensor(presence_penalty),
             tensor(temperature),
+            tensor(min_p),
             _int32(top_k),
             tensor(top_p),
-            tensor(repetition_penalty),
-            _int32(banned),
-            tensor(banned_steps.astype(np.int64)),
             tensor(seeds.astype(np.int64)),
-            counts,
+            advanced,
         )
-        seen[:], steps[:] = array(marks), array(counts)
+        counts[:], steps[:] = array(counted).view(np.uint16), array(advanced)
         return array(ids), array(logprobs)
+
+    def top_logprobs(
+        self, logits: np.ndarray, ids: np.ndarray, k: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        top_ids, top, logprobs, ranks = map(array, ops.top_logprobs(tensor(logits), tensor(ids.astype(np.int64)), k))
+        return top_ids, top, logprobs, ranks
 
     def _stored(self, numbers: np.ndarray) -> paddle.Tensor:
         return tensor(numbers, self.storage)

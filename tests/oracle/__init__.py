@@ -51,7 +51,18 @@ from .positions import (
     rotate,
     temperature,
 )
-from .sampling import candidates, processed_logits, sample, uniform
+from .sampling import (
+    IN_PROMPT,
+    LARGEST_COUNT,
+    allowed_tokens,
+    candidates,
+    log_softmax,
+    mask_words,
+    processed_logits,
+    sample,
+    top_logprobs,
+    uniform,
+)
 from .selection import (
     LOCAL_DIAGONALS,
     PADDING,

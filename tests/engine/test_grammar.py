@@ -1,0 +1,165 @@
+"""Structured outputs with the real llguidance: whatever the logits say, an answer is what was asked for."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import paddle
+import pytest
+from tokenizers import Tokenizer
+
+from paddle_qwen1m.engine.grammar import MAX_BYTES, GrammarCompiler
+from paddle_qwen1m.engine.params import SamplingParams, StructuredOutputsParams
+from paddle_qwen1m.engine.rules import TokenRules
+from paddle_qwen1m.engine.sampling import SamplingSlots
+
+pytest.importorskip("llguidance", reason="needs Python 3.10 or newer")
+
+TOKENIZER = Path(__file__).parents[2] / "checkpoints" / "needle" / "tokenizer.json"
+VOCABULARY, END, ENDOFTEXT = 1024, 747, 745
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "pattern": "^[A-Z][a-z]{1,8}$"},
+        "age": {"type": "integer", "minimum": 0, "maximum": 120},
+        "tags": {"type": "array", "items": {"enum": ["red", "dark green"]}, "maxItems": 3},
+    },
+    "required": ["name", "age", "tags"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture(scope="module")
+def compiler() -> GrammarCompiler:
+    return GrammarCompiler(TOKENIZER, VOCABULARY, [END, ENDOFTEXT])
+
+
+def walk(compiler: GrammarCompiler, spec: StructuredOutputsParams, seed: int) -> str:
+    """The text of an answer that is sampled, under the grammar's mask, from logits that know nothing."""
+    rng = np.random.default_rng(seed)
+    grammar = compiler.compile(spec)
+    rules = TokenRules(VOCABULARY, ends=[END, ENDOFTEXT], grammar=grammar)
+    slots = SamplingSlots(1, VOCABULARY)
+    slots.put(0, SamplingParams(), prompt=np.zeros(1, np.int64), seed=seed, mask=rules.words())
+    answer: list[int] = []
+    for _ in range(3000):
+        logits = paddle.to_tensor(2.0 * rng.standard_normal((1, VOCABULARY)).astype(np.float32))
+        token = int(slots.sample(logits)[0].numpy()[0])
+        if token in (END, ENDOFTEXT):
+            assert grammar.error is None
+            return str(Tokenizer.from_file(str(TOKENIZER)).decode(answer, skip_special_tokens=False))
+        answer.append(token)
+        assert rules.accept(token)
+        slots.set_mask(0, rules.words())
+    raise AssertionError(f"no end: {answer}")
+
+
+def is_person(text: str) -> bool:
+    value = json.loads(text)
+    return (
+        list(value) == ["name", "age", "tags"]
+        and re.fullmatch("[A-Z][a-z]{1,8}", value["name"]) is not None
+        and isinstance(value["age"], int)
+        and 0 <= value["age"] <= 120
+        and len(value["tags"]) <= 3
+        and set(value["tags"]) <= {"red", "dark green"}
+    )
+
+
+CHOICES = ["yes", "no", 'in "quotes"', "two\nlines", "back\\slash", "häß"]
+CASES: dict[str, tuple[dict[str, Any], Callable[[str], bool]]] = {
+    "schema": ({"json": PERSON}, is_person),
+    "schema as text": ({"json": json.dumps(PERSON)}, is_person),
+    "object": ({"json_object": True}, lambda text: isinstance(json.loads(text), dict)),
+    "choice": ({"choice": CHOICES}, lambda text: text in CHOICES),
+    "regex": ({"regex": "(ab|c){2,5}[0-9]"}, lambda text: re.fullmatch("(ab|c){2,5}[0-9]", text) is not None),
+    "grammar": (
+        {"grammar": 'start: sum\nsum: NUMBER ("+" NUMBER)~1..4\nNUMBER: /[1-9][0-9]{0,3}/'},
+        lambda text: re.fullmatch(r"[1-9]\d{0,3}(\+[1-9]\d{0,3}){1,4}", text) is not None,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_answer_is_what_was_asked_for(compiler: GrammarCompiler, case: str) -> None:
+    description, is_right = CASES[case]
+    answers = [walk(compiler, StructuredOutputsParams(**description), seed) for seed in range(8)]
+    assert all(map(is_right, answers)), answers
+    assert len(set(answers)) > 1
+
+
+@pytest.mark.parametrize("vocabulary", [1024, 1030, 1056])
+def test_a_mask_has_as_many_words_as_the_logits_need(vocabulary: int) -> None:
+    """Also at multiples of 32; logits beyond the tokenizer's tokens are never allowed."""
+    matcher = GrammarCompiler(TOKENIZER, vocabulary, [END]).compile(StructuredOutputsParams(regex="(?s:.*)"))
+    words = matcher.mask()
+    assert words.dtype == np.uint32 and words.shape == (-(-vocabulary // 32),)
+    bits = np.unpackbits(words.view(np.uint8), bitorder="little")
+    assert bits[END] and bits.sum() > 500 and not bits[Tokenizer.from_file(str(TOKENIZER)).get_vocab_size() :].any()
+
+
+def test_where_an_answer_is_complete_it_may_only_end(compiler: GrammarCompiler) -> None:
+    matcher = compiler.compile(StructuredOutputsParams(choice=["a"]))
+    (token,) = Tokenizer.from_file(str(TOKENIZER)).encode("a").ids
+    assert not matcher.is_complete and matcher.error is None
+    matcher.accept(token)
+    assert matcher.is_complete
+    for _ in range(2):  # and again behind the end, for who goes on regardless
+        assert np.flatnonzero(np.unpackbits(matcher.mask().view(np.uint8), bitorder="little")).tolist() == [745, 747]
+        matcher.accept(END)
+    assert matcher.is_complete
+
+
+def test_a_token_that_may_not_come_leaves_the_end_alone(compiler: GrammarCompiler) -> None:
+    matcher = compiler.compile(StructuredOutputsParams(choice=["a"]))
+    matcher.accept(5)
+    assert matcher.error is not None and "doesn't satisfy the grammar" in matcher.error
+    assert np.flatnonzero(np.unpackbits(matcher.mask().view(np.uint8), bitorder="little")).tolist() == [745, 747]
+
+
+def test_answers_follow_one_grammar_apart(compiler: GrammarCompiler) -> None:
+    spec = StructuredOutputsParams(regex="ab")
+    first, second = compiler.compile(spec), compiler.compile(spec)
+    before = second.mask()
+    first.accept(int(np.flatnonzero(np.unpackbits(before.view(np.uint8), bitorder="little"))[0]))
+    np.testing.assert_array_equal(second.mask(), before)
+    assert (first.mask() != before).any()
+
+
+@pytest.mark.parametrize(
+    "description, reason",
+    [
+        ({"json": "{"}, "json is not JSON: Expecting property name"),
+        ({"json": {"type": "integerx"}}, "json cannot be used: Invalid type: integerx"),
+        ({"json": "[1]"}, "json cannot be used: schema must be an object or boolean"),
+        ({"json": {"$ref": "http://example.org/schema"}}, "json cannot be used: .*not present in a registry"),
+        ({"json": {"minimum": {1, 2}}}, "json is not JSON: .*set is not JSON serializable"),
+        ({"json": "[" * 100_000}, "json is not JSON: "),
+        ({"regex": "[a-z"}, "regex cannot be used: .*unclosed character class"),
+        ({"grammar": 'start: "a" b'}, 'grammar cannot be used: .*unknown name: "b"'),
+        ({"regex": "a" * (MAX_BYTES + 1)}, f"regex must be at most {MAX_BYTES} bytes, got {MAX_BYTES + 1}"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_with_the_reason(
+    compiler: GrammarCompiler, description: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(ValueError, match=f"(?s)^structured_outputs: {reason}"):
+        compiler.compile(StructuredOutputsParams(**description))
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    with pytest.raises(ValueError, match=r"needs llguidance: pip install 'paddle-qwen1m\[structured\]'"):
+        GrammarCompiler(TOKENIZER, VOCABULARY, [END])
+
+
+def test_a_tokenizer_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"cannot use the tokenizer .*tokenizer\.json: "):
+        GrammarCompiler(tmp_path / "tokenizer.json", VOCABULARY, [END])
