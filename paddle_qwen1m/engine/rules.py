@@ -7,21 +7,23 @@ from typing import Protocol
 
 import numpy as np
 
+from paddle_qwen1m.engine.core import Request
+
 
 def num_words(vocab_size: int) -> int:
     """Words of 32 bits that a mask of the vocabulary takes."""
     return -(-vocab_size // 32)
 
 
-def token_words(tokens: Iterable[int], vocab_size: int) -> np.ndarray:
+def token_words(tokens: Iterable[int], vocab_size: int, name: str = "token ids") -> np.ndarray:
     """Mask words uint32 [ceil(vocab / 32)] with the bits of these tokens set: bit t % 32 of word t // 32.
 
-    ValueError for a token outside the vocabulary.
+    ValueError, with the name of what they are, for a token outside the vocabulary.
     """
     ids = np.fromiter(tokens, np.int64)
     outside = ids[(ids < 0) | (ids >= vocab_size)]
     if len(outside) > 0:
-        raise ValueError(f"token ids must be 0 to {vocab_size - 1}, got {outside[0]}")
+        raise ValueError(f"{name} must be 0 to {vocab_size - 1}, tokens of the vocabulary, got {outside[0]}")
     bits = np.zeros(num_words(vocab_size) * 32, np.uint8)
     bits[ids] = 1
     return np.packbits(bits, bitorder="little").view(np.dtype("<u4"))
@@ -77,9 +79,12 @@ class BadWords:
 class TokenRules:
     """Everything that says which tokens an answer may go on with.
 
-    ends: the tokens that end an answer, forbidden before it has min_tokens. allowed: no other tokens; None: all.
-    bad_words: BadWords of these. grammar: what the answer must look like. Where the rules leave no token, min_tokens
-    gives way first, then bad_words; an answer that its grammar and `allowed` cannot both go on with may only end.
+    ends: the tokens that end an answer, forbidden before it has min_tokens; those outside the vocabulary never come.
+    allowed: no other tokens; None: all. bad_words: BadWords of these. grammar: what the answer must look like. Where
+    the rules leave no token, min_tokens gives way first, then bad_words; an answer that its grammar and `allowed`
+    cannot both go on with may only end.
+
+    ValueError for allowed or bad tokens outside the vocabulary.
     """
 
     def __init__(
@@ -93,10 +98,12 @@ class TokenRules:
         grammar: Grammar | None = None,
     ) -> None:
         self._vocab_size, self._num_missing, self._grammar = vocab_size, min_tokens, grammar
-        self._ends = token_words(ends, vocab_size)
-        self._base = token_words(range(vocab_size) if allowed is None else allowed, vocab_size)
+        self._ends = token_words((token for token in ends if token < vocab_size), vocab_size)
+        self._base = token_words(range(vocab_size) if allowed is None else allowed, vocab_size, "allowed_token_ids")
         self._allows_all = allowed is None
-        self._bad_words = BadWords(bad_words)
+        words = list(bad_words)
+        token_words((token for word in words for token in word), vocab_size, "tokens of bad_words")
+        self._bad_words = BadWords(words)
 
     @property
     def is_static(self) -> bool:
@@ -123,6 +130,24 @@ class TokenRules:
         if self._grammar is not None:
             self._grammar.accept(token)
         return self._grammar is not None or was_missing == 1 or forbidden != self._bad_words.forbidden()
+
+
+def token_rules(request: Request, vocab_size: int, grammar: Grammar | None = None) -> TokenRules:
+    """The rules of one answer to a request, from its first token on.
+
+    ValueError for tokens outside the vocabulary, those of logit_bias included.
+    """
+    assert request.params is not None
+    params = request.params
+    token_words(params.logit_bias or (), vocab_size, "tokens of logit_bias")
+    return TokenRules(
+        vocab_size,
+        ends=(*request.eos_token_ids, *params.stop_token_ids),
+        min_tokens=params.min_tokens,
+        allowed=params.allowed_token_ids,
+        bad_words=request.bad_words,
+        grammar=grammar,
+    )
 
 
 def _without(allowed: np.ndarray, forbidden: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ import paddle
 from paddle_qwen1m import ops
 from paddle_qwen1m.engine.core import Sequence
 from paddle_qwen1m.engine.params import SamplingParams
-from paddle_qwen1m.engine.rules import TokenRules, num_words
+from paddle_qwen1m.engine.rules import num_words, token_rules
 
 EMPTY = -1
 """Step of a slot without a sequence."""
@@ -167,20 +167,13 @@ class SamplingBatch:
         self._slots = SamplingSlots(len(sequences), vocab_size)
         self._rules = []
         for slot, sequence in enumerate(sequences):
-            params, request = sequence.params, sequence.request
-            rules = TokenRules(
-                vocab_size,
-                ends=(*request.eos_token_ids, *params.stop_token_ids),
-                min_tokens=params.min_tokens,
-                allowed=params.allowed_token_ids,
-                bad_words=request.bad_words,
-            )
+            rules = token_rules(sequence.request, vocab_size)
             for token in sequence.token_ids:
                 rules.accept(token)
             self._rules.append(rules)
             self._slots.put(
                 slot,
-                params,
+                sequence.params,
                 prompt=sequence.prompt,
                 answer_tokens=sequence.token_ids,
                 seed=sequence.seed,

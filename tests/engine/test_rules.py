@@ -6,7 +6,9 @@ import numpy as np
 import oracle
 import pytest
 
-from paddle_qwen1m.engine.rules import BadWords, TokenRules, token_words
+from paddle_qwen1m.engine.core import Request
+from paddle_qwen1m.engine.params import SamplingParams
+from paddle_qwen1m.engine.rules import BadWords, TokenRules, token_rules, token_words
 
 
 def tokens_of(words: np.ndarray | None, vocabulary: int) -> set[int]:
@@ -41,10 +43,27 @@ def test_words_hold_a_bit_a_token(rng: np.random.Generator, vocabulary: int) -> 
     assert tokens_of(token_words([], vocabulary), vocabulary) == set()
 
 
-@pytest.mark.parametrize("token", [-1, 10])
-def test_tokens_outside_the_vocabulary_are_refused(token: int) -> None:
-    with pytest.raises(ValueError, match=f"token ids must be 0 to 9, got {token}"):
-        TokenRules(10, allowed=[3, token])
+@pytest.mark.parametrize("name", ["allowed_token_ids", "bad_words", "logit_bias"])
+def test_tokens_outside_the_vocabulary_are_refused(name: str) -> None:
+    """But for those that end an answer: they never come."""
+    params = SamplingParams(
+        stop_token_ids=[12],
+        allowed_token_ids=[3, 10] if name == "allowed_token_ids" else None,
+        logit_bias={10: 1.0} if name == "logit_bias" else None,
+    )
+    request = Request("a", np.zeros(1, np.int64), params, bad_words=((1, 10),) if name == "bad_words" else ())
+    with pytest.raises(ValueError, match=f"{name} must be 0 to 9, tokens of the vocabulary, got 10"):
+        token_rules(request, 10)
+    assert token_rules(request, 11).words() is None or name == "allowed_token_ids"
+
+
+def test_a_requests_rules_are_those_of_its_params() -> None:
+    params = SamplingParams(stop_token_ids=[4], min_tokens=1, allowed_token_ids=[1, 2, 3, 4, 5, 6])
+    request = Request("a", np.zeros(1, np.int64), params, eos_token_ids=(5,), bad_words=((6,), (1, 2)))
+    rules = token_rules(request, 40)
+    assert tokens_of(rules.words(), 40) == {1, 2, 3}
+    rules.accept(1)
+    assert tokens_of(rules.words(), 40) == {1, 3, 4, 5}
 
 
 def test_a_bad_word_never_comes_to_its_end(rng: np.random.Generator) -> None:
