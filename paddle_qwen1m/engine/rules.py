@@ -15,12 +15,12 @@ def num_words(vocab_size: int) -> int:
     return -(-vocab_size // 32)
 
 
-def token_words(tokens: Iterable[int], vocab_size: int, name: str = "token ids") -> np.ndarray:
+def token_words(tokens: Iterable[int] | np.ndarray, vocab_size: int, name: str = "token ids") -> np.ndarray:
     """Mask words uint32 [ceil(vocab / 32)] with the bits of these tokens set: bit t % 32 of word t // 32.
 
     ValueError, with the name of what they are, for a token outside the vocabulary.
     """
-    ids = np.fromiter(tokens, np.int64)
+    ids = np.asarray(tokens if isinstance(tokens, np.ndarray) else list(tokens), np.int64)
     outside = ids[(ids < 0) | (ids >= vocab_size)]
     if len(outside) > 0:
         raise ValueError(f"{name} must be 0 to {vocab_size - 1}, tokens of the vocabulary, got {outside[0]}")
@@ -99,7 +99,8 @@ class TokenRules:
     ) -> None:
         self._vocab_size, self._num_missing, self._grammar = vocab_size, min_tokens, grammar
         self._ends = token_words((token for token in ends if token < vocab_size), vocab_size)
-        self._base = token_words(range(vocab_size) if allowed is None else allowed, vocab_size, "allowed_token_ids")
+        base = np.arange(vocab_size) if allowed is None else allowed
+        self._base = token_words(base, vocab_size, "allowed_token_ids")
         self._allows_all = allowed is None
         words = list(bad_words)
         token_words((token for word in words for token in word), vocab_size, "tokens of bad_words")

@@ -146,9 +146,9 @@ class _Settings:
 def _counts(prompt: np.ndarray, answer_tokens: ManyOf[int], vocab_size: int) -> np.ndarray:
     """A row of counts, int16 [vocab], as ops.sample reads them."""
     times = np.bincount(np.asarray(answer_tokens, np.int64), minlength=vocab_size)
-    counts = np.minimum(times, ops.LARGEST_COUNT).astype(np.uint16)
-    counts[prompt] |= np.uint16(ops.IN_PROMPT)
-    return counts.view(np.int16)
+    in_prompt = np.zeros(vocab_size, np.uint16)
+    in_prompt[prompt] = ops.IN_PROMPT
+    return (np.minimum(times, ops.LARGEST_COUNT).astype(np.uint16) | in_prompt).view(np.int16)
 
 
 def _write_row(tensor: paddle.Tensor, row: int, values: np.ndarray) -> None:
