@@ -316,7 +316,14 @@ def test_an_answers_temperature_counts() -> None:
     assert finish(world, [*tokens(9), 1, 2, 3, 4, 7], m2=1.0) == 8
 
 
-def test_the_oldest_goes_first_and_ends_before_beginnings() -> None:
+def test_the_end_of_a_prefix_goes_before_its_beginning() -> None:
+    world = World(11, 0.0)
+    finish(world, tokens(17))  # 8 pages stay
+    world.pool.take(3 + 1)
+    assert found(world, tokens(17)) == 14
+
+
+def test_what_was_used_last_goes_last() -> None:
     world = World(16, 0.0)
     for first in (100, 200):
         finish(world, tokens(9, first))  # 4 pages stay of each
