@@ -25,6 +25,7 @@ from paddle_qwen1m.engine.borders import Chunking
 
 CHUNKING = Chunking(max_tokens=8, chunk_len=20, page_size=2, parts=4)
 PAGE = CHUNKING.page_size
+INSIDE_PAGES = Chunking(max_tokens=3, chunk_len=20, page_size=4)  # most chunks end inside a page
 TEMPERATURES = (1.0, 1.0006, 1.0012, 1.01)
 TOLERANCE = 1e-3
 
@@ -48,6 +49,7 @@ class Reader:
     sparse: bool
     m2: float
     chain: PrefixChain
+    chunking: Chunking
     pages: list[int]
     reused: int = 0
     cached: int = 0
@@ -58,15 +60,18 @@ class Reader:
 
     def cuts(self, end: int) -> tuple[int, ...]:
         """How its keys up to `end` were cut, as far as that decides about them."""
-        ends = CHUNKING.ends(self.length, sparse=True) if self.sparse else []
+        ends = self.chunking.ends(self.length, sparse=True) if self.sparse else []
         return tuple(cut for cut in ends if cut <= end)
 
 
 class World:
     """A pool whose pages say what is in them, an index, and a naive index of all that was ever added."""
 
-    def __init__(self, num_pages: int, tolerance: float) -> None:
-        self.pool = PagePool(num_pages, PAGE, lambda source, target, tokens: pytest.fail("whole pages are shared"))
+    def __init__(self, num_pages: int, tolerance: float, chunking: Chunking = CHUNKING) -> None:
+        self.chunking, self.page_size = chunking, chunking.page_size
+        self.pool = PagePool(
+            num_pages, self.page_size, lambda source, target, tokens: pytest.fail("whole pages are shared")
+        )
         self.index = PrefixIndex(self.pool, tolerance)
         self.tolerance = tolerance
         self.memory: dict[int, Written] = {}
@@ -76,8 +81,9 @@ class World:
     def start(self, tokens: Sequence[int], *, sparse: bool = False, m2: float = 1.0, salt: str = "") -> Reader | None:
         """Looks a prompt up, checks what is found, and takes its pages; None where they are too many."""
         name, prompt = f"{salt} {sparse}", np.asarray(tokens, np.int64)
-        chain = PrefixChain.of(prompt, CHUNKING.cuts(len(prompt), sparse=sparse), name, m2, PAGE)
-        reader = Reader(name, list(tokens), sparse, m2, chain, [])
+        cuts = self.chunking.cuts(len(prompt), sparse=sparse)
+        chain = PrefixChain.of(prompt, cuts, name, m2, self.page_size)
+        reader = Reader(name, list(tokens), sparse, m2, chain, self.chunking, [])
         prefix = self.index.find(chain)
         assert prefix.tokens <= self.naive(reader)
         if not self.index.counters.evicted_pages:
@@ -94,7 +100,7 @@ class World:
         return reader
 
     def read(self, reader: Reader, chunks: int = 1000) -> None:
-        ends = [end for end in CHUNKING.ends(reader.length, sparse=reader.sparse) if end > reader.cached]
+        ends = [end for end in self.chunking.ends(reader.length, sparse=reader.sparse) if end > reader.cached]
         for end in ends[:chunks]:
             self._write(reader, end, reader.m2)
             self.index.add(reader.chain, reader.reused, reader.cached, reader.pages)
@@ -124,8 +130,8 @@ class World:
 
     def check(self, reader: Reader) -> None:
         """Every page of the cached tokens was written for the same tokens, cuts and name, and an m^2 that is near."""
-        for number in range(reader.cached // PAGE):
-            written, end = self.memory[reader.pages[number]], (number + 1) * PAGE
+        for number in range(reader.cached // self.page_size):
+            written, end = self.memory[reader.pages[number]], (number + 1) * self.page_size
             assert (written.name, written.tokens) == (reader.name, tuple(reader.tokens[:end]))
             assert written.cuts == reader.cuts(written.cuts[-1] if written.cuts else 0)
             if end <= reader.length:
@@ -135,10 +141,10 @@ class World:
         return all(abs(one - m2) <= self.tolerance * m2 for one in made_with)
 
     def _write(self, reader: Reader, end: int, m2: float) -> None:
-        before = (self.memory[page].m2 for page in reader.pages[: reader.cached // PAGE])
+        before = (self.memory[page].m2 for page in reader.pages[: reader.cached // self.page_size])
         made_with = frozenset({m2, reader.m2}.union(*before))
-        for number in range(reader.cached // PAGE, self.pool.pages_for(end)):
-            tokens = tuple(reader.tokens[: min(end, (number + 1) * PAGE)])
+        for number in range(reader.cached // self.page_size, self.pool.pages_for(end)):
+            tokens = tuple(reader.tokens[: min(end, (number + 1) * self.page_size)])
             self.memory[reader.pages[number]] = Written(reader.name, tokens, reader.cuts(end), made_with)
         reader.cached = end
 
@@ -146,17 +152,17 @@ class World:
         for border in chain.borders:
             if border <= reader.cached:
                 key = (reader.name, tuple(reader.tokens[:border]), reader.cuts(border))
-                self.added.setdefault(key, set()).add(self.memory[reader.pages[border // PAGE - 1]].m2)
+                self.added.setdefault(key, set()).add(self.memory[reader.pages[border // self.page_size - 1]].m2)
 
 
 class RandomEvents(RuleBasedStateMachine):
     """Prompts that begin alike come, are read a little, answer, and go, at several temperatures and names."""
 
-    num_pages, tolerance = 40, TOLERANCE
+    num_pages, tolerance, chunking = 40, TOLERANCE, CHUNKING
 
     def __init__(self) -> None:
         super().__init__()
-        self.world = World(self.num_pages, self.tolerance)
+        self.world = World(self.num_pages, self.tolerance, self.chunking)
 
     @rule(
         shared=st.integers(0, 24),
@@ -223,13 +229,18 @@ class RandomEventsInPlenty(RandomEvents):
     num_pages = 2000  # nothing is given up: every prefix that was ever added is found
 
 
-for machine in (RandomEvents, RandomEventsStrictly, RandomEventsInPlenty):
+class RandomEventsWithCutsInsidePages(RandomEvents):
+    num_pages, chunking = 1000, INSIDE_PAGES
+
+
+for machine in (RandomEvents, RandomEventsStrictly, RandomEventsInPlenty, RandomEventsWithCutsInsidePages):
     machine.TestCase.settings = settings(
         max_examples=40, stateful_step_count=60, deadline=None, suppress_health_check=[HealthCheck.too_slow]
     )
 test_random_events = RandomEvents.TestCase
 test_random_events_strictly = RandomEventsStrictly.TestCase
 test_random_events_in_plenty = RandomEventsInPlenty.TestCase
+test_random_events_with_cuts_inside_pages = RandomEventsWithCutsInsidePages.TestCase
 
 
 def finish(world: World, tokens: Sequence[int], **options: object) -> int:
@@ -273,6 +284,14 @@ def test_a_whole_prompt_is_there_for_one_that_goes_on_behind_it() -> None:
         finish(world, tokens(22), sparse=sparse)
         assert finish(world, tokens(23), sparse=sparse) == 22
         assert finish(world, tokens(28), sparse=sparse) == (22 if not sparse else 16)
+
+
+def test_two_that_computed_the_same_leave_it_once() -> None:
+    world = World(40, 0.0)
+    for reader in [world.start(tokens(9)) for _ in range(2)]:
+        world.read(reader)
+        world.stop(reader)
+    assert len(world.index) == 4
 
 
 def test_an_answer_joins_where_prompt_and_answer_are_dense() -> None:
