@@ -57,14 +57,14 @@ def budgets_digest(vertical: np.ndarray, slash: np.ndarray) -> str:
 
 
 def digests(tokens: np.ndarray, cuts: Iterable[int], parent: bytes, begin: int = 0) -> Iterator[tuple[int, bytes]]:
-    """Each cut with the digest of the cut before it (`parent` of the first), of its place and of the tokens between.
+    """Each cut with the digest of the cut before it (`parent` of the first) and of the tokens between.
 
     tokens: int64 [n]. cuts: ascending, above `begin`, where the parent's tokens end.
     """
     data = np.ascontiguousarray(tokens, "<i8").data.cast("B")
     for cut in cuts:
         assert begin < cut <= len(tokens)
-        running = hashlib.blake2b(parent + cut.to_bytes(8, "little"), digest_size=DIGEST_BYTES)
+        running = hashlib.blake2b(parent, digest_size=DIGEST_BYTES)
         running.update(data[8 * begin : 8 * cut])
         parent, begin = running.digest(), cut
         yield cut, parent

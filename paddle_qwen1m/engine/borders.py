@@ -67,13 +67,11 @@ class Chunking:
         """
         if not sparse:
             return range(self.page_size, length + 1, self.page_size)
-        _, begin = self._up_to_last(length)
-        if length - begin < self.chunk_tokens:
-            shared = length % self.part_tokens == 0
-        else:
-            shared = length == chunk_end(begin, length + self.chunk_tokens, self.chunk_tokens, self.chunk_len)
-        ends = self.ends(length, sparse=True)
-        return ends if shared else ends[:-1]
+        ends, begin = self.ends(length, sparse=True), self._up_to_last(length)[1]
+        endless = chunk_end(begin, length + self.chunk_tokens, self.chunk_tokens, self.chunk_len)
+        filled = length == endless and [0, *ends][-2] == begin
+        part_of_more = length - begin < self.chunk_tokens and length % self.part_tokens == 0
+        return ends if filled or part_of_more else ends[:-1]
 
     def other_cuts(self, begin: int, length: int) -> Sequence[int]:
         """Where sparse prompts are cut that left the chunk incomplete which begins at `begin` and a prompt of `length`
