@@ -73,10 +73,10 @@ class DecoderLayer(nn.Layer):
 
     def attention(
         self, hidden: paddle.Tensor, step: Step, cache: LayerCache, selector: Selector | None
-    ) -> paddle.Tensor:
+    ) -> Generator[None, None, paddle.Tensor]:
         projected = Projected(ops.linear(hidden, self.qkv_weight), self.qkv_bias)
         q = ops.rotate_and_cache(*projected, step.rotary, step.slots, cache.keys, cache.values)
-        out = attend(q, projected, cache, step, selector)
+        out = yield from attend(q, projected, cache, step, selector)
         return self.group.all_reduce(ops.linear(out.reshape([hidden.shape[0], -1]), self.output_weight))
 
     def mlp(self, hidden: paddle.Tensor) -> paddle.Tensor:
@@ -109,28 +109,31 @@ class Qwen2OneM(nn.Layer):
 
     def layer_by_layer(
         self, step: Step, caches: Sequence[LayerCache], selectors: Sequence[Selector] | None = None
-    ) -> Generator[int, None, paddle.Tensor | None]:
-        """The forward pass. Fills the caches, one a layer; pauses behind each layer with the number of layers done.
+    ) -> Generator[None, None, paddle.Tensor | None]:
+        """The forward pass. Fills the caches, one a layer; pauses behind each layer, and in it behind each group of its
+        attention: at the same points on every rank, with no collective under way.
 
-        Returns logits float32 [n, vocab] of the rows whose logits the step wants, None without any.
+        Returns what `logits` takes for the rows [n, hidden] whose logits the step wants, None without any.
         """
         eps, vocabulary, group = self.config.rms_norm_eps, self.config.vocab_size, self.group
         first = group.rank * self.local.vocab_size
         residual = group.all_reduce(ops.embedding(step.ids, self.embedding, first=first, vocabulary=vocabulary))
         normed = ops.rms_norm(residual, self.layers[0].input_norm, eps)
         for number, layer in enumerate(self.layers):
-            mixed = layer.attention(normed, step, caches[number], selectors[number] if selectors else None)
+            mixed = yield from layer.attention(normed, step, caches[number], selectors[number] if selectors else None)
             normed = ops.add_rms_norm(mixed, residual, layer.post_attention_norm, eps)
             delta = layer.mlp(normed)
             following = self.layers[number + 1].input_norm if number + 1 < len(self.layers) else self.norm
             normed = ops.add_rms_norm(delta, residual, following, eps)
             group.mark(normed)
-            yield number + 1
-        if step.lengths is None:
-            if step.logit_rows is None:
-                return None
-            normed = ops.gather_rows(normed, step.logit_rows)
-        return group.gather_columns(ops.linear(normed, self.head, float32=True), vocabulary)
+            yield
+        if step.lengths is not None:
+            return normed
+        return None if step.logit_rows is None else ops.gather_rows(normed, step.logit_rows)
+
+    def logits(self, rows: paddle.Tensor) -> paddle.Tensor:
+        """Logits float32 [n, vocab] of rows [n, hidden] that a forward pass gave."""
+        return self.group.gather_columns(ops.linear(rows, self.head, float32=True), self.config.vocab_size)
 
     def slots(self) -> dict[str, Slot]:
         """Every published tensor's name with where it, or the rank's part of it, goes."""

@@ -128,6 +128,7 @@ void rotate_and_cache(const qwen1m_rotate_and_cache& a) {
           rotate_head(x + h * d, bias + h * d, a.table + row * d, d, floats(a.q) + (row * a.heads + h) * d);
         }
       }
+      if (a.slots[t] < 0) continue;
       T* key = static_cast<T*>(a.cache.key) + a.slots[t] * kv_heads * d;
       T* value = static_cast<T*>(a.cache.value) + a.slots[t] * kv_heads * d;
       const int64_t key_at = static_cast<int64_t>(a.heads) * d, value_at = key_at + static_cast<int64_t>(kv_heads) * d;
@@ -160,9 +161,14 @@ void rotate_queries(const qwen1m_rotate_queries& a) {
 inline void decode_inputs(const qwen1m_decode_inputs& a) {
   const int32_t inter = 2 * a.chunk_len - 1 < a.chunk_size ? 2 * a.chunk_len - 1 : a.chunk_size;
   for (int b = 0; b < a.batch; ++b) {
-    const int32_t length = ++a.lengths[b], position = length - 1, offset = position % a.chunk_len;
-    const int32_t page = a.block_tables[static_cast<int64_t>(b) * a.table_width + position / a.page_size];
-    a.slots[b] = static_cast<int64_t>(page) * a.page_size + position % a.page_size;
+    const int32_t position = a.lengths[b], length = position + 1, offset = position % a.chunk_len;
+    if (position > 0) {
+      const int64_t page = a.block_tables[static_cast<int64_t>(b) * a.table_width + position / a.page_size];
+      a.slots[b] = page * a.page_size + position % a.page_size;
+      a.lengths[b] = length;
+    } else {
+      a.slots[b] = -1;
+    }
     const int32_t succ = offset + a.chunk_len < a.chunk_size ? offset + a.chunk_len : a.chunk_size;
     const int32_t positions[3] = {offset, succ, inter};
     for (int v = 0; v < 3; ++v) {

@@ -42,7 +42,7 @@ Tensors rotate_and_cache(const Tensor& qkv, const Tensor& bias, const Tensor& ta
   const int64_t variants = table.shape()[0], places = key_cache.shape()[0] * cache.page_size;
   const int64_t* slot = slots.data<int64_t>();
   for (int64_t t = 0; !call.on_gpu() && t < tokens; ++t) {
-    QWEN1M_REQUIRE(slot[t] >= 0 && slot[t] < places,
+    QWEN1M_REQUIRE(slot[t] >= -1 && slot[t] < places,
                    "slot " + text(slot[t]) + " is outside the cache of " + text(places) + " tokens");
   }
   const Tensor q = call.make_activation({variants, tokens, heads, d});

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from paddle_qwen1m.config import DualChunkConfig
+from paddle_qwen1m.config import BLOCK, DualChunkConfig
 from paddle_qwen1m.ops import PROBE_ROWS
 
 
@@ -30,6 +30,17 @@ class Piece:
     def probe_rows(self) -> int:
         """The last rows, whose critical queries choose what the piece visits."""
         return min(PROBE_ROWS, self.rows)
+
+    @property
+    def row_blocks(self) -> int:
+        """Blocks of 64 rows, the last one with fewer."""
+        return -(-self.rows // BLOCK)
+
+    def split(self, rows: int) -> tuple[Piece, Piece | None]:
+        """The piece's first `rows` rows, and those behind them if there are any."""
+        if rows >= self.rows:
+            return self, None
+        return Piece(self.row, self.begin, rows), Piece(self.row + rows, self.begin + rows, self.rows - rows)
 
 
 def pieces(begin: int, end: int, chunk_len: int, row: int = 0) -> Iterator[Piece]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +13,7 @@ from paddle_qwen1m import ops
 from paddle_qwen1m.attention import positions
 from paddle_qwen1m.attention.positions import Piece
 from paddle_qwen1m.cache import PagedCache
-from paddle_qwen1m.config import ModelConfig
+from paddle_qwen1m.config import BLOCK, ModelConfig
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,16 @@ class SequenceRows:
 
 @dataclass(frozen=True)
 class SparsePiece:
-    """A piece that attends to chosen keys only. `critical_rotary` float32 [V, n, D] rotates its n probe rows."""
+    """A piece that attends to chosen keys only. `critical_rotary` float32 [V, n, D] rotates its n probe rows.
+
+    groups: the first and the number of the row blocks that are computed between two pauses.
+    """
 
     piece: Piece
     block_table: paddle.Tensor
     scale: float
     critical_rotary: paddle.Tensor
+    groups: Sequence[tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -53,8 +58,8 @@ class Step:
     (decode), or the rows are prefilled: densely where `dense_pieces` say so, sparsely in `sparse_pieces`.
 
     ids, slots: int64 [T]. rotary: float32 [V, T, D]. block_tables: int32 [S, W]. scale: float32 [S], D^-0.5 m(n)^2.
-    lengths: int32 [S]. dense_pieces: int32 [P, 4] in host memory. logit_rows: int64 [n], the rows of a prefill whose
-    logits are wanted; decode gives those of every row.
+    lengths: int32 [S]. dense_pieces: int32 [P, 4] in host memory each, those that are computed between two pauses.
+    logit_rows: int64 [n], the rows of a prefill whose logits are wanted; decode gives those of every row.
     """
 
     ids: paddle.Tensor
@@ -64,7 +69,7 @@ class Step:
     scale: paddle.Tensor
     logit_rows: paddle.Tensor | None = None
     lengths: paddle.Tensor | None = None
-    dense_pieces: paddle.Tensor | None = None
+    dense_pieces: Sequence[paddle.Tensor] = ()
     sparse_pieces: Sequence[SparsePiece] = ()
 
 
@@ -73,7 +78,23 @@ def page_tables(pages: Sequence[Sequence[int]]) -> paddle.Tensor:
     tables = np.zeros((len(pages), max(map(len, pages))), np.int32)
     for table, row in zip(tables, pages):
         table[: len(row)] = row
-    return paddle.to_tensor(tables)
+    return ops.tensor(tables)
+
+
+def groups(pieces: Iterable[tuple[int, Piece]], row_blocks: int) -> list[np.ndarray]:
+    """Pieces of numbered sequences as int32 [P, 4], in groups of `row_blocks` row blocks (0: in one), cut to fit."""
+    made: list[list[tuple[int, int, int, int]]] = []
+    room = 0
+    for number, piece in pieces:
+        rest: Piece | None = piece
+        while rest is not None:
+            if room == 0:
+                made.append([])
+                room = row_blocks or sys.maxsize
+            part, rest = rest.split(room * BLOCK)
+            made[-1].append((number, part.row, part.rows, part.begin))
+            room -= part.row_blocks
+    return [np.asarray(group, np.int32) for group in made]
 
 
 class StepBuilder:
@@ -83,32 +104,37 @@ class StepBuilder:
         self._dual_chunk = config.dual_chunk
         self._head_dim = config.head_dim
         exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
-        self._inv_freq = paddle.to_tensor(np.float32(1.0) / np.float32(config.rope_theta) ** exponents)
+        self._inv_freq = ops.tensor(np.float32(1.0) / np.float32(config.rope_theta) ** exponents)
 
-    def prefill(self, batch: Sequence[SequenceRows], cache: PagedCache, logit_rows: Sequence[int]) -> Step:
-        """Rows of several sequences, one sequence after the other; `logit_rows` count over all of them."""
-        dense: list[list[int]] = []
+    def prefill(
+        self, batch: Sequence[SequenceRows], cache: PagedCache, logit_rows: Sequence[int], row_blocks: int = 0
+    ) -> Step:
+        """Rows of several sequences, one sequence after the other; `logit_rows` count over all of them.
+
+        Attention pauses behind every `row_blocks` row blocks, 0: behind all dense pieces and behind each sparse one.
+        """
+        dense: list[tuple[int, Piece]] = []
         sparse: list[SparsePiece] = []
         row = 0
         for number, rows in enumerate(batch):
             for piece in positions.pieces(rows.begin, rows.end, self._dual_chunk.chunk_len, row):
                 if rows.sparse:
-                    sparse.append(self._sparse_piece(piece, rows))
+                    sparse.append(self._sparse_piece(piece, rows, row_blocks or piece.row_blocks))
                 else:
-                    dense.append([number, piece.row, piece.rows, piece.begin])
+                    dense.append((number, piece))
             row += len(rows.ids)
         where = np.concatenate([np.arange(rows.begin, rows.end) for rows in batch])
         variants = positions.num_variants(int(where.max()) + 1, self._dual_chunk.chunk_len)
         rotary_positions = positions.query_positions(where, self._dual_chunk, variants)
         slots = [cache.slots(rows.pages, rows.begin, rows.end) for rows in batch]
         return Step(
-            ids=paddle.to_tensor(np.concatenate([rows.ids for rows in batch])),
-            slots=paddle.to_tensor(np.concatenate(slots)),
-            rotary=ops.rotary_table(paddle.to_tensor(rotary_positions), self._inv_freq),
-            block_tables=page_tables([rows.pages[: cache.pool.pages_for(rows.end)] for rows in batch]),
-            scale=paddle.to_tensor(np.asarray([self._scale(rows.length) for rows in batch], np.float32)),
-            logit_rows=paddle.to_tensor(np.asarray(logit_rows, np.int64)) if len(logit_rows) else None,
-            dense_pieces=paddle.to_tensor(np.asarray(dense, np.int32), place=paddle.CPUPlace()) if dense else None,
+            ids=ops.tensor(np.concatenate([rows.ids for rows in batch])),
+            slots=ops.tensor(np.concatenate(slots)),
+            rotary=ops.rotary_table(ops.tensor(rotary_positions), self._inv_freq),
+            block_tables=page_tables([rows.pages[: -(-rows.end // cache.page_size)] for rows in batch]),
+            scale=ops.tensor(np.asarray([self._scale(rows.length) for rows in batch], np.float32)),
+            logit_rows=ops.tensor(np.asarray(logit_rows, np.int64)) if len(logit_rows) else None,
+            dense_pieces=[paddle.to_tensor(group, place=paddle.CPUPlace()) for group in groups(dense, row_blocks)],
             sparse_pieces=sparse,
         )
 
@@ -129,15 +155,18 @@ class StepBuilder:
         )
         return Step(ids, slots, rotary, block_tables, scale, lengths=lengths)
 
-    def _sparse_piece(self, piece: Piece, rows: SequenceRows) -> SparsePiece:
+    def _sparse_piece(self, piece: Piece, rows: SequenceRows, row_blocks: int) -> SparsePiece:
         probe = np.arange(piece.end - piece.probe_rows, piece.end)
         variants = positions.num_variants(piece.end, self._dual_chunk.chunk_len)
         critical = positions.critical_positions(probe, self._dual_chunk, variants)
         return SparsePiece(
             piece=piece,
-            block_table=paddle.to_tensor(np.asarray(rows.pages, np.int32)),
+            block_table=ops.tensor(np.asarray(rows.pages, np.int32)),
             scale=self._scale(rows.length),
-            critical_rotary=ops.rotary_table(paddle.to_tensor(critical), self._inv_freq),
+            critical_rotary=ops.rotary_table(ops.tensor(critical), self._inv_freq),
+            groups=[
+                (first, min(row_blocks, piece.row_blocks - first)) for first in range(0, piece.row_blocks, row_blocks)
+            ],
         )
 
     def _scale(self, length: int) -> float:

@@ -28,7 +28,8 @@ class PagedCache:
     def __init__(self, config: ModelConfig, num_pages: int, page_size: int, dtype: str) -> None:
         shape = [num_pages, page_size, config.num_kv_heads, config.head_dim]
         chunk_len = config.dual_chunk.chunk_len
-        self.pool = PagePool(num_pages, page_size, self._copy_page)
+        self.page_size = page_size
+        self.pool = PagePool(num_pages, page_size, self.copy_page)
         self.prefixes = PrefixIndex(self.pool)
         self.layers = [
             LayerCache(paddle.empty(shape, dtype), paddle.empty(shape, dtype), chunk_len)
@@ -37,13 +38,14 @@ class PagedCache:
 
     def slots(self, pages: Sequence[int], begin: int, end: int) -> np.ndarray:
         """Where tokens [begin, end) of a sequence lie: int64 page * page_size + offset."""
-        size, positions = self.pool.page_size, np.arange(begin, end, dtype=np.int64)
+        size, positions = self.page_size, np.arange(begin, end, dtype=np.int64)
         return np.asarray(pages, np.int64)[positions // size] * size + positions % size
 
     def release(self) -> None:
         """Gives the memory back; the cache holds nothing afterwards."""
         self.layers = []
 
-    def _copy_page(self, source: int, target: int, tokens: int) -> None:
+    def copy_page(self, source: int, target: int, tokens: int) -> None:
+        """The first `tokens` tokens of page `source` become those of page `target`, in every layer."""
         for layer in self.layers:
             ops.copy_page(layer.keys, layer.values, source, target, tokens)

@@ -8,41 +8,41 @@ from typing import Any, Union
 
 import numpy as np
 
+from paddle_qwen1m.attention.step import SequenceRows
+
+HEAD_ROWS = 256
+"""Rows whose logits are computed at once: they are as wide as the vocabulary."""
+
 
 @dataclass(frozen=True)
-class Rows:
-    """Tokens of one prompt to prefill: `ids` int64 [n] at positions [begin, begin + n), `pages` of all up to there.
+class Rows(SequenceRows):
+    """Tokens of one prompt to prefill. wanted: which of the rows' logits are, ascending."""
 
-    length: the n of the temperature and of the sparse threshold. wanted: which of the n rows' logits are, ascending.
-    """
-
-    ids: np.ndarray
-    begin: int
-    pages: tuple[int, ...]
-    length: int
-    sparse: bool
     wanted: tuple[int, ...] = ()
-
-    @property
-    def end(self) -> int:
-        return self.begin + len(self.ids)
 
 
 @dataclass(frozen=True)
 class Prefill:
-    """Begin a chunk of one prompt, or of several short ones, and go on to its first point.
+    """Begin a chunk of one prompt, or of several short ones, and go on to its `points`-th point.
 
-    row_blocks: a point behind so many row blocks of a layer's attention, 0: behind each layer alone. A chunk that is
-    begun while another one stands at a point goes to its end at once; then the other can go on.
+    Points are behind each layer and, in it, behind all of its attention and each `row_blocks` row blocks of that; 0:
+    none between them. points=0 goes to the chunk's end at once: then another one may stand at a point meanwhile.
     """
 
     rows: tuple[Rows, ...]
     row_blocks: int = 0
+    points: int = 1
+
+    @property
+    def num_wanted(self) -> int:
+        return sum(len(rows.wanted) for rows in self.rows)
 
 
 @dataclass(frozen=True)
 class Advance:
-    """Go on with the chunk to its next point, or its end."""
+    """Go on with the chunk that stands at a point to the `points`-th one from there, 0: to its end."""
+
+    points: int = 1
 
 
 @dataclass(frozen=True)
@@ -51,22 +51,43 @@ class Drop:
 
 
 @dataclass(frozen=True)
+class Head:
+    """Compute the logits of `count` of the rows that the chunk which ended last wanted, from the `first` of them on."""
+
+    first: int
+    count: int
+
+    def __post_init__(self) -> None:
+        assert self.first >= 0 and 0 < self.count <= HEAD_ROWS
+
+
+@dataclass(frozen=True)
 class Join:
-    """A sequence of `length` cached tokens takes a slot of the decode batch; `token` is the one behind them."""
+    """A sequence of `length` cached tokens takes a slot of the decode batch; `token` is the one behind them.
+
+    pages: all that its answer can come to need.
+    """
 
     slot: int
     token: int
     length: int
     pages: tuple[int, ...]
 
+    def __post_init__(self) -> None:
+        assert self.slot >= 0 and self.length > 0
+
 
 @dataclass(frozen=True)
 class Decode:
-    """Empty the slots `leave`, fill others, then choose the next token in each of the first `slots` slots."""
+    """Empty the slots `leave`, fill others, then choose the next token in each of the first `slots` slots.
+
+    top_logprobs: tell the likeliest tokens too.
+    """
 
     slots: int
     join: tuple[Join, ...] = ()
     leave: tuple[int, ...] = ()
+    top_logprobs: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,11 +101,13 @@ class CopyPage:
 
 @dataclass(frozen=True)
 class Rest:
-    """Nothing is left to do: who follows gives back what only running sequences need, and returns to its caller."""
+    """Nothing is left to do: the chunk is dropped and every slot emptied; who follows returns to its caller."""
 
 
-Order = Union[Prefill, Advance, Drop, Decode, CopyPage, Rest]
-KINDS: dict[str, Any] = {kind.__name__: kind for kind in (Prefill, Advance, Drop, Decode, CopyPage, Rest, Rows, Join)}
+Order = Union[Prefill, Advance, Drop, Head, Decode, CopyPage, Rest]
+KINDS: dict[str, Any] = {
+    kind.__name__: kind for kind in (Prefill, Advance, Drop, Head, Decode, CopyPage, Rest, Rows, Join)
+}
 
 
 def to_message(order: Any) -> Any:

@@ -1,28 +1,40 @@
-"""Runs one step on the model: a chunk of a prompt, or the next token of every running sequence."""
+"""Runs orders on the model: chunks of prompts, from point to point, and between them the next tokens of sequences."""
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from collections.abc import Sequence as ManyOf
+from itertools import count
+from typing import Callable, Optional
 
 import numpy as np
 import paddle
 
+from paddle_qwen1m import ops
 from paddle_qwen1m.attention.selector import LayerBudgets, Observer, Selector
 from paddle_qwen1m.attention.step import SequenceRows, Step, StepBuilder
 from paddle_qwen1m.cache import PagedCache
 from paddle_qwen1m.config import SparseBudgets
 from paddle_qwen1m.engine.core import Sequence
-from paddle_qwen1m.engine.decode import Decoder
+from paddle_qwen1m.engine.decode import Decoder, DecodeSlots, Sampler
 from paddle_qwen1m.engine.graph import Outputs
+from paddle_qwen1m.engine.orders import Advance, CopyPage, Decode, Drop, Head, Order, Prefill, Rest
 from paddle_qwen1m.engine.sampling import SamplingBatch
 from paddle_qwen1m.engine.scheduler import PrefillChunk
 from paddle_qwen1m.model import Qwen2OneM
 from paddle_qwen1m.parallel.split import own_heads
 
+Chunk = Generator[None, None, Optional[paddle.Tensor]]
+"""A prefill that can stand at a point."""
+Read = Callable[[paddle.Tensor], ManyOf[paddle.Tensor]]
+"""What of logits float32 [n, vocab] goes to the host."""
+
 
 class Runner:
     """One model and the cache that its steps fill. `budgets` are those of the whole model, None prefills densely;
-    prompts longer than `sparse_threshold` are prefilled sparsely; `replay` captures decode steps in a CUDA graph.
+    prompts longer than `sparse_threshold` are prefilled sparsely; `replay` captures decode steps in CUDA graphs.
+
+    Every rank runs the same orders. They are done in their order, on one stream; nothing here waits for the device.
     """
 
     def __init__(self, model: Qwen2OneM, budgets: SparseBudgets | None, sparse_threshold: int, *, replay: bool) -> None:
@@ -32,16 +44,62 @@ class Runner:
         self._selectors = None if budgets is None else selectors(model, budgets)
         self._cache: PagedCache | None = None
         self._decoder: Decoder | None = None
+        self._slots: DecodeSlots | None = None
+        self._standing: Chunk | None = None
+        self._wanted: paddle.Tensor | None = None
+        self._nothing = ops.tensor(np.zeros(1, np.int32))
 
     @property
     def cache(self) -> PagedCache:
         assert self._cache is not None, "a cache is made before a step runs"
         return self._cache
 
-    def use(self, cache: PagedCache | None) -> None:
-        """Steps fill this cache from now on."""
+    @property
+    def in_flight(self) -> bool:
+        """Whether a chunk stands at a point."""
+        return self._standing is not None
+
+    def use(
+        self,
+        cache: PagedCache | None,
+        sampler: Sampler | None = None,
+        *,
+        max_num_seqs: int = 1,
+        max_model_len: int = 1,
+    ) -> None:
+        """Orders fill this cache from now on, and decode in max_num_seqs slots sequences of at most max_model_len
+        tokens. sampler: rank 0's.
+        """
         self.rest()
+        if self._slots is not None:
+            self._run(Rest())
+            self._slots.release()
+            self._slots = None
         self._cache = cache
+        if cache is not None:
+            self._slots = DecodeSlots(
+                max_num_seqs,
+                -(-max_model_len // cache.page_size),
+                cache.page_size,
+                self._builder,
+                self._logits,
+                sampler,
+                self.model.group,
+                replay=self._replay,
+            )
+
+    def run(self, order: Order, read: Read | None = None) -> ops.Post | None:
+        """Queues what an order says. Rank 0 gets a post of a Prefill, Advance, Head or Decode; nobody of others.
+
+        The post of a Prefill or Advance says with `done` whether the chunk has come to its end. That of a Head holds
+        what `read` makes of the logits, that of a Decode what DecodeSlots.step gives. After an error the chunk that it
+        came from is gone.
+        """
+        with paddle.no_grad():
+            values, done = self._run(order, read)
+        if values is None or self.model.group.rank != 0:
+            return None
+        return ops.Post(values, done=done)
 
     def observe(self, observer: Observer | None) -> None:
         """From now on `observer` sees every choice of keys."""
@@ -81,6 +139,60 @@ class Runner:
             self.model.group.mark(ids, replayed=True)
         return ids, logprobs
 
+    def _run(self, order: Order, read: Read | None = None) -> tuple[ManyOf[paddle.Tensor] | None, bool]:
+        """What rank 0 posts, None for nothing, and whether a chunk has not been left standing."""
+        slots = self._slots
+        assert slots is not None, "a cache is made before orders are run"
+        if isinstance(order, Prefill):
+            assert not self.in_flight or order.points == 0, "one chunk at most stands at a point"
+            return [self._nothing], self._go_on(self._begin(order), order.points)
+        if isinstance(order, Advance):
+            assert self._standing is not None, "no chunk stands at a point"
+            chunk, self._standing = self._standing, None
+            return [self._nothing], self._go_on(chunk, order.points)
+        if isinstance(order, Head):
+            logits = self._head(order)
+            return (None if read is None else read(logits)), True
+        if isinstance(order, Decode):
+            for slot in order.leave:
+                slots.leave(slot)
+            for join in order.join:
+                slots.join(join)
+            return slots.step(order.slots, top_logprobs=order.top_logprobs), True
+        if isinstance(order, CopyPage):
+            self.cache.copy_page(order.source, order.target, order.tokens)
+        if isinstance(order, (Drop, Rest)) and self._standing is not None:
+            self._standing.close()
+            self._standing = None
+        if isinstance(order, Rest):
+            self._wanted = None
+            slots.clear()
+        return None, True
+
+    def _begin(self, order: Prefill) -> Chunk:
+        firsts = np.cumsum([0, *(len(rows.ids) for rows in order.rows)]).tolist()
+        wanted = [first + row for first, rows in zip(firsts, order.rows) for row in rows.wanted]
+        step = self._builder.prefill(order.rows, self.cache, wanted, order.row_blocks)
+        return self.model.layer_by_layer(step, self.cache.layers, self._selectors)
+
+    def _go_on(self, chunk: Chunk, points: int) -> bool:
+        """Runs a chunk to its `points`-th next point, where it is left standing, or to its end, which is told."""
+        try:
+            for _ in range(points) if points else count():
+                next(chunk)
+        except StopIteration as end:
+            self._wanted = end.value
+            return True
+        self._standing = chunk
+        return False
+
+    def _head(self, order: Head) -> paddle.Tensor:
+        wanted = self._wanted
+        assert wanted is not None and order.first + order.count <= len(wanted), "of a row that no chunk wanted"
+        logits = self.model.logits(wanted[order.first : order.first + order.count])
+        self.model.group.mark(logits)
+        return logits
+
     def rest(self) -> None:
         """Gives back what only running sequences need."""
         if self._decoder is not None:
@@ -88,15 +200,14 @@ class Runner:
             self._decoder = None
 
     def forward(self, step: Step) -> paddle.Tensor | None:
-        """Runs a step from its first layer to its last."""
+        """Runs a step from its first layer to its last: logits float32 [n, vocab] of the rows that want them."""
         with paddle.no_grad():
-            running = self.model.layer_by_layer(step, self.cache.layers, self._selectors)
+            chunk = self.model.layer_by_layer(step, self.cache.layers, self._selectors)
             while True:
                 try:
-                    next(running)
+                    next(chunk)
                 except StopIteration as done:
-                    logits: paddle.Tensor | None = done.value
-                    return logits
+                    return None if done.value is None else self.model.logits(done.value)
 
     def _logits(self, step: Step) -> paddle.Tensor:
         logits = self.forward(step)

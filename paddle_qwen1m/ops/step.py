@@ -80,8 +80,8 @@ def rotate_and_cache(
 ) -> paddle.Tensor:
     """Adds the bias to qkv [T, (H + 2G) D], writes keys rotated by table[0] and values, returns q [V, T, H, D].
 
-    `table` is a `rotary_table` of V variants; slots (int64 [T]) are page * page_size + offset. The caches are written
-    in place, rounded once to their type.
+    `table` is a `rotary_table` of V variants; slots (int64 [T]) are page * page_size + offset, -1 for a row that is not
+    cached. The caches are written in place, rounded once to their type.
     """
     return call("rotate_and_cache", qkv, bias, table, slots, key_cache, value_cache)[2]
 
@@ -105,7 +105,8 @@ def decode_inputs(
     """Where the next token of each of B sequences goes and how it is rotated; their lengths grow by one in place.
 
     lengths int32 [B], block_tables int32 [B, W], inv_freq float32 [D/2]. Returns slots int64 [B], the rotary table of
-    all three variants float32 [3, B, D], and the scales D^-0.5 m(length)^2 float32 [B].
+    all three variants float32 [3, B, D], and the scales D^-0.5 m(length)^2 float32 [B]. A length of 0 is that of a row
+    without a sequence: it stays 0, and the row's slot is -1.
     """
     _, slots, table, scale = call(
         "decode_inputs",

@@ -40,7 +40,7 @@ def watched_engine(monkeypatch: pytest.MonkeyPatch, model: Qwen2OneM, options: E
 
     def note(step):  # type: ignore[no-untyped-def]
         scales = set(step.scale.numpy().tolist()) | {float(np.float32(piece.scale)) for piece in step.sparse_pieces}
-        dense = 0 if step.dense_pieces is None else len(step.dense_pieces)
+        dense = len(step.dense_pieces)
         watched.steps.append(SeenStep(scales, dense, len(step.sparse_pieces), step.lengths is not None))
         return forward(step)
 

@@ -169,7 +169,10 @@ def test_cast_refuses_other_types() -> None:
 @pytest.mark.parametrize("original", [0, 1000, 262144])
 @pytest.mark.parametrize("chunk_len, chunk_size", [(256, 288), (256, 511), (253952, 262144)])
 def test_decode_inputs(rng: np.random.Generator, chunk_len: int, chunk_size: int, original: int) -> None:
-    """Slots through the block tables, three rotations and the scale of the new length, at chunk and page borders."""
+    """Slots through the block tables, three rotations and the scale of the new length, at chunk and page borders.
+
+    A length of 0 stays, and its slot is none.
+    """
     lengths = np.array([0, 1, 31, 32, 255, 256, 511, 512, 1023, 262143, 262144, 1009999], np.int32)
     tables = rng.permutation(len(lengths) * 31563).reshape(len(lengths), -1).astype(np.int32)
     inv_freq = oracle.inverse_frequencies(128, 1e7)
@@ -178,8 +181,9 @@ def test_decode_inputs(rng: np.random.Generator, chunk_len: int, chunk_size: int
         grown = lengths.copy()
         results.append((*face.decode_inputs(grown, tables, inv_freq, 32, chunk_len, chunk_size, original), grown))
     (slots, table, scale, grown), (got_slots, got_table, got_scale, got_grown) = results
-    np.testing.assert_array_equal(got_grown, lengths + 1)
-    np.testing.assert_array_equal(grown, lengths + 1)
+    np.testing.assert_array_equal(got_grown, np.where(lengths > 0, lengths + 1, 0))
+    np.testing.assert_array_equal(grown, got_grown)
+    assert got_slots[0] == -1
     np.testing.assert_array_equal(got_slots, slots)
     assert error(got_table, table) < 1e-7 and error(got_scale, scale) < 1e-7
 
@@ -219,7 +223,21 @@ def test_rotate_and_cache(
 
 
 @each_storage
-@pytest.mark.parametrize("slot", [-1, 32])
+def test_a_row_without_a_slot_is_rotated_and_not_cached(rng: np.random.Generator, storage: str) -> None:
+    qkv, table = rng.standard_normal((3, 192)), rng.standard_normal((2, 3, 64))
+    cached = []
+    for slots in ([5, -1, 9], [5, 30, 9]):
+        keys, values = np.full((2, 16, 1, 64), np.nan), np.full((2, 16, 1, 64), np.nan)
+        q = OpFace(storage).rotate_and_cache(qkv, np.zeros(192), table, np.array(slots), keys, values)
+        cached.append((keys.reshape(32, 64), values.reshape(32, 64), q))
+    for one, other in zip(cached[0][:2], cached[1][:2]):
+        other[30] = np.nan
+        np.testing.assert_array_equal(one, other)
+    np.testing.assert_array_equal(cached[0][2], cached[1][2])
+
+
+@each_storage
+@pytest.mark.parametrize("slot", [-2, 32])
 def test_rotate_and_cache_refuses_slots_outside_the_cache(slot: int, storage: str) -> None:
     """A slot that is not in the cache is an error that names it."""
     cache = np.zeros((4, 8, 1, 64))

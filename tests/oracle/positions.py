@@ -74,11 +74,12 @@ def decode_inputs(
 ) -> tuple[Array, Array, Array]:
     """Lengths int32 [B] grow by one in place; the new tokens' slots [B], rotary table [3, B, D] and scales [B].
 
-    A scale is D^-0.5 m(length)^2; `original` is the original_max_position_embeddings of the temperature.
+    A scale is D^-0.5 m(length)^2; `original` is the original_max_position_embeddings of the temperature. A row of
+    length 0 is empty: it stays so, its slot is -1, and what else it gets is that of a first token.
     """
-    lengths += 1
-    positions = lengths.astype(np.int64) - 1
+    positions = lengths.astype(np.int64)
     pages = np.asarray(block_tables)[np.arange(len(lengths)), positions // page_size].astype(np.int64)
     table = rotary_table(query_positions(positions, chunk_len, chunk_size), inv_freq)
-    scale = [temperature(length, original) ** 2 / math.sqrt(2 * len(inv_freq)) for length in lengths.tolist()]
-    return pages * page_size + positions % page_size, table, np.array(scale)
+    scale = [temperature(place + 1, original) ** 2 / math.sqrt(2 * len(inv_freq)) for place in positions.tolist()]
+    lengths += lengths > 0
+    return np.where(positions > 0, pages * page_size + positions % page_size, -1), table, np.array(scale)

@@ -47,7 +47,7 @@ __global__ void decode_inputs_kernel(const qwen1m_decode_inputs a) {
 
   if (stage == kIntra && angle == 0) {
     const int64_t page = a.block_tables[static_cast<int64_t>(b) * a.table_width + position / a.page_size];
-    a.slots[b] = page * a.page_size + position % a.page_size;
+    a.slots[b] = position > 0 ? page * a.page_size + position % a.page_size : -1;
   }
   if (stage == kSucc && angle == 0) {
     const int32_t original = a.original_max_position_embeddings;
@@ -55,7 +55,7 @@ __global__ void decode_inputs_kernel(const qwen1m_decode_inputs a) {
     a.scale[b] = static_cast<float>(m * m * rsqrt(static_cast<double>(a.head_dim)));
   }
   __syncthreads();  // every thread has read the length
-  if (stage == kIntra && angle == 0) a.lengths[b] = length;
+  if (stage == kIntra && angle == 0 && position > 0) a.lengths[b] = length;
 }
 
 constexpr int kPairs = 8;          // pairs (i, i + D / 2) of a thread: two accesses of 16 bytes
@@ -134,6 +134,7 @@ __global__ void __launch_bounds__(kHeadThreads, 4) rotate_and_cache_kernel(const
     }
     return;
   }
+  if (a.slots[t] < 0) return;
   const bool is_key = at.head < a.heads + kv_heads;
   const int head = at.head - a.heads - (is_key ? 0 : kv_heads);
   const int64_t to = (a.slots[t] * kv_heads + head) * D + at.pair;

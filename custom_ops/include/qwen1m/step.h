@@ -14,11 +14,11 @@ typedef struct {
 
 // Adds the bias, rotates the queries V ways, writes rotated keys and values to their slots.
 typedef struct {
-  const void* qkv;     // [T, (H + 2G) * D]
-  const void* bias;    // [(H + 2G) * D]
-  const float* table;  // [V, T, D]
-  const int64_t* slots;
-  void* q;  // [V, T, H, D]
+  const void* qkv;       // [T, (H + 2G) * D]
+  const void* bias;      // [(H + 2G) * D]
+  const float* table;    // [V, T, D]
+  const int64_t* slots;  // [T]; a row with -1 writes nothing
+  void* q;               // [V, T, H, D]
   qwen1m_cache cache;
   qwen1m_dtype activation, bias_dtype;
   int32_t variants, tokens, heads;
@@ -34,7 +34,8 @@ typedef struct {
   int32_t variants, row, rows, heads, kv_heads, head_dim;
 } qwen1m_rotate_queries;
 
-// Where the next token of each sequence goes and how it is rotated. Its length grows by one first.
+// Where the next token of each sequence goes and how it is rotated. Its length grows by one first; a length of 0 is
+// that of an empty row, which stays empty: its slot is -1.
 typedef struct {
   int32_t* lengths;             // [B]
   const int32_t* block_tables;  // [B, table_width]

@@ -1,0 +1,294 @@
+"""Orders: chunks that stand at points while others run, slots that sequences join and leave, posts of all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import paddle
+import pytest
+from small_model import BUDGETS, CONFIG, random_model
+
+from paddle_qwen1m import ops
+from paddle_qwen1m.cache import PagedCache
+from paddle_qwen1m.engine.orders import (
+    HEAD_ROWS,
+    Advance,
+    CopyPage,
+    Decode,
+    Drop,
+    Head,
+    Join,
+    Order,
+    Prefill,
+    Rest,
+    Rows,
+)
+from paddle_qwen1m.engine.runner import Runner
+from paddle_qwen1m.model import Qwen2OneM
+
+PAGE, PAGES, SLOTS = 32, 64, 6
+
+
+class Greedy:
+    """Takes the largest logit; keeps what it saw."""
+
+    def __init__(self) -> None:
+        self.logits: list[np.ndarray] = []
+
+    def sample(self, logits: paddle.Tensor) -> tuple[paddle.Tensor, paddle.Tensor]:
+        self.logits.append(logits.numpy())
+        return paddle.argmax(logits, axis=1), paddle.max(logits, axis=1)
+
+
+class Made(NamedTuple):
+    runner: Runner
+    cache: PagedCache
+
+
+@pytest.fixture
+def model(rng: np.random.Generator) -> Qwen2OneM:
+    return random_model(rng)
+
+
+def make(model: Qwen2OneM) -> Made:
+    """A runner over a cache that holds nothing but NaN."""
+    cache = PagedCache(CONFIG, PAGES, PAGE, "float32")
+    for layer in cache.layers:
+        for pages in layer[:2]:
+            ops.upload(pages, np.full(pages.shape, np.nan, np.float32))
+    runner = Runner(model, BUDGETS, 0, replay=False)
+    runner.use(cache, Greedy(), max_num_seqs=SLOTS, max_model_len=1000)
+    return Made(runner, cache)
+
+
+def contents(cache: PagedCache) -> np.ndarray:
+    """Keys and values of all layers, [layers, 2, PAGES * PAGE, ...]."""
+    return np.stack([np.stack([pages.numpy() for pages in layer[:2]]) for layer in cache.layers]).reshape(
+        len(cache.layers), 2, PAGES * PAGE, -1
+    )
+
+
+def rows(
+    prompt: np.ndarray, pages: range, *, begin: int = 0, sparse: bool = False, wanted: tuple[int, ...] = ()
+) -> Rows:
+    return Rows(prompt[begin:], begin, tuple(pages), len(prompt), sparse, wanted)
+
+
+def result(runner: Runner, order: Order) -> tuple[np.ndarray, ...]:
+    post = runner.run(order)
+    assert post is not None
+    return post.result()
+
+
+def head(runner: Runner, first: int, count: int) -> np.ndarray:
+    post = runner.run(Head(first, count), lambda logits: [logits])
+    assert post is not None
+    (logits,) = post.result()
+    return logits
+
+
+def prefill(runner: Runner, prompt: np.ndarray, pages: range, *, sparse: bool = False) -> int:
+    """Reads a whole prompt; the token that follows."""
+    last = (len(prompt) - 1,)
+    result(runner, Prefill((rows(prompt, pages, sparse=sparse, wanted=last),), points=0))
+    return int(head(runner, 0, 1).argmax())
+
+
+def answer(model: Qwen2OneM, prompt: np.ndarray, tokens: int) -> list[int]:
+    """What a prompt gets alone."""
+    runner, _ = make(model)
+    answer = [prefill(runner, prompt, range(PAGES))]
+    joins: tuple[Join, ...] = (Join(0, answer[0], len(prompt), tuple(range(PAGES // 2))),)
+    for _ in range(tokens - 1):
+        answer.append(int(result(runner, Decode(1, joins))[0][0]))
+        joins = ()
+    return answer
+
+
+def advance(runner: Runner, order: Prefill) -> Iterator[None]:
+    """Runs a chunk; stops at each of its points."""
+    post = runner.run(order)
+    while post is not None and not post.done:
+        yield
+        post = runner.run(Advance())
+
+
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+@pytest.mark.parametrize("row_blocks", [0, 1, 2])
+def test_a_chunk_that_is_cut_at_every_point_gives_the_same_bits(
+    model: Qwen2OneM, rng: np.random.Generator, sparse: bool, row_blocks: int
+) -> None:
+    """Decode steps and short prompts between: keys, values and logits are those of a chunk that went on to its end.
+
+    The chunk is [50, 450) of 450 tokens: pieces of 78, 128, 128 and 66 rows.
+    """
+    prompt, short, running = (rng.integers(0, CONFIG.vocab_size, length) for length in (450, 40, 70))
+    wanted = (0, 63, 64, 398, 399)
+    chunk = rows(prompt, range(15), begin=50, sparse=sparse, wanted=wanted)
+    begun = Prefill((Rows(prompt[:50], 0, (0, 1), 450, sparse),), points=0)
+    whole, whole_cache = make(model)
+    result(whole, begun)
+    result(whole, Prefill((chunk,), row_blocks, points=0))
+    expected = head(whole, 0, 5)
+
+    cut, cache = make(model)
+    result(cut, begun)
+    joins: tuple[Join, ...] = (Join(2, prefill(cut, running, range(20, 26)), 70, tuple(range(20, 26))),)
+    answers = []
+    for _ in advance(cut, Prefill((chunk,), row_blocks)):
+        assert cut.in_flight
+        answers.append(int(result(cut, Decode(3, joins))[0][2]))
+        joins = ()
+        prefill(cut, short, range(30, 32))
+    np.testing.assert_array_equal(head(cut, 0, 5), expected)
+    assert not cut.in_flight
+    np.testing.assert_array_equal(contents(cache)[:, :, : 15 * PAGE], contents(whole_cache)[:, :, : 15 * PAGE])
+    assert answers == answer(model, running, len(answers) + 1)[1:]
+    groups = {0: 4 if sparse else 1, 1: 2 + 2 + 2 + 2, 2: 4}[row_blocks]
+    assert len(answers) == CONFIG.num_layers * (groups + 1)
+
+
+def test_prompts_of_one_order_are_read_as_each_alone(model: Qwen2OneM, rng: np.random.Generator) -> None:
+    prompts = [rng.integers(0, CONFIG.vocab_size, length) for length in (40, 3, 130, 64)]
+    runner, cache = make(model)
+    together = tuple(
+        rows(prompt, range(8 * number, 8 * number + 8), sparse=len(prompt) == 130, wanted=(len(prompt) - 1,))
+        for number, prompt in enumerate(prompts)
+    )
+    order = Prefill(together, 1)
+    assert order.num_wanted == 4 and len(list(advance(runner, order))) > 4
+    tokens = head(runner, 0, 4).argmax(axis=1).tolist()
+    alone, alone_cache = make(model)
+    assert tokens == [
+        prefill(alone, prompt, range(8 * number, 8 * number + 8), sparse=len(prompt) == 130)
+        for number, prompt in enumerate(prompts)
+    ]
+    np.testing.assert_allclose(contents(cache), contents(alone_cache), rtol=1e-4, atol=1e-4)
+
+
+def test_logits_of_many_rows_come_in_slices(model: Qwen2OneM, rng: np.random.Generator) -> None:
+    """They are kept until another chunk has ended, whatever stands at a point or decodes meanwhile."""
+    prompt = rng.integers(0, CONFIG.vocab_size, 300)
+    runner, _ = make(model)
+    result(runner, Prefill((rows(prompt, range(10), wanted=tuple(range(300))),), points=0))
+    runner.run(Prefill((rows(prompt, range(20, 30)),)))
+    result(runner, Decode(2, (Join(1, 5, 300, tuple(range(10))),)))
+    sliced = np.concatenate([head(runner, 0, HEAD_ROWS), head(runner, HEAD_ROWS, 300 - HEAD_ROWS)])
+    one_by_one = np.concatenate([head(runner, row, 1) for row in (0, 150, 299)])
+    np.testing.assert_allclose(sliced[[0, 150, 299]], one_by_one, rtol=1e-5, atol=1e-5)
+    for length in (1, 151):
+        expected = prefill(make(model).runner, prompt[:length], range(10))
+        assert length > 160 or sliced[length - 1].argmax() == expected
+    runner.run(Advance(0))
+    with pytest.raises(AssertionError, match="no chunk wanted"):
+        runner.run(Head(0, 1))
+
+
+@pytest.mark.parametrize("points", [1, 3])
+def test_a_dropped_chunk_leaves_its_pages_to_others(model: Qwen2OneM, rng: np.random.Generator, points: int) -> None:
+    first, second = (rng.integers(0, CONFIG.vocab_size, length) for length in (300, 280))
+    runner, _ = make(model)
+    runner.run(Prefill((rows(first, range(10), sparse=True),), 1, points))
+    assert runner.in_flight
+    runner.run(Drop())
+    assert not runner.in_flight
+    assert prefill(runner, second, range(10), sparse=True) == prefill(
+        make(model).runner, second, range(10), sparse=True
+    )
+
+
+def test_a_chunk_that_fails_is_gone(
+    model: Qwen2OneM, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = rng.integers(0, CONFIG.vocab_size, 100)
+    runner, _ = make(model)
+    runner.run(Prefill((rows(prompt, range(10)),)))
+    with monkeypatch.context() as patched:
+        patched.setattr(type(model.layers[0]), "mlp", lambda *_: 1 // 0)
+        with pytest.raises(ZeroDivisionError):
+            runner.run(Advance())
+    assert not runner.in_flight
+    assert prefill(runner, prompt, range(10)) == prefill(make(model).runner, prompt, range(10))
+
+
+def test_sequences_that_join_and_leave_get_what_they_get_alone(model: Qwen2OneM, rng: np.random.Generator) -> None:
+    """Prompts across borders of pages and DCA chunks, in whatever slot, moved between slots, among empty ones."""
+    lengths, wanted = [5, 31, 120, 127, 250, 60, 33], [12, 9, 20, 5, 14, 7, 16]
+    prompts = [rng.integers(0, CONFIG.vocab_size, length) for length in lengths]
+    expected = [answer(model, prompt, count) for prompt, count in zip(prompts, wanted)]
+    runner, _ = make(model)
+    answers = [[prefill(runner, prompt, range(9 * n, 9 * n + 9))] for n, prompt in enumerate(prompts)]
+    slots: list[int | None] = [None] * SLOTS
+
+    def join(number: int, slot: int) -> Join:
+        slots[slot] = number
+        length = lengths[number] + len(answers[number]) - 1
+        return Join(slot, answers[number][-1], length, tuple(range(9 * number, 9 * number + 9)))
+
+    while any(len(tokens) < count for tokens, count in zip(answers, wanted)):
+        leave, joins = [], []
+        for slot, number in enumerate(slots):
+            if number is not None and (len(answers[number]) == wanted[number] or rng.random() < 0.2):
+                slots[slot] = None
+                leave.append(slot)
+        for number in range(len(prompts)):
+            free = [slot for slot, taken in enumerate(slots) if taken is None]
+            if number not in slots and len(answers[number]) < wanted[number] and free and rng.random() < 0.6:
+                joins.append(join(number, int(rng.choice(free))))
+        used = max((slot + 1 for slot, number in enumerate(slots) if number is not None), default=0)
+        if not used:
+            continue
+        ids, logprobs = result(runner, Decode(used, tuple(joins), tuple(leave)))
+        assert used <= len(ids) == len(logprobs) <= SLOTS
+        for slot, number in enumerate(slots):
+            if number is not None:
+                answers[number].append(int(ids[slot]))
+    assert answers == expected
+
+
+def test_a_step_writes_one_token_of_each_sequence_and_nothing_else(model: Qwen2OneM, rng: np.random.Generator) -> None:
+    """Slots that were left, never filled, or lie behind those that are run, change no page."""
+    runner, cache = make(model)
+    prompt = rng.integers(0, CONFIG.vocab_size, 50)
+    token = prefill(runner, prompt, range(7, 9))
+    pages = (7, 8)
+    result(runner, Decode(5, (Join(1, token, 50, pages), Join(4, token, 50, (7, 9)))))
+    before = contents(cache)
+    result(runner, Decode(3, leave=(4,)))
+    changed = np.argwhere((contents(cache) != before) & ~(np.isnan(contents(cache)) & np.isnan(before)))
+    assert set(changed[:, 2].tolist()) == {8 * PAGE + 51 - PAGE}
+    before = contents(cache)
+    result(runner, Decode(4, leave=(1,)))
+    np.testing.assert_array_equal(contents(cache), before)
+
+
+def test_a_sequence_that_outgrows_its_pages_is_an_error(model: Qwen2OneM) -> None:
+    runner, _ = make(model)
+    order = Decode(1, (Join(0, 3, 2 * PAGE, (0, 1)),))
+    with pytest.raises(ValueError, match="slot"):
+        runner.run(order)
+
+
+def test_rest_empties_everything_and_work_goes_on(model: Qwen2OneM, rng: np.random.Generator) -> None:
+    prompt = rng.integers(0, CONFIG.vocab_size, 100)
+    runner, cache = make(model)
+    token = prefill(runner, prompt, range(4))
+    runner.run(Decode(2, (Join(0, token, 100, (0, 1, 2, 3)),)))
+    runner.run(Prefill((rows(prompt, range(10, 14)),)))
+    runner.run(Rest())
+    before = contents(cache)
+    assert not runner.in_flight
+    runner.run(Decode(2))
+    np.testing.assert_array_equal(contents(cache), before)
+    assert prefill(runner, prompt, range(4)) == token
+
+
+def test_pages_are_copied_in_every_layer(model: Qwen2OneM, rng: np.random.Generator) -> None:
+    runner, cache = make(model)
+    prefill(runner, rng.integers(0, CONFIG.vocab_size, 64), range(2))
+    expected = contents(cache)
+    expected[:, :, 5 * PAGE : 5 * PAGE + 20] = expected[:, :, PAGE : PAGE + 20]
+    assert runner.run(CopyPage(1, 5, 20)) is None
+    np.testing.assert_array_equal(contents(cache), expected)
