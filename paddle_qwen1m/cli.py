@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Callable
 
 from paddle_qwen1m import __version__
 from paddle_qwen1m.dtypes import DTYPES
-from paddle_qwen1m.options import LOADING, Dtype, Switch, Whole
+from paddle_qwen1m.options import Dtype, Face, Switch, Whole, options_of
 from paddle_qwen1m.parallel.job import launched_rank, launched_ranks
 from paddle_qwen1m.progress import Progress
 from paddle_qwen1m.streams import (
@@ -121,8 +121,8 @@ def _at_least(lowest: int, highest: int = 2**31 - 1) -> Callable[[str], int]:
 def _add_model_options(parser: argparse.ArgumentParser, without: Sequence[str] = ()) -> None:
     """The options of from_pretrained that the command has, without those named."""
     group = parser.add_argument_group("model")
-    for option in LOADING:
-        if not option.command or option.name in without:
+    for option in options_of(Face.COMMAND).values():
+        if option.name in without:
             continue
         kind: dict[str, Any] = {"metavar": "FILE"}
         if isinstance(option.type, Switch):
@@ -386,7 +386,7 @@ def _load_model(arguments: argparse.Namespace) -> Qwen2OneMForCausalLM:
 
     if arguments.threads is not None:
         ops.set_num_threads(arguments.threads)
-    options = {option.name: getattr(arguments, option.name) for option in LOADING if option.command}
+    options = {name: getattr(arguments, name) for name in options_of(Face.COMMAND)}
     model = Qwen2OneMForCausalLM.from_pretrained(
         arguments.model,
         tensor_parallel_degree=launched_ranks(),

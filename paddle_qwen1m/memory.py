@@ -1,9 +1,11 @@
-"""How much memory this process can still take."""
+"""How much memory there is, and how much of it this process can still take."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 CGROUP_USED = ("/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory/memory.usage_in_bytes")
@@ -37,3 +39,35 @@ def available_gpu_memory() -> int:
 
     cuda = paddle.device.cuda
     return int(GPU_SHARE * cuda.get_device_properties().total_memory) - int(cuda.memory_allocated())
+
+
+class DriverMemory(NamedTuple):
+    """Bytes of a GPU's memory that nobody has, and of all of it."""
+
+    free: int
+    total: int
+
+
+def driver_memory() -> DriverMemory:
+    """What the driver says of Paddle's GPU, whoever holds its memory. OSError where it does not say."""
+    import paddle
+
+    driver = ctypes.CDLL("libcuda.so.1")
+    device, context = ctypes.c_int(), ctypes.c_void_p()
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    number = int(paddle.device.get_device().partition(":")[2])
+
+    def call(name: str, *arguments: object) -> None:
+        status = getattr(driver, name)(*arguments)
+        if status != 0:
+            raise OSError(f"the driver does not say how much memory GPU {number} has: {name} returned {status}")
+
+    call("cuInit", 0)
+    call("cuDeviceGet", ctypes.byref(device), number)
+    call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)  # Paddle's own, or made for it
+    call("cuCtxPushCurrent_v2", context)
+    try:
+        call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
+    finally:
+        call("cuCtxPopCurrent_v2", ctypes.byref(context))
+    return DriverMemory(free.value, total.value)

@@ -1,10 +1,13 @@
-"""What a user chooses when a checkpoint is loaded: one table that from_pretrained, the command and the README read."""
+"""What a user chooses when a checkpoint is loaded: one table that from_pretrained, LLM, the command and README read."""
 
 from __future__ import annotations
 
+import math
 import operator
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from enum import Flag, auto
 from textwrap import fill
 from typing import Any
 
@@ -12,6 +15,13 @@ from paddle_qwen1m.config import SPARSE_THRESHOLD
 from paddle_qwen1m.dtypes import dtype_name
 
 CPU_BATCHED_TOKENS, GPU_BATCHED_TOKENS = 2048, 32768
+CPU_PAUSE_TOKENS, GPU_PAUSE_TOKENS = 256, 2048
+CPU_INTER_TOKEN_MS, GPU_INTER_TOKEN_MS = 500, 200
+MAX_NUM_SEQS = 32
+BORDER_PARTS = 8
+TEMPERATURE_TOLERANCE = 1e-3
+AUTO = -1
+"""max_model_len: the longest that fits."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +41,94 @@ class Whole:
 
 
 @dataclass(frozen=True)
+class Length(Whole):
+    """A whole number of at least `lowest`; "auto", or -1, is AUTO."""
+
+    def read(self, name: str, value: Any) -> int:
+        if isinstance(value, str) and value == "auto":
+            return AUTO
+        try:
+            return AUTO if value == AUTO else super().read(name, value)
+        except ValueError as error:
+            raise ValueError(f"{error}; 'auto' takes the longest that fits") from None
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number above `above`, or equal to it where `closed`, and at most `highest`."""
+
+    above: float
+    highest: float = math.inf
+    closed: bool = False
+
+    def read(self, name: str, value: Any) -> float:
+        try:
+            number = math.nan if isinstance(value, (bool, str)) else float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not (number > self.above or (self.closed and number == self.above)) or not number <= self.highest:
+            least = f"of at least {self.above:g}" if self.closed else f"above {self.above:g}"
+            most = "" if self.highest == math.inf else f", at most {self.highest:g}"
+            raise ValueError(f"{name} must be a number {least}{most}, got {value!r}")
+        return number
+
+
+@dataclass(frozen=True)
 class Dtype:
-    """The name of a floating point type, or Paddle's object for it."""
+    """The name of a floating point type, or Paddle's object for it; "auto" is not to choose one."""
+
+    def read(self, name: str, value: Any) -> str | None:
+        if isinstance(value, str) and value == "auto":
+            return None
+        return dtype_name({"half": "float16", "float": "float32"}.get(str(value), value), name)
+
+
+@dataclass(frozen=True)
+class CacheDtype(Dtype):
+    """The same for keys and values, for which other engines have types of 8 bits and fewer."""
+
+    def read(self, name: str, value: Any) -> str | None:
+        if isinstance(value, str) and value.startswith(("fp8", "int8", "int4", "nvfp4")):
+            raise ValueError(
+                f"{name}={value!r}: there are no kernels for keys and values of that type yet; leave it out, on a CPU "
+                "bfloat16 halves the cache"
+            )
+        return super().read(name, value)
+
+
+@dataclass(frozen=True)
+class NoKernels:
+    """An option of other engines that asks for kernels which are not there yet."""
+
+    def read(self, name: str, value: Any) -> Any:
+        raise ValueError(
+            f"{name}={value!r}: there are no kernels that compute with such weights yet; leave it out, or spread the "
+            "model over more ranks (tensor_parallel_size)"
+        )
+
+
+@dataclass(frozen=True)
+class Always:
+    """A switch that is on whatever is said."""
+
+    instead: str
+
+    def read(self, name: str, value: Any) -> bool:
+        if not Switch().read(name, value):
+            raise ValueError(f"{name}=False: it is always on; {self.instead}")
+        return True
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of these texts."""
+
+    texts: tuple[str, ...]
 
     def read(self, name: str, value: Any) -> str:
-        return dtype_name(value, name)
+        if value not in self.texts:
+            raise ValueError(f"{name} must be {' or '.join(map(repr, self.texts))}, got {value!r}")
+        return str(value)
 
 
 @dataclass(frozen=True)
@@ -66,18 +159,27 @@ class Given:
         return value
 
 
+class Face(Flag):
+    """Who has an option: from_pretrained, LLM, the command (a switch that is on by default as --no-NAME)."""
+
+    LOADING = auto()
+    LLM = auto()
+    COMMAND = auto()
+
+
+PYTHON = Face.LOADING | Face.LLM
+EVERYWHERE = PYTHON | Face.COMMAND
+
+
 @dataclass(frozen=True)
 class Option:
-    """A keyword of from_pretrained. `default` says in words what holds without it.
-
-    command: whether the command has it too, a switch that is on by default as --no-NAME; the README lists these.
-    """
+    """A keyword. `default` says in words what holds without it. README lists those that the command or LLM has."""
 
     name: str
-    type: Whole | Dtype | Switch | Place | Given
+    type: Whole | Number | Dtype | Switch | Place | Given | NoKernels | Always | Choice
     default: str
     help: str
-    command: bool = False
+    faces: Face = Face.LOADING
 
     @property
     def flag(self) -> str:
@@ -89,13 +191,13 @@ class Option:
         return f"no {self.help}" if self.default == "on" else f"{self.help} (default: {self.default})"
 
 
-LOADING = (
+OPTIONS = (
     Option(
         "max_model_len",
         Whole(1),
         "the model's max_position_embeddings",
         "most tokens of prompt and answer together",
-        command=True,
+        EVERYWHERE,
     ),
     Option(
         "max_num_batched_tokens",
@@ -103,7 +205,7 @@ LOADING = (
         f"{CPU_BATCHED_TOKENS:,} on a CPU, {GPU_BATCHED_TOKENS:,} on a GPU",
         "tokens of one prefill chunk: smaller takes less memory; a dense answer stays the same, a sparse one may "
         "change, because its keys are chosen anew for each chunk",
-        command=True,
+        EVERYWHERE,
     ),
     Option(
         "dtype",
@@ -111,46 +213,46 @@ LOADING = (
         "as in the checkpoint",
         "how weights are kept: float32, bfloat16 or float16; a CPU computes in float32 whatever they are kept in, a "
         "GPU in what they are kept in, float32 as bfloat16",
-        command=True,
+        EVERYWHERE,
     ),
     Option(
         "kv_cache_dtype",
-        Dtype(),
+        CacheDtype(),
         "what is computed in",
         "how keys and values are kept; on a CPU bfloat16 halves the cache, on a GPU there is no other",
-        command=True,
+        EVERYWHERE,
     ),
     Option(
         "sparse",
         Switch(),
         "on",
         "sparse prefill of long prompts",
-        command=True,
+        EVERYWHERE,
     ),
     Option(
         "sparse_threshold",
         Whole(0),
         f"config.json's, else {SPARSE_THRESHOLD:,}",
         "only longer prompts, in tokens, are prefilled sparsely",
-        command=True,
+        EVERYWHERE,
     ),
     Option(
         "sparse_budgets",
         Given(),
         "sparse_attention_config.json beside the weights, else those published for the shape",
         "JSON file with each head's number of columns and diagonals",
-        command=True,
+        EVERYWHERE,
     ),
     Option(
         "from_hf_hub",
         Switch(),
         "off",
         "look a name up on Hugging Face's hub first, not on PaddleNLP's; where the one lacks it, the other is tried",
-        command=True,
+        EVERYWHERE,
     ),
-    Option("from_aistudio", Switch(), "off", "look a name up on AI Studio's hub, as in PaddleNLP"),
-    Option("cache_dir", Place(), "PaddleNLP's or Hugging Face's own", "where a hub's files are kept"),
-    Option("subfolder", Place(), "none", "the folder of the checkpoint that holds its files"),
+    Option("from_aistudio", Switch(), "off", "look a name up on AI Studio's hub, as in PaddleNLP", PYTHON),
+    Option("cache_dir", Place(), "PaddleNLP's or Hugging Face's own", "where a hub's files are kept", PYTHON),
+    Option("subfolder", Place(), "none", "the folder of the checkpoint that holds its files", PYTHON),
     Option("config", Given(), "config.json", "used in its place: a Qwen2Config or a dict"),
     Option(
         "tensor_parallel_degree",
@@ -164,7 +266,107 @@ LOADING = (
     Option("low_cpu_mem_usage", Given(), "no effect", "accepted: one tensor is read at a time in any case"),
     Option("convert_from_torch", Given(), "no effect", "accepted: the published files are read as they are"),
     Option("use_safetensors", Given(), "no effect", "accepted: there is one loader, of safetensors"),
+    Option("tokenizer", Place(), "the model's", "directory or hub name of another tokenizer", Face.LLM),
+    Option("tensor_parallel_size", Whole(1), "1", "GPUs, or CPU processes, that share the model", Face.LLM),
+    Option(
+        "seed", Whole(0), "another one each time", "of the seeds that requests without one of their own get", Face.LLM
+    ),
+    Option(
+        "gpu_memory_utilization",
+        Number(0, 1),
+        "what is free at start, less 1.5 GB",
+        "share of a GPU's memory that weights, keys and values and workspace take together",
+        Face.LLM,
+    ),
+    Option(
+        "kv_cache_memory_bytes",
+        Whole(1),
+        "what the weights and the workspace leave; on a CPU a quarter of the memory available at start, divided by "
+        "the ranks of the host",
+        "bytes of a rank's keys and values, exactly",
+        Face.LLM,
+    ),
+    Option("max_num_seqs", Whole(1), f"{MAX_NUM_SEQS}", "answers that are written at the same time", Face.LLM),
+    Option("enforce_eager", Switch(), "off", "no CUDA graphs: slower on a GPU, nothing else", Face.LLM),
+    Option(
+        "enable_prefix_caching",
+        Switch(),
+        "on",
+        "prompts reuse keys and values of earlier ones with the same beginning",
+        Face.LLM,
+    ),
+    Option(
+        "prefix_border_parts",
+        Whole(1),
+        f"{BORDER_PARTS}",
+        "the last chunk of a sparse prompt is cut at every such part of a chunk, where other prompts can go on from",
+        Face.LLM,
+    ),
+    Option(
+        "prefix_temperature_tolerance",
+        Number(0, closed=True),
+        f"{TEMPERATURE_TOLERANCE:g}",
+        "above original_max_position_embeddings a prefix is reused where its m² differs by at most this share; 0: "
+        "where it is equal",
+        Face.LLM,
+    ),
+    Option(
+        "max_inter_token_ms",
+        Whole(1),
+        f"{CPU_INTER_TOKEN_MS} on a CPU, {GPU_INTER_TOKEN_MS} on a GPU",
+        "most milliseconds between the tokens of an answer while another prompt is read",
+        Face.LLM,
+    ),
+    Option(
+        "max_pause_tokens",
+        Whole(1),
+        f"{CPU_PAUSE_TOKENS} on a CPU, {GPU_PAUSE_TOKENS:,} on a GPU",
+        "a prompt with at most so many tokens to compute starts in the pauses of a longer one",
+        Face.LLM,
+    ),
+    Option(
+        "generation_config",
+        Choice(("auto", "vllm")),
+        "auto",
+        "what holds where no SamplingParams are given: generation_config.json, or 'vllm' for vLLM's own defaults",
+        Face.LLM,
+    ),
+    Option(
+        "enable_chunked_prefill",
+        Always("for one chunk give max_num_batched_tokens as large as the longest prompt"),
+        "on",
+        "accepted: a prompt is always read in chunks",
+        Face.LLM,
+    ),
+    Option("quantization", NoKernels(), "none", "refused: there are no kernels for 8-bit weights yet", Face.LLM),
 )
+
+ANY = object()
+ACCEPTED: dict[str, Any] = {
+    "async_scheduling": ANY,
+    "data_parallel_size": (1,),
+    "cpu_offload_gb": (0,),
+    "disable_cascade_attn": ANY,
+    "disable_custom_all_reduce": ANY,
+    "disable_log_requests": ANY,
+    "disable_log_stats": ANY,
+    "disable_sliding_window": ANY,
+    "distributed_executor_backend": ("mp", "uni"),
+    "enable_lora": (False,),
+    "load_format": ("auto", "safetensors"),
+    "max_logprobs": (20,),
+    "max_seq_len_to_capture": ANY,
+    "model_impl": ("auto",),
+    "pipeline_parallel_size": (1,),
+    "runner": ("auto", "generate"),
+    "skip_tokenizer_init": (False,),
+    "swap_space": ANY,
+    "task": ("auto", "generate"),
+    "tokenizer_mode": ("auto",),
+    "trust_remote_code": ANY,
+    "use_v2_block_manager": ANY,
+}
+"""Options that vLLM's users pass to LLM and that change nothing here: with these values, or ANY."""
 
 INSTEAD = {
     "torch_dtype": 'dtype="bfloat16"',
@@ -179,24 +381,57 @@ INSTEAD = {
     "revision": "the directory of a copy of that revision",
     "local_files_only": "the environment variable HF_HUB_OFFLINE=1, or the directory itself",
 }
+INSTEAD_IN_LLM = {
+    "block_size": "nothing: pages are chosen to fit the attention's chunks",
+    "download_dir": "cache_dir",
+    "hf_token": "the environment variable HF_TOKEN",
+    "hf_overrides": "nothing: the checkpoint's config.json counts",
+    "num_gpu_blocks_override": "kv_cache_memory_bytes",
+    "tensor_parallel_degree": "tensor_parallel_size",
+    "tokenizer_revision": "the directory of a copy of that revision",
+}
 
 
-def read_loading_options(given: dict[str, Any]) -> dict[str, Any]:
-    """What was given, checked; None counts as not given.
+def options_of(face: Face) -> dict[str, Option]:
+    """Those that a face has, by name."""
+    return {option.name: option for option in OPTIONS if face & option.faces}
+
+
+def read_loading_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What from_pretrained was given, checked; None counts as not given.
 
     TypeError for options that do not exist, naming what to write instead; ValueError for a value that cannot be used.
     """
-    table = {option.name: option for option in LOADING}
+    return _read("from_pretrained()", options_of(Face.LOADING), given, INSTEAD)
+
+
+def read_llm_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The same for LLM, whose max_model_len may be AUTO; what changes nothing here is left out."""
+    table = options_of(Face.LLM)
+    table["max_model_len"] = replace(table["max_model_len"], type=Length(1))
+    accepted = {name: value for name, value in given.items() if name in ACCEPTED}
+    for name, value in accepted.items():
+        allowed = ACCEPTED[name]
+        if value is not None and allowed is not ANY and value not in allowed:
+            raise ValueError(f"{name}={value!r} is not there: leave it out, or write {' or '.join(map(repr, allowed))}")
+    rest = {name: value for name, value in given.items() if name not in accepted}
+    return _read("LLM()", table, rest, {**INSTEAD, **INSTEAD_IN_LLM})
+
+
+def _read(
+    face: str, table: Mapping[str, Option], given: Mapping[str, Any], instead: Mapping[str, str]
+) -> dict[str, Any]:
     unknown = sorted(set(given) - set(table))
     if unknown:
-        hints = "".join(f"instead of {name} write {INSTEAD[name]}; " for name in unknown if name in INSTEAD)
-        raise TypeError(f"from_pretrained() has no option {', '.join(unknown)}; {hints}it has: {', '.join(table)}")
-    return {name: table[name].type.read(name, value) for name, value in given.items() if value is not None}
+        hints = "".join(f"instead of {name} write {instead[name]}; " for name in unknown if name in instead)
+        raise TypeError(f"{face} has no option {', '.join(unknown)}; {hints}it has: {', '.join(table)}")
+    read = {name: table[name].type.read(name, value) for name, value in given.items() if value is not None}
+    return {name: value for name, value in read.items() if value is not None}
 
 
-def describe_loading_options(indent: str) -> str:
+def describe_options(face: Face, indent: str) -> str:
     """The table as lines of a docstring."""
-    lines = [f"{one.name}: {one.help} (default: {one.default})." for one in LOADING]
+    lines = [f"{one.name}: {one.help} (default: {one.default})." for one in options_of(face).values()]
     return "\n".join(fill(line, 120, initial_indent=indent, subsequent_indent=f"{indent}    ") for line in lines)
 
 
@@ -205,13 +440,22 @@ def default_batched_tokens(on_gpu: bool) -> int:
     return GPU_BATCHED_TOKENS if on_gpu else CPU_BATCHED_TOKENS
 
 
+def default_pause_tokens(on_gpu: bool) -> int:
+    """Tokens of a short prompt where nobody chose them."""
+    return GPU_PAUSE_TOKENS if on_gpu else CPU_PAUSE_TOKENS
+
+
+def default_inter_token_ms(on_gpu: bool) -> int:
+    """Bound of the time between tokens where nobody chose it."""
+    return GPU_INTER_TOKEN_MS if on_gpu else CPU_INTER_TOKEN_MS
+
+
 @dataclass(frozen=True)
 class EngineOptions:
-    """Limits and switches of one engine; those with a name in LOADING are described there.
+    """Limits and switches of one engine; those with a name in OPTIONS are described there.
 
     page_size: tokens of a KV cache page. cuda_graph: whether a decode step on a GPU is captured and replayed.
-    cache_tokens: how many tokens the KV cache holds; default: those of a call, and some more.
-    enable_prefix_caching: whether a prompt reuses the chunks that one of the same tokens has left in the cache.
+    cache_tokens: how many tokens the KV cache holds, exactly; default: those of a call, and some more.
     """
 
     max_num_batched_tokens: int | None = None
@@ -223,10 +467,15 @@ class EngineOptions:
     cuda_graph: bool = True
     cache_tokens: int | None = None
     enable_prefix_caching: bool = False
+    max_num_seqs: int = MAX_NUM_SEQS
+    max_inter_token_ms: int | None = None
+    max_pause_tokens: int | None = None
+    prefix_border_parts: int = BORDER_PARTS
+    prefix_temperature_tolerance: float = TEMPERATURE_TOLERANCE
 
     def __post_init__(self) -> None:
-        types = {option.name: option.type for option in LOADING}
-        types.update(page_size=Whole(1), cache_tokens=Whole(1), cuda_graph=Switch(), enable_prefix_caching=Switch())
+        types: dict[str, Any] = {option.name: option.type for option in OPTIONS}
+        types.update(page_size=Whole(1), cache_tokens=Whole(1), cuda_graph=Switch())
         for name in self.__dataclass_fields__:
             value = getattr(self, name)
             if value is not None and name in types:

@@ -66,6 +66,33 @@ def activation_bytes(
     return stream + max(rows * in_attention + choosing, rows * in_mlp) + 4 * config.vocab_size
 
 
+def sampling_bytes(config: ModelConfig) -> int:
+    """Bytes that choosing an answer's tokens takes: logits, what the penalties count, which tokens are allowed."""
+    return config.vocab_size * (4 + 4 + 4) + config.vocab_size // 8
+
+
+def workspace_bytes(
+    config: ModelConfig,
+    length: int,
+    *,
+    max_num_batched_tokens: int,
+    max_pause_tokens: int,
+    max_num_seqs: int,
+    budgets: SparseBudgets | None = None,
+    dtype: str = "float32",
+) -> int:
+    """Peak bytes of all that may be under way at once while contexts of up to `length` tokens are served.
+
+    A chunk of a long prompt that stands at a pause, short prompts that are read meanwhile, and the decode rows with
+    what they are drawn from; graphs of 1, 2, 4, ... rows hold as much again.
+    """
+    chunk = activation_bytes(config, min(length, max_num_batched_tokens), length, budgets, dtype)
+    decode = 2 * activation_bytes(config, max_num_seqs, length, None, dtype) + max_num_seqs * sampling_bytes(config)
+    if max_num_seqs == 1:  # nothing is read in the pauses of the one there is
+        return max(chunk, decode)
+    return chunk + activation_bytes(config, min(length, max_pause_tokens), length, budgets, dtype) + decode
+
+
 def plan_memory(
     config: ModelConfig,
     length: int,

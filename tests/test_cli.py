@@ -177,7 +177,7 @@ def test_options_that_contradict_each_other_are_refused(
     [
         (["--temperature", "nan"], "temperature must be a finite number"),
         (["--top-p", "1.5"], "top_p must be in (0, 1], got 1.5"),
-        (["--max-model-len", "300"], "exceeds max_model_len"),
+        (["--max-model-len", "300"], "exceeds the capacity of max_model_len"),
         (["--sparse-budgets", "/nowhere/budgets.json"], "/nowhere/budgets.json"),
     ],
 )
@@ -339,10 +339,13 @@ def test_a_prompt_that_is_too_long_is_refused_in_one_line_that_helps(document: P
     done = run("generate", "--model", model, "--prompt-file", document)
     assert done.returncode == 2
     line = error_line(done)
-    assert re.search(r"exceeds max_model_len \(1000 tokens, all that the model has\): shorten the prompt by \d+ ", line)
-    assert "0 new tokens" not in line and "raise" not in line and "from_pretrained" not in line
+    assert re.search(
+        r"max_model_len \(1000 tokens, all that the model has\), .* beside it: shorten the prompt by \d+",
+        line,
+    )
+    assert "0 new tokens" not in line and "increase" not in line and "from_pretrained" not in line
     line = error_line(run("generate", "--model", NEEDLE, "--prompt-file", document, "--max-model-len", "1000"))
-    assert line.endswith(", or raise max_model_len (--max-model-len) to at most 1048576, all that the model has")
+    assert line.endswith(", or increase max_model_len (--max-model-len) to at most 1048576, all that the model has")
 
 
 def test_memory_that_cannot_be_had_is_named_with_what_takes_less(

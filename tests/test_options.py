@@ -12,32 +12,43 @@ import paddle
 import pytest
 
 from paddle_qwen1m import cli
-from paddle_qwen1m.options import LOADING, EngineOptions, Option, read_loading_options
+from paddle_qwen1m.options import (
+    ACCEPTED,
+    ANY,
+    AUTO,
+    OPTIONS,
+    EngineOptions,
+    Face,
+    Option,
+    options_of,
+    read_llm_options,
+    read_loading_options,
+)
 from paddle_qwen1m.paddlenlp import Qwen2OneMForCausalLM
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-TABLE = {option.name: option for option in LOADING}
+TABLE = options_of(Face.LOADING)
 
 
 def readme_row(option: Option) -> str:
-    flag = f" (`{option.flag}`)" if option.default == "on" else ""
+    flag = f" (`{option.flag}`)" if option.default == "on" and option.faces & Face.COMMAND else ""
     return f"| `{option.name}`{flag} | {option.default} | {option.help} |"
 
 
 def test_the_readme_has_the_table() -> None:
-    table = "\n".join(
-        ["| option | default | meaning |", "|---|---|---|"] + [readme_row(o) for o in LOADING if o.command]
-    )
-    assert table in README, f"paste this into the README:\n{table}"
+    command, python = options_of(Face.COMMAND), options_of(Face.LLM)
+    for rows in (command.values(), [option for name, option in python.items() if name not in command]):
+        table = "\n".join(["| option | default | meaning |", "|---|---|---|", *map(readme_row, rows)])
+        assert table in README, f"paste this into the README:\n{table}"
 
 
 def test_the_command_has_the_options_it_should() -> None:
     parser = argparse.ArgumentParser()
     cli._add_model_options(parser)
     text = re.sub(r"\s+", " ", parser.format_help())
-    for option in LOADING:
-        assert (f"{option.flag} " in text) == option.command, option.name
-        assert not option.command or option.help in text, option.name
+    for option in OPTIONS:
+        assert (f"{option.flag} " in text) == bool(option.faces & Face.COMMAND), option.name
+        assert not option.faces & Face.COMMAND or option.help in text, option.name
 
 
 def test_what_the_command_leaves_out_counts_as_not_given() -> None:
@@ -55,7 +66,7 @@ def test_what_the_command_leaves_out_counts_as_not_given() -> None:
 
 def test_the_docstring_of_from_pretrained_has_every_option() -> None:
     text = " ".join((Qwen2OneMForCausalLM.from_pretrained.__doc__ or "").split())
-    for option in LOADING:
+    for option in TABLE.values():
         assert f"{option.name}: {option.help} (default: {option.default})" in text
 
 
@@ -111,4 +122,72 @@ def test_values_that_cannot_be_used_are_named(name: str, value: Any, message: st
 def test_unknown_options_are_refused_with_those_that_exist() -> None:
     with pytest.raises(TypeError, match="no option max_lenght; it has: max_model_len, ") as error:
         read_loading_options({"max_lenght": 3})
-    assert all(option.name in str(error.value) for option in LOADING)
+    assert all(name in str(error.value) for name in TABLE)
+
+
+def test_llm_reads_what_users_of_vllm_write() -> None:
+    given = read_llm_options(
+        {
+            "max_model_len": "auto",
+            "dtype": "half",
+            "kv_cache_dtype": "auto",
+            "gpu_memory_utilization": 0.9,
+            "enforce_eager": True,
+            "enable_chunked_prefill": True,
+            "quantization": None,
+            "trust_remote_code": True,
+            "swap_space": 4,
+            "tokenizer_mode": "auto",
+        }
+    )
+    assert given == {
+        "max_model_len": AUTO,
+        "dtype": "float16",
+        "gpu_memory_utilization": 0.9,
+        "enforce_eager": True,
+        "enable_chunked_prefill": True,
+    }
+    assert read_llm_options({"max_model_len": -1}) == {"max_model_len": AUTO}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("quantization", "fp8", "quantization='fp8': there are no kernels .* leave it out, or spread the model"),
+        ("kv_cache_dtype", "fp8_e4m3", "kv_cache_dtype='fp8_e4m3': there are no kernels .* leave it out"),
+        ("kv_cache_dtype", "int8", "there are no kernels"),
+        ("kv_cache_dtype", "float64", "kv_cache_dtype must be one of float32, bfloat16, float16, got 'float64'"),
+        ("enable_chunked_prefill", False, "enable_chunked_prefill=False: it is always on; .* max_num_batched_tokens"),
+        ("max_model_len", 0, "at least 1, got 0; 'auto' takes the longest that fits"),
+        ("max_model_len", "1.01e6", "got '1.01e6'; 'auto' takes the longest that fits"),
+        ("gpu_memory_utilization", 0, "must be a number above 0, at most 1, got 0"),
+        ("gpu_memory_utilization", 1.5, "must be a number above 0, at most 1, got 1.5"),
+        ("gpu_memory_utilization", "0.9", "must be a number above 0, at most 1, got '0.9'"),
+        ("prefix_temperature_tolerance", -1e-3, "must be a number of at least 0, got -0.001"),
+        ("prefix_temperature_tolerance", float("nan"), "got nan"),
+        ("pipeline_parallel_size", 2, "pipeline_parallel_size=2 is not there: leave it out, or write 1"),
+        ("tokenizer_mode", "slow", "tokenizer_mode='slow' is not there: leave it out, or write 'auto'"),
+    ],
+)
+def test_llm_refuses_what_is_not_there(name: str, value: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_llm_options({name: value})
+
+
+def test_llm_names_its_options_and_what_to_write_instead() -> None:
+    with pytest.raises(TypeError, match="no option download_dir; instead of download_dir write cache_dir; ") as error:
+        read_llm_options({"download_dir": "/x"})
+    assert all(name in str(error.value) for name in options_of(Face.LLM))
+
+
+def test_what_is_accepted_is_no_option() -> None:
+    assert not set(ACCEPTED) & {option.name for option in OPTIONS}
+    given = {name: 1 if allowed is ANY else allowed[0] for name, allowed in ACCEPTED.items()}
+    assert read_llm_options(given) == {}
+
+
+def test_defaults_in_words_are_those_of_the_engine() -> None:
+    for name, default in vars(EngineOptions()).items():
+        option = options_of(Face.LLM).get(name)
+        if option is not None and not isinstance(default, bool) and name.startswith(("max_num_seqs", "prefix")):
+            assert option.default == f"{default:g}"

@@ -19,7 +19,7 @@ import paddle
 from paddle_qwen1m.attention.selector import Observer
 from paddle_qwen1m.cache import CacheFull, PagedCache, PagePool, choose_page_size
 from paddle_qwen1m.config import SparseBudgets
-from paddle_qwen1m.engine.admission import Budget, cache_pages
+from paddle_qwen1m.engine.admission import Budget, Limits, cache_pages
 from paddle_qwen1m.engine.borders import Chunking
 from paddle_qwen1m.engine.core import (
     Completion,
@@ -102,6 +102,12 @@ class Engine:
             options.sparse_threshold,
             replay=model.on_gpu and options.cuda_graph,
         )
+
+    @property
+    def limits(self) -> Limits:
+        """What requests must keep to."""
+        config = self.model.config
+        return Limits(self.max_model_len, config.max_position_embeddings, config.vocab_size, self.options.cache_tokens)
 
     def is_sparse(self, prompt_length: int) -> bool:
         """Whether a prompt of so many tokens is prefilled sparsely: all of its chunks are, or none."""
@@ -226,32 +232,13 @@ class Engine:
 
     def check_length(self, prompt: int, max_new_tokens: int = 0) -> None:
         """ValueError when a prompt of so many tokens and its answer do not fit max_model_len."""
-        limit, most = self.max_model_len, self.model.config.max_position_embeddings
-        if prompt + max_new_tokens <= limit:
-            return
-        ways = []
-        if prompt < limit:
-            ways.append(f"ask for at most {limit - prompt} new tokens")
-        excess = prompt + max_new_tokens - limit
-        ways.append(f"shorten the prompt by {excess} tokens" if excess < prompt else "give a shorter prompt")
-        if prompt < most and limit < most:
-            ways.append(f"raise max_model_len (--max-model-len) to at most {most}, all that the model has")
-        raise ValueError(
-            f"Input prompt ({prompt} tokens) + max_new_tokens ({max_new_tokens}) is too long and exceeds max_model_len "
-            f"({limit} tokens{', all that the model has' if limit == most else ''}): {', or '.join(ways)}"
-        )
+        self.limits.check_length(prompt, max_new_tokens)
 
     def _check(self, request: Request) -> None:
         """ValueError for a request that is not one, or that does not fit max_model_len."""
         if request.id in self._sequences:
             raise ValueError(f"there is a request with the id {request.id!r} already")
-        vocabulary, prompt = self.model.config.vocab_size, request.prompt
-        if prompt.min() < 0 or prompt.max() >= vocabulary:
-            raise ValueError(
-                f"token ids must be 0 to {vocabulary - 1}, got {prompt.min()} to {prompt.max()}: another model's "
-                "tokenizer?"
-            )
-        self.check_length(len(prompt), request.max_length - len(prompt))
+        self.limits.check(request)
 
     def _run(self, requests: ManyOf[Request]) -> Iterator[Event]:
         """Events of requests that come together, until all are done; those that are not at the end are dropped."""

@@ -19,7 +19,7 @@ from paddle_qwen1m.config import SparseBudgets
 from paddle_qwen1m.dtypes import dtype_name
 from paddle_qwen1m.engine import Engine, SamplingParams
 from paddle_qwen1m.model import Qwen2OneM
-from paddle_qwen1m.options import EngineOptions, describe_loading_options, read_loading_options
+from paddle_qwen1m.options import EngineOptions, Face, describe_options, read_loading_options
 from paddle_qwen1m.paddlenlp.batch import TokenIds, read_batch, read_positions
 from paddle_qwen1m.paddlenlp.generation import OPTIONS, Defaults, Request, drawn_seed, read_request
 from paddle_qwen1m.paddlenlp.hub import Checkpoint
@@ -41,7 +41,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 def _with_options(function: Function) -> Function:
     """Ends a docstring with the table of options; `python -OO` keeps no docstring to end."""
     if function.__doc__ is not None:
-        function.__doc__ = function.__doc__.rstrip() + "\n\n" + describe_loading_options(" " * 8)
+        function.__doc__ = function.__doc__.rstrip() + "\n\n" + describe_options(Face.LOADING, " " * 8)
     return function
 
 
