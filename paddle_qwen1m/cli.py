@@ -43,6 +43,7 @@ from paddle_qwen1m.streams import (
     shown,
     text_argument,
 )
+from paddle_qwen1m.text import Detokenizer, decoder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -54,7 +55,6 @@ if TYPE_CHECKING:
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 SAMPLING_OPTIONS = ("max_new_tokens", "min_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed")
 DEFAULT_NEW_TOKENS = 512
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 @dataclass(frozen=True)
@@ -66,36 +66,6 @@ class Command:
     configure: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int]
     log_level: int = logging.INFO
-
-
-class TextStream:
-    """Turns tokens into text as they come, holding back what does not yet end on a whole character."""
-
-    def __init__(self, decode: Callable[[list[int]], str], write: Callable[[str], object]) -> None:
-        self._decode = decode
-        self._write = write
-        self._tokens: list[int] = []
-        self._context = 0
-        self._written = 0
-
-    def put(self, token: int) -> None:
-        self._tokens.append(token)
-        text = self._pending()
-        if text and not text.endswith(REPLACEMENT):
-            self._write(text)
-            self._context, self._written = self._written, len(self._tokens)
-
-    def end(self) -> None:
-        """Write what was held back, incomplete characters included."""
-        text = self._pending()
-        if text:
-            self._write(text)
-            self._context = self._written = len(self._tokens)
-
-    def _pending(self) -> str:
-        """Text of the tokens not yet written, decoded together with those just before them."""
-        known = self._decode(self._tokens[self._context : self._written])
-        return self._decode(self._tokens[self._context :])[len(known) :]
 
 
 def user_text(document: str, question: str | None) -> str:
@@ -286,18 +256,15 @@ def _answer(
         for prompt, params in zip(prompts, choices):
             model.engine.check_length(len(prompt), params.max_tokens or 0)
 
-    def decode(tokens: list[int]) -> str:
-        return str(tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-
+    decode = decoder(tokenizer)
     leader = Leader(model.engine)
     for question, prompt, params in zip(questions, prompts, choices):
-        stream = TextStream(decode, output.write)
-        run = _Run(len(prompt), None if arguments.json else stream.put)
+        text = Detokenizer(decode)
+        run = _Run(len(prompt), None if arguments.json else _writer(text, output))
         with run:
             completion = leader.generate([prompt], [params], on_token=run.token, on_prefill=run.prefill)[0]
         if not arguments.json:
-            stream.end()
-            output.write("\n")
+            output.write(text.end() + "\n")
             note(run.summary())
             continue
         report = {
@@ -314,6 +281,15 @@ def _answer(
         }
         output.write(json.dumps(report) + "\n")
     leader.close()
+
+
+def _writer(text: Detokenizer, output: Output) -> Callable[[int], None]:
+    """Writes the text of tokens as they come."""
+
+    def show(token: int) -> None:
+        output.write(text.put(token))
+
+    return show
 
 
 class _Run:

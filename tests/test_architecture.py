@@ -16,6 +16,7 @@ dtypes
 memory
 progress
 streams
+text
 threads
 config_keys
 config             config_keys dtypes
@@ -32,7 +33,7 @@ engine             attention cache config memory model ops options parallel plan
 parallel.follow    engine
 paddlenlp          config config_keys dtypes engine model options parallel weights
 check              config config_keys dtypes memory model ops options paddlenlp parallel plan weights
-cli                cards check dtypes engine ops options paddlenlp parallel parallel.follow progress streams weights
+cli               cards check dtypes engine ops options paddlenlp parallel parallel.follow progress streams text weights
 __main__           cli
 __init__           paddlenlp threads
 """

@@ -66,40 +66,6 @@ def error_line(done: subprocess.CompletedProcess[str]) -> str:
     return lines[0]
 
 
-# --- text that is streamed ---
-
-
-def streamed(pieces: list[bytes]) -> list[str]:
-    """What a TextStream writes when token i stands for the bytes pieces[i]."""
-    written: list[str] = []
-    stream = cli.TextStream(lambda ids: b"".join(pieces[i] for i in ids).decode("utf-8", "replace"), written.append)
-    for token in range(len(pieces)):
-        stream.put(token)
-    stream.end()
-    return written
-
-
-def test_stream_writes_every_token_as_it_comes() -> None:
-    assert streamed([b"The", b" code", b" is", b" 5"]) == ["The", " code", " is", " 5"]
-
-
-def test_stream_never_writes_half_a_character() -> None:
-    smile = "🙂".encode()
-    written = streamed([b"a", smile[:1], smile[1:3], smile[3:], "é".encode()[:1], "é".encode()[1:]])
-    assert written == ["a", "🙂", "é"]
-
-
-def test_stream_ends_with_what_was_held_back() -> None:
-    assert streamed([b"a", "🙂".encode()[:2]]) == ["a", "\N{REPLACEMENT CHARACTER}"]
-
-
-def test_stream_is_the_text_whatever_the_split() -> None:
-    text = "Zürich, 東京 and 🙂🙃 — naïve\n\n½ done"
-    raw = text.encode()
-    for width in (1, 2, 3, 5):
-        assert "".join(streamed([raw[i : i + width] for i in range(0, len(raw), width)])) == text
-
-
 # --- the prompt ---
 
 
@@ -248,7 +214,7 @@ def generate_json(document: Path, capsys: pytest.CaptureFixture[str], *options: 
 
 
 def test_a_seed_repeats_a_sampled_answer(document: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--temperature", "3", "--top-p", "1", "--top-k", "0", "--max-new-tokens", "12"]
+    options = ["--temperature", "2", "--top-p", "1", "--top-k", "0", "--max-new-tokens", "12"]
     first = generate_json(document, capsys, *options)
     again = generate_json(document, capsys, *options, "--seed", str(first["seed"]))
     other = generate_json(document, capsys, *options, "--seed", str(first["seed"] + 1))
