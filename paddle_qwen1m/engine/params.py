@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 GREEDY_BELOW, LOWEST_TEMPERATURE = 1e-5, 0.01
 MAX_LOGPROBS = 20
@@ -67,6 +67,8 @@ class SamplingParams:
     ValueError for what cannot be used.
     """
 
+    MAX_TEMPERATURE: ClassVar[float] = 2.0
+
     n: int = 1
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
@@ -122,7 +124,7 @@ class SamplingParams:
         for name, low, high in (
             ("presence_penalty", -2.0, 2.0),
             ("frequency_penalty", -2.0, 2.0),
-            ("temperature", 0.0, 2.0),
+            ("temperature", 0.0, self.MAX_TEMPERATURE),
             ("min_p", 0.0, 1.0),
         ):
             if not low <= _number(name, getattr(self, name)) <= high:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,6 +26,12 @@ from paddle_qwen1m.paddlenlp.generation_keys import (
 
 DEFAULT_NEW_TOKENS = 20  # what a fresh GenerationConfig says, so it cannot be told from a choice
 OPTIONS = (*HONOURED, "attention_mask", "generation_config", "streamer")
+
+
+class AnyTemperature(SamplingParams):
+    """Those of generate(): PaddleNLP sets the temperature no limit."""
+
+    MAX_TEMPERATURE = math.inf
 
 
 @dataclass(frozen=True)
@@ -189,7 +196,7 @@ def read_request(
     padding, pad_is_end = _padding(given, base, defaults, eos_token_id)
 
     return Request(
-        SamplingParams(
+        AnyTemperature(
             max_tokens=longest,
             min_tokens=shortest,
             temperature=temperature,
