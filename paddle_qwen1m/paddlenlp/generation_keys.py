@@ -63,8 +63,8 @@ def _strategy(name: str, value: Any) -> str:
 
 
 def _temperature(name: str, value: Any) -> float:
-    if not 0 <= number(name, value) <= 2:
-        raise ValueError(f"{name} must be 0 (greedy) to 2, got {value}")
+    if number(name, value) < 0:
+        raise ValueError(f"{name} must be 0 (greedy) or greater, got {value}")
     return float(value)
 
 
