@@ -15,7 +15,7 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-constexpr int64_t kSmallestBytes = 1 << 16;
+constexpr int64_t kSmallestBytes = 1 << 16, kLargestKept = 1 << 24;
 constexpr std::chrono::microseconds kSpin(50), kSleep(20);
 
 struct Kept {
@@ -51,7 +51,7 @@ int copy(qwen1m_parcel* parcel, void* to, const void* from, int64_t bytes, cudaM
 
 using namespace qwen1m::cuda;
 
-// Pinning memory waits for the whole device, so that parcels are never unpinned, and few sizes serve all.
+// Pinning and unpinning memory waits for the whole device: few sizes serve all, and but for large ones all are kept.
 qwen1m_parcel* qwen1m_cuda_take_parcel(int64_t bytes) {
   int device = 0;
   if (cudaGetDevice(&device) != cudaSuccess) return nullptr;
@@ -82,6 +82,12 @@ qwen1m_parcel* qwen1m_cuda_take_parcel(int64_t bytes) {
 }
 
 void qwen1m_cuda_give_parcel(qwen1m_parcel* parcel) {
+  if (parcel->bytes > kLargestKept) {
+    cudaFreeHost(parcel->memory);  // waits for the copies
+    cudaEventDestroy(event_of(parcel));
+    delete parcel;
+    return;
+  }
   Kept& all = kept();
   const std::lock_guard<std::mutex> lock(all.mutex);
   all.parcels.push_back(parcel);

@@ -93,8 +93,7 @@ class DecodeSlots:
             step = self._step_of(count, top_logprobs)
             self._steps[key] = ReplayedStep(step) if self._replay else step
         outputs = self._steps[key]()
-        if self._replay:  # no layer of a replay marks itself
-            self._group.mark(self._ids, replayed=True)
+        self._group.mark(self._ids, replayed=self._replay)  # no layer of a replay marks itself
         return outputs
 
     def release(self) -> None:

@@ -47,7 +47,8 @@ class Runner:
         self._slots: DecodeSlots | None = None
         self._standing: Chunk | None = None
         self._wanted: paddle.Tensor | None = None
-        self._nothing = ops.tensor(np.zeros(1, np.int32))
+        self._point = [ops.tensor(np.zeros(1, np.int32))] if model.group.rank == 0 else []
+        """What is posted of a point, where only that it has come matters."""
 
     @property
     def cache(self) -> PagedCache:
@@ -89,17 +90,15 @@ class Runner:
             )
 
     def run(self, order: Order, read: Read | None = None) -> ops.Post | None:
-        """Queues what an order says. Rank 0 gets a post of a Prefill, Advance, Head or Decode; nobody of others.
+        """Queues what an order says. Rank 0 gets a post of a Prefill or Advance, which says with `done` whether the
+        chunk has come to its end, and of a Decode, which holds what DecodeSlots.step gives. Whoever has a `read` gets
+        one of a Head, of what that makes of the logits. There are no others.
 
-        The post of a Prefill or Advance says with `done` whether the chunk has come to its end. That of a Head holds
-        what `read` makes of the logits, that of a Decode what DecodeSlots.step gives. After an error the chunk that it
-        came from is gone.
+        After an error the chunk that it came from is gone.
         """
         with paddle.no_grad():
             values, done = self._run(order, read)
-        if values is None or self.model.group.rank != 0:
-            return None
-        return ops.Post(values, done=done)
+        return ops.Post(values, done=done) if values else None
 
     def observe(self, observer: Observer | None) -> None:
         """From now on `observer` sees every choice of keys."""
@@ -139,20 +138,20 @@ class Runner:
             self.model.group.mark(ids, replayed=True)
         return ids, logprobs
 
-    def _run(self, order: Order, read: Read | None = None) -> tuple[ManyOf[paddle.Tensor] | None, bool]:
-        """What rank 0 posts, None for nothing, and whether a chunk has not been left standing."""
+    def _run(self, order: Order, read: Read | None = None) -> tuple[ManyOf[paddle.Tensor], bool]:
+        """What this rank posts, if anything, and whether no chunk has been left standing by it."""
         slots = self._slots
         assert slots is not None, "a cache is made before orders are run"
         if isinstance(order, Prefill):
             assert not self.in_flight or order.points == 0, "one chunk at most stands at a point"
-            return [self._nothing], self._go_on(self._begin(order), order.points)
+            return self._point, self._go_on(self._begin(order), order.points)
         if isinstance(order, Advance):
             assert self._standing is not None, "no chunk stands at a point"
             chunk, self._standing = self._standing, None
-            return [self._nothing], self._go_on(chunk, order.points)
+            return self._point, self._go_on(chunk, order.points)
         if isinstance(order, Head):
             logits = self._head(order)
-            return (None if read is None else read(logits)), True
+            return (() if read is None else read(logits)), True
         if isinstance(order, Decode):
             for slot in order.leave:
                 slots.leave(slot)
@@ -167,7 +166,7 @@ class Runner:
         if isinstance(order, Rest):
             self._wanted = None
             slots.clear()
-        return None, True
+        return (), True
 
     def _begin(self, order: Prefill) -> Chunk:
         firsts = np.cumsum([0, *(len(rows.ids) for rows in order.rows)]).tolist()

@@ -15,6 +15,8 @@ from paddle_qwen1m.ops.library import call, library
 
 ALIGNMENT = 64
 NOT_READY = 600  # cudaErrorNotReady
+SLICE_SECONDS = 0.5
+"""Whoever waits without a limit gives Ctrl-C its turn so often."""
 
 
 class _Struct(ctypes.Structure):
@@ -76,9 +78,13 @@ class Post:
         """Whether it has come; never waits."""
         return self._parcel.arrived(0.0)
 
-    def wait(self, seconds: float = math.inf) -> bool:
+    def wait(self, seconds: float | None = None) -> bool:
         """Waits for it, `seconds` at most, while other threads of Python run: whether it has come."""
-        return self._parcel.arrived(seconds)
+        if seconds is not None:
+            return self._parcel.arrived(seconds)
+        while not self._parcel.arrived(SLICE_SECONDS):
+            pass
+        return True
 
     def result(self) -> tuple[np.ndarray, ...]:
         """The values, in the order of the tensors; waits for them."""

@@ -73,6 +73,8 @@ def rotate_and_cache(
     queries, keys, values = np.split(rows, [-2 * kv_heads, -kv_heads], axis=1)
     table = wide(table)
     for token, slot in enumerate(np.asarray(slots)):
+        if slot < 0:  # a row that is not cached
+            continue
         page, offset = divmod(int(slot), page_size)
         key_cache[page, offset] = round_to_cache(rotate(keys[token], table[0, token]))
         value_cache[page, offset] = round_to_cache(values[token])

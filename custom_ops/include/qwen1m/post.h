@@ -4,8 +4,8 @@
 
 #include "qwen1m/types.h"
 
-// Whoever takes a parcel has it until it gives it back, and alone. It is kept for others then, also while copies are
-// under way.
+// Whoever takes a parcel has it alone until it is given back. Then it is kept for others, who get it when the copies
+// that are under way still are done.
 typedef struct {
   void* memory;  // of the host, `bytes` of it
   int64_t bytes;
