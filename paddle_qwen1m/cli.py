@@ -243,8 +243,6 @@ def _answer(
     arguments: argparse.Namespace, output: Output, document: str, questions: Sequence[str | None], system: str | None
 ) -> None:
     """Loads the model, checks that every question fits, then answers them in order."""
-    from paddle_qwen1m.parallel.follow import Leader
-
     started = time.perf_counter()
     with as_input():
         model = _load_model(arguments)
@@ -257,12 +255,11 @@ def _answer(
             model.engine.check_length(len(prompt), params.max_tokens or 0)
 
     decode = decoder(tokenizer)
-    leader = Leader(model.engine)
     for question, prompt, params in zip(questions, prompts, choices):
         text = Detokenizer(decode)
         run = _Run(len(prompt), None if arguments.json else _writer(text, output))
         with run:
-            completion = leader.generate([prompt], [params], on_token=run.token, on_prefill=run.prefill)[0]
+            completion = model.engine.generate([prompt], params, on_token=run.token, on_prefill=run.prefill)[0]
         if not arguments.json:
             output.write(text.end() + "\n")
             note(run.summary())
@@ -280,7 +277,7 @@ def _answer(
             **run.timings(),
         }
         output.write(json.dumps(report) + "\n")
-    leader.close()
+    model.engine.dismiss()
 
 
 def _writer(text: Detokenizer, output: Output) -> Callable[[int], None]:
@@ -558,11 +555,9 @@ def _interrupted(_signal: int, _frame: object) -> None:
 
 def _follow(arguments: argparse.Namespace) -> int:
     """A rank other than 0: does what rank 0 asks for."""
-    from paddle_qwen1m.parallel.follow import follow
-
     with as_input():
         model = _load_model(arguments)
-    follow(model.engine)
+    model.engine.follow()
     return 0
 
 

@@ -30,10 +30,9 @@ cache              config ops
 attention          cache config ops
 model              attention cache config dtypes ops parallel weights
 engine             attention cache config memory model ops options parallel plan
-parallel.follow    engine
 paddlenlp          config config_keys dtypes engine model options parallel weights
 check              config config_keys dtypes memory model ops options paddlenlp parallel plan weights
-cli               cards check dtypes engine ops options paddlenlp parallel parallel.follow progress streams text weights
+cli               cards check dtypes engine ops options paddlenlp parallel progress streams text weights
 __main__           cli
 __init__           paddlenlp threads
 """

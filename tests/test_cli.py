@@ -236,10 +236,17 @@ def test_raw_text_and_a_system_message_change_the_prompt(document: Path, capsys:
 def test_several_questions_are_answered_in_order_after_one_prefill(
     document: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    from paddle_qwen1m.engine.orders import Order, Prefill
     from paddle_qwen1m.engine.runner import Runner
 
-    prefill, chunks = Runner.prefill, []
-    monkeypatch.setattr(Runner, "prefill", lambda self, chunk: chunks.append(chunk.end) or prefill(self, chunk))
+    run, chunks = Runner.run, []
+
+    def note(runner: Runner, order: Order, *arguments: Any) -> Any:
+        if isinstance(order, Prefill):
+            chunks.append(order.rows[0].end)
+        return run(runner, order, *arguments)
+
+    monkeypatch.setattr(Runner, "run", note)
     arguments = ["generate", "--model", str(NEEDLE), "--prompt-file", str(document), "--json", "--greedy"]
     options = ["--max-num-batched-tokens", "256", "--max-new-tokens", "20"]
     questions = [QUESTION, "What is the access code for jade?", QUESTION]

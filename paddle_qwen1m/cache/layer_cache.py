@@ -9,8 +9,6 @@ import numpy as np
 import paddle
 
 from paddle_qwen1m import ops
-from paddle_qwen1m.cache.pool import PagePool
-from paddle_qwen1m.cache.prefix import PrefixIndex
 from paddle_qwen1m.config import ModelConfig
 
 
@@ -29,8 +27,6 @@ class PagedCache:
         shape = [num_pages, page_size, config.num_kv_heads, config.head_dim]
         chunk_len = config.dual_chunk.chunk_len
         self.page_size = page_size
-        self.pool = PagePool(num_pages, page_size, self.copy_page)
-        self.prefixes = PrefixIndex(self.pool)
         self.layers = [
             LayerCache(paddle.empty(shape, dtype), paddle.empty(shape, dtype), chunk_len)
             for _ in range(config.num_layers)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import dataclass, field
-from typing import Union
+from typing import Protocol, Union
 
 import numpy as np
 
@@ -139,13 +139,83 @@ class PrefillProgress:
     seconds: float
 
 
+class Rules(Protocol):
+    """What says which tokens an answer may go on with."""
+
+    def words(self) -> np.ndarray | None:
+        """Mask uint32 [ceil(vocab / 32)] of the tokens that may come next; None: all of them."""
+
+    def accept(self, token: int) -> bool:
+        """The answer goes on with this token: whether the mask may be another than before."""
+
+
+@dataclass(eq=False)
+class Answer:
+    """The `index`-th answer to a request and what has become of it: all but its last token have their keys in `pages`.
+
+    seed: of its draws. rules: which tokens it may have; None: all. chosen_at: when its last token came, by the
+    scheduler's clock.
+    """
+
+    request: Request
+    index: int
+    seed: int
+    rules: Rules | None = None
+    pages: list[int] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    token_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    chosen_at: float = 0.0
+
+    @property
+    def params(self) -> SamplingParams:
+        assert self.request.params is not None
+        return self.request.params
+
+    @property
+    def num_cached(self) -> int:
+        """Tokens of prompt and answer that have keys."""
+        return len(self.request.prompt) + max(0, len(self.token_ids) - 1)
+
+    def append(self, token: int, logprob: float, logprobs: TokenLogprobs | None = None) -> TokenChosen:
+        """The next token has been chosen. Whether it ends the answer is in the event."""
+        assert self.finish_reason is None
+        self.token_ids.append(token)
+        self.logprobs.append(logprob)
+        if logprobs is not None:
+            self.token_logprobs.append(logprobs)
+        params, ends = self.params, self.request.eos_token_ids
+        if token in ends and not params.ignore_eos:
+            self.finish_reason = "stop"
+        elif token in params.stop_token_ids:
+            self.finish_reason, self.stop_reason = "stop", token
+        elif len(self.token_ids) == params.max_tokens:
+            self.finish_reason = "length"
+        return TokenChosen(self.request.id, token, logprob, self.index, logprobs, self.finish_reason)
+
+    def completion(self) -> Completion:
+        assert self.finish_reason is not None
+        asked = self.params.logprobs is not None
+        return Completion(
+            self.token_ids,
+            self.logprobs,
+            self.finish_reason,
+            self.index,
+            self.stop_reason,
+            self.token_logprobs if asked else None,
+        )
+
+
 @dataclass(eq=False)
 class Sequence:
-    """A request and what has become of it. Its first `num_cached` tokens have their keys in `pages`.
+    """A request whose prompt waits, is read, or has been: its first `num_cached` tokens have their keys in `pages`.
 
-    temperature_length: the n of the temperature and of the sparse threshold while the prompt is read. seed: of the
-    draws. made_under, m2, sparse: what else than tokens decides about the prompt's keys. num_reused: tokens that were
-    in the cache when it `started`. chain: the names of the prompt's prefixes, once it has looked for one.
+    temperature_length: the n of the temperature and of the sparse threshold while the prompt is read. made_under, m2,
+    sparse: what else than tokens decides about the prompt's keys. num_reused: tokens that were in the cache when it
+    `started`. chain: the names of the prompt's prefixes. ends: where its chunks end. spare: pages for answers behind
+    the first. passed: how often one that came later has gone before it. results: those of it that are on their way.
     """
 
     request: Request
@@ -159,9 +229,16 @@ class Sequence:
     num_reused: int = 0
     started: float | None = None
     chain: PrefixChain | None = None
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    finish_reason: str | None = None
+    ends: list[int] = field(default_factory=list)
+    spare: list[int] = field(default_factory=list)
+    answers: list[Answer] = field(default_factory=list)
+    passed: int = 0
+    results: int = 0
+    is_gone: bool = False
+
+    def __post_init__(self) -> None:
+        if self.request.params is not None:
+            self.answers = [Answer(self.request, n, (self.seed + n) % 2**63) for n in range(self.request.params.n)]
 
     @property
     def id(self) -> str:
@@ -172,17 +249,13 @@ class Sequence:
         return self.request.prompt
 
     @property
-    def params(self) -> SamplingParams:
-        assert self.request.params is not None
-        return self.request.params
-
-    @property
-    def length(self) -> int:
-        return len(self.prompt) + len(self.token_ids)
-
-    @property
     def max_length(self) -> int:
         return self.request.max_length
+
+    @property
+    def remaining(self) -> int:
+        """Tokens of the prompt that are still to be computed."""
+        return len(self.prompt) - self.num_cached
 
     @property
     def is_prefilled(self) -> bool:
@@ -190,22 +263,35 @@ class Sequence:
 
     @property
     def is_finished(self) -> bool:
-        return self.finish_reason is not None or (self.request.params is None and self.is_prefilled)
+        return (
+            self.is_prefilled and not self.results and all(answer.finish_reason is not None for answer in self.answers)
+        )
 
-    def append(self, token: int, logprob: float) -> None:
-        assert self.is_prefilled and self.finish_reason is None
-        self.token_ids.append(token)
-        self.logprobs.append(logprob)
-        if token in self.params.stop_token_ids:
-            self.finish_reason = "stop"
-        elif len(self.token_ids) == self.params.max_tokens:
-            self.finish_reason = "length"
+    @property
+    def reuse_limit(self) -> int | None:
+        """How many tokens may be reused: those before the first one whose logits are asked for; None is any number."""
+        params, positions = self.request.params, self.request.logit_positions
+        if self.asks_likelihoods or (params is not None and params.skip_reading_prefix_cache):
+            return 0
+        return positions[0] if positions else None
+
+    @property
+    def asks_likelihoods(self) -> bool:
+        """Whether the log-probabilities of the prompt's own tokens are asked for."""
+        return self.request.params is not None and self.request.params.prompt_logprobs is not None
+
+    def wanted(self, begin: int, end: int) -> list[int]:
+        """Positions of the prompt in [begin, end) after which logits are wanted, ascending."""
+        if self.asks_likelihoods:
+            return list(range(begin, end))
+        places = [place for place in self.request.logit_positions if begin <= place < end]
+        last = len(self.prompt) - 1
+        if self.answers and begin <= last < end and places[-1:] != [last]:
+            places.append(last)
+        return places
 
     def completions(self) -> tuple[Completion, ...]:
-        if self.request.params is None:
-            return ()
-        assert self.finish_reason is not None
-        return (Completion(self.token_ids, self.logprobs, self.finish_reason),)
+        return tuple(answer.completion() for answer in self.answers)
 
 
 def draw_seed(params: SamplingParams | None) -> int:

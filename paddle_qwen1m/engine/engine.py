@@ -6,21 +6,33 @@ import os
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Iterator
 from collections.abc import Sequence as ManyOf
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Callable
 
 import numpy as np
 import paddle
 
+from paddle_qwen1m import ops
 from paddle_qwen1m.attention.selector import Observer
-from paddle_qwen1m.cache import CacheFull, PagedCache, PagePool, choose_page_size
-from paddle_qwen1m.config import SparseBudgets
+from paddle_qwen1m.cache import (
+    CacheFull,
+    MadeUnder,
+    PagedCache,
+    PagePool,
+    PrefixIndex,
+    SparseRule,
+    budgets_digest,
+    choose_page_size,
+)
+from paddle_qwen1m.config import ModelConfig, SparseBudgets
 from paddle_qwen1m.engine.admission import Budget, Limits, cache_pages
 from paddle_qwen1m.engine.borders import Chunking
+from paddle_qwen1m.engine.choosing import Chooser
 from paddle_qwen1m.engine.core import (
     Completion,
     Event,
@@ -33,30 +45,87 @@ from paddle_qwen1m.engine.core import (
     TokenChosen,
     draw_seed,
 )
-from paddle_qwen1m.engine.graph import Outputs
-from paddle_qwen1m.engine.params import SamplingParams
+from paddle_qwen1m.engine.following import Message, read_error, read_events, read_orders, tell_end, tell_orders
+from paddle_qwen1m.engine.orders import CopyPage, Head, Order, Rest
+from paddle_qwen1m.engine.pacing import LayerWork, Pacer
+from paddle_qwen1m.engine.params import SamplingParams, StructuredOutputsParams
+from paddle_qwen1m.engine.rules import Grammar, TokenRules, token_rules, token_words
 from paddle_qwen1m.engine.runner import Runner
-from paddle_qwen1m.engine.scheduler import PrefillChunk, Scheduler
+from paddle_qwen1m.engine.scheduler import Scheduler, SchedulerLimits
+from paddle_qwen1m.engine.tasks import Task
+from paddle_qwen1m.engine.waiting import WaitingRoom, pages_needed
 from paddle_qwen1m.memory import available_gpu_memory, available_host_memory
 from paddle_qwen1m.model import Qwen2OneM
-from paddle_qwen1m.options import EngineOptions, default_batched_tokens
+from paddle_qwen1m.options import (
+    EngineOptions,
+    default_batched_tokens,
+    default_inter_token_ms,
+    default_pause_tokens,
+)
+from paddle_qwen1m.parallel.split import own_heads
 from paddle_qwen1m.plan import activation_bytes, cache_bytes_per_token
 
 MEGABYTE = 1 << 20
+UNKNOWN = 1 << 40
+"""Megabytes of a machine that does not say how many it has."""
+CompileGrammar = Callable[[StructuredOutputsParams], Grammar]
+
+
+@dataclass
+class Metrics:
+    """Requests that wait and run; pages that requests hold, of all; and sums since the engine was made: tokens of
+    prompts that were read, and of these looked for in the prefix cache, found there, and computed though they were
+    there, cut otherwise; tokens of answers; requests that finished and that were dropped.
+    """
+
+    waiting: int = 0
+    running: int = 0
+    pages_held: int = 0
+    pages: int = 0
+    prompt_tokens: int = 0
+    prefix_queried_tokens: int = 0
+    prefix_reused_tokens: int = 0
+    prefix_recut_tokens: int = 0
+    generated_tokens: int = 0
+    finished: int = 0
+    aborted: int = 0
 
 
 class Engine:
     """Serves requests with one model: `add` them, call `step` until the engine is idle, `abort` what nobody wants.
 
     `options` holds those given with every default filled in; `max_model_len` is the most tokens of one request, prompt
-    and answer together. `runner` runs the steps. The KV cache is made at the first request, for it and those that come
-    with it, and kept until a call needs a larger one, options change, or `release_cache`.
+    and answer together. weights: names the checkpoint in prefixes. compile_grammar: for structured outputs, None
+    refuses them. The KV cache is made by `reserve`, or at the first request, for it and those that come with it, and
+    then kept until a call needs a larger one, options change, or `release_cache`.
+
+    Where several ranks share the model, rank 0 decides what all of them do. `generate` and `logits` are called by every
+    rank with the same input and give every rank the same; or rank 0 alone calls whatever it likes while the others are
+    in `follow`, until it calls `dismiss`.
     """
 
-    def __init__(self, model: Qwen2OneM, options: EngineOptions, budgets: SparseBudgets | None = None) -> None:
+    def __init__(
+        self,
+        model: Qwen2OneM,
+        options: EngineOptions,
+        budgets: SparseBudgets | None = None,
+        *,
+        weights: str = "",
+        compile_grammar: CompileGrammar | None = None,
+    ) -> None:
         self.model = model
-        self._sequences: dict[str, Sequence] = {}
+        self.compile_grammar = compile_grammar
+        self._weights = weights
         self._scheduler: Scheduler | None = None
+        self._pool: PagePool | None = None
+        self._prefixes: PrefixIndex | None = None
+        self._chooser: Chooser | None = None
+        self._posts: deque[tuple[Task, ops.Post]] = deque()
+        self._events: list[Event] = []
+        self._untold: list[Event] = []
+        self._cache_pages: int | None = None
+        self._has_run = False
+        self._metrics = Metrics()
         self._numbers = count()
         self._thread = threading.get_ident()
         self.configure(options, budgets)
@@ -66,8 +135,8 @@ class Engine:
     def configure(self, options: EngineOptions, budgets: SparseBudgets | None = None) -> None:
         """Changes options and budgets between calls. ValueError for what the model or its device does not allow."""
         config, model = self.model.config, self.model
-        if self._sequences:
-            raise ValueError(f"options cannot change while requests run: {', '.join(self._sequences)}")
+        if not self.is_idle:
+            raise ValueError(f"options cannot change while requests run: {', '.join(self._requests)}")
         if options.max_model_len is not None and options.max_model_len > config.max_position_embeddings:
             raise ValueError(
                 f"max_model_len must be at most max_position_embeddings, {config.max_position_embeddings}, got "
@@ -102,6 +171,41 @@ class Engine:
             options.sparse_threshold,
             replay=model.on_gpu and options.cuda_graph,
         )
+        chunk_len, parts = config.dual_chunk.chunk_len, options.prefix_border_parts
+        self._chunking = chunking = Chunking(self.max_num_batched_tokens, chunk_len, page_size, parts)
+        self._sparse_rule = (
+            None
+            if budgets is None
+            else SparseRule(
+                budgets_digest(budgets.vertical, budgets.slash), chunking.chunk_tokens, chunking.part_tokens
+            )
+        )
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request waits or runs, and no event is left to tell."""
+        return not self._requests and not self._events
+
+    @property
+    def metrics(self) -> Metrics:
+        """The numbers now."""
+        scheduler, pool, prefixes = self._scheduler, self._pool, self._prefixes
+        values = replace(self._metrics)
+        if scheduler is not None and pool is not None:
+            values.waiting = scheduler.num_waiting
+            values.running = len(scheduler.requests) - scheduler.num_waiting
+            values.pages, values.pages_held = pool.num_pages, pool.num_pages - pool.available
+        if prefixes is not None:
+            values.prefix_queried_tokens += prefixes.counters.queried_tokens
+            values.prefix_reused_tokens += prefixes.counters.reused_tokens
+            values.prefix_recut_tokens += prefixes.counters.recut_tokens
+        return values
+
+    @property
+    def pool(self) -> PagePool:
+        """Who holds which page of the KV cache."""
+        assert self._pool is not None, "there is no cache yet"
+        return self._pool
 
     @property
     def limits(self) -> Limits:
@@ -117,46 +221,51 @@ class Engine:
         """From now on `observer` is called with (layer, piece, index) for every piece that is prefilled sparsely."""
         self.runner.observe(observer)
 
+    # --- requests ---
+
     def add(self, request: Request) -> None:
         """Lines a request up. ValueError when its id is in use, it has tokens that the model has not, or cannot fit."""
-        self._check(request)
-        if not self._sequences:
-            self._make_room([request.max_length])
-        seed = self.model.group.share(draw_seed(request.params))
-        self._line_up(Sequence(request, seed, len(request.prompt)))
+        request = self._completed(request)
+        self._make_room([request])
+        self._line_up(request)
 
     def abort(self, request_id: str) -> bool:
-        """Drops a request, whatever its state, and frees what it holds. False when there is none of that id."""
-        sequence = self._sequences.pop(request_id, None)
-        if sequence is None:
-            return False
-        assert self._scheduler is not None
-        self._scheduler.retire(sequence)
-        if not self._sequences:
-            self.runner.rest()
+        """Drops a request, whatever its state, and frees what it holds: no event of it comes any more. False when there
+        is none of that id.
+        """
+        known = len(self._events)
+        self._events = [event for event in self._events if event.id != request_id]
+        if self._scheduler is None or not self._scheduler.abort(request_id):
+            return len(self._events) < known
+        self._metrics.aborted += 1
+        self._rest_if_idle()
         return True
 
-    @property
-    def is_idle(self) -> bool:
-        """Whether no request waits or runs."""
-        return not self._sequences
+    def stop(self, request_id: str, index: int, reason: int | str) -> bool:
+        """Ends an answer, with finish_reason "stop" and this stop_reason. False where it has none of its tokens yet, or
+        has ended.
+        """
+        events = None if self._scheduler is None else self._scheduler.stop(request_id, index, reason)
+        if events is None:
+            return False
+        self._events += events
+        self._rest_if_idle()
+        return True
 
     def step(self) -> list[Event]:
-        """Runs one step, if there is something to do, and tells what became of the requests in it."""
+        """Gets on with the work, if there is some, and tells what became of requests meanwhile."""
         self._thread = threading.get_ident()
-        work = self._scheduler.next() if self._scheduler is not None else None
-        if work is None:
-            return []
-        if isinstance(work, PrefillChunk):
-            events, sequences = self._prefill(work), [work.sequence]
-        else:
-            sequences = list(work.sequences)
-            events = _chosen(sequences, self.runner.decode(sequences))
-        for sequence in sequences:
-            if sequence.is_finished:
-                self.abort(sequence.id)
-                events.append(Finished(sequence.id, sequence.completions()))
+        events, self._events = self._events, []
+        if self._scheduler is None or not self._requests:
+            return events
+        tasks = self._scheduler.next()
+        self._run(tasks)
+        events += self._collect(wait=not tasks and not events)
+        self._count(events)
+        self._rest_if_idle()
         return events
+
+    # --- calls ---
 
     def generate(
         self,
@@ -166,7 +275,7 @@ class Engine:
         on_token: Callable[[int, int], None] | None = None,
         on_prefill: Callable[[PrefillProgress], None] | None = None,
     ) -> list[Completion]:
-        """Completes prompts (int64 [n] each), under `params` for all or one each.
+        """Completes prompts (int64 [n] each), under `params` for all or one each, with one answer each.
 
         `on_token(index, token)` sees each token as it is chosen, `on_prefill` every finished prefill chunk. Whatever
         interrupts the call, its requests are gone afterwards.
@@ -177,201 +286,405 @@ class Engine:
         requests = [Request(self._new_id(), *pair) for pair in zip(prompts, choices)]
         index = {request.id: number for number, request in enumerate(requests)}
         completions: dict[str, Completion] = {}
-        for event in self._run(requests):
-            if isinstance(event, TokenChosen) and on_token is not None:
-                on_token(index[event.id], event.token)
-            elif isinstance(event, Prefilled) and on_prefill is not None:
-                if self.model.on_gpu:
-                    paddle.device.cuda.synchronize()
-                seconds = time.perf_counter() - event.started
-                on_prefill(PrefillProgress(event.id, event.done_tokens, event.total_tokens, seconds))
-            elif isinstance(event, Finished):
-                (completions[event.id],) = event.completions
+        with self._call(requests) as events:
+            for event in events:
+                if isinstance(event, TokenChosen) and on_token is not None:
+                    on_token(index[event.id], event.token)
+                elif isinstance(event, Prefilled) and on_prefill is not None:
+                    seconds = time.perf_counter() - event.started
+                    on_prefill(PrefillProgress(event.id, event.done_tokens, event.total_tokens, seconds))
+                elif isinstance(event, Finished):
+                    (completions[event.id],) = event.completions
         return [completions[request.id] for request in requests]
 
     def logits(self, token_ids: np.ndarray, positions: ManyOf[int] | None = None) -> np.ndarray:
         """Logits float32 [len(positions), vocab] after the tokens at `positions` (the last by default), ascending."""
         wanted = (len(token_ids) - 1,) if positions is None else tuple(positions)
-        request = Request(self._new_id(), token_ids, logit_positions=wanted)
-        return self._collect(self._run([request]))
+        with self._call([Request(self._new_id(), token_ids, logit_positions=wanted)]) as events:
+            return self._stacked(events)
 
     @contextmanager
     def prefilled(self, document_ids: np.ndarray, prompt_length: int | None = None) -> Iterator[PrefilledContext]:
         """Prefills a document once; the context then runs any number of continuations on it, each as the last chunk.
 
         prompt_length is the n of the temperature and of the sparse threshold, for the document and what follows it
-        (default: the document's length). There is room for continuations of max_num_batched_tokens.
+        (default: the document's length). There is room for continuations of max_num_batched_tokens. Rank 0's alone.
         """
-        document = Request(self._new_id(), document_ids)
+        document = self._completed(Request(self._new_id(), document_ids))
         length = prompt_length or len(document_ids)
         if not len(document_ids) <= length <= self.max_model_len:
             raise ValueError(
                 f"prompt_length must be {len(document_ids)}, the document's tokens, to max_model_len "
                 f"{self.max_model_len}, got {length}"
             )
-        self._check(document)
-        self._make_room([len(document_ids) + self.max_num_batched_tokens + self.page_size])
-        pool = self.runner.cache.pool
+        spare = self.max_num_batched_tokens + self.page_size
+        self._make_room_for([self._pages_for(len(document_ids) + spare)], len(document_ids) + spare)
+        pool = self.pool
         pages: list[int] = []
         pool.grow(pages, len(document_ids))
         try:
-            yield PrefilledContext(self, document_ids, pages, length)
+            yield PrefilledContext(self, document, pages, length)
         finally:
             pool.release(pages)
-
-    def release_cache(self) -> None:
-        """Gives the memory of the KV cache back; the next request makes one anew."""
-        if self._sequences:
-            raise ValueError(f"the cache is in use by requests: {', '.join(self._sequences)}")
-        if self._scheduler is not None:
-            self.runner.cache.release()
-            self.runner.use(None)
-            self._scheduler = None
-            if self.model.on_gpu:
-                paddle.device.cuda.empty_cache()
 
     def check_length(self, prompt: int, max_new_tokens: int = 0) -> None:
         """ValueError when a prompt of so many tokens and its answer do not fit max_model_len."""
         self.limits.check_length(prompt, max_new_tokens)
 
-    def _check(self, request: Request) -> None:
-        """ValueError for a request that is not one, or that does not fit max_model_len."""
-        if request.id in self._sequences:
-            raise ValueError(f"there is a request with the id {request.id!r} already")
-        self.limits.check(request)
+    # --- the cache ---
 
-    def _run(self, requests: ManyOf[Request]) -> Iterator[Event]:
-        """Events of requests that come together, until all are done; those that are not at the end are dropped."""
-        for request in requests:
-            self._check(request)
-        if requests:
-            self._make_room([request.max_length for request in requests])
-            self.model.group.meet()
+    def reserve(self) -> None:
+        """Makes the KV cache of options.cache_tokens, unless there is one. Every rank calls it."""
+        if self._cache_pages is None:
+            assert self.options.cache_tokens is not None
+            self._make_cache(self._pages_for(self.options.cache_tokens))
+
+    def reset_prefix_cache(self) -> bool:
+        """Forgets every prefix. False, and nothing is forgotten, while requests run."""
+        if not self.is_idle:
+            return False
+        if self._prefixes is not None:
+            self._prefixes.reset()
+        return True
+
+    def release_cache(self) -> None:
+        """Gives the memory of the KV cache back; the next request makes one anew."""
+        if not self.is_idle:
+            raise ValueError(f"the cache is in use by requests: {', '.join(self._requests)}")
+        if self._cache_pages is not None:
+            self._tell({"cache": 0})
+            self._make_cache(0)
+
+    def close(self) -> None:
+        """Drops every request and gives the cache back; once more does nothing."""
+        for request_id in self._requests:
+            self.abort(request_id)
+        self._events.clear()
+        self.release_cache()
+
+    # --- ranks that follow ---
+
+    def follow(self) -> None:
+        """Does on this rank what rank 0 does, until that calls `dismiss`."""
+        while "dismiss" not in (message := self.model.group.share(None)):
+            list(self._obey(message))
+
+    def dismiss(self) -> None:
+        """Lets the ranks that follow return."""
+        self._tell({"dismiss": True})
+
+    # --- inside ---
+
+    @property
+    def _requests(self) -> ManyOf[str]:
+        return () if self._scheduler is None else self._scheduler.requests
+
+    @property
+    def _leads(self) -> bool:
+        return self.model.group.rank == 0
+
+    def _tell(self, message: Message) -> None:
+        if self.model.group.degree > 1:
+            self.model.group.share(message)
+
+    def _run(self, tasks: ManyOf[Task]) -> None:
+        """Gives tasks to the device, and to the ranks that follow."""
+        if not tasks:
+            return
+        assert self._scheduler is not None and self._chooser is not None
+        self._has_run = True
+        self._tell_orders(*(task.order for task in tasks))
+        for task in tasks:
+            post = self.runner.run(task.order, self._chooser.prepare(task))
+            self._scheduler.ran(task, at_end=post is not None and post.done)
+            if post is not None:
+                self._posts.append((task, post))
+
+    def _tell_orders(self, *orders: Order) -> None:
+        untold, self._untold = self._untold, []
+        if self.model.group.degree > 1:
+            self.model.group.share(tell_orders(orders, untold))
+
+    def _collect(self, *, wait: bool) -> list[Event]:
+        """What has come of tasks; the oldest is waited for, where there is one."""
+        assert self._scheduler is not None and self._chooser is not None
+        events: list[Event] = []
+        while self._posts and (wait or self._posts[0][1].is_ready()):
+            wait = False
+            task, post = self._posts.popleft()
+            events += self._scheduler.done(task, self._chooser.result(task, post.result()))
+        return events
+
+    def _count(self, events: ManyOf[Event]) -> None:
+        for event in events:
+            self._metrics.generated_tokens += isinstance(event, TokenChosen)
+            self._metrics.finished += isinstance(event, Finished)
+            if isinstance(event, Prefilled) and event.done_tokens == event.total_tokens:
+                self._metrics.prompt_tokens += event.total_tokens
+
+    def _rest_if_idle(self) -> None:
+        """Without requests, whatever the device still has of some is forgotten."""
+        if self._requests or not self._has_run or self._scheduler is None:
+            return
+        self._has_run = False
+        self._posts.clear()
+        self._scheduler.rest()
+        self._tell_orders(Rest())
+        self.runner.run(Rest())
+
+    @contextmanager
+    def _call(self, requests: ManyOf[Request]) -> Iterator[Iterator[Event]]:
+        """Events of requests that come together, until all are done. At the end, whatever it is, none of them is left;
+        every rank makes the call, and ends it as rank 0 does.
+        """
+        requests = [self._completed(request) for request in requests]
+        if not self._leads:
+            yield self._followed(gather=not any(request.params for request in requests))
+            return
+        error: BaseException | None = None
         try:
+            if requests:
+                self._make_room(requests)
             for request in requests:
-                self.add(request)
-            yield from self._steps()
+                self._line_up(request)
+            yield self._steps()
+        except BaseException as reason:
+            error = reason
+            raise
         finally:
-            for request in requests:
-                self.abort(request.id)
+            with suppress(Exception) if error is not None else nullcontext():
+                for request in requests:
+                    self.abort(request.id)
+                untold, self._untold = self._untold, []
+                if self.model.group.degree > 1:
+                    self.model.group.share(tell_end(untold, error))
 
     def _steps(self) -> Iterator[Event]:
         while not self.is_idle:
-            yield from self.step()
+            events = self.step()
+            if self.model.group.degree > 1:
+                self._untold += events
+            yield from events
 
-    def _collect(self, events: Iterator[Event]) -> np.ndarray:
+    def _followed(self, *, gather: bool) -> Iterator[Event]:
+        """Events of a call that rank 0 makes too. gather: logits that are computed are wanted here."""
+        while True:
+            message = self.model.group.share(None)
+            yield from self._obey(message, gather=gather)
+            if "end" in message:
+                error = read_error(message)
+                if error is not None:
+                    raise error
+                return
+
+    def _obey(self, message: Message, *, gather: bool = False) -> Iterator[Event]:
+        """Does what rank 0 has told; its events."""
+        if "meet" in message:
+            self._meet()
+        if "cache" in message:
+            self._make_cache(message["cache"])
+        for order in read_orders(message):
+            read = (lambda logits: (logits,)) if gather and isinstance(order, Head) else None
+            post = self.runner.run(order, read)
+            if post is not None:
+                yield Logits("", *post.result())
+        yield from read_events(message)
+
+    def _meet(self) -> int:
+        """Every rank comes here before it works for the others. The bytes that the one with least memory can take."""
+        available = available_gpu_memory() if self.model.on_gpu else available_host_memory()
+        if self.model.on_gpu and self._cache_pages is not None:
+            available = (available or 0) + self._cache_pages * self._page_bytes
+        megabytes = UNKNOWN if available is None else max(0, available) // MEGABYTE
+        return self.model.group.smallest(megabytes) * MEGABYTE
+
+    def _stacked(self, events: Iterator[Event]) -> np.ndarray:
         """The logits among events, float32 [n, vocab]."""
         parts = [event.values for event in events if isinstance(event, Logits)]
         return np.concatenate([np.empty((0, self.model.config.vocab_size), np.float32), *parts])
 
-    def _prefill(self, chunk: PrefillChunk) -> list[Event]:
-        sequence = chunk.sequence
-        if sequence.started is None:
-            sequence.started = time.perf_counter()
-        asked = sum(sequence.num_cached <= place < chunk.end for place in sequence.request.logit_positions)
-        logits = self.runner.prefill(chunk)
-        assert self._scheduler is not None
-        self._scheduler.cached(sequence)
-        events: list[Event] = [
-            Prefilled(sequence.id, chunk.end, len(sequence.prompt), sequence.num_reused, sequence.started)
-        ]
-        if logits is None:
-            return events
-        if asked:
-            events.append(Logits(sequence.id, logits[:asked].numpy()))
-        if len(logits) > asked:
-            last = logits[asked:] if asked else logits
-            events += _chosen([sequence], self.runner.first_token(sequence, last))
-        return events
+    def _completed(self, request: Request) -> Request:
+        """The request with a number of new tokens. ValueError for one that can never run."""
+        if request.id in self._requests:
+            raise ValueError(f"there is a request with the id {request.id!r} already")
+        limits, params, prompt_length = self.limits, request.params, len(request.prompt)
+        if params is not None:
+            token_words(params.stop_token_ids, limits.vocab_size, "stop_token_ids")
+            self._rules(request)
+            if params.max_tokens is None:
+                limits.check_length(prompt_length, max(1, params.min_tokens))
+                longest = min(limits.max_model_len, limits.cache_tokens or limits.max_model_len)
+                request = replace(request, params=replace(params, max_tokens=longest - prompt_length))
+        limits.check(request)
+        return request
 
-    def _line_up(self, sequence: Sequence) -> None:
+    def _rules(self, request: Request) -> TokenRules | None:
+        """Which tokens an answer may have. ValueError for such as there are not."""
+        params = request.params
+        assert params is not None
+        structured = params.structured_outputs
+        if not (params.min_tokens or params.allowed_token_ids or params.logit_bias or request.bad_words or structured):
+            return None
+        grammar = None
+        if structured is not None:
+            if self.compile_grammar is None:
+                raise ValueError("structured_outputs needs the model's tokenizer, which this engine was not given")
+            grammar = self.compile_grammar(structured)
+        return token_rules(request, self.model.config.vocab_size, grammar)
+
+    def _line_up(self, request: Request) -> None:
+        """Hands a request to the scheduler."""
+        self._hand_over(Sequence(request, draw_seed(request.params), len(request.prompt)), self._name(request))
+
+    def _hand_over(self, sequence: Sequence, made_under: str = "") -> None:
         assert self._scheduler is not None
         length = sequence.temperature_length
-        sequence.sparse = self.is_sparse(length)
-        sequence.m2 = self.model.config.dual_chunk.temperature(length) ** 2
-        sequence.made_under = "sparse" if sequence.sparse else "dense"
+        sequence.made_under, sequence.sparse, sequence.m2 = made_under, self.is_sparse(length), self._m2(length)
+        for answer in sequence.answers:
+            answer.rules = self._rules(sequence.request)
         self._scheduler.add(sequence)
-        self._sequences[sequence.id] = sequence
+
+    def _m2(self, length: int) -> float:
+        """The square of the temperature m(length)."""
+        return float(self.model.config.dual_chunk.temperature(length) ** 2)
+
+    def _name(self, request: Request) -> str:
+        """What else than tokens and m decides about the keys of a request's prompt."""
+        sparse = self._sparse_rule if self.is_sparse(len(request.prompt)) else None
+        config, degree = self.model.config, self.model.group.degree
+        heads = tuple((own.start, own.stop) for own in (own_heads(config.num_heads, degree, n) for n in range(degree)))
+        return MadeUnder(
+            self._weights, self.model.compute_dtype, self.kv_cache_dtype, heads, request.cache_salt, sparse
+        ).name
 
     def _new_id(self) -> str:
         return f"call-{next(self._numbers)}"
 
     def _forget_other_thread(self) -> None:
         """In a forked child: requests that a thread of the parent was in the middle of are not the child's."""
-        if self._sequences and self._thread != threading.get_ident() and not self.model.on_gpu:
-            self._sequences.clear()
-            self._scheduler = None
-            self.runner.use(None)
+        if self._requests and self._thread != threading.get_ident() and not self.model.on_gpu:
+            self._events, self._untold, self._has_run = [], [], False
+            self._make_cache(0)
 
-    def _make_room(self, lengths: ManyOf[int]) -> None:
-        """A cache for requests of so many tokens each and, where memory allows, max_num_batched_tokens more each.
+    # --- the cache, inside ---
 
-        One that is there and large enough stays. NotEnoughMemory when the longest does not fit.
+    def _pages_for(self, tokens: int) -> int:
+        return -(-tokens // self.page_size)
+
+    @property
+    def _page_bytes(self) -> int:
+        return self.page_size * cache_bytes_per_token(self.model.local, self.kv_cache_dtype)
+
+    def _make_room(self, requests: ManyOf[Request]) -> None:
+        """A cache for these requests and, where memory allows, max_num_batched_tokens more each; see _make_room_for."""
+        needed = [sum(pages_needed(request, self.page_size)) for request in requests]
+        self._make_room_for(needed, max(request.max_length for request in requests))
+
+    def _make_room_for(self, needed: ManyOf[int], longest: int) -> None:
+        """A cache for requests that need so many pages each, of up to `longest` tokens.
+
+        One that is there stays where it is large enough, or requests run. NotEnoughMemory when the longest does not
+        fit.
         """
-        size = self.page_size
-        needed = [-(-length // size) for length in lengths]
-        current = self.runner.cache.pool if self._scheduler is not None else None
-        if current is not None and (sum(needed) <= current.num_pages or self._sequences):
+        self._thread = threading.get_ident()
+        if self._requests:
+            return
+        self._tell({"meet": True})
+        available = self._meet()
+        if self._cache_pages is not None and sum(needed) <= self._cache_pages:
             return
         if self.options.cache_tokens is not None:
-            wanted = -(-self.options.cache_tokens // size)
+            wanted = self._pages_for(self.options.cache_tokens)
         else:
-            spare = -(-self.max_num_batched_tokens // size)
-            wanted = cache_pages(needed, spare, self._budget(max(lengths), current), page_size=size)
-        if current is not None and wanted <= current.num_pages:
+            spare = self._pages_for(self.max_num_batched_tokens)
+            wanted = cache_pages(needed, spare, self._budget(longest, available), page_size=self.page_size)
+        if self._cache_pages is not None and wanted <= self._cache_pages:
             return
-        if current is not None and current.in_use:
+        if self._pool is not None and self._pool.in_use:
             raise CacheFull("the KV cache is too small for this call, and a prefilled document holds a part of it")
-        self.release_cache()
-        cache = PagedCache(self.model.local, wanted, size, self.kv_cache_dtype)
-        self.runner.use(cache)
-        prefixes = cache.prefixes if self.options.enable_prefix_caching else None
-        chunking = Chunking(self.max_num_batched_tokens, self.model.config.dual_chunk.chunk_len, size)
-        self._scheduler = Scheduler(cache.pool, chunking, prefixes)
+        self._tell({"cache": wanted})
+        self._make_cache(wanted)
 
-    def _budget(self, longest: int, current: PagePool | None) -> Budget:
-        """What a cache for requests of up to `longest` tokens depends on; the current one's memory is available."""
-        config, on_gpu = self.model.local, self.model.on_gpu
-        page_bytes = self.page_size * cache_bytes_per_token(config, self.kv_cache_dtype)
+    def _budget(self, longest: int, available: int) -> Budget:
+        """What a cache for requests of up to `longest` tokens depends on."""
         rows = min(longest, self.max_num_batched_tokens)
         budgets = self.budgets if self.is_sparse(longest) else None
-        activations = activation_bytes(config, rows, longest, budgets, self.model.compute_dtype)
-        available = available_gpu_memory() if on_gpu else available_host_memory()
-        if available is not None:
-            if current is not None and on_gpu:
-                available += current.num_pages * page_bytes
-            available = self.model.group.smallest(max(0, available) // MEGABYTE) * MEGABYTE  # ranks decide alike
-        return Budget(page_bytes, activations, available)
+        activations = activation_bytes(self.model.local, rows, longest, budgets, self.model.compute_dtype)
+        return Budget(self._page_bytes, activations, None if available == UNKNOWN * MEGABYTE else available)
+
+    def _make_cache(self, pages: int) -> None:
+        """This rank's memory for so many pages, in place of what there is; none for 0."""
+        if self._cache_pages is not None:
+            self._forget_cache()
+        if pages == 0:
+            return
+        model, options = self.model, self.options
+        cache = PagedCache(model.local, pages, self.page_size, self.kv_cache_dtype)
+        if self._leads:
+            self._pool = PagePool(pages, self.page_size, self._copy_page)
+            self._chooser = Chooser(options.max_num_seqs, model.config.vocab_size)
+            self._scheduler = self._new_scheduler(self._pool)
+        self.runner.use(
+            cache,
+            None if self._chooser is None else self._chooser.slots,
+            max_num_seqs=options.max_num_seqs,
+            max_model_len=self.max_model_len,
+        )
+        self._cache_pages = pages  # last: a process that is forked meanwhile has no cache
+
+    def _new_scheduler(self, pool: PagePool) -> Scheduler:
+        options, config, on_gpu = self.options, self.model.local, self.model.on_gpu
+        if options.enable_prefix_caching:
+            self._prefixes = PrefixIndex(pool, options.prefix_temperature_tolerance)
+        short = min(options.max_pause_tokens or default_pause_tokens(on_gpu), self.max_num_batched_tokens)
+        bound = (options.max_inter_token_ms or default_inter_token_ms(on_gpu)) / 1000
+        waiting = WaitingRoom(pool, self._chunking, options.max_num_seqs, short, self._m2, self._prefixes)
+        limits = SchedulerLimits(options.max_num_seqs, short, ahead=1 if on_gpu else 0)
+        return Scheduler(waiting, pool, limits, Pacer(bound, layer_work(config), config.num_layers, time.perf_counter))
+
+    def _forget_cache(self) -> None:
+        self._posts.clear()
+        if self._prefixes is not None:
+            counters = self._prefixes.counters
+            self._metrics.prefix_queried_tokens += counters.queried_tokens
+            self._metrics.prefix_reused_tokens += counters.reused_tokens
+            self._metrics.prefix_recut_tokens += counters.recut_tokens
+        self._scheduler = self._pool = self._prefixes = self._chooser = self._cache_pages = None
+        self.runner.cache.release()
+        self.runner.use(None)
+        if self.model.on_gpu:
+            paddle.device.cuda.empty_cache()
+
+    def _copy_page(self, source: int, target: int, tokens: int) -> None:
+        order = CopyPage(source, target, tokens)
+        self._tell_orders(order)
+        self.runner.run(order)
 
 
 class PrefilledContext:
     """A document in the cache, on which continuations are run and then taken back."""
 
-    def __init__(self, engine: Engine, document_ids: np.ndarray, pages: list[int], length: int) -> None:
-        self._engine, self._document, self._pages, self._length = engine, document_ids, pages, length
-        self._pool = engine.runner.cache.pool
-        self._pool.hold(pages)
-        self._read(Request(engine._new_id(), document_ids), list(pages), 0)
+    def __init__(self, engine: Engine, document: Request, pages: list[int], length: int) -> None:
+        self._engine, self._document, self._pages, self._length = engine, document.prompt, pages, length
+        engine.pool.hold(pages)
+        self._read(document, list(pages), 0)
 
     def extend_logits(self, token_ids: np.ndarray, positions: ManyOf[int]) -> np.ndarray:
         """Logits float32 [len(positions), vocab] after the tokens of `token_ids` at `positions`, run as a chunk."""
-        begin = len(self._document)
+        engine, begin = self._engine, len(self._document)
         prompt = np.concatenate([self._document, token_ids])
         wanted = tuple(begin + place for place in positions)
-        request = Request(self._engine._new_id(), prompt, logit_positions=wanted)
-        self._engine._check(request)
-        return self._read(request, self._pool.fork(self._pages, begin), begin)
+        request = engine._completed(Request(engine._new_id(), prompt, logit_positions=wanted))
+        return self._read(request, engine.pool.fork(self._pages, begin), begin)
 
     def _read(self, request: Request, pages: list[int], begin: int) -> np.ndarray:
         engine, length = self._engine, max(self._length, len(request.prompt))
-        engine._line_up(Sequence(request, 0, length, pages=pages, num_cached=begin))
-        return engine._collect(engine._steps())
+        engine._hand_over(Sequence(request, 0, length, pages=pages, num_cached=begin))
+        return engine._stacked(engine._steps())
 
 
-def _chosen(sequences: ManyOf[Sequence], outputs: Outputs) -> list[Event]:
-    """Appends each sequence's token; the events of it."""
-    events: list[Event] = []
-    for sequence, token, logprob in zip(sequences, *(values.numpy().tolist() for values in outputs)):
-        sequence.append(token, logprob)
-        events.append(TokenChosen(sequence.id, token, logprob))
-    return events
+def layer_work(config: ModelConfig) -> LayerWork:
+    """Operations of a rank's share of one layer."""
+    attention, hidden = config.num_heads * config.head_dim, config.hidden_size
+    weights = hidden * (config.qkv_width + attention + 3 * config.intermediate_size)
+    return LayerWork(2.0 * weights, 4.0 * attention)

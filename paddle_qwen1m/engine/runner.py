@@ -12,15 +12,11 @@ import paddle
 
 from paddle_qwen1m import ops
 from paddle_qwen1m.attention.selector import LayerBudgets, Observer, Selector
-from paddle_qwen1m.attention.step import SequenceRows, Step, StepBuilder
+from paddle_qwen1m.attention.step import Step, StepBuilder
 from paddle_qwen1m.cache import PagedCache
 from paddle_qwen1m.config import SparseBudgets
-from paddle_qwen1m.engine.core import Sequence
-from paddle_qwen1m.engine.decode import Decoder, DecodeSlots, Sampler
-from paddle_qwen1m.engine.graph import Outputs
+from paddle_qwen1m.engine.decode import DecodeSlots, Sampler
 from paddle_qwen1m.engine.orders import Advance, CopyPage, Decode, Drop, Head, Order, Prefill, Rest
-from paddle_qwen1m.engine.sampling import SamplingBatch
-from paddle_qwen1m.engine.scheduler import PrefillChunk
 from paddle_qwen1m.model import Qwen2OneM
 from paddle_qwen1m.parallel.split import own_heads
 
@@ -43,7 +39,6 @@ class Runner:
         self._builder = StepBuilder(model.config)
         self._selectors = None if budgets is None else selectors(model, budgets)
         self._cache: PagedCache | None = None
-        self._decoder: Decoder | None = None
         self._slots: DecodeSlots | None = None
         self._standing: Chunk | None = None
         self._wanted: paddle.Tensor | None = None
@@ -71,7 +66,6 @@ class Runner:
         """Orders fill this cache from now on, and decode in max_num_seqs slots sequences of at most max_model_len
         tokens. sampler: rank 0's.
         """
-        self.rest()
         if self._slots is not None:
             self._run(Rest())
             self._slots.release()
@@ -108,35 +102,6 @@ class Runner:
     def is_sparse(self, prompt_length: int) -> bool:
         """Whether a prompt of so many tokens is prefilled sparsely: all of its chunks are, or none."""
         return self._selectors is not None and prompt_length > self._threshold
-
-    def prefill(self, chunk: PrefillChunk) -> paddle.Tensor | None:
-        """Caches a chunk of a prompt; logits float32 [n, vocab] of those of its rows that are asked for.
-
-        They are the request's logit positions, then the prompt's last token where an answer follows.
-        """
-        sequence, end = chunk.sequence, chunk.end
-        begin, length = sequence.num_cached, sequence.temperature_length
-        rows = SequenceRows(sequence.prompt[begin:end], begin, sequence.pages, length, self.is_sparse(length))
-        wanted = [place - begin for place in sequence.request.logit_positions if begin <= place < end]
-        if sequence.request.params is not None and end == len(sequence.prompt):
-            wanted.append(end - begin - 1)
-        logits = self.forward(self._builder.prefill([rows], self.cache, wanted))
-        sequence.num_cached = end
-        return logits
-
-    def first_token(self, sequence: Sequence, logits: paddle.Tensor) -> Outputs:
-        """The first token of an answer, int64 [1], and its log-probability float32 [1], from logits [1, vocab]."""
-        return SamplingBatch([sequence], self.model.config.vocab_size).sample(logits)
-
-    def decode(self, sequences: ManyOf[Sequence]) -> Outputs:
-        """The sequences' next tokens int64 [B] and their log-probabilities float32 [B]."""
-        if self._decoder is None:
-            page_size, vocabulary = self.cache.pool.page_size, self.model.config.vocab_size
-            self._decoder = Decoder(self._builder, page_size, vocabulary, self._logits, replay=self._replay)
-        ids, logprobs = self._decoder.step(sequences)
-        if self._replay:  # no layer of a replay marks itself
-            self.model.group.mark(ids, replayed=True)
-        return ids, logprobs
 
     def _run(self, order: Order, read: Read | None = None) -> tuple[ManyOf[paddle.Tensor], bool]:
         """What this rank posts, if anything, and whether no chunk has been left standing by it."""
@@ -191,12 +156,6 @@ class Runner:
         logits = self.model.logits(wanted[order.first : order.first + order.count])
         self.model.group.mark(logits)
         return logits
-
-    def rest(self) -> None:
-        """Gives back what only running sequences need."""
-        if self._decoder is not None:
-            self._decoder.close()
-            self._decoder = None
 
     def forward(self, step: Step) -> paddle.Tensor | None:
         """Runs a step from its first layer to its last: logits float32 [n, vocab] of the rows that want them."""

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from collections.abc import Sequence as ManyOf
 
 import numpy as np
 import paddle
 
 from paddle_qwen1m import ops
-from paddle_qwen1m.engine.core import Sequence
 from paddle_qwen1m.engine.params import SamplingParams
-from paddle_qwen1m.engine.rules import num_words, token_rules
+from paddle_qwen1m.engine.rules import num_words
 
 EMPTY = -1
 """Step of a slot without a sequence."""
@@ -158,38 +156,3 @@ def _write_row(tensor: paddle.Tensor, row: int, values: np.ndarray) -> None:
 def _write(tensor: paddle.Tensor, values: np.ndarray) -> None:
     """A copy in the order of the device's work, which starts no kernel. `values` may change at once."""
     tensor.copy_(paddle.to_tensor(values, place=paddle.CPUPlace()), False)
-
-
-class SamplingBatch:
-    """Samples the tokens that follow those which its sequences have so far, one of each at every call."""
-
-    def __init__(self, sequences: ManyOf[Sequence], vocab_size: int) -> None:
-        self._slots = SamplingSlots(len(sequences), vocab_size)
-        self._rules = []
-        for slot, sequence in enumerate(sequences):
-            rules = token_rules(sequence.request, vocab_size)
-            for token in sequence.token_ids:
-                rules.accept(token)
-            self._rules.append(rules)
-            self._slots.put(
-                slot,
-                sequence.params,
-                prompt=sequence.prompt,
-                answer_tokens=sequence.token_ids,
-                seed=sequence.seed,
-                mask=rules.words(),
-            )
-        self._lengths = [len(sequence.token_ids) for sequence in sequences]
-        self._inputs = self._slots._first(len(sequences))
-
-    def follow(self, sequences: Iterable[Sequence]) -> None:
-        """The sequences have got the tokens that were sampled last."""
-        for slot, (sequence, rules) in enumerate(zip(sequences, self._rules)):
-            for token in sequence.token_ids[self._lengths[slot] :]:
-                if rules.accept(token):
-                    self._slots.set_mask(slot, rules.words())
-            self._lengths[slot] = len(sequence.token_ids)
-
-    def sample(self, logits: paddle.Tensor) -> tuple[paddle.Tensor, paddle.Tensor]:
-        """Token ids int64 [B] and their log-probabilities float32 [B], from logits float32 [B, vocab]."""
-        return self._slots.sample(logits)

@@ -1,105 +1,345 @@
-"""Decides what the next step works on: one chunk of a prompt, or one token of every running sequence."""
+"""Decides what every rank does next: which prompt is read on and how far, and when running answers go on."""
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections import deque
+from collections.abc import Iterable
+from collections.abc import Sequence as ManyOf
 from dataclasses import dataclass
-from typing import Union
+from typing import Callable, NamedTuple, cast
 
-from paddle_qwen1m.cache import CacheFull, PagePool, PrefixChain, PrefixIndex
-from paddle_qwen1m.engine.borders import Chunking
-from paddle_qwen1m.engine.core import Sequence
+import numpy as np
+
+from paddle_qwen1m.cache import PagePool
+from paddle_qwen1m.engine.core import Answer, Event, Finished, Logits, Prefilled, PromptLogprobs, Sequence
+from paddle_qwen1m.engine.orders import Advance, Decode, Drop, Join, Prefill, Rows
+from paddle_qwen1m.engine.pacing import ChunkPace, Pacer
+from paddle_qwen1m.engine.slots import Slots
+from paddle_qwen1m.engine.tasks import (
+    Change,
+    Chosen,
+    Chunk,
+    DecodeStep,
+    FirstTokens,
+    HeadTask,
+    Part,
+    PromptLogits,
+    Read,
+    Result,
+    Task,
+    heads,
+)
+from paddle_qwen1m.engine.waiting import WaitingRoom, next_turn, take_turn
 
 
 @dataclass(frozen=True)
-class PrefillChunk:
-    """Step: the prompt of `sequence` from its num_cached on, up to `end`."""
+class SchedulerLimits:
+    """max_num_seqs: answers at a time. short_tokens: a prompt with at most so many tokens to compute is short, and
+    short ones share chunks of so many. ahead: what the device is given beside the one thing that it does.
+    """
 
-    sequence: Sequence
-    end: int
-
-
-@dataclass(frozen=True)
-class DecodeStep:
-    """Step: the next token of each sequence."""
-
-    sequences: tuple[Sequence, ...]
+    max_num_seqs: int
+    short_tokens: int
+    ahead: int
 
 
-Work = Union[PrefillChunk, DecodeStep]
+class _Work(NamedTuple):
+    """Something that reads prompts on: the seconds that it is expected to take, or the least part of it; what begins
+    it, given the seconds that there are for it.
+    """
+
+    expected: float
+    begin: Callable[[float], Task]
 
 
 class Scheduler:
-    """First come, first served: a sequence runs once the pool has the pages for its longest possible answer, and a
-    prompt is read to its end before running sequences go on.
+    """Continuous batching, without a model: `next` says what to give the device, `ran` is told that it was given, and
+    `done` what came of it, in the same order.
 
-    chunking: where prompts are cut. prefixes: where they look for what they can reuse, None where they do not.
+    One long chunk at a time is on the device, and stands there at points. In between, decode steps run as often as the
+    bound on the time between tokens needs, and short prompts, whole and together; without prompts to read every step
+    decodes. Long prompts take turns where their chunks end, short ones and what is admitted come in their order.
     """
 
-    def __init__(self, pool: PagePool, chunking: Chunking, prefixes: PrefixIndex | None = None) -> None:
-        self._pool, self._chunking, self._prefixes = pool, chunking, prefixes
-        self._waiting: deque[Sequence] = deque()
-        self._running: list[Sequence] = []
+    def __init__(self, waiting: WaitingRoom, pool: PagePool, limits: SchedulerLimits, pacer: Pacer) -> None:
+        self._waiting, self._pool, self._limits, self._pacer = waiting, pool, limits, pacer
+        self._sequences: dict[str, Sequence] = {}
+        self._reading: list[Sequence] = []
+        self._slots = Slots(limits.max_num_seqs)
+        self._chunk: Chunk | None = None
+        self._heads: deque[HeadTask] = deque()
+        self._changes: list[Change] = []
+        self._decoding: DecodeStep | None = None
+        self._outstanding = 0
+        self._was_decode = self._was_short = False
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._sequences
 
     @property
-    def is_idle(self) -> bool:
-        return not self._waiting and not self._running
+    def requests(self) -> ManyOf[str]:
+        """The ids of all that wait or run."""
+        return tuple(self._sequences)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
 
     def add(self, sequence: Sequence) -> None:
-        """Lines a sequence up; one that has pages already brings them along. ValueError when it can never run."""
-        if self._pool.pages_for(sequence.max_length) > self._pool.num_pages:
-            raise ValueError(
-                f"request {sequence.id}: {sequence.max_length:,} tokens, prompt and answer together, do not fit the KV "
-                f"cache of {self._pool.num_pages * self._pool.page_size:,} tokens"
-            )
-        self._waiting.append(sequence)
+        """Lines a sequence up. ValueError when it can never run."""
+        self._waiting.add(sequence)
+        self._sequences[sequence.id] = sequence
 
-    def next(self) -> Work | None:
-        """What to do now; None when nothing is left to do."""
-        reading = next((sequence for sequence in self._running if not sequence.is_prefilled), None)
-        sequence = reading or self._admit()
-        if sequence is not None:
-            return PrefillChunk(sequence, self._chunk_end(sequence))
-        return DecodeStep(tuple(self._running)) if self._running else None
+    def abort(self, request_id: str) -> bool:
+        """Drops a request in whatever state; it holds nothing any more. False where there is none."""
+        sequence = self._sequences.pop(request_id, None)
+        if sequence is None:
+            return False
+        sequence.is_gone = True
+        if sequence in self._waiting:
+            self._waiting.remove(sequence)
+            return True
+        if sequence in self._reading:
+            self._reading.remove(sequence)
+        if self._chunk is not None and self._chunk.parts[0].sequence is sequence:
+            self._chunk = None
+            self._changes.append(Change(Drop()))
+        self._heads = deque(head for head in self._heads if not all(one.is_gone for one in head.sequences))
+        for answer in sequence.answers:
+            self._end_answer(sequence, answer, "abort")
+        self._waiting.leave(sequence)
+        return True
 
-    def cached(self, sequence: Sequence) -> None:
-        """A chunk of the sequence's prompt is in the cache, up to its num_cached: others may reuse it now."""
-        if self._prefixes is not None and sequence.chain is not None:
-            self._prefixes.add(sequence.chain, sequence.num_reused, sequence.num_cached, sequence.pages)
-
-    def retire(self, sequence: Sequence) -> None:
-        """Takes a finished or aborted sequence out and gives its pages back."""
-        (self._running if sequence in self._running else self._waiting).remove(sequence)
-        self._pool.release(sequence.pages)
-        sequence.pages = []
-
-    def _admit(self) -> Sequence | None:
-        if not self._waiting:
+    def stop(self, request_id: str, index: int, reason: int | str) -> list[Event] | None:
+        """Ends one answer, and the request where it was the last; None where there is no such answer any more."""
+        sequence = self._sequences.get(request_id)
+        if sequence is None or not 0 <= index < len(sequence.answers):
             return None
-        sequence = self._waiting[0]
-        try:
-            if not sequence.pages and self._prefixes is not None:
-                self._reuse(sequence, self._prefixes)
-            self._pool.grow(sequence.pages, sequence.max_length)
-        except CacheFull:
-            if sequence.num_reused:
-                self._pool.release(sequence.pages)
-                sequence.pages, sequence.num_cached, sequence.num_reused = [], 0, 0
+        answer = sequence.answers[index]
+        if answer.finish_reason is not None or not answer.token_ids:
             return None
-        self._running.append(self._waiting.popleft())
-        return sequence
+        answer.stop_reason = reason
+        self._end_answer(sequence, answer, "stop")
+        return self._finished(sequence)
 
-    def _reuse(self, sequence: Sequence, prefixes: PrefixIndex) -> None:
-        if sequence.chain is None:
-            prompt, size = sequence.prompt, self._pool.page_size
-            cuts = self._chunking.cuts(len(prompt), sparse=sequence.sparse)
-            sequence.chain = PrefixChain.of(prompt, cuts, sequence.made_under, sequence.m2, size)
-        prefix = prefixes.find(sequence.chain)
-        if prefix.tokens:
-            sequence.pages = self._pool.fork(prefix.pages, prefix.tokens)
-            sequence.num_cached = sequence.num_reused = prefix.tokens
+    def rest(self) -> None:
+        """The device has been told to forget whatever it had of requests; there are none."""
+        assert not self._sequences
+        self._pacer.forget()
+        self._slots.empty()
+        self._heads.clear()
+        self._changes.clear()
+        self._chunk = self._decoding = None
+        self._outstanding = 0
 
-    def _chunk_end(self, sequence: Sequence) -> int:
-        ends = self._chunking.ends(len(sequence.prompt), sparse=sequence.sparse)
-        return ends[bisect_right(ends, sequence.num_cached)]
+    # --- what to do next ---
+
+    def next(self) -> list[Task]:
+        """What to give the device now: nothing while it has enough, or when nothing is left to do."""
+        changes, self._changes = self._changes, []
+        return [*changes, *([] if self._is_busy else self._choose())]
+
+    @property
+    def _is_busy(self) -> bool:
+        if self._outstanding == 0:
+            return False
+        queued = self._pacer.end_of() - self._pacer.clock()
+        return self._outstanding > self._limits.ahead or queued > self._pacer.bound / 2
+
+    def _choose(self) -> list[Task]:
+        self._reading += self._waiting.admit(self._reading)
+        work, room = self._next_work(), self._room()
+        can_decode = len(self._slots) > 0 and self._decoding is None
+        if can_decode and (work is None or (room < work.expected and not self._was_decode)):
+            return [self._decode()]
+        if work is None:
+            return []
+        self._was_decode = False
+        return [work.begin(room)]
+
+    def _room(self) -> float:
+        """Seconds that may go by before the device has to begin a decode step."""
+        if not len(self._slots):
+            return math.inf
+        if self._decoding is not None:
+            return self._pacer.room(self._pacer.end_of(self._decoding.queued))
+        return self._pacer.room(min(answer.chosen_at for answer in self._slots))
+
+    def _next_work(self) -> _Work | None:
+        """What reads prompts on, if anything does: the heads of the chunk that has ended, which the end of the next one
+        would lose, short prompts (not twice while long ones wait), the chunk that stands at a point, or a new one.
+        """
+        pacer = self._pacer
+        if self._heads:
+            return _Work(pacer.expected("head"), self._head)
+        standing = self._chunk
+        free = [one for one in self._reading if standing is None or one is not standing.parts[0].sequence]
+        short = [one for one in free if one.remaining <= self._limits.short_tokens]
+        long = [one for one in free if one.remaining > self._limits.short_tokens]
+        if short and not (self._was_short and (standing is not None or long)):
+            parts = self._together(short)
+            kind = pacer.short(sum(part.end - part.begin for part in parts))
+            return _Work(pacer.expected(kind), lambda _room: self._begin_short(parts, kind))
+        if standing is not None and standing.pace is not None:
+            return _Work(standing.pace.seconds_a_point, lambda room: self._advance(standing, room))
+        if long:
+            part = self._next_part(next_turn(long))
+            pace = pacer.begin(part.end - part.begin, part.begin, part.sequence.sparse)
+            return _Work(pace.seconds_a_point, lambda room: self._begin(part, pace, long, room))
+        return None
+
+    def _together(self, prompts: Iterable[Sequence]) -> tuple[Part, ...]:
+        """The first of these short prompts, as many as share a chunk."""
+        parts: list[Part] = []
+        left = self._limits.short_tokens
+        for part in map(self._next_part, prompts):
+            left -= part.end - part.begin
+            if left < 0:
+                break
+            parts.append(part)
+        return tuple(parts)
+
+    def _begin_short(self, parts: tuple[Part, ...], kind: str) -> Task:
+        self._was_short = True
+        order = Prefill(tuple(map(self._rows, parts)), points=0)
+        return Read(order, self._pacer.queue(kind), Chunk(parts))
+
+    def _begin(self, part: Part, pace: ChunkPace, candidates: ManyOf[Sequence], room: float) -> Task:
+        self._was_short = False
+        take_turn(part.sequence, candidates)
+        points = self._pacer.points(pace, room)
+        self._chunk = Chunk((part,), pace)
+        order = Prefill((self._rows(part),), pace.row_blocks, points)
+        return Read(order, self._pacer.queue_points(pace, points), self._chunk)
+
+    def _advance(self, chunk: Chunk, room: float) -> Task:
+        self._was_short = False
+        assert chunk.pace is not None
+        points = self._pacer.points(chunk.pace, room)
+        return Read(Advance(points), self._pacer.queue_points(chunk.pace, points), chunk)
+
+    def _head(self, _room: float) -> Task:
+        task = self._heads.popleft()
+        task.queued = self._pacer.queue("head")
+        return task
+
+    def _decode(self) -> Task:
+        self._was_decode = True
+        seats = self._slots.seat()
+        join = tuple(
+            Join(slot, answer.token_ids[-1], answer.num_cached, tuple(answer.pages)) for slot, answer in seats.joining
+        )
+        asked = any(answer.params.logprobs is not None for _, answer in seats.held)
+        order = Decode(seats.count, join, seats.leaving, asked)
+        queued = self._pacer.queue("decode")
+        self._decoding = DecodeStep(order, queued, seats.joining, seats.leaving, seats.held)
+        return self._decoding
+
+    def _next_part(self, sequence: Sequence) -> Part:
+        begin = sequence.num_cached
+        return Part(sequence, begin, sequence.ends[bisect_right(sequence.ends, begin)])
+
+    def _rows(self, part: Part) -> Rows:
+        sequence, begin, end = part
+        if sequence.started is None:
+            sequence.started = self._pacer.clock()
+        return Rows(
+            ids=sequence.prompt[begin:end],
+            begin=begin,
+            pages=tuple(sequence.pages[: self._pool.pages_for(end)]),
+            length=sequence.temperature_length,
+            sparse=sequence.sparse,
+            wanted=tuple(place - begin for place in sequence.wanted(begin, end)),
+        )
+
+    # --- what has become of it ---
+
+    def ran(self, task: Task, *, at_end: bool) -> None:
+        """The device was given a task. at_end: the chunk that it goes on with comes to its end."""
+        if isinstance(task, Change):
+            return
+        self._outstanding += 1
+        if isinstance(task, Read) and at_end:
+            self._end_chunk(task)
+
+    def _end_chunk(self, task: Read) -> None:
+        task.ended = True
+        if self._chunk is task.chunk:
+            self._chunk = None
+        for sequence, _, end in task.chunk.parts:
+            sequence.num_cached = end
+            sequence.results += 1
+            self._waiting.keep(sequence)
+            if sequence.is_prefilled:
+                self._reading.remove(sequence)
+                self._changes += map(Change, self._waiting.hand_out(sequence))
+        for head in heads(task.chunk):
+            for sequence in head.sequences:
+                sequence.results += 1
+            self._heads.append(head)
+
+    def done(self, task: Task, result: Result = None) -> list[Event]:
+        """What becomes of the oldest task that was given and has a result: see tasks.py for what that is."""
+        self._outstanding -= 1
+        self._pacer.finished(at_end=isinstance(task, Read) and task.ended)
+        if isinstance(task, Read):
+            return self._read(task) if task.ended else []
+        if isinstance(task, DecodeStep):
+            self._decoding = None
+            return self._chosen([answer for _, answer in task.held], cast(ManyOf[Chosen], result))
+        if isinstance(task, FirstTokens):
+            for sequence in task.sequences:
+                sequence.results -= 1
+            events = self._chosen(task.answers, cast(ManyOf[Chosen], result))
+            for answer in task.answers:
+                if answer.finish_reason is None:
+                    self._slots.join(answer)
+            return events
+        assert not isinstance(task, Change)
+        sequence = task.sequence
+        sequence.results -= 1
+        if sequence.is_gone:
+            return []
+        if isinstance(task, PromptLogits):
+            return [Logits(sequence.id, cast(np.ndarray, result)), *self._finished(sequence)]
+        return [PromptLogprobs(sequence.id, task.begin, tuple(result)), *self._finished(sequence)]  # type: ignore
+
+    def _read(self, task: Read) -> list[Event]:
+        events: list[Event] = []
+        for sequence, _, end in task.chunk.parts:
+            sequence.results -= 1
+            if sequence.is_gone:
+                continue
+            assert sequence.started is not None
+            events.append(Prefilled(sequence.id, end, len(sequence.prompt), sequence.num_reused, sequence.started))
+            events += self._finished(sequence)
+        return events
+
+    def _chosen(self, answers: Iterable[Answer], result: ManyOf[Chosen]) -> list[Event]:
+        events: list[Event] = []
+        for answer, chosen in zip(answers, result):
+            if answer.finish_reason is not None:  # it was stopped while this was on its way
+                continue
+            answer.chosen_at = self._pacer.clock()
+            events.append(answer.append(*chosen))
+            if answer.finish_reason is not None:
+                sequence = self._sequences[answer.request.id]
+                self._slots.leave(answer)
+                self._waiting.retire(sequence, answer)
+                events += self._finished(sequence)
+        return events
+
+    def _end_answer(self, sequence: Sequence, answer: Answer, reason: str) -> None:
+        if answer.finish_reason is None:
+            answer.finish_reason = reason
+            self._slots.leave(answer)
+            self._waiting.retire(sequence, answer)
+
+    def _finished(self, sequence: Sequence) -> list[Event]:
+        if not sequence.is_finished:
+            return []
+        del self._sequences[sequence.id]
+        self._waiting.leave(sequence)
+        return [Finished(sequence.id, sequence.completions())]

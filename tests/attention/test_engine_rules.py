@@ -36,15 +36,15 @@ def watched_engine(monkeypatch: pytest.MonkeyPatch, model: Qwen2OneM, options: E
     """An engine whose forward passes are noted."""
     engine = Engine(model, options, BUDGETS)
     watched = Watched(engine, [])
-    forward = engine.runner.forward
+    forward = engine.model.layer_by_layer
 
-    def note(step):  # type: ignore[no-untyped-def]
+    def note(step, *arguments):  # type: ignore[no-untyped-def]
         scales = set(step.scale.numpy().tolist()) | {float(np.float32(piece.scale)) for piece in step.sparse_pieces}
         dense = len(step.dense_pieces)
         watched.steps.append(SeenStep(scales, dense, len(step.sparse_pieces), step.lengths is not None))
-        return forward(step)
+        return forward(step, *arguments)
 
-    monkeypatch.setattr(engine.runner, "forward", note)
+    monkeypatch.setattr(engine.model, "layer_by_layer", note)
     return watched
 
 

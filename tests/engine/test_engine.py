@@ -105,7 +105,7 @@ def test_an_aborted_request_leaves_nothing_behind(model: Qwen2OneM, prompts: lis
         one.step()
     assert one.abort("b") and one.abort("c") and not one.abort("b") and not one.abort("nobody")
     assert run(one) == {"a": expected}
-    assert not one.runner.cache.pool.in_use
+    assert not one.pool.in_use
 
 
 def test_an_id_is_used_once_at_a_time(model: Qwen2OneM, prompts: list[np.ndarray]) -> None:
@@ -136,16 +136,16 @@ def test_a_batch_that_does_not_fit_at_once_takes_turns(model: Qwen2OneM, prompts
 def test_the_cache_is_kept_and_remade_only_when_a_call_needs_more(model: Qwen2OneM, prompts: list[np.ndarray]) -> None:
     one = Engine(model, EngineOptions(max_num_batched_tokens=128))
     one.generate(prompts[1:2], GREEDY)
-    first = one.runner.cache
-    assert first.pool.num_pages == 1 + 1  # the call's, and max_num_batched_tokens more
+    first = one.pool
+    assert first.num_pages == 1 + 1  # the call's, and max_num_batched_tokens more
     one.generate(prompts[2:], GREEDY)
-    assert one.runner.cache is first
+    assert one.pool is first
     one.generate(prompts, GREEDY)
-    second = one.runner.cache
-    assert second is not first and second.pool.num_pages == (3 + 1 + 2) + 3 * 1
+    second = one.pool
+    assert second is not first and second.num_pages == (3 + 1 + 2) + 3 * 1
     one.configure(one.options)
     one.generate(prompts[1:2], GREEDY)
-    assert one.runner.cache is not second
+    assert one.pool is not second
     one.release_cache()
     assert one.generate(prompts[1:2], GREEDY)
 
@@ -171,7 +171,7 @@ def test_the_rank_with_the_least_memory_decides(
         patched.setattr(engine, "activation_bytes", lambda *_: 0)
         one.generate(prompts, GREEDY)
     page_bytes = 128 * 2 * 2 * 2 * 64 * 4
-    assert one.runner.cache.pool.num_pages == engine.MEGABYTE // page_bytes < 3 + 1 + 2
+    assert one.pool.num_pages == engine.MEGABYTE // page_bytes < 3 + 1 + 2
 
 
 @pytest.mark.parametrize("sparse", [False, True])
