@@ -63,7 +63,7 @@ from paddle_qwen1m.options import (
     default_pause_tokens,
 )
 from paddle_qwen1m.parallel.split import own_heads
-from paddle_qwen1m.plan import activation_bytes, cache_bytes_per_token
+from paddle_qwen1m.plan import cache_bytes_per_token, workspace_bytes
 
 MEGABYTE = 1 << 20
 UNKNOWN = 1 << 40
@@ -253,14 +253,20 @@ class Engine:
         return True
 
     def step(self) -> list[Event]:
-        """Gets on with the work, if there is some, and tells what became of requests meanwhile."""
+        """Gets on with the work, if there is some, and tells what became of requests meanwhile. Whatever it raises, no
+        request is left then.
+        """
         self._thread = threading.get_ident()
         events, self._events = self._events, []
         if self._scheduler is None or not self._requests:
             return events
-        tasks = self._scheduler.next()
-        self._run(tasks)
-        events += self._collect(wait=not tasks and not events)
+        try:
+            tasks = self._scheduler.next()
+            self._run(tasks)
+            events += self._collect(wait=not tasks and not events)
+        except BaseException:
+            self._drop_all()
+            raise
         self._count(events)
         self._rest_if_idle()
         return events
@@ -357,9 +363,7 @@ class Engine:
 
     def close(self) -> None:
         """Drops every request and gives the cache back; once more does nothing."""
-        for request_id in self._requests:
-            self.abort(request_id)
-        self._events.clear()
+        self._drop_all()
         self.release_cache()
 
     # --- ranks that follow ---
@@ -399,6 +403,11 @@ class Engine:
             self._scheduler.ran(task, at_end=post is not None and post.done)
             if post is not None:
                 self._posts.append((task, post))
+
+    def _drop_all(self) -> None:
+        for request_id in self._requests:
+            self.abort(request_id)
+        self._events.clear()
 
     def _tell_orders(self, *orders: Order) -> None:
         untold, self._untold = self._untold, []
@@ -575,6 +584,12 @@ class Engine:
     def _page_bytes(self) -> int:
         return self.page_size * cache_bytes_per_token(self.model.local, self.kv_cache_dtype)
 
+    @property
+    def _pause_tokens(self) -> int:
+        """Of a chunk that short prompts share."""
+        most = self.options.max_pause_tokens or default_pause_tokens(self.model.on_gpu)
+        return min(most, self.max_num_batched_tokens)
+
     def _make_room(self, requests: ManyOf[Request]) -> None:
         """A cache for these requests and, where memory allows, max_num_batched_tokens more each; see _make_room_for."""
         needed = [sum(pages_needed(request, self.page_size)) for request in requests]
@@ -607,10 +622,16 @@ class Engine:
 
     def _budget(self, longest: int, available: int) -> Budget:
         """What a cache for requests of up to `longest` tokens depends on."""
-        rows = min(longest, self.max_num_batched_tokens)
-        budgets = self.budgets if self.is_sparse(longest) else None
-        activations = activation_bytes(self.model.local, rows, longest, budgets, self.model.compute_dtype)
-        return Budget(self._page_bytes, activations, None if available == UNKNOWN * MEGABYTE else available)
+        workspace = workspace_bytes(
+            self.model.local,
+            longest,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            max_pause_tokens=self._pause_tokens,
+            max_num_seqs=self.options.max_num_seqs,
+            budgets=self.budgets if self.is_sparse(longest) else None,
+            dtype=self.model.compute_dtype,
+        )
+        return Budget(self._page_bytes, workspace, None if available == UNKNOWN * MEGABYTE else available)
 
     def _make_cache(self, pages: int) -> None:
         """This rank's memory for so many pages, in place of what there is; none for 0."""
@@ -636,7 +657,7 @@ class Engine:
         options, config, on_gpu = self.options, self.model.local, self.model.on_gpu
         if options.enable_prefix_caching:
             self._prefixes = PrefixIndex(pool, options.prefix_temperature_tolerance)
-        short = min(options.max_pause_tokens or default_pause_tokens(on_gpu), self.max_num_batched_tokens)
+        short = self._pause_tokens
         bound = (options.max_inter_token_ms or default_inter_token_ms(on_gpu)) / 1000
         waiting = WaitingRoom(pool, self._chunking, options.max_num_seqs, short, self._m2, self._prefixes)
         limits = SchedulerLimits(options.max_num_seqs, short, ahead=1 if on_gpu else 0)

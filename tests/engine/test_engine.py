@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,11 +17,14 @@ from paddle_qwen1m.engine import (
     Logits,
     NotEnoughMemory,
     Prefilled,
+    PromptLogprobs,
     Request,
     SamplingParams,
+    StructuredOutputsParams,
     TokenChosen,
     engine,
 )
+from paddle_qwen1m.engine.runner import Runner
 from paddle_qwen1m.model import Qwen2OneM
 from paddle_qwen1m.options import EngineOptions
 
@@ -168,7 +173,7 @@ def test_the_rank_with_the_least_memory_decides(
     monkeypatch.setattr(model.group, "smallest", lambda megabytes: min(megabytes, 1), raising=False)
     one = Engine(model, EngineOptions(max_num_batched_tokens=64))
     with monkeypatch.context() as patched:
-        patched.setattr(engine, "activation_bytes", lambda *_: 0)
+        patched.setattr(engine, "workspace_bytes", lambda *_, **__: 0)
         one.generate(prompts, GREEDY)
     page_bytes = 128 * 2 * 2 * 2 * 64 * 4
     assert one.pool.num_pages == engine.MEGABYTE // page_bytes < 3 + 1 + 2
@@ -207,3 +212,192 @@ def test_keys_of_another_temperature_are_not_reused(
     expected = Engine(model, EngineOptions(max_num_batched_tokens=64)).generate([longer], GREEDY)
     one.generate(prompts[:1], GREEDY)
     assert one.generate([longer], GREEDY) == expected
+
+
+def mixed_requests(rng: np.random.Generator, count: int) -> list[Request]:
+    """Of every kind, half of them beginning like one of two documents."""
+    documents = [rng.integers(0, CONFIG.vocab_size, 150) for _ in range(2)]
+    kinds = [
+        {"temperature": 0.0},
+        {"temperature": 0.0, "repetition_penalty": 1.3, "logprobs": 3},
+        {"temperature": 1.0, "n": 3, "presence_penalty": 0.5, "frequency_penalty": 0.4},
+        {"temperature": 0.9, "top_p": 0.8, "top_k": 20, "min_p": 0.01, "logit_bias": {5: 3.0, 9: -100.0}},
+        {"temperature": 0.0, "allowed_token_ids": list(range(20, 60)), "prompt_logprobs": 2, "logprobs": 0},
+        {"temperature": 1.2, "min_tokens": 4, "stop_token_ids": list(range(50)), "skip_reading_prefix_cache": True},
+    ]
+    requests = []
+    for number in range(count):
+        own = rng.integers(0, CONFIG.vocab_size, int(np.exp(rng.uniform(0, np.log(250)))))
+        prompt = np.concatenate([documents[number % 4], own]) if number % 4 < 2 else own
+        options = {"max_tokens": int(rng.integers(4, 12)), "seed": number, **kinds[number % len(kinds)]}
+        params = SamplingParams(**options)  # type: ignore[arg-type]
+        bad_words = ((7,), (3, 4)) if number % 5 == 0 else ()
+        requests.append(Request(str(number), prompt, params, eos_token_ids=(1, 2), bad_words=bad_words))
+    return requests
+
+
+def assert_same(one: Completion, other: Completion) -> None:
+    """The same answer; its log-probabilities to float32, whose sums depend on how many rows a product has."""
+    assert replace(one, logprobs=[], token_logprobs=None) == replace(other, logprobs=[], token_logprobs=None)
+    np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
+    for told, others in zip(one.token_logprobs or (), other.token_logprobs or ()):
+        assert (told.token, told.rank, told.top_ids) == (others.token, others.rank, others.top_ids)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_forty_requests_of_all_kinds_get_what_each_gets_alone(
+    model: Qwen2OneM, rng: np.random.Generator, sparse: bool
+) -> None:
+    """They come while others run, some are dropped, prefixes are shared, the pool is too small for all of them."""
+    options = EngineOptions(
+        max_num_batched_tokens=64, max_pause_tokens=24, sparse_threshold=100 if sparse else 10_000, cache_tokens=1536,
+        max_num_seqs=8,
+    )  # fmt: skip
+    requests = mixed_requests(rng, 40)
+    alone = Engine(model, options, BUDGETS)
+    expected, told = {}, {}
+    for request in requests:
+        alone.add(request)
+        events = [event for _ in iter(lambda: alone.is_idle, True) for event in alone.step()]
+        expected[request.id] = events[-1]
+        told[request.id] = [event for event in events if isinstance(event, PromptLogprobs)]
+    shared = replace(options, enable_prefix_caching=True, prefix_temperature_tolerance=0.0)
+    busy = Engine(model, shared, BUDGETS)
+    dropped = {str(number) for number in rng.choice(40, 8, replace=False)}
+    events, waiting = [], deque(requests)
+    while waiting or not busy.is_idle:
+        if waiting and rng.random() < 0.3:
+            busy.add(waiting.popleft())
+        events += busy.step()
+        if dropped and rng.random() < 0.1 and busy.abort(sorted(dropped)[0]):
+            dropped.remove(sorted(dropped)[0])
+    finished = {event.id: event for event in events if isinstance(event, Finished)}
+    assert len(finished) >= 32
+    for name, event in finished.items():
+        for completion, other in zip(event.completions, expected[name].completions):
+            assert_same(completion, other)
+        asked = [event for event in events if event.id == name and isinstance(event, PromptLogprobs)]
+        ours, others = ([one for event in part for one in event.tokens] for part in (asked, told[name]))
+        assert [one.token for one in ours] == [one.token for one in others]
+        np.testing.assert_allclose([one.logprob for one in ours], [one.logprob for one in others], atol=1e-4)
+    metrics = busy.metrics
+    assert metrics.prefix_reused_tokens > 0 and not busy.pool.in_use
+    assert (metrics.waiting, metrics.running, metrics.pages_held) == (0, 0, 0)
+    assert metrics.finished == len(finished) and metrics.aborted == 40 - len(finished)
+    assert metrics.generated_tokens == sum(isinstance(event, TokenChosen) for event in events)
+
+
+def test_log_probabilities_are_those_of_the_logits(model: Qwen2OneM, prompts: list[np.ndarray]) -> None:
+    one, prompt = Engine(model, EngineOptions(max_num_batched_tokens=64)), prompts[2]
+    one.add(Request("a", prompt, SamplingParams(max_tokens=1, temperature=0.0, logprobs=2, prompt_logprobs=1)))
+    events = [event for _ in iter(lambda: one.is_idle, True) for event in one.step()]
+    logits = one.logits(prompt, list(range(len(prompt)))).astype(np.float64)
+    logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    parts = [event for event in events if isinstance(event, PromptLogprobs)]
+    assert [event.begin for event in parts] == [1, 65, 129]
+    for place, told in enumerate((told for event in parts for told in event.tokens), start=1):
+        row = logprobs[place - 1]
+        assert told.token == prompt[place] and told.rank == (row >= row[told.token]).sum()
+        assert told.logprob == pytest.approx(row[told.token], abs=1e-4)
+        assert told.top_ids == (row.argmax(),) and told.top_logprobs == pytest.approx((row.max(),), abs=1e-4)
+    (chosen,) = (event for event in events if isinstance(event, TokenChosen))
+    assert chosen.logprobs is not None and chosen.logprobs.rank == 1 and len(chosen.logprobs.top_ids) == 2
+    assert chosen.logprobs.logprob == pytest.approx(logprobs[-1].max(), abs=1e-4)
+
+
+def test_the_jth_answer_is_what_its_seed_gives(model: Qwen2OneM, prompts: list[np.ndarray]) -> None:
+    one = Engine(model, EngineOptions())
+    params = SamplingParams(max_tokens=8, temperature=1.4, seed=11, n=3)
+    one.add(Request("a", prompts[0], params))
+    events = [event for _ in iter(lambda: one.is_idle, True) for event in one.step()]
+    alone = [one.generate(prompts[:1], replace(params, n=1, seed=11 + number))[0] for number in range(3)]
+    assert isinstance(events[-1], Finished)
+    assert [completion.token_ids for completion in events[-1].completions] == [one.token_ids for one in alone]
+    assert [completion.index for completion in events[-1].completions] == [0, 1, 2]
+
+
+def test_the_models_own_ends_end_an_answer_unless_they_are_ignored(model: Qwen2OneM, prompts: list[np.ndarray]) -> None:
+    one = Engine(model, EngineOptions())
+    whole = one.generate(prompts[:1], GREEDY)[0].token_ids
+    end = whole[2]
+    first = whole.index(end) + 1
+    for ignore, length, reason in ((False, first, "stop"), (True, 6, "length")):
+        one.add(Request("a", prompts[0], replace(GREEDY, ignore_eos=ignore), eos_token_ids=(end,)))
+        (completion,) = run(one).values()
+        assert (completion.token_ids, completion.finish_reason, completion.stop_reason) == (
+            whole[:length],
+            reason,
+            None,
+        )
+    one.add(Request("a", prompts[0], replace(GREEDY, min_tokens=6), eos_token_ids=(end,)))
+    (completion,) = run(one).values()
+    assert len(completion.token_ids) == 6 and end not in completion.token_ids[:-1]
+
+
+def test_without_max_tokens_an_answer_has_what_the_length_leaves(model: Qwen2OneM, prompts: list[np.ndarray]) -> None:
+    one = Engine(model, EngineOptions(max_model_len=30))
+    (completion,) = one.generate(prompts[1:2], replace(GREEDY, max_tokens=None))
+    assert len(completion.token_ids) == 30 - 17 and completion.finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"allowed_token_ids": [3, 101]}, "allowed_token_ids must be 0 to 100, .* got 101"),
+        ({"logit_bias": {200: 1.0}}, "logit_bias must be 0 to 100, .* got 200"),
+        ({"stop_token_ids": [1000]}, "stop_token_ids must be 0 to 100, .* got 1000"),
+        ({"n": 33, "temperature": 1.0}, "n must be at most max_num_seqs, 32"),
+        ({"structured_outputs": StructuredOutputsParams(json_object=True)}, "structured_outputs needs .* tokenizer"),
+    ],
+)
+def test_params_that_the_model_cannot_follow_are_refused(
+    model: Qwen2OneM, prompts: list[np.ndarray], options: dict[str, Any], message: str
+) -> None:
+    one = Engine(model, EngineOptions())
+    with pytest.raises(ValueError, match=message):
+        one.add(Request("a", prompts[1], replace(GREEDY, **options)))
+    assert one.is_idle and one.generate(prompts[1:2], GREEDY)
+
+
+def test_a_stopped_answer_finishes_with_its_reason(model: Qwen2OneM, prompts: list[np.ndarray]) -> None:
+    one = Engine(model, EngineOptions())
+    one.add(Request("a", prompts[1], replace(GREEDY, max_tokens=50)))
+    seen: list[Any] = []
+    while sum(isinstance(event, TokenChosen) for event in seen) < 3:
+        seen += one.step()
+    assert one.stop("a", 0, "\n\n") and not one.stop("a", 0, "again") and not one.is_idle
+    (finished,) = one.step()
+    assert isinstance(finished, Finished) and one.is_idle and not one.pool.in_use
+    assert (finished.completions[0].finish_reason, finished.completions[0].stop_reason) == ("stop", "\n\n")
+
+
+def test_a_step_that_fails_leaves_an_engine_that_works(
+    model: Qwen2OneM, prompts: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, run_order = Engine(model, EngineOptions(max_num_batched_tokens=64)), Runner.run
+    expected = one.generate(prompts, GREEDY)
+    for fatal in range(1, 12, 2):
+        count = iter(range(1000))
+
+        def fail(runner: Runner, order: Any, *rest: Any, fatal: int = fatal, count: Any = count) -> Any:
+            if next(count) == fatal:
+                raise RuntimeError("the device is gone")
+            return run_order(runner, order, *rest)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Runner, "run", fail)
+            with pytest.raises(RuntimeError, match="the device is gone"):
+                one.generate(prompts, GREEDY)
+        assert one.is_idle and not one.pool.in_use
+        assert one.generate(prompts, GREEDY) == expected
+
+
+def test_prefixes_can_be_forgotten_but_not_while_requests_run(model: Qwen2OneM, prompts: list[np.ndarray]) -> None:
+    one = Engine(model, EngineOptions(enable_prefix_caching=True, cache_tokens=1024))
+    one.reserve()
+    one.add(Request("a", prompts[0], GREEDY))
+    assert not one.reset_prefix_cache()
+    run(one)
+    assert one.reset_prefix_cache() and one.pool.take(8) and one.metrics.pages == 8
+    one.close()
+    one.close()
