@@ -215,8 +215,8 @@ def test_keys_of_another_temperature_are_not_reused(
 
 
 def mixed_requests(rng: np.random.Generator, count: int) -> list[Request]:
-    """Of every kind, half of them beginning like one of two documents."""
-    documents = [rng.integers(0, CONFIG.vocab_size, 150) for _ in range(2)]
+    """Of every kind, half of them beginning like one of two documents; most of those are so short that m is 1."""
+    documents = [rng.integers(0, CONFIG.vocab_size, 130) for _ in range(2)]
     kinds = [
         {"temperature": 0.0},
         {"temperature": 0.0, "repetition_penalty": 1.3, "logprobs": 3},
