@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -24,6 +25,7 @@ from paddle_qwen1m.cache import (
     MadeUnder,
     PagedCache,
     PagePool,
+    PrefixChain,
     PrefixIndex,
     SparseRule,
     budgets_digest,
@@ -65,6 +67,7 @@ from paddle_qwen1m.options import (
 from paddle_qwen1m.parallel.split import own_heads
 from paddle_qwen1m.plan import cache_bytes_per_token, workspace_bytes
 
+logger = logging.getLogger(__name__)
 MEGABYTE = 1 << 20
 UNKNOWN = 1 << 40
 """Megabytes of a machine that does not say how many it has."""
@@ -75,7 +78,7 @@ CompileGrammar = Callable[[StructuredOutputsParams], Grammar]
 class Metrics:
     """Requests that wait and run; pages that requests hold, of all; and sums since the engine was made: tokens of
     prompts that were read, and of these looked for in the prefix cache, found there, and computed though they were
-    there, cut otherwise; tokens of answers; requests that finished and that were dropped.
+    there, cut otherwise or as of a dense prompt; tokens of answers; requests that finished and that were dropped.
     """
 
     waiting: int = 0
@@ -86,6 +89,7 @@ class Metrics:
     prefix_queried_tokens: int = 0
     prefix_reused_tokens: int = 0
     prefix_recut_tokens: int = 0
+    prefix_dense_tokens: int = 0
     generated_tokens: int = 0
     finished: int = 0
     aborted: int = 0
@@ -543,7 +547,27 @@ class Engine:
 
     def _line_up(self, request: Request) -> None:
         """Hands a request to the scheduler."""
-        self._hand_over(Sequence(request, draw_seed(request.params), len(request.prompt)), self._name(request))
+        sparse = self._sparse_rule if self.is_sparse(len(request.prompt)) else None
+        sequence = Sequence(request, draw_seed(request.params), len(request.prompt))
+        self._hand_over(sequence, self._name(request, sparse))
+        if sparse is not None:
+            self._tell_crossing(sequence)
+
+    def _tell_crossing(self, sequence: Sequence) -> None:
+        """Says where a sparse prompt, the first of its kind, begins like dense ones: it does not reuse their keys."""
+        request, chain = sequence.request, sequence.chain
+        if self._prefixes is None or chain is None or self._prefixes.find(chain).tokens:
+            return
+        dense = request.prompt[: self.options.sparse_threshold]
+        cuts, name = self._chunking.cuts(len(dense), sparse=False), self._name(request, None)
+        known = self._prefixes.find(PrefixChain.of(dense, cuts, name, sequence.m2, self.page_size)).tokens
+        if known:
+            self._metrics.prefix_dense_tokens += known
+            logger.warning(
+                f"request {request.id}: {known:,} of its tokens are cached, but as of a dense prompt; it has "
+                f"{len(request.prompt):,}, more than sparse_threshold, {self.options.sparse_threshold:,}, and is "
+                "prefilled sparsely from its start, once"
+            )
 
     def _hand_over(self, sequence: Sequence, made_under: str = "") -> None:
         assert self._scheduler is not None
@@ -557,9 +581,8 @@ class Engine:
         """The square of the temperature m(length)."""
         return float(self.model.config.dual_chunk.temperature(length) ** 2)
 
-    def _name(self, request: Request) -> str:
+    def _name(self, request: Request, sparse: SparseRule | None) -> str:
         """What else than tokens and m decides about the keys of a request's prompt."""
-        sparse = self._sparse_rule if self.is_sparse(len(request.prompt)) else None
         config, degree = self.model.config, self.model.group.degree
         heads = tuple((own.start, own.stop) for own in (own_heads(config.num_heads, degree, n) for n in range(degree)))
         return MadeUnder(

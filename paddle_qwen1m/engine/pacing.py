@@ -10,6 +10,8 @@ from typing import Callable
 
 FORGET = 0.95
 """An estimate is the longest time seen; by this factor it shrinks where things take less."""
+PLANNED = 0.9
+"""Of the bound on the time between tokens so much is planned with: an estimate is no promise."""
 PART_OF_BOUND = 0.25
 """Of the bound on the time between tokens, one advance of a chunk takes this part."""
 ROW_BLOCK = 64
@@ -106,8 +108,8 @@ class Pacer:
         return end
 
     def room(self, since: float) -> float:
-        """Seconds of work that can be queued so that a decode step behind it ends within the bound after `since`."""
-        return since + self.bound - self.expected("decode") - self.end_of()
+        """Seconds of work for which a decode step behind it should still end within the bound after `since`."""
+        return since + PLANNED * self.bound - self.expected("decode") - self.end_of()
 
     def short(self, rows: int) -> str:
         """The kind of a chunk of short prompts, by the next power of two of its rows."""

@@ -401,3 +401,22 @@ def test_prefixes_can_be_forgotten_but_not_while_requests_run(model: Qwen2OneM, 
     assert one.reset_prefix_cache() and one.pool.take(8) and one.metrics.pages == 8
     one.close()
     one.close()
+
+
+def test_a_conversation_that_becomes_sparse_is_read_anew_once_and_says_so(
+    model: Qwen2OneM, rng: np.random.Generator, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = EngineOptions(
+        sparse_threshold=150, max_num_batched_tokens=128, enable_prefix_caching=True, cache_tokens=2048,
+        prefix_temperature_tolerance=1.0,
+    )  # fmt: skip
+    one = Engine(model, options, BUDGETS)
+    conversation, reused = rng.integers(0, CONFIG.vocab_size, 140), []
+    for turn in range(3):
+        one.add(Request(str(turn), conversation, GREEDY))
+        while not one.is_idle:
+            reused += [event.reused_tokens for event in one.step() if isinstance(event, Prefilled)][-1:]
+        conversation = np.concatenate([conversation, rng.integers(0, CONFIG.vocab_size, 140)])
+    assert reused[0] == 0 and reused[-1] >= 128 and one.metrics.prefix_dense_tokens >= 128
+    (line,) = caplog.messages
+    assert line.startswith("request 1: 128 of its tokens are cached, but as of a dense prompt")

@@ -8,7 +8,7 @@ from simulation import Speed, World
 
 from paddle_qwen1m.engine.core import Finished, TokenChosen
 from paddle_qwen1m.engine.orders import Decode, Prefill
-from paddle_qwen1m.engine.pacing import LayerWork, Pacer
+from paddle_qwen1m.engine.pacing import PLANNED, LayerWork, Pacer
 
 BOUND = 0.2
 DECODE = 0.012
@@ -166,9 +166,9 @@ def test_room_is_what_the_bound_leaves_beside_a_decode_step(pacer: Pacer, clock:
     pacer.queue("decode")
     clock.now = 0.030
     pacer.finished()
-    assert pacer.room(since=clock.now) == pytest.approx(BOUND - 0.030)
+    assert pacer.room(since=clock.now) == pytest.approx(PLANNED * BOUND - 0.030)
     pacer.queue("head", 0.050)
-    assert pacer.room(since=clock.now) == pytest.approx(BOUND - 0.030 - 0.050)
+    assert pacer.room(since=clock.now) == pytest.approx(PLANNED * BOUND - 0.030 - 0.050)
 
 
 def test_a_chunk_tells_how_long_the_next_one_takes(pacer: Pacer, clock: Clock) -> None:
