@@ -302,12 +302,11 @@ def _endpoints(degree: int) -> Iterator[list[str]]:
 
 
 def _stderr() -> int:
-    """The descriptor of this process's stderr, where it has one."""
+    """The descriptor of this process's stderr, where it began with one: else that number may be any file's by now."""
     try:
-        os.fstat(2)
-    except OSError:
+        return subprocess.DEVNULL if sys.__stderr__ is None else sys.__stderr__.fileno()
+    except (OSError, ValueError):  # without a descriptor, or closed
         return subprocess.DEVNULL
-    return 2
 
 
 def _note(line: str) -> None:

@@ -136,6 +136,16 @@ def test_ctrl_c_is_for_the_caller_alone(engine: RemoteEngine) -> None:
     assert engine.abort("a") and len(run(engine, request("a", 1))) == 5
 
 
+def test_ctrl_c_at_the_start_leaves_nothing() -> None:
+    before = state()
+    timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        start()
+    timer.join()
+    assert state() == before
+
+
 def test_a_forked_child_is_told_that_it_has_none(engine: RemoteEngine) -> None:
     child = os.fork()
     if child == 0:
