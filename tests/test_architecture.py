@@ -30,7 +30,12 @@ cache              config ops
 attention          cache config ops
 model              attention cache config dtypes ops parallel weights
 engine             attention cache config memory model ops options parallel plan
+parallel.wire      engine
+parallel.failure   cache engine parallel weights
+parallel.workers   parallel parallel.failure parallel.wire
+parallel.remote    engine parallel.failure parallel.workers threads
 paddlenlp          config config_keys dtypes engine model options parallel weights
+parallel.worker    ops paddlenlp parallel parallel.failure parallel.wire
 check              config config_keys dtypes memory model ops options paddlenlp parallel plan weights
 cli               cards check dtypes engine ops options paddlenlp parallel progress streams text weights
 __main__           cli

@@ -18,7 +18,15 @@ from paddle.base import core
 
 from paddle_qwen1m import ops
 from paddle_qwen1m.ops.library import library
-from paddle_qwen1m.parallel.job import Job, end_with_the_launcher, free_port, join, launched_rank, launched_ranks
+from paddle_qwen1m.parallel.job import (
+    Job,
+    await_listener,
+    end_with_the_launcher,
+    free_port,
+    join,
+    launched_rank,
+    launched_ranks,
+)
 
 GROUP_OF_ONE = "PADDLE_QWEN1M_GROUP_OF_ONE"
 """Environment variable: 1 sends the collectives of one rank through a real process group."""
@@ -75,6 +83,8 @@ class ProcessGroup(Group):
         os.environ.setdefault("PADDLE_TRAINER_ID", str(self.rank))  # Paddle's groups ask for it
         paddle_core: Any = core  # ProcessGroupNCCL is in builds with CUDA alone
         kind = paddle_core.ProcessGroupNCCL if self._on_gpu else paddle_core.ProcessGroupGloo
+        if self.rank != 0:
+            await_listener(address, port)
         self._store = core.TCPStore(address, port, self.rank == 0, self.degree)
         # Paddle wants a number that no other group of this process ever had, the same on all ranks, and fleet's count
         # from 0.

@@ -34,6 +34,8 @@ ECHO_SECONDS = 1.0
 """How long a rank that failed waits for another to be named: a collective fails on every rank when one rank dies."""
 OWNER_SECONDS = 3.0
 """How long the end of a job waits for the function that the process's owner gave."""
+LISTENER_SECONDS = 10.0
+"""How long a rank looks for rank 0's store before it leaves the waiting to Paddle, which looks every 3 s."""
 TELL_SECONDS = 1.0
 """How long a rank that ends tries to tell another why."""
 FAILED = 1
@@ -310,6 +312,16 @@ def _seconds(variable: str, default: float) -> float:
 def free_port(host: str) -> int:
     with socket.create_server((host, 0)) as server:
         return int(server.getsockname()[1])
+
+
+def await_listener(host: str, port: int) -> None:
+    """Returns when somebody listens there, or after LISTENER_SECONDS."""
+    deadline = time.monotonic() + LISTENER_SECONDS
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=1.0) as raw:
+            if raw.getsockname() != raw.getpeername():  # a free local port that was connected to itself
+                return
+        time.sleep(0.02)
 
 
 def end_with_the_launcher() -> None:

@@ -1,0 +1,141 @@
+"""An engine whose ranks are processes of their own: the same calls as Engine's, over a connection to rank 0."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import replace
+from itertools import count
+from typing import Any
+
+import paddle
+
+from paddle_qwen1m.engine import Event, Finished, Request
+from paddle_qwen1m.engine.admission import Limits
+from paddle_qwen1m.parallel import failure
+from paddle_qwen1m.parallel.workers import Workers
+from paddle_qwen1m.threads import default_num_threads
+
+WORKER = "paddle_qwen1m.parallel.worker"
+STEP_SECONDS = 0.05
+"""How long a step waits for events, so that whoever loops over steps can do something else."""
+
+
+def start_engine(model: str, options: dict[str, Any], worker: str = WORKER) -> RemoteEngine:
+    """Starts options["tensor_parallel_size"] ranks on Paddle's kind of device, and returns when they serve.
+
+    Raises what paddlenlp.serving.load_engine does, in whatever rank, and JobEnded for one that dies; none is left then.
+    worker: the module whose main() a rank runs.
+    """
+    degree = int(options["tensor_parallel_size"])
+    on_gpu = paddle.device.get_device().startswith("gpu")
+    workers = Workers(worker, degree, on_gpu=on_gpu)
+    try:
+        threads = max(1, default_num_threads() // degree)
+        workers.send(
+            {"kind": "load", "model": model, "options": options, "on_gpu": on_gpu, "threads": threads}, to_all=True
+        )
+        ready = workers.receive()
+        assert ready is not None and ready["kind"] == "ready"
+        return RemoteEngine(workers, ready["limits"])
+    except BaseException:
+        workers.end()
+        raise
+
+
+class RemoteEngine:
+    """As engine.interface.Serving says, over `workers`, which end with it.
+
+    A rank that dies or fails ends all of them: every call but close then raises JobEnded, which names it and says why.
+    Requests have numbers of their own on the way: what still comes of one that was aborted is nobody's.
+    """
+
+    def __init__(self, workers: Workers, limits: Limits) -> None:
+        self.limits = limits
+        self._workers = workers
+        self._end = weakref.finalize(self, workers.end)
+        self._numbers = count()
+        self._running: dict[str, str] = {}
+        self._names: dict[str, str] = {}
+        self._events: deque[Event] = deque()
+
+    @property
+    def is_idle(self) -> bool:
+        return not self._running
+
+    def add(self, request: Request) -> None:
+        if request.id in self._running:
+            raise ValueError(f"there is a request with the id {request.id!r} already")
+        self.limits.check(request)
+        number = str(next(self._numbers))
+        self._running[request.id], self._names[number] = number, request.id
+        try:
+            self._ask("add", replace(request, id=number))
+        except BaseException:  # Ctrl-C while it waits for the answer, too
+            with contextlib.suppress(RuntimeError):
+                self.abort(request.id)
+            raise
+
+    def abort(self, request_id: str) -> bool:
+        number = self._running.pop(request_id, None)
+        if number is None:
+            return False
+        del self._names[number]
+        self._events = deque(event for event in self._events if event.id != request_id)
+        self._tell("abort", number)
+        return True
+
+    def stop(self, request_id: str, index: int, reason: int | str) -> bool:
+        number = self._running.get(request_id)
+        if number is None:
+            return False
+        self._tell("stop", number, index, reason)
+        return True
+
+    def step(self) -> list[Event]:
+        if self.is_idle:
+            return []
+        seconds = 0.0 if self._events else STEP_SECONDS
+        while (message := self._workers.receive(seconds)) is not None:
+            self._take(message)
+            seconds = 0.0
+        events, self._events = list(self._events), deque()
+        for event in events:
+            if isinstance(event, Finished):
+                del self._names[self._running.pop(event.id)]
+        return events
+
+    def reset_prefix_cache(self) -> bool:
+        return bool(self._ask("reset_prefix_cache"))
+
+    def close(self) -> None:
+        self._end()
+
+    def _tell(self, method: str, *arguments: Any) -> None:
+        self._workers.send({"kind": method, "arguments": arguments, "call": None})
+
+    def _ask(self, method: str, *arguments: Any) -> Any:
+        """What rank 0's engine returns or raises; events that come before it wait for the next step."""
+        call = next(self._numbers)
+        self._workers.send({"kind": method, "arguments": arguments, "call": call})
+        while True:
+            message = self._workers.receive()
+            assert message is not None
+            if message["kind"] == "answer" and message["call"] == call:
+                break
+            self._take(message)
+        if "error" in message:
+            raise failure.rebuild(message["error"], "rank 0")
+        return message["value"]
+
+    def _take(self, message: dict[str, Any]) -> None:
+        if message["kind"] == "events":  # else an answer for which nobody waits any more
+            self._events.extend(self._named(message["events"]))
+
+    def _named(self, events: Iterable[Event]) -> Iterable[Event]:
+        for event in events:
+            name = self._names.get(event.id)
+            if name is not None:
+                yield replace(event, id=name)
