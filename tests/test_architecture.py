@@ -31,11 +31,13 @@ attention          cache config ops
 model              attention cache config dtypes ops parallel weights
 engine             attention cache config memory model ops options parallel plan
 parallel.follow    engine
-paddlenlp          config config_keys dtypes engine model options parallel weights
+outputs            engine text
+paddlenlp          cache config config_keys dtypes engine memory model ops options parallel plan weights
+llm                engine options outputs paddlenlp parallel.remote progress text
 check              config config_keys dtypes memory model ops options paddlenlp parallel plan weights
 cli               cards check dtypes engine ops options paddlenlp parallel parallel.follow progress streams text weights
 __main__           cli
-__init__           paddlenlp threads
+__init__           engine llm paddlenlp threads
 """
 ROOMS = {room: tuple(allowed) for room, *allowed in map(str.split, TABLE.strip().splitlines())}
 PADDLENLP = {"paddlenlp", "check", "cli"}
