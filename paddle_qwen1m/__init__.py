@@ -7,15 +7,18 @@ modules have been imported, at once where they already are.
 from __future__ import annotations
 
 import warnings
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from paddle_qwen1m import threads  # notes OMP_NUM_THREADS before Paddle is imported, which sets it
 from paddle_qwen1m.paddlenlp import registration
 
 if TYPE_CHECKING:
+    from paddle_qwen1m.engine import SamplingParams
+    from paddle_qwen1m.llm import LLM
     from paddle_qwen1m.paddlenlp import Qwen2OneMForCausalLM
 
-__all__ = ["Qwen2OneMForCausalLM", "register", "threads"]
+__all__ = ["LLM", "Qwen2OneMForCausalLM", "SamplingParams", "register", "threads"]
 __version__ = "0.1.0"
 
 # Advice for those who build extensions, which every import of Paddle repeats.
@@ -28,11 +31,13 @@ def register() -> None:
     registration.install()
 
 
-def __getattr__(name: str) -> Any:
-    if name == "Qwen2OneMForCausalLM":
-        from paddle_qwen1m.paddlenlp import Qwen2OneMForCausalLM
+_HOMES = {"LLM": "llm", "Qwen2OneMForCausalLM": "paddlenlp", "SamplingParams": "engine"}
+"""Where names are that are imported when they are asked for."""
 
-        return Qwen2OneMForCausalLM
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -52,6 +52,12 @@ class Progress:
             with contextlib.suppress(OSError):
                 self._bar.update(more)
 
+    def expect(self, total: int) -> None:
+        """It will be so much in all."""
+        self.total = total
+        if self._bar is not None:
+            self._bar.total = total
+
     def close(self) -> None:
         self._closed.set()
         if self._bar is not None:
@@ -63,7 +69,12 @@ class Progress:
         while not self._closed.wait(max(LINE_SECONDS, LINE_SHARE * seconds)):
             seconds = time.monotonic() - self._started
             with contextlib.suppress(OSError, ValueError):  # closed, or its reader is gone
-                print(f"{self._title}: {self._state()}, {seconds:.0f} s", file=sys.stderr, flush=True)
+                print(
+                    f"{self._title}: {self._state()}, {seconds:.0f} s{self._rate(seconds)}", file=sys.stderr, flush=True
+                )
+
+    def _rate(self, seconds: float) -> str:
+        return f", {self.done / seconds:,.0f} tokens/s" if self._unit == "tokens" and seconds >= 1 else ""
 
     def _state(self) -> str:
         share = f"{self.done / self.total:.0%}" if self.total else "0%"

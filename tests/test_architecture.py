@@ -34,12 +34,14 @@ parallel.wire      engine
 parallel.failure   cache engine parallel weights
 parallel.workers   parallel parallel.failure parallel.wire
 parallel.remote    engine parallel.failure parallel.workers threads
-paddlenlp          config config_keys dtypes engine model options parallel weights
+outputs            engine text
+paddlenlp          cache config config_keys dtypes engine memory model ops options parallel plan weights
 parallel.worker    ops paddlenlp parallel parallel.failure parallel.wire
+llm                engine options outputs paddlenlp parallel.remote progress text
 check              config config_keys dtypes memory model ops options paddlenlp parallel plan weights
 cli               cards check dtypes engine ops options paddlenlp parallel progress streams text weights
 __main__           cli
-__init__           paddlenlp threads
+__init__           engine llm paddlenlp threads
 """
 ROOMS = {room: tuple(allowed) for room, *allowed in map(str.split, TABLE.strip().splitlines())}
 PADDLENLP = {"paddlenlp", "check", "cli"}

@@ -123,6 +123,8 @@ def choose_capacity(need: Need, allowance: Allowance, max_model_len: int | None)
     """
     fitting = _longest_fitting(need, allowance)
     length = need.longest if max_model_len is None else max_model_len
+    if length > need.longest:
+        raise ValueError(f"max_model_len must be at most max_position_embeddings, {need.longest}, got {length}")
     if length == AUTO:
         length = fitting or min(need.longest, need.chunk)
     room = _cache_room(need, allowance, length)

@@ -179,7 +179,9 @@ class Qwen2OneMForCausalLM(PretrainedModel):  # type: ignore[misc]
             it gets the new tokens, whatever its skip_prompt says.
         options, each over the config's: max_new_tokens (or max_length, which counts new tokens too), min_new_tokens (or
             min_length), do_sample or decode_strategy ("greedy_search", "sampling"), temperature (0 is greedy), top_k (0
-            or -1 is off), top_p, repetition_penalty (over prompt and answer, greedy too), eos_token_id (one or a list;
+            or -1 is off), top_p, min_p, repetition_penalty (over prompt and answer, greedy too), presence_penalty and
+            frequency_penalty (over the answer), logit_bias ({id: added to its logit}, or sequence_bias of single
+            tokens), eos_token_id (one or a list;
             -1 or [] for none), pad_token_id, seed (every row starts from it; without one each row draws its own from
             Paddle's generator, so that `paddle.seed` repeats a run), num_return_sequences (answers a prompt, with
             do_sample alone; answer j is what seed + j gives; each is a prefill of its own), trunc_input.
@@ -192,7 +194,7 @@ class Qwen2OneMForCausalLM(PretrainedModel):  # type: ignore[misc]
         not looked at, since there True is the default and cannot be told from a choice.
 
         Raises TypeError or ValueError before any work for input and options that cannot be used. What the engine does
-        not have (beams, min_p, stop_strings, ...) is refused by name.
+        not have (beams, typical_p, stop_strings, ...) is refused by name.
         """
         if isinstance(input_ids, Mapping):
             inputs = {**input_ids, **options}

@@ -190,7 +190,11 @@ def read_request(
         raise ValueError(f"num_return_sequences={samples} needs do_sample=True: a greedy answer is always the same")
 
     if temperature == 0:
-        idle = [name for name, off in (("temperature", 0), ("top_k", 0), ("top_p", 1)) if given.get(name, off) != off]
+        idle = [
+            name
+            for name, off in (("temperature", 0), ("top_k", 0), ("top_p", 1), ("min_p", 0))
+            if given.get(name, off) != off
+        ]
         if idle:
             logger.warning(f"{', '.join(idle)} has no effect on a greedy answer: give do_sample=True to sample")
     padding, pad_is_end = _padding(given, base, defaults, eos_token_id)
@@ -202,7 +206,11 @@ def read_request(
             temperature=temperature,
             top_k=option("top_k", 0),
             top_p=option("top_p", 1.0),
+            min_p=option("min_p", 0.0),
             repetition_penalty=option("repetition_penalty", 1.0),
+            presence_penalty=option("presence_penalty", 0.0),
+            frequency_penalty=option("frequency_penalty", 0.0),
+            logit_bias={**option("sequence_bias", {}), **option("logit_bias", {})} or None,
             stop_token_ids=eos_ids,
             seed=option("seed", None),
         ),

@@ -10,6 +10,8 @@ import numpy as np
 from paddlenlp.generation import LogitsProcessorList
 from paddlenlp.utils.log import logger
 
+from paddle_qwen1m.engine.params import MAX_BIAS
+
 GREEDY, SAMPLING = "greedy_search", "sampling"
 
 
@@ -87,6 +89,28 @@ def _penalty(name: str, value: Any) -> float:
     return float(value)
 
 
+def _between(low: float, high: float) -> Callable[[str, Any], float]:
+    def read(name: str, value: Any) -> float:
+        if not low <= number(name, value) <= high:
+            raise ValueError(f"{name} must be {low:g} to {high:g}, got {value}")
+        return float(value)
+
+    return read
+
+
+def _logit_bias(name: str, value: Any) -> dict[int, float]:
+    """{id: bias}, or Hugging Face's sequence_bias, {(id,): bias} or [[[id], bias], ...], of single tokens."""
+    pairs = list(value.items()) if isinstance(value, Mapping) else value
+    is_listed = isinstance(pairs, list) and all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs)
+    if not is_listed or (not pairs and not isinstance(value, Mapping)):
+        raise ValueError(f"{name} must be a dict of token ids and numbers, got {value!r}")
+    listed = [(token_ids(name, key), bias) for key, bias in pairs]
+    longer = [tokens for tokens, _ in listed if len(tokens) != 1]
+    if longer:
+        raise ValueError(f"{name} must be of single tokens, got {longer[0]}: sequences of them are not implemented")
+    return {tokens[0]: _between(-MAX_BIAS, MAX_BIAS)(name, bias) for tokens, bias in listed}
+
+
 def _seed(name: str, value: Any) -> int:
     if not 0 <= whole(name, value) < 2**63:
         raise ValueError(f"{name} must be in [0, 2**63), got {value}")
@@ -104,7 +128,12 @@ HONOURED: dict[str, Callable[[str, Any], Any]] = {
     "temperature": _temperature,
     "top_k": _top_k,
     "top_p": _top_p,
+    "min_p": _between(0, 1),
     "repetition_penalty": _penalty,
+    "presence_penalty": _between(-2, 2),
+    "frequency_penalty": _between(-2, 2),
+    "logit_bias": _logit_bias,
+    "sequence_bias": _logit_bias,
     "eos_token_id": _end_tokens,
     "pad_token_id": token_ids,
     "num_return_sequences": _at_least(1),
@@ -138,14 +167,11 @@ HARMLESS = {
 
 # what the engine does not have, with the values that ask for nothing; so do None and whatever is empty
 MISSING: dict[str, tuple[Any, ...]] = {
-    "min_p": (0,),
     "typical_p": (1,),
     "top_h": (),
     "epsilon_cutoff": (0,),
     "eta_cutoff": (0,),
     "penalty_alpha": (0,),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
     "encoder_repetition_penalty": (1,),
     "no_repeat_ngram_size": (0,),
     "encoder_no_repeat_ngram_size": (0,),
@@ -158,8 +184,6 @@ MISSING: dict[str, tuple[Any, ...]] = {
     "forced_decoder_ids": (),
     "forced_bos_token_id": (),
     "forced_eos_token_id": (),
-    "sequence_bias": (),
-    "logit_bias": (),
     "prefix_allowed_tokens_fn": (),
     "logits_processor": (),
     "logits_processors": (),
@@ -201,7 +225,7 @@ MISSING: dict[str, tuple[Any, ...]] = {
     "output_logits": (False,),
     "return_dict_in_generate": (False,),
 }
-INSTEAD = "answers are chosen greedily or by temperature, top_k, top_p and repetition_penalty"
+INSTEAD = "answers are chosen greedily or by temperature, top_k, top_p, min_p, the penalties and logit_bias"
 
 
 def is_known(name: str) -> bool:

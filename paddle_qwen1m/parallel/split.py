@@ -55,7 +55,7 @@ def degrees(config: ModelConfig) -> list[int]:
     ]
 
 
-def check_degree(config: ModelConfig, degree: int) -> None:
+def check_degree(config: ModelConfig, degree: int, option: str = "tensor_parallel_degree") -> None:
     """ValueError for a degree that the model cannot be split to, naming those that work and what to do instead."""
     works = degrees(config)
     if degree in works:
@@ -69,7 +69,7 @@ def check_degree(config: ModelConfig, degree: int) -> None:
             count = {2: "two", 3: "three", 4: "four"}.get(replicas, f"{replicas:,}")
             advice = f"for {degree} devices use {smaller} and {count} replicas"
     raise ValueError(
-        f"tensor_parallel_degree must be one of {', '.join(map(str, works))} for a model of {config.num_heads} query "
+        f"{option} must be one of {', '.join(map(str, works))} for a model of {config.num_heads} query "
         f"heads, {config.num_kv_heads} KV heads and intermediate_size {config.intermediate_size}, got {degree}: "
         f"{advice}"
     )

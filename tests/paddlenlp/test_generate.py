@@ -241,11 +241,11 @@ def test_max_length_of_the_file_counts_the_prompt(
 def test_what_the_file_asks_for_in_vain_is_logged_once(
     with_generation_config: Callable[..., Path], short: np.ndarray, logged: list[str]
 ) -> None:
-    directory = with_generation_config(min_p=0.9, stop_strings=["."], presence_penalty=0.0, colour="red")
+    directory = with_generation_config(typical_p=0.9, stop_strings=["."], epsilon_cutoff=0.0, colour="red")
     model = AutoModelForCausalLM.from_pretrained(str(directory))
     path = str(directory / "generation_config.json")
     vain, unknown = (line for line in logged if line.startswith(path))
-    assert vain.startswith(f"{path}: min_p=0.9, stop_strings=['.'] has no effect")
+    assert vain.startswith(f"{path}: typical_p=0.9, stop_strings=['.'] has no effect")
     assert unknown == f"{path}: colour is unknown here and has no effect"
     before = len(logged)
     model.generate(short, max_new_tokens=2)

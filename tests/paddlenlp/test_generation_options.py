@@ -136,7 +136,7 @@ def test_options_without_effect_are_accepted(keywords: dict[str, Any]) -> None:
         ({"stopping_criteria": [1]}, "stopping_criteria"),
         ({"logits_processors": LogitsProcessorList([print])}, "logits_processors=.* is not implemented"),
         ({"stop_strings": "."}, "stop_strings='.' is not implemented"),
-        ({"min_p": float("nan")}, "min_p=nan is not implemented"),
+        ({"typical_p": float("nan")}, "typical_p=nan is not implemented"),
         ({"do_sample": "no"}, "do_sample must be true or false, got 'no'"),
         ({"trunc_input": "no"}, "trunc_input must be true or false, got 'no'"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
@@ -212,7 +212,14 @@ def test_a_strategy_of_the_file_that_does_not_exist_is_named_in_the_log(strategy
 
 
 UNUSABLE = ["0.5", "", True, float("nan"), float("inf"), [1], {}, [[1]]]
-USABLE = {"do_sample": [True], "trunc_input": [True], "eos_token_id": [[1]], "pad_token_id": [[1]]}
+USABLE = {
+    "do_sample": [True],
+    "trunc_input": [True],
+    "eos_token_id": [[1]],
+    "pad_token_id": [[1]],
+    "logit_bias": [{}],
+    "sequence_bias": [{}],
+}
 
 
 @pytest.mark.parametrize(
@@ -408,3 +415,37 @@ def test_padding_may_hold_any_id() -> None:
 def test_input_that_cannot_be_used_is_refused(ids: Any, mask: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read_batch(ids, mask, 10)
+
+
+def test_penalties_and_biases_are_the_engines() -> None:
+    asked = request(
+        do_sample=True,
+        min_p=0.1,
+        presence_penalty=-0.5,
+        frequency_penalty=1.5,
+        sequence_bias={(3,): -2.0, (4,): 1.0},
+        logit_bias={4: 5},
+    ).params
+    assert (asked.min_p, asked.presence_penalty, asked.frequency_penalty) == (0.1, -0.5, 1.5)
+    assert asked.logit_bias == {3: -2.0, 4: 5.0}
+    assert request(sequence_bias=[[[3], -2.0]]).params.logit_bias == {3: -2.0}
+    assert request(logit_bias={}).params.logit_bias is None
+    assert request(defaults=from_file(min_p=0.25, do_sample=True)).params.min_p == 0.25
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"min_p": 1.5}, "min_p must be 0 to 1, got 1.5"),
+        ({"presence_penalty": 3}, "presence_penalty must be -2 to 2, got 3"),
+        (
+            {"sequence_bias": {(3, 4): 1.0}},
+            r"must be of single tokens, got \(3, 4\): sequences of them are not implemented",
+        ),
+        ({"logit_bias": {3: 101}}, "logit_bias must be -100 to 100, got 101"),
+        ({"logit_bias": 3}, "logit_bias must be a dict of token ids and numbers, got 3"),
+    ],
+)
+def test_penalties_and_biases_that_cannot_be_used_are_named(keywords: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        request(**keywords)

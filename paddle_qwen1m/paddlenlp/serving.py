@@ -1,0 +1,198 @@
+"""An engine for many requests, from a checkpoint: its memory is decided before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, Callable
+
+from paddlenlp.transformers import AutoTokenizer
+from paddlenlp.utils.log import logger
+
+from paddle_qwen1m import ops
+from paddle_qwen1m.cache import choose_page_size
+from paddle_qwen1m.config import ModelConfig, SparseBudgets
+from paddle_qwen1m.dtypes import itemsize
+from paddle_qwen1m.engine import Engine, SamplingParams
+from paddle_qwen1m.engine.admission import Allowance, Capacity, Need, choose_capacity
+from paddle_qwen1m.engine.grammar import GrammarCompiler
+from paddle_qwen1m.engine.params import StructuredOutputsParams
+from paddle_qwen1m.engine.rules import Grammar
+from paddle_qwen1m.memory import available_host_memory, driver_memory
+from paddle_qwen1m.model import Qwen2OneM, device_dtypes
+from paddle_qwen1m.options import AUTO, EngineOptions, default_batched_tokens, default_pause_tokens
+from paddle_qwen1m.paddlenlp.generation_keys import token_ids
+from paddle_qwen1m.paddlenlp.hub import Checkpoint, read_json
+from paddle_qwen1m.paddlenlp.loading import (
+    GENERATION_CONFIG,
+    HUB_OPTIONS,
+    choose_engine_options,
+    describe,
+    find_budgets,
+    find_checkpoint,
+    join_ranks,
+    read_weights,
+)
+from paddle_qwen1m.parallel.group import Group
+from paddle_qwen1m.parallel.split import check_degree, local_config
+from paddle_qwen1m.plan import cache_bytes_per_token, parameters, workspace_bytes
+from paddle_qwen1m.weights.digest import checkpoint_digest
+
+MEGABYTE = 1 << 20
+UNKNOWN = 1 << 40
+"""Megabytes of a machine that does not say how many it has."""
+TAKEN_FROM_FILE = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+TOKENIZER_JSON = "tokenizer.json"
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a caller's process reads of a checkpoint. defaults: fields of SamplingParams that its file sets."""
+
+    defaults: dict[str, Any]
+    eos_token_ids: tuple[int, ...]
+
+
+def check(name: str, options: Mapping[str, Any]) -> Checked:
+    """Finds a checkpoint and reads what it says of itself. Raises as from_pretrained does."""
+    checkpoint = find_checkpoint(name, dict(options))
+    described = describe(checkpoint, None)
+    shapes = ModelConfig.from_dict(described, "config.json")
+    check_degree(shapes, options.get("tensor_parallel_size", 1), "tensor_parallel_size")
+    path = checkpoint.extra_file(GENERATION_CONFIG)
+    file = {} if path is None else read_json(path)
+    ends = [token for source in (described, file) for token in _ends(source)]
+    return Checked(_sampling_defaults(file, str(path)), tuple(dict.fromkeys(ends)))
+
+
+def load_tokenizer(name: str, options: Mapping[str, Any]) -> Any:
+    """The tokenizer of a checkpoint."""
+    return AutoTokenizer.from_pretrained(name, **{key: options[key] for key in HUB_OPTIONS if key in options})
+
+
+def load_engine(model: str, options: Mapping[str, Any]) -> Engine:
+    """This rank's part of an engine that serves many requests, its KV cache made. `options`: LLM's, read.
+
+    Every rank of tensor_parallel_size calls it; they agree on the cache before any reads its weights. Raises as
+    from_pretrained does, ValueError for a max_model_len that the cache cannot hold, NotEnoughMemory.
+    """
+    given = dict(options)
+    checkpoint = find_checkpoint(model, given)
+    described = describe(checkpoint, None)
+    shapes = ModelConfig.from_dict(described, "config.json")
+    asked_length = given.pop("max_model_len", None)
+    chosen = choose_engine_options(shapes, {"enable_prefix_caching": True, **given})
+    chosen = replace(chosen, cuda_graph=not given.get("enforce_eager", False))
+    group = join_ranks(checkpoint, described, shapes, given.get("tensor_parallel_size", 1), None)
+    budgets = find_budgets(checkpoint, shapes, given.get("sparse_budgets"), chosen) if chosen.sparse else None
+    dtype = given.get("dtype") or shapes.dtype
+    need = _need(shapes, group, chosen, budgets, dtype)
+    capacity = choose_capacity(need, _allowance(group, given), asked_length)
+    if group.rank == 0:
+        _tell(capacity, need, asked_length)
+    engine = Engine(
+        Qwen2OneM(shapes, dtype, group),
+        replace(chosen, max_model_len=capacity.max_model_len, cache_tokens=capacity.cache_tokens),
+        budgets,
+        weights=checkpoint_digest(checkpoint.fetch_weights()),
+        compile_grammar=_grammars(checkpoint, shapes.vocab_size),
+    )
+    read_weights(engine.model, checkpoint, described, group)
+    engine.reserve()
+    return engine
+
+
+def _need(shapes: ModelConfig, group: Group, chosen: EngineOptions, budgets: SparseBudgets | None, dtype: str) -> Need:
+    """What a rank needs, by arithmetic."""
+    local = local_config(shapes, group.degree)
+    kept, computed = device_dtypes(dtype)
+    on_gpu = ops.on_gpu()
+    chunk = chosen.max_num_batched_tokens or default_batched_tokens(on_gpu)
+    page_size = choose_page_size(shapes.dual_chunk.chunk_len, chosen.page_size)
+
+    def workspace(length: int) -> int:
+        return workspace_bytes(
+            local,
+            length,
+            max_num_batched_tokens=chunk,
+            max_pause_tokens=chosen.max_pause_tokens or default_pause_tokens(on_gpu),
+            max_num_seqs=chosen.max_num_seqs,
+            budgets=budgets if length > chosen.sparse_threshold else None,
+            dtype=computed,
+        )
+
+    return Need(
+        weights=parameters(local) * itemsize(kept),
+        page_bytes=page_size * cache_bytes_per_token(local, chosen.kv_cache_dtype or computed),
+        page_size=page_size,
+        workspace=workspace,
+        longest=shapes.max_position_embeddings,
+        chunk=chunk,
+    )
+
+
+def _allowance(group: Group, given: Mapping[str, Any]) -> Allowance:
+    """What every rank may take: as much as the one with least may."""
+    cache_bytes = given.get("kv_cache_memory_bytes")
+    if ops.on_gpu():
+        memory = driver_memory()
+        utilization = given.get("gpu_memory_utilization")
+        allowance = Allowance.of_gpu(memory.free, memory.total, utilization, cache_bytes)
+    else:
+        allowance = Allowance.of_host(available_host_memory(), cache_bytes)
+    total, cache = _least(group, allowance.total), allowance.cache
+    return replace(allowance, total=total, cache=cache if allowance.exact else _least(group, cache))
+
+
+def _least(group: Group, size: int | None) -> int | None:
+    megabytes = group.smallest(UNKNOWN if size is None else size // MEGABYTE)
+    return None if megabytes >= UNKNOWN else megabytes * MEGABYTE
+
+
+def _tell(capacity: Capacity, need: Need, asked_length: int | None) -> None:
+    if asked_length == AUTO:
+        logger.info(f"max_model_len='auto': {capacity.max_model_len:,} tokens, of {need.longest:,} that the model has")
+    contexts = capacity.cache_tokens / capacity.max_model_len
+    logger.info(
+        f"KV cache: {capacity.cache_tokens:,} tokens, {need.cache(capacity.cache_tokens) / 1e9:.1f} GB a rank, "
+        f"{contexts:.2f} times max_model_len ({capacity.max_model_len:,})"
+    )
+
+
+def _grammars(checkpoint: Checkpoint, vocab_size: int) -> Callable[[StructuredOutputsParams], Grammar]:
+    """Compiles structured outputs for the checkpoint's tokenizer, which is read at the first one."""
+
+    @lru_cache(1)
+    def compiler() -> GrammarCompiler:
+        path = checkpoint.file(TOKENIZER_JSON)
+        if path is None:
+            raise ValueError(f"structured_outputs needs {TOKENIZER_JSON}, which {checkpoint.name} has not")
+        file = checkpoint.extra_file(GENERATION_CONFIG)
+        sources = [checkpoint.read_config()] + ([] if file is None else [read_json(file)])
+        return GrammarCompiler(path, vocab_size, sorted({token for source in sources for token in _ends(source)}))
+
+    return lambda params: compiler().compile(params)
+
+
+def _ends(source: Mapping[str, Any]) -> tuple[int, ...]:
+    """The tokens that end an answer, as a config names them."""
+    value = source.get("eos_token_id")
+    return () if value is None else tuple(token for token in token_ids("eos_token_id", value) if token >= 0)
+
+
+def _sampling_defaults(file: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Those fields of SamplingParams that generation_config.json sets; greedy where it says that nothing is sampled.
+
+    ValueError naming `source` for what cannot be used.
+    """
+    fields = {name: file[name] for name in TAKEN_FROM_FILE if file.get(name) is not None}
+    if file.get("max_new_tokens") is not None:
+        fields["max_tokens"] = file["max_new_tokens"]
+    if file.get("do_sample") is False:
+        fields["temperature"] = 0.0
+    try:
+        SamplingParams(**fields)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+    return fields
