@@ -1,11 +1,13 @@
-"""The engine's loop under several requests, with a model of the real shape and random weights on one GPU.
+"""The engine's loop under several requests: a model of the real shape with random weights on one GPU, or a checkpoint.
 
     python tools/benchmark_engine.py throughput [--model 7B] [--prompt 2048] [--new 256] [--requests 1 8 32]
     python tools/benchmark_engine.py beside [--tokens 262144] [--sequences 8]    a long prefill beside running answers
     python tools/benchmark_engine.py prefix [--tokens 229375 262144]             a second question on a cached document
+    python tools/benchmark_engine.py --checkpoint checkpoints/needle beside --tokens 60000        on whatever device
 
-Attention of sparse prefill visits the seeded lines of benchmark_gpu_model.py. Every bound that a line prints beside its
-figure is measured in the same run: bytes over what a device copy moves, operations over a large matmul's speed.
+With random weights the attention of sparse prefill visits the seeded lines of benchmark_gpu_model.py. Every bound that
+a line prints beside its figure is measured in the same run: bytes over what a device copy moves, operations over a
+large matmul's speed.
 """
 
 from __future__ import annotations
@@ -14,13 +16,17 @@ import argparse
 import sys
 import time
 from collections import defaultdict
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import paddle
-from benchmark_gpu_model import SHAPES, copy_bandwidth, random_model, random_prompt, seeded_selection
+from benchmark_gpu_model import SHAPES, copy_bandwidth, random_model, seeded_selection
+from paddlenlp.transformers import AutoModelForCausalLM
+from paddlenlp.utils.log import logger
 
-from paddle_qwen1m.config import published_budgets
+import paddle_qwen1m  # noqa: F401  (importing it registers the model)
+from paddle_qwen1m.config import SparseBudgets, published_budgets
 from paddle_qwen1m.engine import Engine, Finished, Prefilled, Request, SamplingParams, TokenChosen
 from paddle_qwen1m.model import Qwen2OneM
 from paddle_qwen1m.options import EngineOptions
@@ -54,6 +60,31 @@ class Log:
             self.step(engine)
 
 
+class Subject:
+    """A model and its sparse budgets: a checkpoint's, or random ones of a published shape."""
+
+    def __init__(self, shape: str, checkpoint: str | None) -> None:
+        self.is_random = checkpoint is None
+        self.model: Qwen2OneM
+        self.budgets: SparseBudgets | None
+        if checkpoint is None:
+            self.model = random_model(shape)
+            self.budgets = published_budgets(self.model.config)
+        else:
+            loaded = AutoModelForCausalLM.from_pretrained(checkpoint)
+            self.model, self.budgets = loaded.model, loaded.engine.budgets
+
+    def engine(self, options: EngineOptions) -> Engine:
+        return Engine(self.model, options, self.budgets)
+
+    def prompt(self, tokens: int, *seed: int) -> np.ndarray:
+        return np.random.default_rng([*seed, tokens]).integers(0, self.model.config.vocab_size, tokens)
+
+    def selection(self, tokens: int) -> AbstractContextManager[None]:
+        """What prefill of so many tokens visits."""
+        return seeded_selection(self.model.config, tokens) if self.is_random else nullcontext()
+
+
 def params(new_tokens: int) -> SamplingParams:
     return SamplingParams(max_tokens=new_tokens, temperature=0.0)
 
@@ -70,14 +101,13 @@ def matmul_speed(width: int = 8192) -> float:
     return 8 * 2 * width**3 / (time.perf_counter() - start)
 
 
-def throughput(model: Qwen2OneM, prompt_tokens: int, new_tokens: int, numbers: list[int]) -> None:
-    config = model.config
+def throughput(subject: Subject, prompt_tokens: int, new_tokens: int, numbers: list[int]) -> None:
+    config = subject.model.config
     weights = parameters(config) - config.vocab_size * config.hidden_size
     bandwidth, speed = copy_bandwidth(), matmul_speed()
     most = max(numbers)
-    engine = Engine(
-        model,
-        EngineOptions(cache_tokens=most * (prompt_tokens + new_tokens + 256), sparse=False, max_num_seqs=most),
+    engine = subject.engine(
+        EngineOptions(cache_tokens=most * (prompt_tokens + new_tokens + 256), sparse=False, max_num_seqs=most)
     )
     print(
         f"{prompt_tokens:,} tokens in, {new_tokens} out; a copy moves {bandwidth / 1e12:.2f} TB/s, a matmul does "
@@ -88,7 +118,7 @@ def throughput(model: Qwen2OneM, prompt_tokens: int, new_tokens: int, numbers: l
         for turn in range(2):  # the first captures the graphs
             log, start = Log(), time.perf_counter()
             for index in range(number):
-                prompt = np.random.default_rng([number, turn, index]).integers(0, config.vocab_size, prompt_tokens)
+                prompt = subject.prompt(prompt_tokens, number, turn, index)
                 engine.add(Request(f"{number}-{turn}-{index}", prompt, params(new_tokens)))
             log.run(engine)
         seconds = max(log.finished.values()) - start
@@ -111,15 +141,14 @@ def gaps(log: Log, begin: float, end: float) -> np.ndarray:
     return np.concatenate(found)
 
 
-def beside(model: Qwen2OneM, tokens: int, sequences: int) -> None:
-    config = model.config
+def beside(subject: Subject, tokens: int, sequences: int) -> None:
     answers = 20_000
     room = tokens + ANSWER + sequences * (WARM_TOKENS + answers) + 16 * WARM_TOKENS
-    engine = Engine(model, EngineOptions(cache_tokens=room), published_budgets(config))
-    bound = engine.options.max_inter_token_ms
-    assert bound is not None
-    long = random_prompt(model, tokens)
-    with seeded_selection(config, tokens):
+    engine = subject.engine(EngineOptions(cache_tokens=room))
+    bound, short_tokens = engine.options.max_inter_token_ms, engine.options.max_pause_tokens
+    assert bound is not None and short_tokens is not None
+    long = subject.prompt(tokens)
+    with subject.selection(tokens):
         Log().run(_with(engine, Request("warm", long[: 2 * engine.max_num_batched_tokens], params(4))))
         alone, start = Log(), time.perf_counter()
         alone.run(_with(engine, Request("alone", long, params(2))))
@@ -141,7 +170,7 @@ def beside(model: Qwen2OneM, tokens: int, sequences: int) -> None:
             log.step(engine)
             if short_at is None and time.perf_counter() - start > alone_seconds / 2:
                 short_at = time.perf_counter()
-                engine.add(Request("short", long[100_000:][:WARM_TOKENS], params(2)))
+                engine.add(Request("short", subject.prompt(short_tokens, 3), params(2)))
         end = log.tokens["long"][0]
         within = gaps(log, start, end)
         steps = sum(start <= when <= end for when in log.tokens["answer-0"])
@@ -171,25 +200,24 @@ def beside(model: Qwen2OneM, tokens: int, sequences: int) -> None:
     print(f"aborted: {after - before:,} tokens of the cache free again after {freed * 1e3:.1f} ms")
 
 
-def prefix(model: Qwen2OneM, lengths: list[int]) -> None:
-    config = model.config
+def prefix(subject: Subject, lengths: list[int], *, sparse: bool) -> None:
     longest = max(lengths)
-    options = EngineOptions(cache_tokens=2 * longest + 65536, enable_prefix_caching=True)
-    engine = Engine(model, options, published_budgets(config))
+    options = EngineOptions(cache_tokens=2 * longest + 65536, enable_prefix_caching=True, sparse=sparse)
+    engine = subject.engine(options)
     question = 64
     print("tokens      cold s  cold without cuts s  the cuts cost  second question s  times sooner  tokens reused")
     for tokens in lengths:
-        document = np.random.default_rng(tokens).integers(0, config.vocab_size, tokens)
-        with seeded_selection(config, tokens):
+        document = subject.prompt(tokens)
+        with subject.selection(tokens):
             other = document[::-1][: 2 * engine.max_num_batched_tokens].copy()
             Log().run(_with(engine, Request("warm", other, params(2))))
             engine.reset_prefix_cache()
             cold, _ = _first_token(engine, document)
-            again = np.concatenate([document[:-question], np.random.default_rng(2).integers(0, 1000, question)])
+            again = np.concatenate([document[:-question], subject.prompt(question)])
             warm, reused = _first_token(engine, again)
-            engine.configure(replace(options, prefix_border_parts=1), published_budgets(config))
+            engine.configure(replace(options, prefix_border_parts=1), subject.budgets)
             whole, _ = _first_token(engine, document)
-            engine.configure(options, published_budgets(config))
+            engine.configure(options, subject.budgets)
         print(
             f"{tokens:9,} {cold:9.3f} {whole:20.3f} {cold / whole - 1:14.1%} {warm:18.3f} {cold / warm:13.1f} "
             f"{reused:14,}",
@@ -214,7 +242,8 @@ def _p99(seconds: np.ndarray) -> float:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=list(SHAPES), default="7B")
+    parser.add_argument("--model", choices=list(SHAPES), default="7B", help="of random weights (default: %(default)s)")
+    parser.add_argument("--checkpoint", metavar="DIR", help="in place of random weights")
     commands = parser.add_subparsers(dest="what", required=True)
     one = commands.add_parser("throughput")
     one.add_argument("--prompt", type=int, default=2048)
@@ -225,16 +254,20 @@ def main() -> int:
     one.add_argument("--sequences", type=int, default=8)
     one = commands.add_parser("prefix")
     one.add_argument("--tokens", type=int, nargs="+", default=[229375, 262144])
+    one.add_argument("--dense", action="store_true")
     arguments = parser.parse_args()
-    paddle.device.set_device("gpu")
-    model = random_model(arguments.model)
-    print(f"{arguments.model}, random weights, bf16, {paddle.device.cuda.get_device_name()}")
+    logger.set_level("ERROR")
+    if arguments.checkpoint is None:
+        paddle.device.set_device("gpu")
+    subject = Subject(arguments.model, arguments.checkpoint)
+    device = paddle.device.cuda.get_device_name() if subject.model.on_gpu else "CPU"
+    print(f"{arguments.checkpoint or f'{arguments.model}, random weights, bf16'}, {device}")
     if arguments.what == "throughput":
-        throughput(model, arguments.prompt, arguments.new, arguments.requests)
+        throughput(subject, arguments.prompt, arguments.new, arguments.requests)
     elif arguments.what == "beside":
-        beside(model, arguments.tokens, arguments.sequences)
+        beside(subject, arguments.tokens, arguments.sequences)
     else:
-        prefix(model, arguments.tokens)
+        prefix(subject, arguments.tokens, sparse=not arguments.dense)
     return 0
 
 
