@@ -156,8 +156,8 @@ def _write_row(tensor: paddle.Tensor, row: int, values: np.ndarray) -> None:
 
 
 def _write(tensor: paddle.Tensor, values: np.ndarray) -> None:
-    """A copy in the order of the device's work, which starts no kernel. `values` may change at once."""
-    tensor.copy_(paddle.to_tensor(values, place=paddle.CPUPlace()), False)
+    """A copy in the order of the device's work, which nothing waits for. `values` may change at once."""
+    ops.upload(tensor, values)
 
 
 class SamplingBatch:
