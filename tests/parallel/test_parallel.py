@@ -55,7 +55,7 @@ def loads(checkpoints: dict[str, Path], length: int, names: list[str]) -> list[d
             **texts.get(name, {}),
             "runs": [
                 {"name": "logits", "tokens": length, "positions": positions},
-                {"name": "greedy", "tokens": length, "new_tokens": 24},
+                {"name": "greedy", "tokens": length, "new_tokens": 24, "params": {"temperature": 0.0}},
                 {"name": "sampled", "tokens": length, "new_tokens": 24, "params": parallel_cases.SAMPLED},
             ],
         }
