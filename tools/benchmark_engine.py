@@ -2,7 +2,7 @@
 
     python tools/benchmark_engine.py throughput [--model 7B] [--prompt 2048] [--new 256] [--requests 1 8 32]
     python tools/benchmark_engine.py beside [--tokens 262144] [--sequences 8]    a long prefill beside running answers
-    python tools/benchmark_engine.py prefix [--tokens 229375 262144]             a second question on a cached document
+    python tools/benchmark_engine.py prefix [--documents 229311 262144]           a second question on a cached document
     python tools/benchmark_engine.py --checkpoint checkpoints/needle beside --tokens 60000        on whatever device
 
 With random weights the attention of sparse prefill visits the seeded lines of benchmark_gpu_model.py. Every bound that
@@ -13,10 +13,12 @@ large matmul's speed.
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
 import time
 from collections import defaultdict
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -145,8 +147,7 @@ def beside(subject: Subject, tokens: int, sequences: int) -> None:
     answers = 20_000
     room = tokens + ANSWER + sequences * (WARM_TOKENS + answers) + 16 * WARM_TOKENS
     engine = subject.engine(EngineOptions(cache_tokens=room))
-    bound, short_tokens = engine.options.max_inter_token_ms, engine.options.max_pause_tokens
-    assert bound is not None and short_tokens is not None
+    bound, short_tokens = engine.max_inter_token_ms, engine.max_pause_tokens
     long = subject.prompt(tokens)
     with subject.selection(tokens):
         Log().run(_with(engine, Request("warm", long[: 2 * engine.max_num_batched_tokens], params(4))))
@@ -163,14 +164,15 @@ def beside(subject: Subject, tokens: int, sequences: int) -> None:
         while min(map(len, log.tokens.values())) < until:
             log.step(engine)
         usual = gaps(log, begin, time.perf_counter())
-        start = time.perf_counter()
-        engine.add(Request("long", long, params(2)))
-        short_at = None
-        while "long" not in log.tokens:
-            log.step(engine)
-            if short_at is None and time.perf_counter() - start > alone_seconds / 2:
-                short_at = time.perf_counter()
-                engine.add(Request("short", subject.prompt(short_tokens, 3), params(2)))
+        with _idle_share(subject.model.on_gpu) as idle:
+            start = time.perf_counter()
+            engine.add(Request("long", long, params(2)))
+            short_at = None
+            while "long" not in log.tokens:
+                log.step(engine)
+                if short_at is None and time.perf_counter() - start > alone_seconds / 2:
+                    short_at = time.perf_counter()
+                    engine.add(Request("short", subject.prompt(short_tokens, 3), params(2)))
         end = log.tokens["long"][0]
         within = gaps(log, start, end)
         steps = sum(start <= when <= end for when in log.tokens["answer-0"])
@@ -179,11 +181,11 @@ def beside(subject: Subject, tokens: int, sequences: int) -> None:
         pause = time.perf_counter() + alone_seconds / 4
         while time.perf_counter() < pause:
             log.step(engine)
-        before = engine.free_tokens
+        before = engine.metrics.pages_held
         asked = time.perf_counter()
         engine.abort("dropped")
         freed = time.perf_counter() - asked
-        after = engine.free_tokens
+        after = engine.metrics.pages_held
         for index in range(sequences):
             engine.abort(f"answer-{index}")
         log.run(engine)
@@ -197,32 +199,50 @@ def beside(subject: Subject, tokens: int, sequences: int) -> None:
         f"the long prefill: {alone_seconds:.2f} s alone, {whole:.2f} s with {steps} decode steps of {own:.2f} s in it: "
         f"{(whole - own) / alone_seconds - 1:+.1%} beside them"
     )
-    print(f"aborted: {after - before:,} tokens of the cache free again after {freed * 1e3:.1f} ms")
+    if idle:
+        print(f"the GPU was idle for {np.mean(idle):.1%} of that time, as its driver says, of {len(idle)} samples")
+    pages = f"{before - after:,} of {before:,} pages in use"
+    print(f"aborted: {pages} are free again after {freed * 1e3:.1f} ms")
 
 
-def prefix(subject: Subject, lengths: list[int], *, sparse: bool) -> None:
-    longest = max(lengths)
-    options = EngineOptions(cache_tokens=2 * longest + 65536, enable_prefix_caching=True, sparse=sparse)
+def prefix(subject: Subject, documents: list[int], question: int, *, sparse: bool) -> None:
+    options = EngineOptions(
+        cache_tokens=2 * (max(documents) + question) + 65536, enable_prefix_caching=True, sparse=sparse
+    )
     engine = subject.engine(options)
-    question = 64
-    print("tokens      cold s  cold without cuts s  the cuts cost  second question s  times sooner  tokens reused")
-    for tokens in lengths:
-        document = subject.prompt(tokens)
-        with subject.selection(tokens):
-            other = document[::-1][: 2 * engine.max_num_batched_tokens].copy()
-            Log().run(_with(engine, Request("warm", other, params(2))))
+    print(f"documents and questions of {question} tokens, {'sparse' if sparse else 'dense'}")
+    print("document    cold s  cold without cuts s  the cuts cost  second question s  times sooner  tokens reused")
+    for tokens in documents:
+        document, first, second = subject.prompt(tokens), subject.prompt(question), subject.prompt(question, 1)
+        with subject.selection(tokens + question):
+            Log().run(_with(engine, Request("warm", document[::-1][: 2 * engine.max_num_batched_tokens], params(2))))
             engine.reset_prefix_cache()
-            cold, _ = _first_token(engine, document)
-            again = np.concatenate([document[:-question], subject.prompt(question)])
-            warm, reused = _first_token(engine, again)
+            cold, _ = _first_token(engine, np.concatenate([document, first]))
+            warm, reused = _first_token(engine, np.concatenate([document, second]))
             engine.configure(replace(options, prefix_border_parts=1), subject.budgets)
-            whole, _ = _first_token(engine, document)
+            whole, _ = _first_token(engine, np.concatenate([document, first]))
             engine.configure(options, subject.budgets)
         print(
             f"{tokens:9,} {cold:9.3f} {whole:20.3f} {cold / whole - 1:14.1%} {warm:18.3f} {cold / warm:13.1f} "
             f"{reused:14,}",
             flush=True,
         )
+
+
+@contextmanager
+def _idle_share(on_gpu: bool) -> Iterator[list[float]]:
+    """Meanwhile, how often the driver saw no kernel on the GPU: a share for each of its samples, there at the end."""
+    shares: list[float] = []
+    if not on_gpu:
+        yield shares
+        return
+    query = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "-i", "0", "-lms", "100"]
+    with subprocess.Popen(query, stdout=subprocess.PIPE, text=True) as sampler:
+        try:
+            yield shares
+        finally:
+            sampler.terminate()
+            shares += [1 - int(line) / 100 for line in sampler.communicate()[0].split()]
 
 
 def _first_token(engine: Engine, prompt: np.ndarray) -> tuple[float, int]:
@@ -253,7 +273,8 @@ def main() -> int:
     one.add_argument("--tokens", type=int, default=262144 - ANSWER)
     one.add_argument("--sequences", type=int, default=8)
     one = commands.add_parser("prefix")
-    one.add_argument("--tokens", type=int, nargs="+", default=[229375, 262144])
+    one.add_argument("--documents", type=int, nargs="+", default=[229311, 262144], help="their tokens")
+    one.add_argument("--question", type=int, default=64, help="its tokens")
     one.add_argument("--dense", action="store_true")
     arguments = parser.parse_args()
     logger.set_level("ERROR")
@@ -267,7 +288,7 @@ def main() -> int:
     elif arguments.what == "beside":
         beside(subject, arguments.tokens, arguments.sequences)
     else:
-        prefix(subject, arguments.tokens, sparse=not arguments.dense)
+        prefix(subject, arguments.documents, arguments.question, sparse=not arguments.dense)
     return 0
 
 

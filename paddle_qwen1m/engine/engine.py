@@ -161,11 +161,16 @@ class Engine:
         self.budgets = budgets
         self.max_model_len = options.max_model_len or config.max_position_embeddings
         self.max_num_batched_tokens = options.max_num_batched_tokens or default_batched_tokens(model.on_gpu)
+        self.max_inter_token_ms = options.max_inter_token_ms or default_inter_token_ms(model.on_gpu)
+        short = options.max_pause_tokens or default_pause_tokens(model.on_gpu)
+        self.max_pause_tokens = min(short, self.max_num_batched_tokens)
         self.kv_cache_dtype = options.kv_cache_dtype or model.compute_dtype
         self.options = replace(
             options,
             max_model_len=self.max_model_len,
             max_num_batched_tokens=self.max_num_batched_tokens,
+            max_inter_token_ms=self.max_inter_token_ms,
+            max_pause_tokens=self.max_pause_tokens,
             kv_cache_dtype=self.kv_cache_dtype,
         )
         self.release_cache()
@@ -607,12 +612,6 @@ class Engine:
     def _page_bytes(self) -> int:
         return self.page_size * cache_bytes_per_token(self.model.local, self.kv_cache_dtype)
 
-    @property
-    def _pause_tokens(self) -> int:
-        """Of a chunk that short prompts share."""
-        most = self.options.max_pause_tokens or default_pause_tokens(self.model.on_gpu)
-        return min(most, self.max_num_batched_tokens)
-
     def _make_room(self, requests: ManyOf[Request]) -> None:
         """A cache for these requests and, where memory allows, max_num_batched_tokens more each; see _make_room_for."""
         needed = [sum(pages_needed(request, self.page_size)) for request in requests]
@@ -649,7 +648,7 @@ class Engine:
             self.model.local,
             longest,
             max_num_batched_tokens=self.max_num_batched_tokens,
-            max_pause_tokens=self._pause_tokens,
+            max_pause_tokens=self.max_pause_tokens,
             max_num_seqs=self.options.max_num_seqs,
             budgets=self.budgets if self.is_sparse(longest) else None,
             dtype=self.model.compute_dtype,
@@ -680,8 +679,7 @@ class Engine:
         options, config, on_gpu = self.options, self.model.local, self.model.on_gpu
         if options.enable_prefix_caching:
             self._prefixes = PrefixIndex(pool, options.prefix_temperature_tolerance)
-        short = self._pause_tokens
-        bound = (options.max_inter_token_ms or default_inter_token_ms(on_gpu)) / 1000
+        bound, short = self.max_inter_token_ms / 1000, self.max_pause_tokens
         waiting = WaitingRoom(pool, self._chunking, options.max_num_seqs, short, self._m2, self._prefixes)
         limits = SchedulerLimits(options.max_num_seqs, short, ahead=1 if on_gpu else 0)
         return Scheduler(waiting, pool, limits, Pacer(bound, layer_work(config), config.num_layers, time.perf_counter))
