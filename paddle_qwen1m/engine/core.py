@@ -179,6 +179,12 @@ class Answer:
         """Tokens of prompt and answer that have keys."""
         return len(self.request.prompt) + max(0, len(self.token_ids) - 1)
 
+    @property
+    def tokens_left(self) -> int:
+        """How many more it may have."""
+        assert self.params.max_tokens is not None
+        return self.params.max_tokens - len(self.token_ids)
+
     def append(self, token: int, logprob: float, logprobs: TokenLogprobs | None = None) -> TokenChosen:
         """The next token has been chosen. Whether it ends the answer is in the event."""
         assert self.finish_reason is None
@@ -191,7 +197,7 @@ class Answer:
             self.finish_reason = "stop"
         elif token in params.stop_token_ids:
             self.finish_reason, self.stop_reason = "stop", token
-        elif len(self.token_ids) == params.max_tokens:
+        elif self.tokens_left == 0:
             self.finish_reason = "length"
         return TokenChosen(self.request.id, token, logprob, self.index, logprobs, self.finish_reason)
 

@@ -60,7 +60,7 @@ class Scheduler:
 
     One long chunk at a time is on the device, and stands there at points. In between, decode steps run as often as the
     bound on the time between tokens needs, and short prompts, whole and together; without prompts to read every step
-    decodes. Long prompts take turns where their chunks end, short ones and what is admitted come in their order.
+    decodes, and the next is queued behind it. Long prompts take turns where their chunks end, short ones and what is admitted come in their order.
     """
 
     def __init__(self, waiting: WaitingRoom, pool: PagePool, limits: SchedulerLimits, pacer: Pacer) -> None:
@@ -71,7 +71,7 @@ class Scheduler:
         self._chunk: Chunk | None = None
         self._heads: deque[HeadTask] = deque()
         self._changes: list[Change] = []
-        self._decoding: DecodeStep | None = None
+        self._decoding: deque[DecodeStep] = deque()
         self._outstanding = 0
         self._was_decode = self._was_short = False
 
@@ -131,7 +131,8 @@ class Scheduler:
         self._slots.empty()
         self._heads.clear()
         self._changes.clear()
-        self._chunk = self._decoding = None
+        self._decoding.clear()
+        self._chunk = None
         self._outstanding = 0
 
     # --- what to do next ---
@@ -151,20 +152,32 @@ class Scheduler:
     def _choose(self) -> list[Task]:
         self._reading += self._waiting.admit(self._reading)
         work, room = self._next_work(), self._room()
-        can_decode = len(self._slots) > 0 and self._decoding is None
-        if can_decode and (work is None or (room < work.expected and not self._was_decode)):
-            return [self._decode()]
         if work is None:
-            return []
+            return [self._decode()] if self._can_decode else []
+        if len(self._slots) and not self._decoding and room < work.expected and not self._was_decode:
+            return [self._decode()]
         self._was_decode = False
         return [work.begin(room)]
+
+    @property
+    def _can_decode(self) -> bool:
+        """Whether a decode step has something to do. While the one before it is under way its tokens are not known here:
+        then every answer must stay in its slot, none may have a say in its next token, and some must go on.
+        """
+        if not self._decoding:
+            return len(self._slots) > 0
+        return (
+            self._slots.are_settled
+            and all(answer.rules is None for answer in self._slots)
+            and any(answer.tokens_left > len(self._decoding) for answer in self._slots)
+        )
 
     def _room(self) -> float:
         """Seconds that may go by before the device has to begin a decode step."""
         if not len(self._slots):
             return math.inf
-        if self._decoding is not None:
-            return self._pacer.room(self._pacer.end_of(self._decoding.queued))
+        if self._decoding:
+            return self._pacer.room(self._pacer.end_of(self._decoding[-1].queued))
         return self._pacer.room(min(answer.chosen_at for answer in self._slots))
 
     def _next_work(self) -> _Work | None:
@@ -234,8 +247,9 @@ class Scheduler:
         asked = any(answer.params.logprobs is not None for _, answer in seats.held)
         order = Decode(seats.count, join, seats.leaving, asked)
         queued = self._pacer.queue("decode")
-        self._decoding = DecodeStep(order, queued, seats.joining, seats.leaving, seats.held)
-        return self._decoding
+        step = DecodeStep(order, queued, seats.joining, seats.leaving, seats.held)
+        self._decoding.append(step)
+        return step
 
     def _next_part(self, sequence: Sequence) -> Part:
         begin = sequence.num_cached
@@ -287,7 +301,7 @@ class Scheduler:
         if isinstance(task, Read):
             return self._read(task) if task.ended else []
         if isinstance(task, DecodeStep):
-            self._decoding = None
+            self._decoding.popleft()
             return self._chosen([answer for _, answer in task.held], cast(ManyOf[Chosen], result))
         if isinstance(task, FirstTokens):
             for sequence in task.sequences:
@@ -320,7 +334,7 @@ class Scheduler:
     def _chosen(self, answers: Iterable[Answer], result: ManyOf[Chosen]) -> list[Event]:
         events: list[Event] = []
         for answer, chosen in zip(answers, result):
-            if answer.finish_reason is not None:  # it was stopped while this was on its way
+            if answer.finish_reason is not None:  # it ended while this was on its way
                 continue
             answer.chosen_at = self._pacer.clock()
             events.append(answer.append(*chosen))

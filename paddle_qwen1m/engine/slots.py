@@ -36,6 +36,16 @@ class Slots:
         yield from self._held.values()
         yield from self._joining
 
+    @property
+    def are_settled(self) -> bool:
+        """Whether the next step finds every answer in the slot that it has."""
+        return len(self._held) > 0 and not self._joining and max(self._held) < self._size
+
+    @property
+    def _size(self) -> int:
+        """Slots of the smallest batch that holds all."""
+        return min(self._most, 1 << (len(self) - 1).bit_length())
+
     def join(self, answer: Answer) -> None:
         """It takes part from the next step on."""
         assert len(self) < self._most
@@ -51,7 +61,7 @@ class Slots:
 
     def seat(self) -> Seats:
         """Takes everybody's place for the next step."""
-        size = min(self._most, 1 << (len(self) - 1).bit_length())
+        size = self._size
         moving = {slot: answer for slot, answer in sorted(self._held.items()) if slot >= size}
         for slot in moving:
             del self._held[slot]

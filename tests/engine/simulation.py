@@ -187,6 +187,7 @@ class World:
         self.waiting = WaitingRoom(self.pool, self.chunking, slots, short, lambda length: 1.0, self.prefixes)
         self.scheduler = Scheduler(self.waiting, self.pool, SchedulerLimits(slots, short, ahead), self.pacer)
         self.posts: deque[tuple[Task, float]] = deque()
+        self._chosen: deque[list[Chosen]] = deque()
         self.sequences: dict[str, Sequence] = {}
         self.events: list[tuple[float, Event]] = []
         self.tasks: list[tuple[float, Task]] = []
@@ -245,14 +246,16 @@ class World:
                 np.testing.assert_array_equal(found, sequence.prompt[: sequence.num_cached], sequence.id)
         if isinstance(task, DecodeStep):
             for slot, answer in task.held:
-                expected = [*answer.request.prompt, *answer.token_ids]
-                held = self.device.slots[slot]
+                prompt, held = answer.request.prompt, self.device.slots[slot]
+                coming = held.length - len(prompt) - len(answer.token_ids)
+                assert coming == (1 if self._chosen else 0), "tokens on their way when this step was ordered"
+                expected = [*prompt, *answer.token_ids, *answer_to([*prompt, *answer.token_ids], coming)]
                 np.testing.assert_array_equal(self.device.read(held.pages, held.length), expected, answer.request.id)
-            self._chosen = [Chosen(self.device.slots[slot].token, -1.0) for slot, _ in task.held]
+            self._chosen.append([Chosen(self.device.slots[slot].token, -1.0) for slot, _ in task.held])
 
     def _result(self, task: Task) -> Any:
         if isinstance(task, DecodeStep):
-            return self._chosen
+            return self._chosen.popleft()
         if isinstance(task, FirstTokens):
             return [Chosen(next_token(answer.request.prompt), -1.0) for answer in task.answers]
         if isinstance(task, PromptLogits):
@@ -287,4 +290,4 @@ def answer_to(prompt: Iterable[int], count: int) -> list[int]:
     tokens = list(prompt)
     for _ in range(count):
         tokens.append(next_token(np.asarray(tokens)))
-    return tokens[-count:]
+    return tokens[len(tokens) - count :]

@@ -149,11 +149,11 @@ def test_a_chunked_prefill_gives_the_same_answer(engine: Engine, prompt: Any) ->
 SAMPLED = SamplingParams(max_tokens=40, temperature=2.0, top_k=50, top_p=0.95, repetition_penalty=1.1, seed=5)
 
 
-@pytest.mark.parametrize("params", [replace(GREEDY, min_new_tokens=24), SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("params", [replace(GREEDY, min_tokens=24), SAMPLED], ids=["greedy", "sampled"])
 def test_a_replayed_graph_gives_what_eager_steps_give(engine: Engine, prompt: Any, params: SamplingParams) -> None:
-    """40 steps over page borders, DCA chunks and min_new_tokens, as a batch whose rows end apart."""
+    """40 steps over page borders, DCA chunks and min_tokens, as a batch whose rows end apart."""
     prompts = [prompt(1024), prompt(1024, 1)[-740:], prompt(4096, 2)]
-    choices = [params, replace(params, max_new_tokens=30, min_new_tokens=0), params]
+    choices = [params, replace(params, max_tokens=30, min_tokens=0), params]
     replayed = engine.generate(prompts, choices)
     with without_graph(engine):
         eager = engine.generate(prompts, choices)

@@ -232,7 +232,7 @@ def test_rotate_and_cache(
     qkv, bias, table = rotation_inputs(rng, tokens, tokens, variants, shape, dtype)
     pages = tokens // page_size + 2
     slots = rng.permutation(pages * page_size)[:tokens]
-    slots[rng.random(tokens) < 0.2] = -1
+    slots[1:][rng.random(tokens - 1) < 0.2] = -1
     q = poisoned(variants, tokens, heads, head_dim, dtype=dtype)
     key, value = (poisoned(pages, page_size, kv_heads, head_dim, dtype=dtype) for _ in range(2))
     cuda(
