@@ -61,7 +61,7 @@ class PlainLibrary(CudaLibrary):
         self._runtime = runtime
 
     def make_workspace(self, size: int) -> DeviceArray:
-        return DeviceArray(self._runtime, np.full(size, 0xFF, np.uint8))
+        return DeviceArray(self._runtime, np.full(max(size, 1), 0xFF, np.uint8))
 
     def stream(self) -> int:
         return 0
@@ -402,7 +402,7 @@ class Kernels:
 def run() -> None:
     for head_dim, heads in ((128, 5), (128, 7), (64, 5)):
         kernels = Kernels(head_dim, heads)
-        for length, rows in ((1, 1), (65, 65), (300, 40), (700, 130), (769, 1), (1000, 520)):
+        for length, rows in ((1, 1), (65, 65), (300, 40), (700, 130), (769, 1), (1000, 520), (9000, 70)):
             kernels.prefill(length, rows)
         kernels.decode([1, 65, 257, 700])
         kernels.layers(1, 64)

@@ -11,7 +11,9 @@
 //              One's softmax runs beside the other's products. A consumer waits for a slot far ahead only with empty
 //              hands, since the lists may differ at will
 //
-// Row blocks 2i and 2i + 1 of a piece are always merged, wanted or not, so that rows do not depend on how it is cut.
+// Row blocks 2i and 2i + 1 of a piece are always merged, wanted or not, so that rows do not depend on how it is cut. Of
+// a piece of few rows, several blocks take a share of each list.
+#include <algorithm>
 #include <climits>
 
 #include "attention.cuh"
@@ -25,7 +27,10 @@ namespace {
 
 constexpr int kConsumers = 2, kThreads = (1 + kConsumers) * kWarpgroup;
 constexpr int kSlotKeys = kTileKeys, kRing = 6;
-constexpr int kWindow = 512;  // entries of each list that are merged at once
+constexpr int kWindow = 512;                         // entries of each list that are merged at once
+constexpr int kFewRows = 1024;                       // of a piece whose lists may be shared out
+constexpr int kMostShares = 64, kSharedRows = 8192;  // shares; rows times shares, which the workspace holds
+constexpr int kShareSlots = 64;                      // of a share at least
 constexpr int kProducerRegisters = 72, kConsumerRegisters = 216;
 constexpr int32_t kNoKey = INT_MAX;
 
@@ -48,16 +53,19 @@ __device__ inline uint32_t mark(int32_t key, int marks) { return key | static_ca
 __device__ inline int32_t key_of(uint32_t marked) { return marked & ((1u << kMarkShift) - 1); }
 __device__ inline int marks_of(uint32_t marked) { return marked >> kMarkShift; }
 
-// One row block's list of a stage, and how far it has been merged.
+// One row block's list of a stage, or this share of it: entries [taken, end) are still to be merged.
 struct List {
   const int32_t* entries;
-  int32_t count, taken;
+  int32_t taken, end;
+
+  __device__ bool more() const { return taken < end; }
 };
+using Pair = List[2];
 
 // What the producer is about to load. A block's row r lies at number near + r of the pool before the border of the page
 // that it begins in, at far + r behind it.
 struct Plan {
-  List lists[2];
+  Pair blocks[kStages], columns[kStages];
   int32_t entry[2][kWindow + 1];             // of the two lists, kNoKey behind their ends
   uint32_t twice[kWindow / kWarp];           // bit by bit, which entries of the first list the second has as well
   uint32_t merged[2 * kWindow + kSlotKeys];  // marked keys, ascending
@@ -75,13 +83,18 @@ struct alignas(1024) Shared {
 };
 static_assert(sizeof(Shared) <= 227 << 10, "what a block may have");
 
-// Row blocks 2i and 2i + 1 of one head.
+struct SparseArguments : qwen1m_dca_sparse_prefill {
+  Shares shares;
+};
+
+// Row blocks 2i and 2i + 1 of one head, and a share of their lists.
 struct Item {
-  const qwen1m_dca_sparse_prefill& a;
+  const SparseArguments& a;
   int head, row_block;
 
-  __device__ explicit Item(const qwen1m_dca_sparse_prefill& arguments)
+  __device__ explicit Item(const SparseArguments& arguments)
       : a(arguments), head(blockIdx.y), row_block(2 * (a.first_block / 2 + static_cast<int>(blockIdx.x))) {}
+  __device__ int share() const { return blockIdx.z; }
   __device__ int32_t begin() const { return a.begin + row_block * kRows; }    // position of the first row
   __device__ int32_t first_row() const { return a.row + row_block * kRows; }  // its number in the step
   __device__ int32_t rows() const { return min(a.rows - row_block * kRows, kConsumers * kRows); }
@@ -92,7 +105,21 @@ struct Item {
   __device__ int present() const { return (has(0) ? 1 : 0) | (has(1) ? 2 : 0); }
 };
 
-// How many of `kWindow` ascending entries are below `value`.
+// How many of `count` ascending entries are below `value`.
+__device__ inline int32_t count_below(const int32_t* entries, int32_t count, int32_t value) {
+  int32_t from = 0;
+  while (from < count) {
+    const int32_t middle = (from + count) / 2;
+    if (__ldg(entries + middle) < value) {
+      from = middle + 1;
+    } else {
+      count = middle;
+    }
+  }
+  return from;
+}
+
+// The same of `kWindow` in shared memory.
 __device__ inline int count_below(const int32_t* entries, int32_t value) {
   int n = 0;
 #pragma unroll
@@ -104,7 +131,7 @@ __device__ inline int count_below(const int32_t* entries, int32_t value) {
 
 template <typename T>
 struct Producer {
-  const qwen1m_dca_sparse_prefill& a;
+  const SparseArguments& a;
   Shared& shared;
   RingPlace<kRing> ring;
   int32_t head_bytes = 0;  // where the item's head begins in a row of the pool
@@ -158,41 +185,68 @@ struct Producer {
     return wanting & ((last > item.begin() ? 1 : 0) | (last > item.begin() + kRows ? 2 : 0));
   }
 
-  // The lists of a stage, which stand behind those of the stages before. `of` 0: blocks, kStages: columns.
-  __device__ void open(const Item& item, int stage, int of, const int32_t* tables, int width) const {
-    const int c = threadIdx.x, row_blocks = (a.rows + kRows - 1) / kRows;
-    agree();  // the lists before are done with
-    if (c < kConsumers) {
-      List list{tables, 0, 0};
-      if (item.row_block + c < row_blocks) {
+  // This block's share of the lists of all stages, which stand one behind the other; a thread for a pair of lists.
+  __device__ void open(const Item& item) const {
+    const int stage = threadIdx.x % kStages, row_blocks = (a.rows + kRows - 1) / kRows;
+    const bool columns = threadIdx.x >= kStages;
+    if (threadIdx.x < kWarp) {
+      Pair lists{};
+      int32_t slots = 0;
+      for (int c = 0; threadIdx.x < 2 * kStages && c < 2 && item.row_block + c < row_blocks; ++c) {
         const int64_t number = static_cast<int64_t>(item.head) * row_blocks + item.row_block + c;
-        const int32_t* counts = a.tables.counts + number * 2 * kStages + of;
-        list.entries += number * width;
-        for (int before = kInter; before > stage; --before) list.entries += __ldg(counts + before);
-        list.count = __ldg(counts + stage);
+        const int32_t* counts = a.tables.counts + number * 2 * kStages + (columns ? kStages : 0);
+        lists[c].entries = columns ? a.tables.columns + number * a.tables.column_width
+                                   : a.tables.blocks + number * a.tables.block_width;
+        for (int before = kInter; before > stage; --before) lists[c].entries += __ldg(counts + before);
+        lists[c].end = __ldg(counts + stage);
+        slots = max(slots, columns ? lists[c].end / kSlotKeys : lists[c].end);
       }
-      shared.plan.lists[c] = list;
+      if (a.shares.count > 1) {
+        const int32_t all_slots = __reduce_add_sync(kAllLanes, slots);
+        const int count = max(1, min(a.shares.count, all_slots / kShareSlots));
+        if (lists[0].end > 0) {
+          cut(lists[0], lists[1], item.share(), count);
+        } else {
+          cut(lists[1], lists[0], item.share(), count);
+        }
+      }
+      if (threadIdx.x < 2 * kStages) {
+        Pair& opened = (columns ? shared.plan.columns : shared.plan.blocks)[stage];
+        opened[0] = lists[0];
+        opened[1] = lists[1];
+      }
     }
     agree();
   }
 
-  __device__ bool more_listed() const {
-    const List(&lists)[2] = shared.plan.lists;
-    return lists[0].taken < lists[0].count || lists[1].taken < lists[1].count;
+  // Share number `share` of `count`: one list is cut into equal parts, the other where the entries are as large.
+  __device__ static void cut(List& even, List& other, int share, int count) {
+    const int64_t entries = even.end;
+    const auto border = [&](int number) { return static_cast<int32_t>(entries * min(number, count) / count); };
+    const auto other_border = [&](int32_t at) {
+      return at == 0 ? 0 : at == entries ? other.end : count_below(other.entries, other.end, __ldg(even.entries + at));
+    };
+    const int32_t from = border(share), to = border(share + 1);
+    if (entries > 0) {
+      const int32_t first = other_border(from);
+      other.end = other_border(to);
+      other.taken = first;
+    }
+    even.taken = from;
+    even.end = to;
   }
 
   // Appends to plan.merged from `at` on what the next windows surely hold of the lists' union, with its marks. Returns
   // how many entries that are.
-  __device__ int merge(int at) {
+  __device__ int merge(Pair& lists, int at) {
     Plan& plan = shared.plan;
-    List(&lists)[2] = plan.lists;
     constexpr int kEach = kWindow / kWarpgroup;
     const int lane = threadIdx.x % kWarp, first_group = threadIdx.x / kWarp * kEach;
 #pragma unroll
     for (int l = 0; l < 2; ++l) {
       for (int i = threadIdx.x; i <= kWindow; i += kWarpgroup) {
         const int32_t number = lists[l].taken + i;
-        plan.entry[l][i] = number < lists[l].count ? __ldg(lists[l].entries + number) : kNoKey;
+        plan.entry[l][i] = number < lists[l].end ? __ldg(lists[l].entries + number) : kNoKey;
       }
     }
     agree();
@@ -200,8 +254,7 @@ struct Producer {
     int taken[2];
 #pragma unroll
     for (int l = 0; l < 2; ++l) {
-      taken[l] =
-          bound == kNoKey ? min(lists[l].count - lists[l].taken, kWindow) : count_below(plan.entry[l], bound + 1);
+      taken[l] = bound == kNoKey ? min(lists[l].end - lists[l].taken, kWindow) : count_below(plan.entry[l], bound + 1);
     }
 #pragma unroll 2
     for (int k = 0; k < kEach; ++k) {
@@ -280,9 +333,9 @@ struct Producer {
   }
 
   __device__ void load_blocks(const Item& item, int stage, int32_t end) {
-    open(item, stage, 0, a.tables.blocks, a.tables.block_width);
-    while (more_listed()) {
-      const int count = merge(0);
+    Pair& lists = shared.plan.blocks[stage];
+    while (lists[0].more() || lists[1].more()) {
+      const int count = merge(lists, 0);
       for (int i = threadIdx.x; i < count; i += kWarpgroup) {
         const int32_t start = min(key_of(shared.plan.merged[i]), end - 1), border = (start | page_mask()) + 1;
         const int32_t near = pool_row(start);
@@ -337,14 +390,13 @@ struct Producer {
   }
 
   __device__ void load_columns(const Item& item, int stage, int32_t end) {
-    const List(&lists)[2] = shared.plan.lists;
-    open(item, stage, kStages, a.tables.columns, a.tables.column_width);
-    const int listing = (lists[0].count > 0 ? 1 : 0) | (lists[1].count > 0 ? 2 : 0);
+    Pair& lists = shared.plan.columns[stage];
+    const int listing = (lists[0].more() ? 1 : 0) | (lists[1].more() ? 2 : 0);
     if ((listing & item.present()) == 0) return;
     int waiting = 0;
     for (bool more = true; more;) {
-      const int count = waiting + merge(waiting);
-      more = more_listed();
+      const int count = waiting + merge(lists, waiting);
+      more = lists[0].more() || lists[1].more();
       int from = 0;
       for (; from + kSlotKeys <= count || (!more && from < count); from += kSlotKeys) {
         const int slot = min(count - from, kSlotKeys);
@@ -361,6 +413,7 @@ struct Producer {
   }
 
   __device__ void walk(const Item& item) {
+    open(item);
     head_bytes = item.head / (a.heads / a.cache.kv_heads) * kHeadDim * static_cast<int32_t>(sizeof(T));
     for (int stage = kInter; stage >= kIntra; --stage) {
       const int32_t end = stage == kIntra ? item.begin() + item.rows()
@@ -374,7 +427,7 @@ struct Producer {
 
 template <typename T>
 struct Consumer {
-  const qwen1m_dca_sparse_prefill& a;
+  const SparseArguments& a;
   Shared& shared;
   const int number = static_cast<int>(threadIdx.x) / kWarpgroup - 1;
   RingPlace<kRing> ring;
@@ -527,8 +580,13 @@ struct Consumer {
         step(item, scale);
       }
     }
-    if (item.has(number)) {
-      const int64_t place = static_cast<int64_t>(item.first_row() + number * kRows) * a.heads + item.head;
+    if (!item.has(number)) return;
+    const int64_t place = static_cast<int64_t>(item.first_row() + number * kRows) * a.heads + item.head;
+    if (a.shares.count > 1) {
+      rows.store_share(a.shares, item.rows() - number * kRows, scale, [&](int row) {
+        return (place + static_cast<int64_t>(row) * a.heads) * a.shares.count + item.share();
+      });
+    } else {
       rows.store(static_cast<T*>(a.out) + place * kHeadDim, a.lse == nullptr ? nullptr : a.lse + place,
                  item.rows() - number * kRows, a.heads, scale);
     }
@@ -536,8 +594,7 @@ struct Consumer {
 };
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads, 1)
-    dca_sparse_prefill_kernel(const __grid_constant__ qwen1m_dca_sparse_prefill a) {
+__global__ void __launch_bounds__(kThreads, 1) dca_sparse_prefill_kernel(const __grid_constant__ SparseArguments a) {
   extern __shared__ char memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   if (threadIdx.x == 0) {
@@ -549,31 +606,49 @@ __global__ void __launch_bounds__(kThreads, 1)
     barrier_init_fence();
   }
   __syncthreads();
-  const Item item(a);
   if (threadIdx.x < kWarpgroup) {
     give_registers<kProducerRegisters>();
-    Producer<T>{a, shared}.walk(item);
+    Producer<T>{a, shared}.walk(Item(a));
   } else {
     take_registers<kConsumerRegisters>();
-    Consumer<T>{a, shared}.walk(item);
+    Consumer<T>{a, shared}.walk(Item(a));
   }
+}
+
+// How many shares the lists of a piece are cut into at most. It follows from the piece, not from the row blocks that
+// are attended to, so that rows do not depend on how it is cut.
+int32_t most_shares(const qwen1m_dca_sparse_prefill& a) {
+  if (a.rows > kFewRows) return 1;
+  const int32_t slots = a.tables.block_width + a.tables.column_width / kSlotKeys;
+  return std::max(1, std::min({kMostShares, kSharedRows / a.rows, slots / kShareSlots}));
 }
 
 }  // namespace
 
+int64_t dca_sparse_prefill_workspace(const qwen1m_dca_sparse_prefill& a) {
+  return shares_bytes(static_cast<int64_t>(a.tokens) * a.heads, kHeadDim, most_shares(a));
+}
+
 template <typename T>
-int dca_sparse_prefill(const qwen1m_dca_sparse_prefill& a, qwen1m_stream stream) {
-  if (a.num_blocks == 0) return cudaSuccess;
+int dca_sparse_prefill(const qwen1m_dca_sparse_prefill& piece, void* workspace, qwen1m_stream stream) {
+  if (piece.num_blocks == 0) return cudaSuccess;
+  const SparseArguments a{
+      piece, Shares(workspace, static_cast<int64_t>(piece.tokens) * piece.heads, kHeadDim, most_shares(piece))};
   const auto kernel = dca_sparse_prefill_kernel<T>;
   const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared));
   if (status != cudaSuccess) return status;
   const int pairs = (a.first_block + a.num_blocks - 1) / 2 - a.first_block / 2 + 1;
-  kernel<<<dim3(pairs, a.heads), kThreads, sizeof(Shared), as_stream(stream)>>>(a);
-  return cudaGetLastError();
+  kernel<<<dim3(pairs, a.heads, a.shares.count), kThreads, sizeof(Shared), as_stream(stream)>>>(a);
+  if (a.shares.count == 1) return cudaGetLastError();
+  const cudaError_t launched = cudaGetLastError();
+  if (launched != cudaSuccess) return launched;
+  const int32_t skipped = a.first_block * kRows;
+  const MergedRows rows{{a.row + skipped}, {std::min(a.rows - skipped, a.num_blocks * kRows)}, 1, a.heads};
+  return merge_shares<T, kHeadDim>(rows, a.shares, a.out, a.lse, as_stream(stream));
 }
 
-template int dca_sparse_prefill<bf16>(const qwen1m_dca_sparse_prefill&, qwen1m_stream);
-template int dca_sparse_prefill<f16>(const qwen1m_dca_sparse_prefill&, qwen1m_stream);
+template int dca_sparse_prefill<bf16>(const qwen1m_dca_sparse_prefill&, void*, qwen1m_stream);
+template int dca_sparse_prefill<f16>(const qwen1m_dca_sparse_prefill&, void*, qwen1m_stream);
 
 }  // namespace sm90
 }  // namespace cuda
