@@ -238,7 +238,7 @@ def sparse_beside(cuda: CudaLibrary, sequence: Sequence, seed: int) -> str:
     workload = sparse_workload.Workload(sequence.rows, sequence.keys, "published:21", 64)
     lines = sparse_workload.make(workload, sparse_workload.budgets_of(workload.budgets, sequence.heads), seed)
     pieces = [Piece(sequence, lines, row, rows, begin) for _, row, rows, begin in sequence.pieces().tolist()]
-    converting = milliseconds(lambda: [piece.convert(cuda) for piece in pieces])
+    converting = milliseconds(in_turn([piece.convert(cuda) for piece in pieces]))
     attending = milliseconds(in_turn([piece.attend(cuda) for piece in pieces]))
     keys = sum(piece.keys_a_row() * piece.rows for piece in pieces) / sequence.rows
     speed = 4 * sequence.heads * HEAD_DIM * sequence.rows * keys / attending / 1e9
@@ -266,20 +266,20 @@ class Piece:
             "column_width": column_width,
         }
 
-    def convert(self, cuda: CudaLibrary) -> None:
-        cuda(
-            "sparse_index",
-            columns=self.columns,
-            slashes=self.slashes,
-            tables=self.tables,
-            heads=self.sequence.heads,
-            selected_columns=self.columns.shape[1],
-            selected_slashes=self.slashes.shape[1],
-            begin=self.begin,
-            rows=self.rows,
-            chunk_len=CHUNK_LEN,
-            block=64,
-        )
+    def convert(self, cuda: CudaLibrary) -> Callable[[], None]:
+        fields = {
+            "columns": self.columns,
+            "slashes": self.slashes,
+            "tables": self.tables,
+            "heads": self.sequence.heads,
+            "selected_columns": self.columns.shape[1],
+            "selected_slashes": self.slashes.shape[1],
+            "begin": self.begin,
+            "rows": self.rows,
+            "chunk_len": CHUNK_LEN,
+            "block": 64,
+        }
+        return with_workspace(cuda, "sparse_index", fields)
 
     def attend(self, cuda: CudaLibrary) -> Callable[[], None]:
         sequence = self.sequence
@@ -384,7 +384,7 @@ def bench_sparse(cuda: CudaLibrary, reference: CudaLibrary, peer: Peer | None, m
             lines = sparse_workload.make(workload, sparse_workload.budgets_of(workload.budgets, heads), seed)
             sequence = Sequence(heads, kv_heads, workload.keys, workload.rows)
             pieces = [Piece(sequence, lines, row, rows, begin) for _, row, rows, begin in sequence.pieces().tolist()]
-            converting = milliseconds(lambda ps=pieces: [piece.convert(cuda) for piece in ps])  # type: ignore[misc]
+            converting = milliseconds(in_turn([piece.convert(cuda) for piece in pieces]))
             attending = milliseconds(in_turn([piece.attend(cuda) for piece in pieces]))
             keys = sum(piece.keys_a_row() * piece.rows for piece in pieces) / workload.rows
             speed = 4 * heads * HEAD_DIM * workload.rows * keys / attending / 1e9

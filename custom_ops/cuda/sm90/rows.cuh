@@ -102,14 +102,16 @@ struct Rows {
     for (int i = 0; i < kHeadDim / 2; ++i) out[i] *= shrink[i / 2 % 2];
   }
 
-  // Ends the products under way, which run beside what was computed so far: ptxas moves a wait up to the last branch.
+  // Ends the products under way but for the last kGroups groups. They run beside what was computed so far: ptxas moves
+  // a wait up to the last branch.
+  template <int kGroups = 0>
   __device__ void settle_output() {
     if (grown()) {
-      products_wait<0>();
+      products_wait<kGroups>();
       settle(out);
       rescale();
     } else {
-      asm volatile("wgmma.wait_group.sync.aligned 0;  // unlike the other branch's" ::: "memory");
+      asm volatile("wgmma.wait_group.sync.aligned %0;  // unlike the other branch's" ::"n"(kGroups) : "memory");
       settle(out);
     }
   }
