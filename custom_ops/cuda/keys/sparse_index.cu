@@ -156,6 +156,13 @@ __device__ int32_t warp_first_above(const Values& values, int32_t from, int32_t 
   return above != 0 ? from + __ffs(above) - 1 : to;
 }
 
+// The same where the answer is most likely among the next 32.
+template <typename Values>
+__device__ int32_t warp_next_above(const Values& values, int32_t from, int32_t to, int32_t value) {
+  const int32_t near = warp_first_above(values, from, min(from + kWarp, to), value);
+  return near < min(from + kWarp, to) ? near : warp_first_above(values, near, to, value);
+}
+
 // The blocks of a row block in a stage: `own` of them by themselves, in `listed`, then entries of the head's chain.
 struct Cover {
   const int32_t *listed, *chain;  // the chain from the first that counts on
@@ -185,7 +192,7 @@ __device__ Cover cover(const Lines& diagonals, const int32_t* chain, int32_t len
   const Lines ends{chain, 0, 0, length};
   int32_t met = 0, end = max(diagonals[at], edge + block);
   while (end < limit) {
-    met = warp_first_above(ends, met, length, end - 1);
+    met = warp_next_above(ends, met, length, end - 1);
     if (met < length && ends[met] == end) {
       const int32_t rest = warp_first_above(ends, met, length, limit - 1) - met;
 #pragma unroll 4
@@ -195,7 +202,7 @@ __device__ Cover cover(const Lines& diagonals, const int32_t* chain, int32_t len
       return cover;
     }
     list(cover.own++, end + to_key);
-    at = warp_first_above(diagonals, at, diagonals.count, end);
+    at = warp_next_above(diagonals, at, diagonals.count, end);
     if (at == diagonals.count) break;
     end = max(diagonals[at], end + block);
   }

@@ -302,8 +302,8 @@ struct Consumer {
 
   // scores = Q K^T, under way.
   __device__ void score() {
-    const uint64_t q = rows_descriptor(shared_address(shared.queries[query.index][number][0]));
-    const uint64_t k = rows_descriptor(shared_address(shared.keys[key.index][0]));
+    const uint32_t q = rows_descriptor(shared_address(shared.queries[query.index][number][0]));
+    const uint32_t k = rows_descriptor(shared_address(shared.keys[key.index][0]));
 #pragma unroll
     for (int step = 0; step < kHeadDim / 16; ++step) {
       const int panel = step / 4, chunk = step % 4 * 2;

@@ -481,14 +481,14 @@ struct Consumer {
 
   // scores = Q K^T of a slot, under way.
   __device__ void score(float (&scores)[kSlotKeys / 2], int place) {
-    const uint64_t k = rows_descriptor(shared_address(shared.keys[place][0]));
+    const uint32_t k = rows_descriptor(shared_address(shared.keys[place][0]));
 #pragma unroll
     for (int step = 0; step < kHeadDim / 16; ++step) {
       multiply_transposed<T>(scores, queries[step], k + (step / 4 * kSlotPanelBytes >> 4) + step % 4 * 2, step > 0);
     }
   }
 
-  __device__ uint64_t values_of(int place) const {
+  __device__ uint32_t values_of(int place) const {
     return columns_descriptor(shared_address(shared.values[place][0]), kSlotKeys);
   }
 

@@ -118,7 +118,7 @@ struct Rows {
 
   // out += weights V for kSteps times 16 keys: weights from `first` on. Does not wait.
   template <int kSteps, int kWeights>
-  __device__ void attend(const uint32_t (&weights)[kWeights], int first, uint64_t values) {
+  __device__ void attend(const uint32_t (&weights)[kWeights], int first, uint32_t values) {
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       const uint32_t* w = weights + first + 4 * step;
