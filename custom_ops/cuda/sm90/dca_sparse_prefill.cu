@@ -11,7 +11,7 @@
 //              before, while it weighs those of this one
 //
 // Keys are released once they were scored, values once they made output. A consumer that holds values waits only for
-// slots that the producer can fill without them: `soon` says whether the next one is so near. Else the consumer first
+// slots that the producer can fill without them: kSoon says whether the next one is so near. Else the consumer first
 // ends what it has begun.
 //
 // Row blocks 2i and 2i + 1 of a piece are always merged, wanted or not, so that rows do not depend on how it is cut. Of
