@@ -20,9 +20,10 @@ __global__ void __launch_bounds__(kMergeWarps* kWarp)
   int32_t row = number / rows.heads, range = 0;
   while (range < rows.ranges && row >= rows.rows[range]) row -= rows.rows[range++];
   if (range == rows.ranges) return;
-  const int64_t line = static_cast<int64_t>(rows.first[range] + row) * rows.heads + number % rows.heads;
-  const float2* statistic = shares.statistic + line * shares.count;
-  const float* partial = shares.partial + line * shares.count * D + lane * kEach;
+  const int64_t head = number % rows.heads, step_row = rows.first[range] + row;
+  const int64_t line = step_row * rows.heads + head, shared = (step_row - shares.first_row) * rows.heads + head;
+  const float2* statistic = shares.statistic + shared * shares.count;
+  const float* partial = shares.partial + shared * shares.count * D + lane * kEach;
 
   float top = kNegativeInfinity;
   for (int s = lane; s < shares.count; s += kWarp) top = fmaxf(top, statistic[s].x);

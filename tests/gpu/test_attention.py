@@ -122,6 +122,21 @@ def test_few_rows_do_not_depend_on_how_a_piece_is_cut(
         assert torch.isfinite(expected).all() and torch.equal(expected, got)
 
 
+@pytest.mark.parametrize("rows", [1, 100, 1000])
+def test_few_rows_among_many_of_a_step(cuda: Any, rng: np.random.Generator, rows: int) -> None:
+    """A sparse piece's workspace is as large as its own rows ask for, and they get what they get alone, bit by bit."""
+    context = cases.random_context(rng, 60001, rows, heads=10, kv_heads=2, chunk_len=65536, page_size=256)
+    index = cases.convert(cuda, context, *random_selection(rng, context, 900, 2500))
+    alone, among = (
+        cuda.workspace_bytes("dca_sparse_prefill", **cases.sparse_fields(context, index, others)) for others in (0, 777)
+    )
+    assert alone == among <= 8192 * 10 * (4 * 128 + 8)
+    by_itself, inside = (cases.run_sparse(cuda, context, index, others=others) for others in (0, 777))
+    for expected, got in zip(by_itself, inside):
+        assert torch.isfinite(expected).all() and torch.equal(expected, got[777:-777])
+        assert torch.isnan(got[:777]).all() and torch.isnan(got[-777:]).all()
+
+
 def test_pieces_of_many_sequences_in_one_call(cuda: Any, rng: np.random.Generator) -> None:
     """Rows that no piece names stay as they were; more pieces than one launch takes."""
     lengths = [int(n) for n in rng.integers(1, 700, 90)]

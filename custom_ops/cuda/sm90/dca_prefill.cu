@@ -24,7 +24,6 @@ namespace {
 constexpr int kMaxPieces = 64;  // of one launch; they travel as kernel parameters
 constexpr int kConsumers = 2, kThreads = (1 + kConsumers) * kWarpgroup;
 constexpr int kItemRows = kConsumers * kRows;
-constexpr int kFewRows = 1024;  // up to here the rows of a step may share the keys out; more fill the device
 constexpr int kStepKeys = 128, kBoxes = kStepKeys / kBoxRows;  // pages hold whole boxes
 constexpr int kRing = 2;                                       // tiles of keys, and of values
 constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
@@ -40,10 +39,11 @@ struct Split {
   explicit Split(const qwen1m_dca_prefill& a) : packed(1), share_keys(INT32_MAX), count(1) {
     const int group = a.heads / a.cache.kv_heads;
     const int64_t keys = static_cast<int64_t>(a.table_width) * a.cache.page_size, steps = ceil_div(keys, kStepKeys);
-    if (a.tokens > kFewRows) return;
+    if (a.tokens == 0 || a.tokens > kFewRows) return;
     const auto items = [&](int heads) { return a.heads / heads * ceil_div(a.tokens, kConsumers * (kRows / heads)); };
     const int heads = group <= kRows && items(group) < items(1) ? group : 1;
-    const int64_t share_steps = steps_of_share(items(heads), steps, processors());
+    const int32_t most = std::min(processors(), kSharedRows / a.tokens);
+    const int64_t share_steps = steps_of_share(items(heads), steps, processors(), most);
     if (share_steps >= steps) return;
     packed = heads;
     share_keys = static_cast<int32_t>(share_steps * kStepKeys);
@@ -461,7 +461,7 @@ int64_t dca_prefill_workspace(const qwen1m_dca_prefill& a) {
 template <typename T>
 int dca_prefill(const qwen1m_dca_prefill& a, void* workspace, qwen1m_stream stream) {
   const Split split(a);
-  const Shares shares(workspace, static_cast<int64_t>(a.tokens) * a.heads, kHeadDim, split.count);
+  const Shares shares(workspace, static_cast<int64_t>(a.tokens) * a.heads, kHeadDim, split.count, 0);
   const bool sharing = split.count > 1;
   const auto kernel = sharing ? dca_prefill_kernel<T, true> : dca_prefill_kernel<T, false>;
   cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared));

@@ -33,9 +33,7 @@ constexpr int kSlotKeys = kTileKeys;
 constexpr int kKeyRing = 5, kValueRing = 7;   // slots
 constexpr int kReach = (kValueRing - 1) / 2;  // a consumer holds the values of two slots while it waits for a third
 constexpr int kWindow = 512;                  // entries of each list that are merged at once
-constexpr int kFewRows = 1024;                // of a piece whose lists may be shared out
-constexpr int kMostShares = 64, kSharedRows = 8192;  // shares; rows times shares, which the workspace holds
-constexpr int kShareSlots = 64;                      // of a share at least
+constexpr int kMostShares = 64, kShareSlots = 64;  // of the lists of few rows; slots of a share at least
 constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
 constexpr int32_t kNoKey = INT_MAX;
 constexpr int kNone = -1;
@@ -636,12 +634,14 @@ struct Consumer {
       }
     }
     if (!item.has(number)) return;
-    const int64_t place = static_cast<int64_t>(item.first_row() + number * kRows) * a.heads + item.head;
+    const int64_t first_row = item.first_row() + number * kRows;
     if (a.shares.count > 1) {
+      const int64_t line = (first_row - a.shares.first_row) * a.heads + item.head;
       rows.store_share(a.shares, item.rows() - number * kRows, scale, [&](int row) {
-        return (place + static_cast<int64_t>(row) * a.heads) * a.shares.count + item.share();
+        return (line + static_cast<int64_t>(row) * a.heads) * a.shares.count + item.share();
       });
     } else {
+      const int64_t place = first_row * a.heads + item.head;
       rows.store(static_cast<T*>(a.out) + place * kHeadDim, a.lse == nullptr ? nullptr : a.lse + place,
                  item.rows() - number * kRows, a.heads, scale);
     }
@@ -681,14 +681,14 @@ int32_t most_shares(const qwen1m_dca_sparse_prefill& a) {
 }  // namespace
 
 int64_t dca_sparse_prefill_workspace(const qwen1m_dca_sparse_prefill& a) {
-  return shares_bytes(static_cast<int64_t>(a.tokens) * a.heads, kHeadDim, most_shares(a));
+  return shares_bytes(static_cast<int64_t>(a.rows) * a.heads, kHeadDim, most_shares(a));
 }
 
 template <typename T>
 int dca_sparse_prefill(const qwen1m_dca_sparse_prefill& piece, void* workspace, qwen1m_stream stream) {
   if (piece.num_blocks == 0) return cudaSuccess;
-  const SparseArguments a{
-      piece, Shares(workspace, static_cast<int64_t>(piece.tokens) * piece.heads, kHeadDim, most_shares(piece))};
+  const SparseArguments a{piece, Shares(workspace, static_cast<int64_t>(piece.rows) * piece.heads, kHeadDim,
+                                        most_shares(piece), piece.row)};
   const auto kernel = dca_sparse_prefill_kernel<T>;
   const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared));
   if (status != cudaSuccess) return status;
