@@ -10,6 +10,9 @@ from paddle_qwen1m.config import BLOCK, ModelConfig, SparseBudgets
 from paddle_qwen1m.dtypes import itemsize
 from paddle_qwen1m.weights.tensors import published_shapes
 
+FEW_ROWS, SHARED_ROWS = 1024, 8192
+"""Up to how many rows share their keys out, and rows times shares at most: custom_ops/cuda/shares.cuh."""
+
 
 @dataclass(frozen=True)
 class MemoryPlan:
@@ -39,11 +42,13 @@ def sparse_bytes(config: ModelConfig, rows: int, length: int, budgets: SparseBud
     """Bytes that choosing keys for `rows` tokens takes in the layer that takes most.
 
     The float32 sums of every head's columns and diagonals over all keys, and what each block of rows visits: int32
-    tables as wide as the largest budget of the layer, blocks no more than the keys hold.
+    tables as wide as the largest budget of the layer, blocks no more than the keys hold, made from a chain of blocks
+    for each of the three stages.
     """
-    blocks = min(int(budgets.slash.max()), length // BLOCK)
+    diagonals = min(int(budgets.slash.max()), length)
+    blocks = min(diagonals, length // BLOCK)
     entries = -(-rows // BLOCK) * (blocks + min(int(budgets.vertical.max()), length))
-    return 4 * config.num_heads * (2 * length + entries)
+    return 4 * config.num_heads * (2 * length + entries + 3 * diagonals)
 
 
 def activation_bytes(
@@ -66,6 +71,21 @@ def activation_bytes(
     return stream + max(rows * in_attention + choosing, rows * in_mlp) + 4 * config.vocab_size
 
 
+def prefill_bytes(
+    config: ModelConfig, rows: int, length: int, budgets: SparseBudgets | None = None, dtype: str = "float32"
+) -> int:
+    """Peak bytes of a layer over chunks of up to `rows` tokens of a context of `length`.
+
+    In 16 bits, on a GPU, a chunk of few rows may share its keys out: what each share made of a row, in float32, is kept
+    with its largest logit and sum until the shares are merged.
+    """
+    whole = activation_bytes(config, rows, length, budgets, dtype)
+    if itemsize(dtype) != 2:
+        return whole
+    shares = SHARED_ROWS * config.num_heads * 4 * (config.head_dim + 2)
+    return max(whole, activation_bytes(config, min(rows, FEW_ROWS), length, budgets, dtype) + shares)
+
+
 def sampling_bytes(config: ModelConfig) -> int:
     """Bytes that choosing an answer's tokens takes: logits, what the penalties count, which tokens are allowed."""
     return config.vocab_size * (4 + 4 + 4) + config.vocab_size // 8
@@ -86,11 +106,11 @@ def workspace_bytes(
     A chunk of a long prompt that stands at a pause, short prompts that are read meanwhile, and the decode rows with
     what they are drawn from; graphs of 1, 2, 4, ... rows hold as much again.
     """
-    chunk = activation_bytes(config, min(length, max_num_batched_tokens), length, budgets, dtype)
+    chunk = prefill_bytes(config, min(length, max_num_batched_tokens), length, budgets, dtype)
     decode = 2 * activation_bytes(config, max_num_seqs, length, None, dtype) + max_num_seqs * sampling_bytes(config)
     if max_num_seqs == 1:  # nothing is read in the pauses of the one there is
         return max(chunk, decode)
-    return chunk + activation_bytes(config, min(length, max_pause_tokens), length, budgets, dtype) + decode
+    return chunk + prefill_bytes(config, min(length, max_pause_tokens), length, budgets, dtype) + decode
 
 
 def plan_memory(
@@ -115,7 +135,7 @@ def plan_memory(
         length=length,
         weights=weight_bytes,
         cache=length * cache_bytes_per_token(config, cache_dtype),
-        activations=activation_bytes(config, min(length, max_num_batched_tokens), length, budgets, dtype),
+        activations=prefill_bytes(config, min(length, max_num_batched_tokens), length, budgets, dtype),
     )
 
 

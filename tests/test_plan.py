@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,14 @@ import pytest
 from paddle_qwen1m.config import ModelConfig, SparseBudgets, published_budgets
 from paddle_qwen1m.parallel.split import degrees, local_config
 from paddle_qwen1m.plan import (
+    FEW_ROWS,
+    SHARED_ROWS,
     activation_bytes,
     cache_bytes_per_token,
     longest_context,
     parameters,
     plan_memory,
+    prefill_bytes,
     sparse_bytes,
 )
 
@@ -82,8 +86,10 @@ def test_activations_grow_with_the_chunk_not_with_the_context_when_dense() -> No
 
 def test_choosing_keys_takes_sums_over_all_of_them_and_a_table_for_each_block_of_rows() -> None:
     budgets = SparseBudgets.uniform(1000, 6096, 48, 40)
-    assert sparse_bytes(MODEL_14B, 4096, 1_000_000, budgets) == 4 * 40 * (2_000_000 + 64 * (1000 + 6096))
-    assert sparse_bytes(MODEL_14B, 64, 64_000, budgets) == 4 * 40 * (128_000 + 1000 + 1000), "blocks hold 64 keys each"
+    chains = 3 * 6096
+    assert sparse_bytes(MODEL_14B, 4096, 1_000_000, budgets) == 4 * 40 * (2_000_000 + 64 * (1000 + 6096) + chains)
+    blocks = 64_000 // 64
+    assert sparse_bytes(MODEL_14B, 64, 64_000, budgets) == 4 * 40 * (128_000 + 1000 + blocks + chains)
 
 
 def test_choosing_keys_counts_where_attention_takes_more_than_the_mlp() -> None:
@@ -91,6 +97,23 @@ def test_choosing_keys_counts_where_attention_takes_more_than_the_mlp() -> None:
     grown = [activation_bytes(MODEL_14B, 64, length, budgets) for length in (800_000, 1_000_000)]
     assert grown[1] - grown[0] == 2 * 4 * 40 * 200_000
     assert activation_bytes(MODEL_14B, 32_768, 40_000, budgets) == activation_bytes(MODEL_14B, 32_768, 40_000)
+
+
+@pytest.mark.parametrize(("config", "expected"), [(MODEL_7B, 119_275_520), (MODEL_14B, 170_393_600)], ids=["7B", "14B"])
+def test_few_rows_that_share_their_keys_out_count_where_more_rows_take_less(config: ModelConfig, expected: int) -> None:
+    """On a GPU, where what is computed has 16 bits: a float32 row, its maximum and sum for each of 8,192 shares."""
+
+    def difference(rows: int, dtype: str) -> int:
+        return prefill_bytes(config, rows, 10**6, None, dtype) - activation_bytes(config, rows, 10**6, None, dtype)
+
+    assert difference(64, "bfloat16") == difference(1024, "bfloat16") == expected
+    assert difference(32_768, "bfloat16") == difference(64, "float32") == 0
+
+
+def test_the_kernels_share_out_what_the_plan_counts() -> None:
+    source = (ROOT / "custom_ops" / "cuda" / "shares.cuh").read_text(encoding="utf-8")
+    constants = {name: int(value) for name, value in re.findall(r"constexpr int32_t (\w+) = (\d+);", source)}
+    assert (constants["kFewRows"], constants["kSharedRows"]) == (FEW_ROWS, SHARED_ROWS)
 
 
 def test_in_16_bits_residual_rotary_tables_and_logits_keep_32() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from needle_documents import Document, DocumentMaker, Encode, Needle, messages, prompt, prompt_head, prompt_tail
-from needle_reading import Visits, visited_pairs
+from needle_reading import HELD_BACK, Visits, visited_pairs
 from needle_reading import read as read_answers
 from paddlenlp.transformers import AutoModelForCausalLM, AutoTokenizer
 from retrieval import BUDGETS
@@ -147,6 +147,8 @@ def test_sparse_prefill_answers_what_dense_answers(
         print(f"  forced set alone {control.score:.3f}; document: {control.document}")
     for visits in (sparse.document, sparse.question, control.document):
         assert set(visits.rows) == set(range(config["num_hidden_layers"])), "every layer was prefilled sparsely"
+    asked = [HELD_BACK + len(encode(prompt_tail(n) + n.sentence)) for document in documents for n in document.needles]
+    assert set(sparse.question.rows.values()) == {sum(asked)}, "every question's rows chose their keys"
     assert not dense.document.rows, "the dense engine never went the sparse way"
     assert dense.score >= 0.9
     assert sparse.score >= dense.score - 0.01

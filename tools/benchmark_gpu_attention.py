@@ -1,11 +1,11 @@
 """Speed of the attention kernels on a GPU, each beside what else would run there, in one run.
 
-    python tools/cuda_library.py && python tools/benchmark_gpu_attention.py [dense] [sparse] [probe] [decode]
+    python tools/cuda_library.py && python tools/benchmark_gpu_attention.py [dense] [few] [sparse] [probe] [decode]
     python tools/benchmark_gpu_attention.py --fetch-peer DIR      downloads the sparse kernel that SGLang uses (21 MB)
 
 Needs PyTorch. Prefill stands beside the kernels that other cards run, dense beside PyTorch's FlashAttention-2 and cuDNN
-as well, sparse beside SGLang's kernel (--peer DIR), decode beside a device copy, the probe beside its floor. Medians of
-CUDA events; caches exceed L2.
+as well, sparse beside SGLang's kernel (--peer DIR), few rows beside 8,192 and a device copy, decode beside the copy,
+the probe beside its floor. Medians of CUDA events; caches exceed L2.
 """
 
 from __future__ import annotations
@@ -32,13 +32,14 @@ PEER_WHEEL, PEER_OPS = "sglang-kernel==0.4.3", "sgl_kernel/sm90/common_ops.abi3.
 
 
 def milliseconds(run: Callable[[], Any], repeats: int = 5) -> float:
-    """Median time of a call on the device, after two that do not count."""
+    """Median time of a call on the device, after two that do not count; what the host does for it is hidden."""
     import torch
 
     run(), run()
     times = []
     for _ in range(repeats):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(2_000_000)
         begin.record(), run(), end.record()
         torch.cuda.synchronize()
         times.append(begin.elapsed_time(end))
@@ -60,6 +61,14 @@ def matmul_speed() -> float:
 
     a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in range(2))
     return 2 * 8192**3 / milliseconds(lambda: a @ b, 9) / 1e9
+
+
+def with_workspace(cuda: CudaLibrary, op: str, fields: dict[str, Any]) -> Callable[[], None]:
+    """A call of the op that takes no time to make its workspace."""
+    import torch
+
+    workspace = torch.empty(cuda.workspace_bytes(op, **fields), dtype=torch.uint8, device="cuda")
+    return lambda: cuda(op, workspace, **fields)
 
 
 class Sequence:
@@ -99,24 +108,24 @@ class Sequence:
             begin = end
         return np.asarray(pieces, np.int32)
 
-    def dense(self, cuda: CudaLibrary) -> None:
+    def dense(self, cuda: CudaLibrary) -> Callable[[], None]:
         pieces = self.pieces()
-        cuda(
-            "dca_prefill",
-            q=self.q,
-            out=self.out,
-            lse=None,
-            cache=self.cache,
-            block_tables=self.table,
-            pieces=pieces,
-            scale=self.scale,
-            activation="bfloat16",
-            tokens=self.rows,
-            heads=self.heads,
-            table_width=len(self.table),
-            num_pieces=len(pieces),
-            chunk_len=CHUNK_LEN,
-        )
+        fields = {
+            "q": self.q,
+            "out": self.out,
+            "lse": None,
+            "cache": self.cache,
+            "block_tables": self.table,
+            "pieces": pieces,
+            "scale": self.scale,
+            "activation": "bfloat16",
+            "tokens": self.rows,
+            "heads": self.heads,
+            "table_width": len(self.table),
+            "num_pieces": len(pieces),
+            "chunk_len": CHUNK_LEN,
+        }
+        return with_workspace(cuda, "dca_prefill", fields)
 
     def decode(self, cuda: CudaLibrary, workspace: Any) -> None:
         cuda("dca_decode", workspace, **self.decode_fields())
@@ -161,9 +170,9 @@ def bench_dense(cuda: CudaLibrary, reference: CudaLibrary) -> None:
         def theirs(q: Any = q, k: Any = k, v: Any = v, causal: bool = rows == keys) -> None:
             functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
-        ours = milliseconds(lambda s=sequence: s.dense(cuda))  # type: ignore[misc]
+        ours = milliseconds(sequence.dense(cuda))
         speed = flop / ours / 1e9
-        others = [flop / milliseconds(lambda s=sequence: s.dense(reference), 3) / 1e9]  # type: ignore[misc]
+        others = [flop / milliseconds(sequence.dense(reference), 3) / 1e9]
         for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
             with sdpa_kernel(backend):
                 others.append(whole_flop / milliseconds(theirs, 3) / 1e9)
@@ -174,6 +183,66 @@ def bench_dense(cuda: CudaLibrary, reference: CudaLibrary) -> None:
         )
         del sequence, q, k, v, theirs
         torch.cuda.empty_cache()
+
+
+FEW_ROWS = (1, 8, 64, 512)
+
+
+def bench_few(cuda: CudaLibrary, seed: int) -> None:
+    """A question on a cached document: 1 to 512 rows over many keys, dense, and sparse with the budgets of layer 21.
+
+    Beside cuDNN and FlashAttention-2 on the same rows and keys, a device copy, and what the same heads reach with 8,192
+    rows. The sparse kernel visits the lines of tools/sparse_workload.py; its TFLOP/s count those pairs.
+    """
+    import torch
+    import torch.nn.functional as functional
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    bandwidth = copy_bandwidth()
+    print(f"\nfew rows, bf16; copy {bandwidth / 1e12:.2f} TB/s; of it, and of the speed with 8,192 rows")
+    for model, (heads, kv_heads) in MODELS.items():
+        for keys in (131072, 1015808):
+            many = 0.0
+            for rows in (8192, *FEW_ROWS):
+                sequence = Sequence(heads, kv_heads, keys, rows)
+                time = milliseconds(sequence.dense(cuda))
+                flop = 4 * heads * HEAD_DIM * rows * (keys - (rows - 1) / 2)
+                speed = flop / time / 1e9
+                many = many or speed
+                read = 4 * keys * kv_heads * HEAD_DIM / time * 1e3
+                line = f"{model} {rows:5,} rows, {keys:9,} keys {time:8.3f} ms {read / 1e12:5.2f} TB/s"
+                line += f" ({read / bandwidth:.2f}) {speed:5.0f} TFLOP/s ({speed / many:.2f})"
+                q = sequence.q[0].transpose(0, 1)[None]
+                k, v = (
+                    pool.view(-1, kv_heads, HEAD_DIM)[:keys].transpose(0, 1)[None]
+                    for pool in (sequence.key, sequence.value)
+                )
+                for name, backend in (
+                    ("cuDNN", SDPBackend.CUDNN_ATTENTION),
+                    ("FlashAttention-2", SDPBackend.FLASH_ATTENTION),
+                ):
+                    with sdpa_kernel(backend):
+                        theirs = milliseconds(
+                            lambda q=q, k=k, v=v: functional.scaled_dot_product_attention(q, k, v, enable_gqa=True), 3
+                        )
+                    line += f"  {name} {theirs:8.3f} ms ({theirs / time:.2f}x)"
+                if rows in FEW_ROWS[2:]:
+                    line += sparse_beside(cuda, sequence, seed)
+                print(line, flush=True)
+                del sequence, q, k, v
+                torch.cuda.empty_cache()
+
+
+def sparse_beside(cuda: CudaLibrary, sequence: Sequence, seed: int) -> str:
+    """How long the sparse kernel takes for the same rows, the index included, and how many keys a row visits."""
+    workload = sparse_workload.Workload(sequence.rows, sequence.keys, "published:21", 64)
+    lines = sparse_workload.make(workload, sparse_workload.budgets_of(workload.budgets, sequence.heads), seed)
+    pieces = [Piece(sequence, lines, row, rows, begin) for _, row, rows, begin in sequence.pieces().tolist()]
+    converting = milliseconds(in_turn([piece.convert(cuda) for piece in pieces]))
+    attending = milliseconds(in_turn([piece.attend(cuda) for piece in pieces]))
+    keys = sum(piece.keys_a_row() * piece.rows for piece in pieces) / sequence.rows
+    speed = 4 * sequence.heads * HEAD_DIM * sequence.rows * keys / attending / 1e9
+    return f"  sparse {converting:.3f} + {attending:.3f} ms, {keys:,.0f} keys a row, {speed:.0f} TFLOP/s"
 
 
 class Piece:
@@ -197,46 +266,54 @@ class Piece:
             "column_width": column_width,
         }
 
-    def convert(self, cuda: CudaLibrary) -> None:
-        cuda(
-            "sparse_index",
-            columns=self.columns,
-            slashes=self.slashes,
-            tables=self.tables,
-            heads=self.sequence.heads,
-            selected_columns=self.columns.shape[1],
-            selected_slashes=self.slashes.shape[1],
-            begin=self.begin,
-            rows=self.rows,
-            chunk_len=CHUNK_LEN,
-            block=64,
-        )
+    def convert(self, cuda: CudaLibrary) -> Callable[[], None]:
+        fields = {
+            "columns": self.columns,
+            "slashes": self.slashes,
+            "tables": self.tables,
+            "heads": self.sequence.heads,
+            "selected_columns": self.columns.shape[1],
+            "selected_slashes": self.slashes.shape[1],
+            "begin": self.begin,
+            "rows": self.rows,
+            "chunk_len": CHUNK_LEN,
+            "block": 64,
+        }
+        return with_workspace(cuda, "sparse_index", fields)
 
-    def attend(self, cuda: CudaLibrary) -> None:
+    def attend(self, cuda: CudaLibrary) -> Callable[[], None]:
         sequence = self.sequence
-        cuda(
-            "dca_sparse_prefill",
-            q=sequence.q,
-            out=sequence.out,
-            lse=None,
-            cache=sequence.cache,
-            block_table=sequence.table,
-            tables=self.tables,
-            activation="bfloat16",
-            scale=HEAD_DIM**-0.5,
-            tokens=sequence.rows,
-            heads=sequence.heads,
-            row=self.row,
-            begin=self.begin,
-            rows=self.rows,
-            chunk_len=CHUNK_LEN,
-            first_block=0,
-            num_blocks=-(-self.rows // 64),
-        )
+        fields = {
+            "q": sequence.q,
+            "out": sequence.out,
+            "lse": None,
+            "cache": sequence.cache,
+            "block_table": sequence.table,
+            "tables": self.tables,
+            "activation": "bfloat16",
+            "scale": HEAD_DIM**-0.5,
+            "tokens": sequence.rows,
+            "heads": sequence.heads,
+            "row": self.row,
+            "begin": self.begin,
+            "rows": self.rows,
+            "chunk_len": CHUNK_LEN,
+            "first_block": 0,
+            "num_blocks": -(-self.rows // 64),
+        }
+        return with_workspace(cuda, "dca_sparse_prefill", fields)
 
     def keys_a_row(self) -> float:
         counts = self.tables["counts"].float().mean((0, 1))
         return float(64 * counts[:3].sum() + counts[3:].sum())
+
+
+def in_turn(calls: list[Callable[[], None]]) -> Callable[[], None]:
+    def run() -> None:
+        for call in calls:
+            call()
+
+    return run
 
 
 class Peer:
@@ -307,12 +384,12 @@ def bench_sparse(cuda: CudaLibrary, reference: CudaLibrary, peer: Peer | None, m
             lines = sparse_workload.make(workload, sparse_workload.budgets_of(workload.budgets, heads), seed)
             sequence = Sequence(heads, kv_heads, workload.keys, workload.rows)
             pieces = [Piece(sequence, lines, row, rows, begin) for _, row, rows, begin in sequence.pieces().tolist()]
-            converting = milliseconds(lambda ps=pieces: [piece.convert(cuda) for piece in ps])  # type: ignore[misc]
-            attending = milliseconds(lambda ps=pieces: [piece.attend(cuda) for piece in ps])  # type: ignore[misc]
+            converting = milliseconds(in_turn([piece.convert(cuda) for piece in pieces]))
+            attending = milliseconds(in_turn([piece.attend(cuda) for piece in pieces]))
             keys = sum(piece.keys_a_row() * piece.rows for piece in pieces) / workload.rows
             speed = 4 * heads * HEAD_DIM * workload.rows * keys / attending / 1e9
             line = f"{model} {workload!s:42} {converting:8.2f} {attending:8.2f} {keys:8,.0f} {speed:4.0f} TFLOP/s"
-            other = milliseconds(lambda ps=pieces: [piece.attend(reference) for piece in ps], 3)  # type: ignore[misc]
+            other = milliseconds(in_turn([piece.attend(reference) for piece in pieces]), 3)
             line += f" {other:8.2f} ({other / attending:.2f}x)"
             if peer is not None:
                 their_convert, their_attend, their_keys = peer.times(sequence, lines)
@@ -433,7 +510,7 @@ def fetch_peer(folder: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", help="dense, sparse, probe, decode; default: all")
+    parser.add_argument("parts", nargs="*", help="dense, few, sparse, probe, decode; default: all")
     parser.add_argument("--peer", type=Path, help="the folder that --fetch-peer filled")
     parser.add_argument("--fetch-peer", type=Path, metavar="DIR")
     parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS))
@@ -444,11 +521,13 @@ def main() -> int:
         return 0
     import torch
 
-    parts = arguments.parts or ["dense", "sparse", "probe", "decode"]
+    parts = arguments.parts or ["dense", "few", "sparse", "probe", "decode"]
     cuda = CudaLibrary()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
     if "dense" in parts:
         bench_dense(cuda, CudaLibrary(REFERENCE))
+    if "few" in parts:
+        bench_few(cuda, arguments.seed)
     if "sparse" in parts:
         peer = Peer(arguments.peer) if arguments.peer else None
         bench_sparse(cuda, CudaLibrary(REFERENCE), peer, arguments.models, arguments.seed)

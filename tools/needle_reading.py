@@ -1,8 +1,8 @@
 """Asks the needle checkpoint for hidden facts through its logits, and counts what sparse prefill visited meanwhile.
 
 Decode is dense, so a generated answer hides what sparse prefill lost. Here question and answer stand in the prompt, the
-document is prefilled once, every question with its answer runs as the last chunk, and an answer counts when each of
-its tokens is the arg-max of the logits before it.
+document is prefilled once but for its last tokens, every question runs with them and its answer as the last chunk, and
+an answer counts when each of its tokens is the arg-max of the logits before it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,10 @@ from paddle_qwen1m import ops
 from paddle_qwen1m.attention.positions import Piece
 from paddle_qwen1m.attention.selector import Observer
 from paddle_qwen1m.config import BLOCK
+
+HELD_BACK = ops.PROBE_ROWS
+"""Tokens of a document that each question reads anew: by itself it has no more rows than the probe, which attend to all
+keys."""
 
 
 @dataclass
@@ -72,15 +76,17 @@ def read(
     """Asks for every needle of every document: which answers are right. The observers see each part's sparse pieces."""
     maker, right = DocumentMaker(encode), []
     for document in documents:
-        document_ids = np.asarray(encode(prompt_head()) + maker.ids(document), np.int64)
+        head = encode(prompt_head()) + maker.ids(document)
+        document_ids, end = np.asarray(head[:-HELD_BACK], np.int64), head[-HELD_BACK:]
         turns = [(encode(prompt_tail(needle)), encode(needle.sentence)) for needle in document.needles]
         longest = max(len(question) + len(answer) for question, answer in turns)
         engine.observe(in_document)
-        with engine.prefilled(document_ids, prompt_length=len(document_ids) + longest) as context:
+        with engine.prefilled(document_ids, prompt_length=len(head) + longest) as context:
             engine.observe(in_question)
             for question, answer in turns:
-                before = range(len(question) - 1, len(question) + len(answer) - 1)
-                logits = context.extend_logits(np.asarray(question + answer, np.int64), list(before))
+                asked = end + question
+                before = range(len(asked) - 1, len(asked) + len(answer) - 1)
+                logits = context.extend_logits(np.asarray(asked + answer, np.int64), list(before))
                 right.append(logits.argmax(-1).tolist() == answer)
         engine.observe(None)
     return right

@@ -3,9 +3,10 @@
     python tools/retrieval.py [--tokens 65536 262144] [--answers 208] [--needles 16] [--sparse-budgets FILE]
     python tools/retrieval.py --table [--tokens 16384 ... 1048576]       sparse alone, length after length
 
-On whatever device Paddle uses. Question and answer stand in the prompt (see needle_reading.py). The share of pairs is
-an upper bound: whole blocks, masked cells included. Without --sparse-budgets, those beside the checkpoint that were
-chosen for the longest documents up to the length at hand.
+On whatever device Paddle uses. Question and answer stand in the prompt, with enough of the document in the same chunk
+that they choose their keys (see needle_reading.py). The share of pairs is an upper bound: whole blocks, masked cells
+included. Without --sparse-budgets, those beside the checkpoint that were chosen for the longest documents up to the
+length at hand.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ class PlainLibrary(CudaLibrary):
         self._runtime = runtime
 
     def make_workspace(self, size: int) -> DeviceArray:
-        return DeviceArray(self._runtime, np.full(size, 0xFF, np.uint8))
+        return DeviceArray(self._runtime, np.full(max(size, 1), 0xFF, np.uint8))
 
     def stream(self) -> int:
         return 0
@@ -409,6 +409,9 @@ def run() -> None:
         kernels.layers(19, 264)
         kernels.sample(4100)
         kernels.runtime.call("cudaDeviceSynchronize")
+    few_rows = Kernels(128, 5)
+    few_rows.prefill(9000, 70)  # over so many keys that they are shared out
+    few_rows.runtime.call("cudaDeviceSynchronize")
 
 
 def main() -> int:

@@ -27,10 +27,12 @@ int dca_decode(const qwen1m_dca_decode&, void* workspace, qwen1m_stream);
 // For compute capability 9.0 alone, and a head size of 128.
 namespace sm90 {
 
+int64_t dca_prefill_workspace(const qwen1m_dca_prefill&);
 template <typename T>
-int dca_prefill(const qwen1m_dca_prefill&, qwen1m_stream);
+int dca_prefill(const qwen1m_dca_prefill&, void* workspace, qwen1m_stream);
+int64_t dca_sparse_prefill_workspace(const qwen1m_dca_sparse_prefill&);
 template <typename T>
-int dca_sparse_prefill(const qwen1m_dca_sparse_prefill&, qwen1m_stream);
+int dca_sparse_prefill(const qwen1m_dca_sparse_prefill&, void* workspace, qwen1m_stream);
 
 // The probe, for the groups of query heads and the chunks that it takes.
 bool takes_probe(const qwen1m_dca_probe&);

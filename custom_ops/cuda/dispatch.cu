@@ -44,19 +44,27 @@ bool probes_on_hopper(const qwen1m_dca_probe& a) {
 
 using namespace qwen1m::cuda;
 
-int qwen1m_cuda_dca_prefill(const qwen1m_dca_prefill* a, qwen1m_stream stream) {
+int64_t qwen1m_cuda_dca_prefill_workspace(const qwen1m_dca_prefill* a) {
+  return a->cache.head_dim == 128 && on_hopper() ? sm90::dca_prefill_workspace(*a) : 0;
+}
+
+int qwen1m_cuda_dca_prefill(const qwen1m_dca_prefill* a, void* workspace, qwen1m_stream stream) {
   return with_shape(a->activation, a->cache.head_dim, [&](auto type, auto head_dim) {
     if constexpr (head_dim.value == 128) {
-      if (on_hopper()) return sm90::dca_prefill<decltype(type)>(*a, stream);
+      if (on_hopper()) return sm90::dca_prefill<decltype(type)>(*a, workspace, stream);
     }
     return sm80::dca_prefill<decltype(type), head_dim.value>(*a, stream);
   });
 }
 
-int qwen1m_cuda_dca_sparse_prefill(const qwen1m_dca_sparse_prefill* a, qwen1m_stream stream) {
+int64_t qwen1m_cuda_dca_sparse_prefill_workspace(const qwen1m_dca_sparse_prefill* a) {
+  return a->cache.head_dim == 128 && on_hopper() ? sm90::dca_sparse_prefill_workspace(*a) : 0;
+}
+
+int qwen1m_cuda_dca_sparse_prefill(const qwen1m_dca_sparse_prefill* a, void* workspace, qwen1m_stream stream) {
   return with_shape(a->activation, a->cache.head_dim, [&](auto type, auto head_dim) {
     if constexpr (head_dim.value == 128) {
-      if (on_hopper()) return sm90::dca_sparse_prefill<decltype(type)>(*a, stream);
+      if (on_hopper()) return sm90::dca_sparse_prefill<decltype(type)>(*a, workspace, stream);
     }
     return sm80::dca_sparse_prefill<decltype(type), head_dim.value>(*a, stream);
   });

@@ -59,7 +59,7 @@ void dca_prefill(const Tensor& q, Tensor& out, const Tensor& key_cache, const Te
           .num_pieces = static_cast<int32_t>(pieces.shape()[0]),
           .chunk_len = static_cast<int32_t>(chunk_len),
       },
-      QWEN1M_KERNEL(dca_prefill));
+      QWEN1M_WORKSPACE_KERNEL(dca_prefill));
 }
 
 void dca_sparse_prefill(const Tensor& q, Tensor& out, const Tensor& key_cache, const Tensor& value_cache,
@@ -104,7 +104,7 @@ void dca_sparse_prefill(const Tensor& q, Tensor& out, const Tensor& key_cache, c
           .first_block = static_cast<int32_t>(first_block),
           .num_blocks = static_cast<int32_t>(num_blocks),
       },
-      QWEN1M_KERNEL(dca_sparse_prefill));
+      QWEN1M_WORKSPACE_KERNEL(dca_sparse_prefill));
 }
 
 Tensors dca_decode(const Tensor& q, const Tensor& key_cache, const Tensor& value_cache, const Tensor& block_tables,

@@ -111,7 +111,7 @@ Tensors sparse_index(const Tensor& columns, const Tensor& slashes, int64_t begin
           .chunk_len = static_cast<int32_t>(chunk_len),
           .block = static_cast<int32_t>(block),
       },
-      QWEN1M_KERNEL(sparse_index));
+      QWEN1M_WORKSPACE_KERNEL(sparse_index));
   return {block_table, column_table, counts};
 }
 

@@ -27,6 +27,11 @@ class Piece:
         return self.begin + self.rows
 
     @property
+    def worth_choosing(self) -> bool:
+        """Whether keys are chosen, in a sparse prefill. As few rows as the probe's attend to all keys for less."""
+        return self.rows > PROBE_ROWS
+
+    @property
     def probe_rows(self) -> int:
         """The last rows, whose critical queries choose what the piece visits."""
         return min(PROBE_ROWS, self.rows)

@@ -21,6 +21,7 @@ class SequenceRows:
     """New tokens of one sequence: `ids` stand at positions [begin, begin + len(ids)); `pages` hold them and all before.
 
     `length` is the n of the temperature m(n): the whole prompt's length in prefill, the current length in decode.
+    `sparse` rows attend to chosen keys, piece by piece, where that is worth choosing.
     """
 
     ids: np.ndarray
@@ -118,7 +119,7 @@ class StepBuilder:
         row = 0
         for number, rows in enumerate(batch):
             for piece in positions.pieces(rows.begin, rows.end, self._dual_chunk.chunk_len, row):
-                if rows.sparse:
+                if rows.sparse and piece.worth_choosing:
                     sparse.append(self._sparse_piece(piece, rows, row_blocks or piece.row_blocks))
                 else:
                     dense.append((number, piece))

@@ -64,17 +64,32 @@ def scale_at(length: int) -> float:
     return float(np.float32(CONFIG.head_dim**-0.5 * oracle.temperature(length, 160) ** 2))
 
 
+def assert_chunks_of_530(steps: list[SeenStep], sparse: bool) -> None:
+    """Chunks of 128 rows are sparse or dense; the last one's 18 rows, fewer than the probe's 64, are always dense."""
+    assert [(step.sparse > 0, step.dense > 0) for step in steps] == [(sparse, not sparse)] * 4 + [(False, True)]
+
+
+@pytest.mark.parametrize("rows, sparse", [(1, 0), (64, 0), (65, 1), (128, 1)])
+def test_as_few_rows_as_the_probe_has_attend_to_all_keys(
+    monkeypatch: pytest.MonkeyPatch, model: Qwen2OneM, prompt: np.ndarray, rows: int, sparse: int
+) -> None:
+    """In a sparse prefill, whatever the rest of the prompt does: choosing their keys would cost more."""
+    engine, steps = watched_engine(monkeypatch, model, EngineOptions(max_num_batched_tokens=128, sparse_threshold=0))
+    engine.logits(prompt[: 128 + rows])
+    assert [(step.sparse, step.dense) for step in steps] == [(1, 0), (sparse, 1 - sparse)]
+
+
 @pytest.mark.parametrize("sparse", [False, True])
 def test_p04_every_prefill_chunk_has_the_temperature_of_the_whole_prompt(
     monkeypatch: pytest.MonkeyPatch, model: Qwen2OneM, prompt: np.ndarray, sparse: bool
 ) -> None:
     """Property 4: m(prompt length) in every chunk, dense, sparse and probing; it is not 1 here."""
-    options = EngineOptions(max_num_batched_tokens=100, sparse_threshold=0 if sparse else 10_000)
+    options = EngineOptions(max_num_batched_tokens=128, sparse_threshold=0 if sparse else 10_000)
     engine, steps = watched_engine(monkeypatch, model, options)
     engine.logits(prompt)
-    assert len(steps) > 5 and scale_at(530) > scale_at(160)
-    for step in steps:
-        assert step.scales == {scale_at(530)} and (step.sparse > 0) == sparse and (step.dense > 0) == (not sparse)
+    assert len(steps) == 5 and scale_at(530) > scale_at(160)
+    assert all(step.scales == {scale_at(530)} for step in steps)
+    assert_chunks_of_530(steps, sparse)
 
 
 def test_p10_decode_has_the_temperature_of_its_own_length(
@@ -126,13 +141,12 @@ def test_p23_the_decision_holds_for_every_chunk_and_never_for_decode(
     monkeypatch: pytest.MonkeyPatch, model: Qwen2OneM, prompt: np.ndarray, threshold: int, sparse: bool
 ) -> None:
     """Property 23: the prompt's length decides, also for chunks that end long before the threshold."""
-    options = EngineOptions(max_num_batched_tokens=60, sparse_threshold=threshold)
+    options = EngineOptions(max_num_batched_tokens=128, sparse_threshold=threshold)
     engine, steps = watched_engine(monkeypatch, model, options)
     engine.generate([prompt], SamplingParams(max_tokens=3, temperature=0.0))
     prefill = [step for step in steps if not step.decode]
-    assert len(prefill) >= 9 and len(steps) - len(prefill) == 2
-    for step in prefill:
-        assert (step.sparse > 0) == sparse and (step.dense > 0) == (not sparse)
+    assert len(prefill) == 5 and len(steps) - len(prefill) == 2
+    assert_chunks_of_530(prefill, sparse)
     assert all(step.sparse == 0 for step in steps if step.decode)
 
 
@@ -170,7 +184,11 @@ def oracle_logits(model: Qwen2OneM, ids: np.ndarray, prefill_chunk: int) -> np.n
         out = np.empty((length, heads, head_dim))
         for start in range(0, length, prefill_chunk):
             for begin, end in oracle.pieces_of(start, min(start + prefill_chunk, length), chunk_len):
-                probe = max(begin, end - 64)
+                if end - begin <= 64:  # as few rows as the probe has
+                    piece = np.array([[0, begin, end - begin, begin]])
+                    oracle.dca_prefill(q, out, keys, values, block_table[None], piece, [scale], chunk_len)
+                    continue
+                probe = end - 64
                 probes = oracle.rotate_queries(qkv, bias, critical[:, probe:end], probe, heads)
                 scores = oracle.dca_probe(probes, keys, block_table, end, chunk_len, scale)
                 sizes = BUDGETS.vertical[number], BUDGETS.slash[number]
@@ -191,7 +209,8 @@ def test_sparse_prefill_of_the_model_equals_the_composed_oracle(
 ) -> None:
     """Sections 5 to 8 end to end: logits of every position after a sparse prefill in chunks, with m > 1.
 
-    Chunks that divide L, so that the engine, which ends chunks at DCA borders, cuts where the plain rule does.
+    Chunks that divide L, so that the engine, which ends chunks at DCA borders, cuts where the plain rule does. In
+    chunks of 64 rows, as few as the probe has, no key is chosen.
     """
     options = EngineOptions(max_num_batched_tokens=chunk, sparse_threshold=0)
     got = Engine(model, options, BUDGETS).logits(prompt, range(len(prompt)))

@@ -315,33 +315,41 @@ def convert(cuda: Any, context: Context, columns: Tensor, slashes: Tensor) -> In
     return index
 
 
-def run_sparse(cuda: Any, context: Context, index: Index, cuts: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
+def sparse_fields(context: Context, index: Index, others: int = 0) -> dict[str, Any]:
+    """Of the sparse prefill kernel, on the context's one piece between so many other rows of a step on either side."""
+    rows, heads, head_dim = context.q.shape[1:]
+    tokens = others + rows + others
+    q = torch.nn.functional.pad(context.q, (0, 0, 0, 0, others, others), value=float("nan"))
+    return {
+        "q": q,
+        "out": poisoned(tokens, heads, head_dim, dtype=q.dtype),
+        "lse": poisoned(tokens, heads),
+        "cache": context.cache,
+        "block_table": context.table,
+        "tables": index.fields,
+        "activation": str(q.dtype),
+        "scale": context.scale,
+        "tokens": tokens,
+        "heads": heads,
+        "row": others,
+        "begin": context.begin,
+        "rows": rows,
+        "chunk_len": context.chunk_len,
+        "first_block": 0,
+        "num_blocks": -(-rows // 64),
+    }
+
+
+def run_sparse(
+    cuda: Any, context: Context, index: Index, cuts: Sequence[int] = (), *, others: int = 0
+) -> tuple[Tensor, Tensor]:
     """out [T, H, D] and lse [T, H] of the sparse prefill kernel on the context's one piece, cut at those row blocks."""
-    _, tokens, heads, head_dim = context.q.shape
-    out, lse = poisoned(tokens, heads, head_dim, dtype=context.q.dtype), poisoned(tokens, heads)
-    borders = [0, *cuts, -(-tokens // 64)]
+    fields = sparse_fields(context, index, others)
+    borders = [0, *cuts, fields["num_blocks"]]
     for first, last in zip(borders, borders[1:]):
-        cuda(
-            "dca_sparse_prefill",
-            q=context.q,
-            out=out,
-            lse=lse,
-            cache=context.cache,
-            block_table=context.table,
-            tables=index.fields,
-            activation=str(context.q.dtype),
-            scale=context.scale,
-            tokens=tokens,
-            heads=heads,
-            row=0,
-            begin=context.begin,
-            rows=tokens,
-            chunk_len=context.chunk_len,
-            first_block=first,
-            num_blocks=last - first,
-        )
+        cuda("dca_sparse_prefill", **{**fields, "first_block": first, "num_blocks": last - first})
     torch.cuda.synchronize()
-    return out, lse
+    return fields["out"], fields["lse"]
 
 
 def run_probe(cuda: Any, context: Context) -> tuple[Tensor, Tensor]:

@@ -71,6 +71,72 @@ def test_dense_prefill_of_long_contexts(
     check_dense(cuda, context, rng)
 
 
+@pytest.mark.parametrize("heads, kv_heads", [(28, 4), (40, 8), (7, 1), (17, 1), (6, 6)])
+@pytest.mark.parametrize("rows", [1, 2, 8, 9, 64, 65, 200, 512])
+def test_few_rows_over_many_keys(cuda: Any, rng: np.random.Generator, rows: int, heads: int, kv_heads: int) -> None:
+    """A question on a cached document: its last rows alone, begun anywhere, with one to three stages behind them."""
+    chunk_len = int(rng.choice([8192, 16384, 65536]))
+    length = int(rng.integers(30000, 40000)) if rng.integers(2) else 2 * 16384 + rows // 2 + 1
+    context = cases.random_context(
+        rng, length, rows, heads=heads, kv_heads=kv_heads, chunk_len=chunk_len, page_size=256, sharpness=4.0
+    )
+    check_dense(cuda, context, rng)
+    if len(cases.pieces_of(context.begin, context.length, chunk_len)) == 1:
+        index = cases.convert(cuda, context, *random_selection(rng, context, 700, 900))
+        out, lse = cases.run_sparse(cuda, context, index)
+        chosen = cases.sampled_rows(rng, rows, 6)
+        expected = cases.reference(context, chosen, index.visited(context, chosen))
+        assert torch.isfinite(out).all()
+        assert cases.worst(out[chosen], expected) <= BOUND
+        assert float((lse[chosen].double() - expected.lse).abs().max()) < 1e-3
+
+
+@pytest.mark.parametrize("rows", [1, 70, 300])
+def test_the_key_that_carries_the_mass_is_met_by_few_rows(cuda: Any, rng: np.random.Generator, rows: int) -> None:
+    """Every share of the keys is met, at its ends too: keys around all multiples of 1,024 carry the mass in turn."""
+    length = 16384 + rows
+    for multiple in range(1024, length, 1024):
+        keys = [min(int(rng.choice([multiple - 1, multiple, multiple + 1])), length - 1)]
+        context, _ = cases.planted_context(rng, length, rows, keys, heads=7, kv_heads=1, chunk_len=6144, page_size=256)
+        chosen = cases.sampled_rows(rng, rows, 3)
+        expected = cases.reference(context, chosen)
+        out, _ = cases.run_dense(cuda, context)
+        assert cases.worst(out[chosen], expected, relative_to_out=True) <= PLANTED_BOUND
+
+
+@pytest.mark.parametrize("rows, cuts", [(130, [1]), (512, [1, 2, 5]), (1000, [3, 8])])
+def test_few_rows_do_not_depend_on_how_a_piece_is_cut(
+    cuda: Any, rng: np.random.Generator, rows: int, cuts: list[int]
+) -> None:
+    """Ranges of a piece's row blocks, each in a call of its own, bit by bit, where the keys are shared out."""
+    context = cases.random_context(rng, 60001, rows, heads=10, kv_heads=2, chunk_len=32768, page_size=256)
+    borders = [0, *(64 * cut for cut in cuts), rows]
+    whole, whole_lse = cases.run_dense(cuda, context)
+    for first, last in zip(borders, borders[1:]):
+        piece = np.asarray([(0, first, last - first, context.begin + first)], np.int32)
+        out, lse = cases.run_dense(cuda, context, piece)
+        assert torch.equal(out[first:last], whole[first:last]) and torch.equal(lse[first:last], whole_lse[first:last])
+        assert torch.isnan(out[:first].float()).all() and torch.isnan(out[last:].float()).all()
+    index = cases.convert(cuda, context, *random_selection(rng, context, 900, 2500))
+    for expected, got in zip(cases.run_sparse(cuda, context, index), cases.run_sparse(cuda, context, index, cuts)):
+        assert torch.isfinite(expected).all() and torch.equal(expected, got)
+
+
+@pytest.mark.parametrize("rows", [1, 100, 1000])
+def test_few_rows_among_many_of_a_step(cuda: Any, rng: np.random.Generator, rows: int) -> None:
+    """A sparse piece's workspace is as large as its own rows ask for, and they get what they get alone, bit by bit."""
+    context = cases.random_context(rng, 60001, rows, heads=10, kv_heads=2, chunk_len=65536, page_size=256)
+    index = cases.convert(cuda, context, *random_selection(rng, context, 900, 2500))
+    alone, among = (
+        cuda.workspace_bytes("dca_sparse_prefill", **cases.sparse_fields(context, index, others)) for others in (0, 777)
+    )
+    assert alone == among <= 8192 * 10 * (4 * 128 + 8)
+    by_itself, inside = (cases.run_sparse(cuda, context, index, others=others) for others in (0, 777))
+    for expected, got in zip(by_itself, inside):
+        assert torch.isfinite(expected).all() and torch.equal(expected, got[777:-777])
+        assert torch.isnan(got[:777]).all() and torch.isnan(got[-777:]).all()
+
+
 def test_pieces_of_many_sequences_in_one_call(cuda: Any, rng: np.random.Generator) -> None:
     """Rows that no piece names stay as they were; more pieces than one launch takes."""
     lengths = [int(n) for n in rng.integers(1, 700, 90)]

@@ -2,14 +2,20 @@
 //
 // A diagonal t (the key it hits on the piece's last row) crosses, in the row block whose first row is `start`, the
 // `block` keys that end at t + start + block - rows + 1. In ascending order such ranges are covered greedily by blocks
-// (spec section 6), and a column is listed by itself where no block covers it. The blocks do not depend on the columns:
+// (spec section 6), and a column is listed by itself where no block covers it. The blocks do not depend on the columns.
 //
-//   list_blocks   a lane a row block. Measured from the diagonals, whose keys move with the row block, most row blocks'
-//                 blocks end at the same places: the warp finds the next diagonal once for all lanes that stand there.
-//   list_columns  a warp a row block. Its lanes look 32 columns at a time up in the blocks.
+// Measured from the diagonals, whose keys move with the row block, the greedy cover is the same chain of block ends in
+// every row block, once a row block's own chain, which begins where the stage does, has met it:
+//
+//   chain_blocks    a head's chain in a stage. The first block end that is not left of a diagonal lies less than a
+//   block
+//                   behind it: from each such end the chain is walked through the next 64 diagonals, all at once, and
+//                   then only looked up from one 64 to the next
+//   list_row_block  a warp a row block: its own chain up to where it meets the head's, whose rest it copies; then the
+//                   columns, 32 at a time looked up in the blocks
 #include <climits>
 
-#include "common.cuh"
+#include "block_scan.cuh"
 #include "qwen1m/dca_stages.h"
 #include "qwen1m/keys.h"
 
@@ -17,8 +23,10 @@ namespace qwen1m {
 namespace cuda {
 namespace {
 
-constexpr int kFallback = 5;     // entries that keep a stage without any from being empty (spec section 5.5)
-constexpr int kColumnWarps = 8;  // of a block of list_columns
+constexpr int kFallback = 5;    // entries that keep a stage without any from being empty (spec section 5.5)
+constexpr int kSegment = 64;    // diagonals that a thread walks a chain through
+constexpr int kLookups = 8192;  // ends that chains are walked from at once
+constexpr int kListWarps = 8;   // of a block of list_row_block
 
 // Ascending absolute columns or diagonals: a part of a head's list, or evenly spread ones.
 struct Lines {
@@ -62,97 +70,158 @@ __device__ Lines stage_diagonals(const int32_t* slashes, int32_t count, Stage st
   return {nullptr, end - 1 - (entries - 1) * step, step, entries};
 }
 
-// Ascending diagonals as a warp reads them: 32 at once, a diagonal a lane, and the 32 behind them under way.
-class DiagonalWindow {
- public:
-  __device__ DiagonalWindow(const Lines& lines, int32_t first) : lines_(lines), base_(first) {
-    these_ = entry(base_);
-    following_ = entry(base_ + kWarp);
-  }
+// Where the chains of all heads and stages lie in the workspace.
+struct Chains {
+  int32_t* ends;     // [H, 3, capacity]
+  int32_t* lengths;  // [H, 3]
+  int32_t capacity;
 
-  // The first diagonal above `place`, which ascends from call to call; INT_MAX for none. The same in all lanes.
-  __device__ int32_t above(int32_t place) {
-    for (;;) {
-      const unsigned found = __ballot_sync(kAllLanes, these_ > place);
-      if (found != 0) return __shfl_sync(kAllLanes, these_, __ffs(found) - 1);
-      base_ += kWarp;
-      these_ = following_;
-      following_ = entry(base_ + kWarp);
-    }
+  Chains(void* workspace, const qwen1m_sparse_index& a)
+      : lengths(static_cast<int32_t*>(workspace)), capacity(a.selected_slashes + kFallback) {
+    ends = lengths + a.heads * kStages;
   }
-
- private:
-  __device__ int32_t entry(int32_t first) const {
-    const int32_t i = first + static_cast<int32_t>(threadIdx.x % kWarp);
-    return i < lines_.count ? lines_[i] : INT_MAX;
-  }
-
-  const Lines lines_;
-  int32_t base_, these_, following_;
 };
 
-// Covers the ranges of `diagonals`, a diagonal t's range ending at t + shift, by blocks of one stage. A range that
-// begins left of the stage counts as its first block. Without a range, intra visits the keys from row_block_end on
-// (spec section 6, which masks them). Returns the number of blocks. All lanes of the warp call it, each with a shift of
-// its own; those with `listing` false list nothing.
-__device__ int32_t cover(const Lines& diagonals, int32_t shift, Stage stage, Span keys, int32_t row_block_end,
-                         int32_t block, bool listing, int32_t* blocks) {
-  const int32_t at = min(first_above(diagonals, 0, diagonals.count, keys.begin - shift), diagonals.count - 1);
-  const int32_t diagonal = diagonals[at];
-  int32_t begin = max(diagonal + shift - block, keys.begin);
-  if (diagonal + shift < keys.begin) begin = stage == kIntra ? row_block_end : keys.end;
-  DiagonalWindow window(diagonals, __reduce_min_sync(kAllLanes, at));
-  int32_t count = 0;
-  // Where this lane's block ends, measured from the diagonals; INT_MAX when the lane is through.
-  int32_t place = listing && begin < keys.end ? begin + block - shift : INT_MAX;
-  for (;;) {
-    const int32_t nearest = __reduce_min_sync(kAllLanes, place);
-    if (nearest == INT_MAX) break;
-    const int32_t next = window.above(nearest);
-    if (place != nearest) continue;
-    blocks[count++] = begin;
-    place = INT_MAX;
-    if (next == INT_MAX) continue;
-    begin = max(next + shift - block, begin + block);
-    if (begin < keys.end) place = begin + block - shift;
+// The ends of blocks from `end` on, which is not left of diagonal number `first`, nor a block right of it: f(end) for
+// those left of diagonal number `last`. Returns how far the next one lies behind that diagonal. `last` may be their
+// count.
+template <typename F>
+__device__ int32_t walk_chain(const Lines& diagonals, int32_t first, int32_t last, int32_t end, int32_t block, F&& f) {
+  const int32_t border = last < diagonals.count ? diagonals[last] : INT_MAX;
+  for (int32_t i = first; end < border; end = max(diagonals[i], end + block)) {
+    f(end);
+    while (i < diagonals.count && diagonals[i] <= end) ++i;
+    if (i == diagonals.count) return 0;
   }
-  return count;
+  return end - border;
 }
 
-__global__ void __launch_bounds__(kWarp) list_blocks(const qwen1m_sparse_index a, int32_t row_blocks) {
-  const int32_t row_block = blockIdx.x * kWarp + threadIdx.x, start = row_block * a.block;
-  const bool exists = row_block < row_blocks;
-  const int64_t head = blockIdx.y, entry = head * row_blocks + min(row_block, row_blocks - 1);
-  const int32_t* slashes = a.slashes + head * a.selected_slashes;
-  int32_t* blocks = a.tables.blocks + entry * a.tables.block_width;
-  int32_t* counts = a.tables.counts + entry * 2 * kStages;
-  for (int s = kInter; s >= kIntra; --s) {
-    const Stage stage = static_cast<Stage>(s);
-    const Span keys = stage_keys(stage, a.begin + a.rows - 1, a.chunk_len);
-    int32_t count = 0;
-    if (keys.begin < keys.end) {
-      const Lines diagonals = stage_diagonals(slashes, a.selected_slashes, stage, keys, a.rows);
-      count = cover(diagonals, start + a.block - a.rows + 1, stage, keys, a.begin + start + a.block, a.block, exists,
-                    blocks);
+__global__ void __launch_bounds__(kScanThreads) chain_blocks(const qwen1m_sparse_index a, const Chains chains) {
+  __shared__ int32_t partial[kWarp];
+  __shared__ uint16_t arrival[kLookups];  // [segments, block]: where a chain enters the next segment, by where this one
+  __shared__ int32_t entry[kScanThreads + 1];
+  const Stage stage = static_cast<Stage>(blockIdx.x);
+  const int32_t place = blockIdx.y * kStages + blockIdx.x, thread = threadIdx.x;
+  const Span keys = stage_keys(stage, a.begin + a.rows - 1, a.chunk_len);
+  if (keys.begin >= keys.end) return;
+  const int32_t* slashes = a.slashes + static_cast<int64_t>(blockIdx.y) * a.selected_slashes;
+  const Lines diagonals = stage_diagonals(slashes, a.selected_slashes, stage, keys, a.rows);
+  const int32_t all_segments = (diagonals.count + kSegment - 1) / kSegment;
+  const int32_t at_once = min(kLookups / a.block, kScanThreads);
+  int32_t* ends = chains.ends + static_cast<int64_t>(place) * chains.capacity;
+  if (thread == 0) entry[0] = 0;
+  int32_t listed = 0;
+  for (int32_t first = 0; first < all_segments; first += at_once) {
+    const int32_t segments = min(at_once, all_segments - first);
+    const auto walk = [&](int32_t segment, int32_t offset, auto&& f) {
+      const int32_t from = (first + segment) * kSegment;
+      return walk_chain(diagonals, from, min(from + kSegment, diagonals.count), diagonals[from] + offset, a.block, f);
+    };
+    for (int32_t i = thread; i < segments * a.block; i += kScanThreads) {
+      arrival[i] = static_cast<uint16_t>(walk(i / a.block, i % a.block, [](int32_t) {}));
     }
-    if (exists) counts[stage] = count;
-    blocks += count;
+    __syncthreads();
+    if (thread == 0) {
+      for (int32_t s = 0; s < segments; ++s) entry[s + 1] = arrival[s * a.block + entry[s]];
+    }
+    __syncthreads();
+    int32_t count = 0;
+    if (thread < segments) walk(thread, entry[thread], [&](int32_t) { ++count; });
+    const Sums<int32_t> sums = block_sums(partial, count);
+    int32_t* out = ends + listed + sums.before;
+    if (thread < segments) walk(thread, entry[thread], [&](int32_t end) { *out++ = end; });
+    listed += sums.total;
+    __syncthreads();
+    if (thread == 0) entry[0] = entry[segments];
+    __syncthreads();
   }
+  if (thread == 0) chains.lengths[place] = listed;
+}
+
+// first_above for a warp whose lanes all ask the same.
+template <typename Values>
+__device__ int32_t warp_first_above(const Values& values, int32_t from, int32_t to, int32_t value) {
+  const int lane = threadIdx.x % kWarp;
+  while (to - from > kWarp) {
+    const int32_t stride = (to - from) / kWarp;
+    const unsigned above = __ballot_sync(kAllLanes, values[from + (lane + 1) * stride - 1] > value);
+    if (above == 0) {
+      from += kWarp * stride;
+    } else {
+      from += (__ffs(above) - 1) * stride;
+      to = from + stride - 1;
+    }
+  }
+  const unsigned above = __ballot_sync(kAllLanes, from + lane < to && values[min(from + lane, to - 1)] > value);
+  return above != 0 ? from + __ffs(above) - 1 : to;
+}
+
+// The same where the answer is most likely among the next 32.
+template <typename Values>
+__device__ int32_t warp_next_above(const Values& values, int32_t from, int32_t to, int32_t value) {
+  const int32_t near = warp_first_above(values, from, min(from + kWarp, to), value);
+  return near < min(from + kWarp, to) ? near : warp_first_above(values, near, to, value);
+}
+
+// The blocks of a row block in a stage: `own` of them by themselves, in `listed`, then entries of the head's chain.
+struct Cover {
+  const int32_t *listed, *chain;  // the chain from the first that counts on
+  int32_t own, count, shift;      // from a block's end in the chain to its first key
+
+  __device__ int32_t operator[](int32_t i) const { return i < own ? listed[i] : __ldg(chain + i - own) + shift; }
+};
+
+// Lists the blocks that cover the ranges of `diagonals`, a diagonal t's range ending at t + shift. A range that begins
+// left of the stage counts as its first block. Without a range, intra visits the keys from row_block_end on (spec
+// section 6, which masks them). All lanes of the warp call it.
+__device__ Cover cover(const Lines& diagonals, const int32_t* chain, int32_t length, int32_t shift, Stage stage,
+                       Span keys, int32_t row_block_end, int32_t block, int32_t* blocks) {
+  const int lane = threadIdx.x % kWarp;
+  const int32_t edge = keys.begin - shift, to_key = shift - block, limit = keys.end - to_key;
+  const auto list = [&](int32_t number, int32_t first) {
+    if (lane == 0) blocks[number] = first;
+  };
+  int32_t at = warp_first_above(diagonals, 0, diagonals.count, edge);
+  Cover cover{blocks, chain, 0, 0, to_key};
+  if (at == diagonals.count) {
+    const int32_t first = diagonals[at - 1] == edge ? keys.begin : stage == kIntra ? row_block_end : keys.end;
+    if (first < keys.end) list(cover.own++, first);
+    cover.count = cover.own;
+    return cover;
+  }
+  const Lines ends{chain, 0, 0, length};
+  int32_t met = 0, end = max(diagonals[at], edge + block);
+  while (end < limit) {
+    met = warp_next_above(ends, met, length, end - 1);
+    if (met < length && ends[met] == end) {
+      const int32_t rest = warp_first_above(ends, met, length, limit - 1) - met;
+#pragma unroll 4
+      for (int32_t i = lane; i < rest; i += kWarp) blocks[cover.own + i] = ends[met + i] + to_key;
+      cover.chain = chain + met;
+      cover.count = cover.own + rest;
+      return cover;
+    }
+    list(cover.own++, end + to_key);
+    at = warp_next_above(diagonals, at, diagonals.count, end);
+    if (at == diagonals.count) break;
+    end = max(diagonals[at], end + block);
+  }
+  cover.count = cover.own;
+  return cover;
 }
 
 // Lists the columns that no block covers; intra has none beyond its last block. Returns their number, in all lanes.
-__device__ int32_t list_uncovered(const Lines& columns, const int32_t* blocks, int32_t num_blocks, Stage stage,
-                                  int32_t block, int32_t* out) {
+__device__ int32_t list_uncovered(const Lines& columns, const Cover& blocks, Stage stage, int32_t block, int32_t* out) {
   const int lane = threadIdx.x % kWarp;
-  const int32_t end = stage == kIntra && num_blocks > 0 ? __ldg(blocks + num_blocks - 1) + block : INT_MAX;
+  const int32_t end = stage == kIntra && blocks.count > 0 ? blocks[blocks.count - 1] + block : INT_MAX;
   int32_t count = 0;
   int32_t passed = 0;  // blocks that begin at or before the columns so far
   for (int32_t i = 0; i < columns.count; i += kWarp) {
     const int32_t column = columns[min(i + lane, columns.count - 1)];
     const int32_t last = __shfl_sync(kAllLanes, column, kWarp - 1);
     int32_t before = passed;
-    if (passed < num_blocks && __ldg(blocks + passed) <= last) before = first_above(blocks, passed, num_blocks, column);
-    const bool covered = before > 0 && column < __ldg(blocks + before - 1) + block;
+    if (passed < blocks.count && blocks[passed] <= last) before = first_above(blocks, passed, blocks.count, column);
+    const bool covered = before > 0 && column < blocks[before - 1] + block;
     const bool listed = i + lane < columns.count && !covered && column < end;
     const unsigned listing = __ballot_sync(kAllLanes, listed);
     if (listed) out[count + __popc(listing & ((1u << lane) - 1))] = column;
@@ -162,26 +231,35 @@ __device__ int32_t list_uncovered(const Lines& columns, const int32_t* blocks, i
   return count;
 }
 
-__global__ void __launch_bounds__(kColumnWarps* kWarp) list_columns(const qwen1m_sparse_index a, int32_t row_blocks) {
-  const int32_t row_block = blockIdx.x * kColumnWarps + threadIdx.x / kWarp;
+__global__ void __launch_bounds__(kListWarps* kWarp)
+    list_row_block(const qwen1m_sparse_index a, const Chains chains, int32_t row_blocks) {
+  const int32_t row_block = blockIdx.x * kListWarps + threadIdx.x / kWarp, start = row_block * a.block;
   if (row_block >= row_blocks) return;
   const int64_t head = blockIdx.y, entry = head * row_blocks + row_block;
-  const int32_t* columns = a.columns + head * a.selected_columns;
-  const int32_t* blocks = a.tables.blocks + entry * a.tables.block_width;
-  int32_t* out = a.tables.columns + entry * a.tables.column_width;
+  const int32_t* slashes = a.slashes + head * a.selected_slashes;
+  const int32_t* selected = a.columns + head * a.selected_columns;
+  int32_t* blocks = a.tables.blocks + entry * a.tables.block_width;
+  int32_t* columns = a.tables.columns + entry * a.tables.column_width;
   int32_t* counts = a.tables.counts + entry * 2 * kStages;
   for (int s = kInter; s >= kIntra; --s) {
     const Stage stage = static_cast<Stage>(s);
     const Span keys = stage_keys(stage, a.begin + a.rows - 1, a.chunk_len);
-    const int32_t num_blocks = counts[stage];
-    int32_t count = 0;
+    int32_t num_blocks = 0, num_columns = 0;
     if (keys.begin < keys.end) {
-      const Lines lines = stage_columns(columns, a.selected_columns, keys);
-      count = list_uncovered(lines, blocks, num_blocks, stage, a.block, out);
+      const Lines diagonals = stage_diagonals(slashes, a.selected_slashes, stage, keys, a.rows);
+      const int64_t place = head * kStages + s;
+      const Cover own = cover(diagonals, chains.ends + place * chains.capacity, chains.lengths[place],
+                              start + a.block - a.rows + 1, stage, keys, a.begin + start + a.block, a.block, blocks);
+      __syncwarp();
+      num_blocks = own.count;
+      num_columns = list_uncovered(stage_columns(selected, a.selected_columns, keys), own, stage, a.block, columns);
     }
-    if (threadIdx.x % kWarp == 0) counts[kStages + stage] = count;
+    if (threadIdx.x % kWarp == 0) {
+      counts[stage] = num_blocks;
+      counts[kStages + stage] = num_columns;
+    }
     blocks += num_blocks;
-    out += count;
+    columns += num_columns;
   }
 }
 
@@ -189,11 +267,18 @@ __global__ void __launch_bounds__(kColumnWarps* kWarp) list_columns(const qwen1m
 }  // namespace cuda
 }  // namespace qwen1m
 
-int qwen1m_cuda_sparse_index(const qwen1m_sparse_index* a, qwen1m_stream stream) {
+int64_t qwen1m_cuda_sparse_index_workspace(const qwen1m_sparse_index* a) {
+  using namespace qwen1m;
+  return static_cast<int64_t>(a->heads) * kStages * (1 + a->selected_slashes + cuda::kFallback) * sizeof(int32_t);
+}
+
+int qwen1m_cuda_sparse_index(const qwen1m_sparse_index* a, void* workspace, qwen1m_stream stream) {
+  using namespace qwen1m;
   using namespace qwen1m::cuda;
+  const Chains chains(workspace, *a);
   const int32_t row_blocks = ceil_div(a->rows, a->block);
-  list_blocks<<<dim3(ceil_div(row_blocks, kWarp), a->heads), kWarp, 0, as_stream(stream)>>>(*a, row_blocks);
-  list_columns<<<dim3(ceil_div(row_blocks, kColumnWarps), a->heads), kColumnWarps * kWarp, 0, as_stream(stream)>>>(
-      *a, row_blocks);
+  chain_blocks<<<dim3(kStages, a->heads), kScanThreads, 0, as_stream(stream)>>>(*a, chains);
+  list_row_block<<<dim3(ceil_div(row_blocks, kListWarps), a->heads), kListWarps * kWarp, 0, as_stream(stream)>>>(
+      *a, chains, row_blocks);
   return cudaGetLastError();
 }

@@ -1,15 +1,15 @@
 // Dense dual chunk attention on Hopper: 128 rows of one head walk over all their keys, 128 at a time, the three stages
-// under one online softmax.
+// under one online softmax. Few rows over many keys: blocks take a share of the keys each, and where that leaves less
+// unused, the heads of a group make up the 128 rows.
 //
 //   producer   one warp has the copy engine fill rings of key and value tiles, a page lookup every 64 keys, and the
 //              rows' rotation of each stage ahead of its use
 //   consumers  two warpgroups of 64 rows. One takes the tensor cores for a step (scores of this tile, output of the
 //              last one) while the other is at its softmax; they take turns
 //
-// Blocks stay: each takes work items (a head, a tile of rows) until none is left.
+// Blocks stay: each takes work items (heads, a tile of rows, a share of the keys) until none is left.
 #include <algorithm>
-#include <climits>
-#include <tuple>
+#include <utility>
 
 #include "attention.cuh"
 #include "row_loads.cuh"
@@ -29,8 +29,32 @@ constexpr int kRing = 2;                                       // tiles of keys,
 constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
 constexpr int kSectionBytes = 32 << 20;  // of keys and values that blocks share in L2
 
+// How a step is shared out. All of it follows from the step, not from the pieces that are attended to, so that rows do
+// not depend on how a piece is cut.
+struct Split {
+  int32_t packed;      // heads whose rows lie one behind the other in a tile
+  int32_t share_keys;  // of a share; the next one begins behind them
+  int32_t count;       // of shares
+
+  explicit Split(const qwen1m_dca_prefill& a) : packed(1), share_keys(INT32_MAX), count(1) {
+    const int group = a.heads / a.cache.kv_heads;
+    const int64_t keys = static_cast<int64_t>(a.table_width) * a.cache.page_size, steps = ceil_div(keys, kStepKeys);
+    if (a.tokens == 0 || a.tokens > kFewRows) return;
+    const auto items = [&](int heads) { return a.heads / heads * ceil_div(a.tokens, kConsumers * (kRows / heads)); };
+    const int heads = group <= kRows && items(group) < items(1) ? group : 1;
+    const int32_t most = std::min(processors(), kSharedRows / a.tokens);
+    const int64_t share_steps = steps_of_share(items(heads), steps, processors(), most);
+    if (share_steps >= steps) return;
+    packed = heads;
+    share_keys = static_cast<int32_t>(share_steps * kStepKeys);
+    count = static_cast<int32_t>(ceil_div(steps, share_steps));
+  }
+};
+
 struct DenseArguments : qwen1m_dca_prefill {
   CUtensorMap query_map, key_map, value_map;
+  Split split;
+  Shares shares;
   int32_t items, tiles, section_heads;
   qwen1m_piece piece[kMaxPieces];
 };
@@ -49,56 +73,84 @@ struct alignas(1024) Shared {
 
 enum NamedBarrier { kTurn = 1 };  // kTurn + consumer: that consumer may take the tensor cores
 
-// Rows [first_row, + rows) of the step, at positions from `begin` on, of one head.
+// Rows [first_row, + rows) of the step, at positions from `begin` on, of heads [head, + packed), and their keys
+// [first_key, end_key). A consumer has `tile_rows` of the rows, whose heads are lines of its tile one after the other.
 struct Item {
-  int head, rows, sequence;
-  int32_t begin, first_row;
+  int head, rows, sequence, share, packed, tile_rows;
+  int32_t begin, first_row, first_key, end_key;
 
-  // Longest rows go first. Heads come in sections whose keys and values share L2.
-  __device__ Item(const DenseArguments& a, int number) {
-    const int section_items = a.section_heads * a.tiles, first_head = number / section_items * a.section_heads;
-    const int heads = min(a.section_heads, a.heads - first_head), within = number % section_items;
-    head = first_head + within % heads;
-    int tile = a.tiles - 1 - within / heads, p = 0;
-    for (;; ++p) {
-      const int tiles = (a.piece[p].rows + kItemRows - 1) / kItemRows;
-      if (tile < tiles) break;
-      tile -= tiles;
-    }
-    const qwen1m_piece& piece = a.piece[p];
-    rows = min(piece.rows - tile * kItemRows, kItemRows);
-    begin = piece.begin + tile * kItemRows;
-    first_row = piece.row + tile * kItemRows;
-    sequence = piece.sequence;
-  }
+  __device__ int32_t begin_of(int consumer) const { return begin + consumer * tile_rows; }
+  // How many lines of a consumer's tile are rows.
+  __device__ int lines_of(int consumer) const { return packed * min(rows - consumer * tile_rows, tile_rows); }
 };
 
+template <bool kShared>
+__device__ Item item_of(const DenseArguments& a, int number) {
+  Item item;
+  item.packed = kShared ? a.split.packed : 1;
+  item.tile_rows = kShared ? kRows / a.split.packed : kRows;
+  item.first_key = 0, item.end_key = INT32_MAX, item.share = 0;
+  int tile;
+  if (kShared) {
+    // Who reads the same keys goes at the same time.
+    const int sets = a.heads / item.packed, rest = number / a.tiles;
+    tile = number % a.tiles;
+    item.head = rest % sets * item.packed;
+    item.share = rest / sets;
+    item.first_key = item.share * a.split.share_keys;
+    item.end_key = item.first_key + a.split.share_keys;
+  } else {
+    // Longest rows go first. Heads come in sections whose keys and values share L2.
+    const int section_items = a.section_heads * a.tiles, first_head = number / section_items * a.section_heads;
+    const int heads = min(a.section_heads, a.heads - first_head), within = number % section_items;
+    item.head = first_head + within % heads;
+    tile = a.tiles - 1 - within / heads;
+  }
+  const int item_rows = kConsumers * item.tile_rows;
+  int p = 0;
+  for (;; ++p) {
+    const int tiles = (a.piece[p].rows + item_rows - 1) / item_rows;
+    if (tile < tiles) break;
+    tile -= tiles;
+  }
+  const qwen1m_piece& piece = a.piece[p];
+  item.rows = min(piece.rows - tile * item_rows, item_rows);
+  item.begin = piece.begin + tile * item_rows;
+  item.first_row = piece.row + tile * item_rows;
+  item.sequence = piece.sequence;
+  return item;
+}
+
 // f(item) for the items of this block. Every other round runs backwards, which evens out their lengths.
-template <typename F>
+template <bool kShared, typename F>
 __device__ void each_item(const DenseArguments& a, F&& f) {
   const int blocks = gridDim.x, block = blockIdx.x;
   for (int round = 0;; ++round) {
     const int number = round * blocks + (round % 2 ? blocks - 1 - block : block);
     if (round * blocks >= a.items) break;
-    if (number < a.items) f(Item(a, number));
+    if (number < a.items) f(item_of<kShared>(a, number));
   }
 }
 
 // The tiles of an item, stage after stage.
 struct Steps {
-  const int32_t last_position, chunk_len;
+  const int32_t last_position, first_key, end_key, chunk_len;
   int stage = kStages;  // before the first
   Span span{0, 0};
   int32_t first = 0;  // key of the tile
 
   __device__ Steps(const DenseArguments& a, const Item& item)
-      : last_position(item.begin + item.rows - 1), chunk_len(a.chunk_len) {}
+      : last_position(item.begin + item.rows - 1),
+        first_key(item.first_key),
+        end_key(item.end_key),
+        chunk_len(a.chunk_len) {}
 
   __device__ bool next() {
     first += kStepKeys;
     while (first >= span.end) {
       if (stage == kIntra) return false;
       span = stage_keys(static_cast<Stage>(--stage), last_position, chunk_len);
+      span = {max(span.begin, first_key), min(span.end, end_key)};
       first = span.begin;
     }
     return true;
@@ -130,7 +182,7 @@ struct BoxSlots {
   }
 };
 
-template <typename T>
+template <typename T, bool kShared>
 struct Producer {
   const DenseArguments& a;
   Shared& shared;
@@ -149,11 +201,11 @@ struct Producer {
     const uint32_t full = shared_address(&shared.query_full[query.index]);
     barrier_wait(shared_address(&shared.query_empty[query.index]), query.parity ^ 1);
     if (lane == 0) {
-      barrier_arrive_expecting(full, sizeof(shared.queries[0]));
+      barrier_arrive_expecting(full, kConsumers * kPanels * item.tile_rows * item.packed * kPanelRowBytes);
       for (int consumer = 0; consumer < kConsumers; ++consumer) {
         for (int panel = 0; panel < kPanels; ++panel) {
           copy_box(shared_address(shared.queries[query.index][consumer][panel]), a.query_map, full,
-                   panel * kPanelValues, item.head, stage * a.tokens + item.first_row + consumer * kRows);
+                   panel * kPanelValues, item.head, stage * a.tokens + item.first_row + consumer * item.tile_rows);
         }
       }
     }
@@ -205,7 +257,7 @@ struct Producer {
 
   // Keys are loaded a tile ahead of values, as they are used.
   __device__ void run() {
-    each_item(a, [&](const Item& item) {
+    each_item<kShared>(a, [&](const Item& item) {
       const int kv_head = item.head / (a.heads / a.cache.kv_heads);
       BoxSlots slots{Pages(a.block_tables + static_cast<int64_t>(item.sequence) * a.table_width, a.cache.page_size)};
       Steps steps(a, item);
@@ -231,7 +283,7 @@ struct Producer {
   }
 };
 
-template <typename T>
+template <typename T, bool kShared>
 struct Consumer {
   const DenseArguments& a;
   Shared& shared;
@@ -250,8 +302,8 @@ struct Consumer {
 
   // scores = Q K^T, under way.
   __device__ void score() {
-    const uint64_t q = rows_descriptor(shared_address(shared.queries[query.index][number][0]));
-    const uint64_t k = rows_descriptor(shared_address(shared.keys[key.index][0]));
+    const uint32_t q = rows_descriptor(shared_address(shared.queries[query.index][number][0]));
+    const uint32_t k = rows_descriptor(shared_address(shared.keys[key.index][0]));
 #pragma unroll
     for (int step = 0; step < kHeadDim / 16; ++step) {
       const int panel = step / 4, chunk = step % 4 * 2;
@@ -286,22 +338,39 @@ struct Consumer {
 
   // The keys that a row must not see, and the softmax of the others.
   __device__ void weigh(const Item& item, const Steps& steps, float scale) {
-    const int32_t begin = item.begin + number * kRows, last = steps.first + kStepKeys - 1;
     const bool causal = steps.stage == kIntra;
-    if (causal ? last > begin : last >= steps.span.end) {
-      const int32_t position = begin + threadIdx.x / kWarp % 4 * 16 + threadIdx.x % kWarp / 4;
-      const int32_t limit[2] = {(causal ? position : steps.span.end - 1) - steps.first,
-                                (causal ? position + 8 : steps.span.end - 1) - steps.first};
+    const int32_t begin = item.begin_of(number), end = steps.span.end - 1, last = steps.first + kStepKeys - 1;
+    if (last > (causal ? min(begin, end) : end)) {
+      const int line = threadIdx.x / kWarp % 4 * 16 + threadIdx.x % kWarp / 4;
+      int32_t limit[2];
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        limit[h] = (causal ? min(begin + (line + 8 * h) / item.packed, end) : end) - steps.first;
+      }
       mask_scores(scores.value, [&](int column, int h) { return column <= limit[h]; });
     }
     rows.soften(scores, scale);
+  }
+
+  __device__ void store(const Item& item, float scale) const {
+    const int64_t row = item.first_row + number * item.tile_rows;
+    if constexpr (kShared) {
+      rows.store_share(a.shares, item.lines_of(number), scale, [&](int line) {
+        const int64_t place = (row + line / item.packed) * a.heads + item.head + line % item.packed;
+        return place * a.shares.count + item.share;
+      });
+    } else {
+      const int64_t place = row * a.heads + item.head;
+      rows.store(static_cast<T*>(a.out) + place * kHeadDim, a.lse == nullptr ? nullptr : a.lse + place,
+                 item.lines_of(number), a.heads, scale);
+    }
   }
 
   __device__ void walk(const Item& item) {
     const float scale = a.scale[item.sequence] * kLog2E;
     rows.start();
     Steps steps(a, item);
-    steps.next();
+    if (!steps.next()) return store(item, scale);
     wait_queries();
     wait_keys();
     products_begin();
@@ -347,19 +416,17 @@ struct Consumer {
     settle(rows.out);
     release_values();
 
-    const int64_t place = (static_cast<int64_t>(item.first_row) + number * kRows) * a.heads + item.head;
-    rows.store(static_cast<T*>(a.out) + place * kHeadDim, a.lse == nullptr ? nullptr : a.lse + place,
-               item.rows - number * kRows, a.heads, scale);
+    store(item, scale);
   }
 
   __device__ void run() {
     if (number == 1) pass_turn();
-    each_item(a, [&](const Item& item) { walk(item); });
+    each_item<kShared>(a, [&](const Item& item) { walk(item); });
     if (number == 0) wait_turn();
   }
 };
 
-template <typename T>
+template <typename T, bool kShared>
 __global__ void __launch_bounds__(kThreads, 1) dca_prefill_kernel(const __grid_constant__ DenseArguments a) {
   extern __shared__ char memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory);
@@ -378,60 +445,70 @@ __global__ void __launch_bounds__(kThreads, 1) dca_prefill_kernel(const __grid_c
   __syncthreads();
   if (threadIdx.x < kWarpgroup) {
     give_registers<kProducerRegisters>();
-    if (threadIdx.x < kWarp) Producer<T>{a, shared}.run();
+    if (threadIdx.x < kWarp) Producer<T, kShared>{a, shared}.run();
   } else {
     take_registers<kConsumerRegisters>();
-    Consumer<T>{a, shared}.run();
+    Consumer<T, kShared>{a, shared}.run();
   }
 }
 
 }  // namespace
 
+int64_t dca_prefill_workspace(const qwen1m_dca_prefill& a) {
+  return shares_bytes(static_cast<int64_t>(a.tokens) * a.heads, kHeadDim, Split(a).count);
+}
+
 template <typename T>
-int dca_prefill(const qwen1m_dca_prefill& a, qwen1m_stream stream) {
-  const auto kernel = dca_prefill_kernel<T>;
-  int device = 0, processors = 0;
-  cudaError_t status = cudaGetDevice(&device);
-  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  if (status == cudaSuccess) {
-    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared));
-  }
+int dca_prefill(const qwen1m_dca_prefill& a, void* workspace, qwen1m_stream stream) {
+  const Split split(a);
+  const Shares shares(workspace, static_cast<int64_t>(a.tokens) * a.heads, kHeadDim, split.count, 0);
+  const bool sharing = split.count > 1;
+  const auto kernel = sharing ? dca_prefill_kernel<T, true> : dca_prefill_kernel<T, false>;
+  cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared));
   if (status != cudaSuccess) return status;
   for (int first = 0; first < a.num_pieces; first += kMaxPieces) {
-    DenseArguments arguments{a, {}, {}, {}, 0, 0, 0, {}};
-    arguments.num_pieces = std::min(a.num_pieces - first, kMaxPieces);
+    DenseArguments arguments{a, {}, {}, {}, split, shares, 0, 0, 0, {}};
+    MergedRows merged{{}, {}, std::min(a.num_pieces - first, kMaxPieces), a.heads};
+    arguments.num_pieces = merged.ranges;
+    const int item_rows = kConsumers * (kRows / split.packed);
     int32_t most_keys = 0;
     for (int p = 0; p < arguments.num_pieces; ++p) {
       const qwen1m_piece& piece = arguments.piece[p] = a.pieces[first + p];
-      arguments.tiles += static_cast<int32_t>(ceil_div(piece.rows, kItemRows));
+      arguments.tiles += static_cast<int32_t>(ceil_div(piece.rows, item_rows));
       most_keys = std::max(most_keys, piece.begin + piece.rows);
+      merged.first[p] = piece.row;
+      merged.rows[p] = piece.rows;
     }
     const int group = a.heads / a.cache.kv_heads;
     const int64_t head_bytes = static_cast<int64_t>(most_keys) * kHeadDim * 2 * sizeof(T);
     const int64_t sections = std::max<int64_t>(1, kSectionBytes / std::max<int64_t>(head_bytes, 1));
     arguments.section_heads = group * static_cast<int>(std::min<int64_t>(sections, a.cache.kv_heads));
-    arguments.items = arguments.tiles * a.heads;
+    arguments.items = arguments.tiles * (a.heads / split.packed) * split.count;
     if (arguments.items == 0) continue;
 
     const int variants = std::min((most_keys - 1) / a.chunk_len, static_cast<int>(kInter)) + 1;
     constexpr int64_t kAnyRow = INT32_MAX;  // the pages' number is not known here; tables name only those that exist
-    for (const auto& [map, base, heads, rows] :
-         {std::tuple{&arguments.query_map, a.q, a.heads, static_cast<int64_t>(variants) * a.tokens},
-          std::tuple{&arguments.key_map, static_cast<const void*>(a.cache.key), a.cache.kv_heads, kAnyRow},
-          std::tuple{&arguments.value_map, static_cast<const void*>(a.cache.value), a.cache.kv_heads, kAnyRow}}) {
-      const int code = make_tensor_map(*map, a.activation, base, kHeadDim, heads, rows);
-      if (code != cudaSuccess) return code;
+    int code = make_tensor_map(arguments.query_map, a.activation, a.q, kHeadDim, a.heads,
+                               static_cast<int64_t>(variants) * a.tokens, split.packed);
+    for (const auto& [map, pool] :
+         {std::pair{&arguments.key_map, a.cache.key}, std::pair{&arguments.value_map, a.cache.value}}) {
+      if (code == cudaSuccess) {
+        code = make_tensor_map(*map, a.activation, pool, kHeadDim, a.cache.kv_heads, kAnyRow);
+      }
     }
-    const int blocks = std::min(arguments.items, processors);
-    kernel<<<blocks, kThreads, sizeof(Shared), as_stream(stream)>>>(arguments);
+    if (code != cudaSuccess) return code;
+    kernel<<<std::min(arguments.items, processors()), kThreads, sizeof(Shared), as_stream(stream)>>>(arguments);
     status = cudaGetLastError();
     if (status != cudaSuccess) return status;
+    if (!sharing) continue;
+    code = merge_shares<T, kHeadDim>(merged, shares, a.out, a.lse, as_stream(stream));
+    if (code != cudaSuccess) return code;
   }
   return cudaSuccess;
 }
 
-template int dca_prefill<bf16>(const qwen1m_dca_prefill&, qwen1m_stream);
-template int dca_prefill<f16>(const qwen1m_dca_prefill&, qwen1m_stream);
+template int dca_prefill<bf16>(const qwen1m_dca_prefill&, void*, qwen1m_stream);
+template int dca_prefill<f16>(const qwen1m_dca_prefill&, void*, qwen1m_stream);
 
 }  // namespace sm90
 }  // namespace cuda

@@ -132,7 +132,7 @@ struct Walk {
 #pragma unroll
       for (int h = 0; h < kGroup; ++h) {
         float scores[kProbeRows / 2];
-        const uint64_t queries = rows_descriptor(shared_address(shared.queries[h][0]));
+        const uint32_t queries = rows_descriptor(shared_address(shared.queries[h][0]));
         products_begin();
 #pragma unroll
         for (int step = 0; step < kHeadDim / 16; ++step) {

@@ -132,18 +132,19 @@ __device__ inline void products_wait() {
 // chunk ^= row % 8; panels begin at multiples of 1,024 bytes.
 constexpr int kPanelValues = 64, kPanelRowBytes = 128;
 
-__device__ inline uint64_t descriptor(uint32_t shared, uint32_t leading_bytes, uint32_t stride_bytes) {
-  constexpr uint64_t kSwizzle128 = 1ull << 62;
-  return kSwizzle128 | static_cast<uint64_t>(stride_bytes >> 4) << 32 |
-         static_cast<uint64_t>(leading_bytes >> 4) << 16 | (shared & 0x3ffff) >> 4;
+// The low half of a descriptor, which says where an operand begins: adding to it moves on by 16 bytes a unit. The high
+// half is the same for all, eight rows one behind the other and the permutation.
+__device__ inline uint32_t descriptor(uint32_t shared, uint32_t leading_bytes) {
+  return leading_bytes >> 4 << 16 | (shared & 0x3ffff) >> 4;
 }
+constexpr uint32_t kDescriptorHigh = 1u << 30 | 8 * kPanelRowBytes >> 4;
 
 // Rows of the left factor, or those whose transpose is the right one: from a row, and 16-byte chunk 2 * step, on.
-__device__ inline uint64_t rows_descriptor(uint32_t shared) { return descriptor(shared, 16, 8 * kPanelRowBytes); }
+__device__ inline uint32_t rows_descriptor(uint32_t shared) { return descriptor(shared, 16); }
 
 // Rows of the right factor itself: its columns go on in the next panel.
-__device__ inline uint64_t columns_descriptor(uint32_t shared, int panel_rows) {
-  return descriptor(shared, panel_rows * kPanelRowBytes, 8 * kPanelRowBytes);
+__device__ inline uint32_t columns_descriptor(uint32_t shared, int panel_rows) {
+  return descriptor(shared, panel_rows * kPanelRowBytes);
 }
 
 #define QWEN1M_F4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
@@ -162,40 +163,42 @@ __device__ inline uint64_t columns_descriptor(uint32_t shared, int panel_rows) {
 // c[4n + 1]) and 16w + g + 8 (c[4n + 2], c[4n + 3]) at columns 8n + 2p, 8n + 2p + 1. `add` false: c's contents do not
 // count. Both factors in shared memory, rows as their transposes.
 template <typename T>
-__device__ inline void multiply_shared(float (&c)[64], uint64_t a, uint64_t b, bool add);
+__device__ inline void multiply_shared(float (&c)[64], uint32_t a, uint32_t b, bool add);
 
 // The left factor in registers, as multiply_add takes it; the right one as its transpose.
 template <typename T>
-__device__ inline void multiply_transposed(float (&c)[32], const uint32_t (&a)[4], uint64_t b, bool add);
+__device__ inline void multiply_transposed(float (&c)[32], const uint32_t (&a)[4], uint32_t b, bool add);
 
 // The left factor in registers, the right one as it is. Always adds.
 template <typename T>
-__device__ inline void multiply_rows(float (&c)[64], const uint32_t (&a)[4], uint64_t b);
+__device__ inline void multiply_rows(float (&c)[64], const uint32_t (&a)[4], uint32_t b);
 
 #define QWEN1M_PRODUCTS(T, name)                                                                                      \
   template <>                                                                                                         \
-  __device__ inline void multiply_shared<T>(float (&c)[64], uint64_t a, uint64_t b, bool add) {                       \
+  __device__ inline void multiply_shared<T>(float (&c)[64], uint32_t a, uint32_t b, bool add) {                       \
     asm volatile(                                                                                                     \
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"                                                                  \
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32." name "." name " {" QWEN1M_R64 "}, %64, %65, p, 1, 1, 0, 0;\n}" \
+        "{\n.reg .pred p;\n.reg .b64 a, b;\nsetp.ne.b32 p, %67, 0;\nmov.b64 a, {%64, %66};\nmov.b64 b, {%65, %66};\n" \
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32." name "." name " {" QWEN1M_R64 "}, a, b, p, 1, 1, 0, 0;\n}"     \
         : QWEN1M_F16(c, 0), QWEN1M_F16(c, 16), QWEN1M_F16(c, 32), QWEN1M_F16(c, 48)                                   \
-        : "l"(a), "l"(b), "r"(static_cast<int>(add)));                                                                \
+        : "r"(a), "r"(b), "r"(kDescriptorHigh), "r"(static_cast<int>(add)));                                          \
   }                                                                                                                   \
   template <>                                                                                                         \
-  __device__ inline void multiply_transposed<T>(float (&c)[32], const uint32_t (&a)[4], uint64_t b, bool add) {       \
+  __device__ inline void multiply_transposed<T>(float (&c)[32], const uint32_t (&a)[4], uint32_t b, bool add) {       \
     asm volatile(                                                                                                     \
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"                                                                  \
+        "{\n.reg .pred p;\n.reg .b64 b;\nsetp.ne.b32 p, %38, 0;\nmov.b64 b, {%36, %37};\n"                            \
         "wgmma.mma_async.sync.aligned.m64n64k16.f32." name "." name " {" QWEN1M_R32                                   \
-        "}, {%32, %33, %34, %35}, %36, p, 1, 1, 0;\n}"                                                                \
+        "}, {%32, %33, %34, %35}, b, p, 1, 1, 0;\n}"                                                                  \
         : QWEN1M_F16(c, 0), QWEN1M_F16(c, 16)                                                                         \
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)));                            \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(kDescriptorHigh), "r"(static_cast<int>(add)));      \
   }                                                                                                                   \
   template <>                                                                                                         \
-  __device__ inline void multiply_rows<T>(float (&c)[64], const uint32_t (&a)[4], uint64_t b) {                       \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." name "." name " {" QWEN1M_R64                         \
-                 "}, {%64, %65, %66, %67}, %68, 1, 1, 1, 1;"                                                          \
-                 : QWEN1M_F16(c, 0), QWEN1M_F16(c, 16), QWEN1M_F16(c, 32), QWEN1M_F16(c, 48)                          \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                               \
+  __device__ inline void multiply_rows<T>(float (&c)[64], const uint32_t (&a)[4], uint32_t b) {                       \
+    asm volatile(                                                                                                     \
+        "{\n.reg .b64 b;\nmov.b64 b, {%68, %69};\n"                                                                   \
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32." name "." name " {" QWEN1M_R64                                  \
+        "}, {%64, %65, %66, %67}, b, 1, 1, 1, 1;\n}"                                                                  \
+        : QWEN1M_F16(c, 0), QWEN1M_F16(c, 16), QWEN1M_F16(c, 32), QWEN1M_F16(c, 48)                                   \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(kDescriptorHigh));                                  \
   }
 
 QWEN1M_PRODUCTS(bf16, "bf16")

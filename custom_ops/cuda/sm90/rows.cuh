@@ -3,6 +3,7 @@
 
 #include "hopper.cuh"
 #include "qwen1m/dca_stages.h"
+#include "shares.cuh"
 
 namespace qwen1m {
 namespace cuda {
@@ -101,21 +102,23 @@ struct Rows {
     for (int i = 0; i < kHeadDim / 2; ++i) out[i] *= shrink[i / 2 % 2];
   }
 
-  // Ends the products under way, which run beside what was computed so far: ptxas moves a wait up to the last branch.
+  // Ends the products under way but for the last kGroups groups. They run beside what was computed so far: ptxas moves
+  // a wait up to the last branch.
+  template <int kGroups = 0>
   __device__ void settle_output() {
     if (grown()) {
-      products_wait<0>();
+      products_wait<kGroups>();
       settle(out);
       rescale();
     } else {
-      asm volatile("wgmma.wait_group.sync.aligned 0;  // unlike the other branch's" ::: "memory");
+      asm volatile("wgmma.wait_group.sync.aligned %0;  // unlike the other branch's" ::"n"(kGroups) : "memory");
       settle(out);
     }
   }
 
   // out += weights V for kSteps times 16 keys: weights from `first` on. Does not wait.
   template <int kSteps, int kWeights>
-  __device__ void attend(const uint32_t (&weights)[kWeights], int first, uint64_t values) {
+  __device__ void attend(const uint32_t (&weights)[kWeights], int first, uint32_t values) {
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       const uint32_t* w = weights + first + 4 * step;
@@ -124,26 +127,48 @@ struct Rows {
     }
   }
 
-  // Rows [0, rows) of the warpgroup go to `place` (first row, this head), rows of `stride` heads; `lse` may be null.
-  __device__ void store(T* place, float* lse, int rows, int stride, float scale) const {
-    const int lane = threadIdx.x % kWarp, first = threadIdx.x / kWarp % 4 * 16 + lane / 4;
+  // f(row, h, sum) for this thread's two rows.
+  template <typename F>
+  __device__ void each_row(F&& f) const {
+    const int first = threadIdx.x / kWarp % 4 * 16 + threadIdx.x % kWarp / 4;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       float total = sum[h];
       total += __shfl_xor_sync(kAllLanes, total, 1);
       total += __shfl_xor_sync(kAllLanes, total, 2);
-      const float inverse = total > 0 ? 1.0f / total : 0.0f;
-      const int row = first + 8 * h;
-      if (row < rows) {
-        const int64_t line = static_cast<int64_t>(row) * stride;
-        uint32_t* values = reinterpret_cast<uint32_t*>(place + line * kHeadDim) + lane % 4;
-#pragma unroll
-        for (int n = 0; n < kHeadDim / 8; ++n) {
-          values[4 * n] = pack_pair<T>(out[4 * n + 2 * h] * inverse, out[4 * n + 2 * h + 1] * inverse);
-        }
-        if (lse != nullptr && lane % 4 == 0) lse[line] = (maximum[h] * scale + log2f(total)) * kLn2;
-      }
+      f(first + 8 * h, h, total);
     }
+  }
+
+  // Rows [0, rows) of the warpgroup go to `place` (first row, this head), rows of `stride` heads; `lse` may be null.
+  __device__ void store(T* place, float* lse, int rows, int stride, float scale) const {
+    const int pair = threadIdx.x % 4;
+    each_row([&](int row, int h, float total) {
+      if (row >= rows) return;
+      const float inverse = total > 0 ? 1.0f / total : 0.0f;
+      const int64_t line = static_cast<int64_t>(row) * stride;
+      uint32_t* values = reinterpret_cast<uint32_t*>(place + line * kHeadDim) + pair;
+#pragma unroll
+      for (int n = 0; n < kHeadDim / 8; ++n) {
+        values[4 * n] = pack_pair<T>(out[4 * n + 2 * h] * inverse, out[4 * n + 2 * h + 1] * inverse);
+      }
+      if (lse != nullptr && pair == 0) lse[line] = (maximum[h] * scale + log2f(total)) * kLn2;
+    });
+  }
+
+  // Rows [0, rows) as a share of the keys left them; number(row) is the share's number for a row and its head.
+  template <typename F>
+  __device__ void store_share(const Shares& shares, int rows, float scale, F&& number) const {
+    const int pair = threadIdx.x % 4;
+    each_row([&](int row, int h, float total) {
+      if (row >= rows) return;
+      const int64_t place = number(row);
+      if (pair == 0) shares.statistic[place] = make_float2(maximum[h] * scale, total);
+      if (total == 0) return;
+      float2* values = reinterpret_cast<float2*>(shares.partial + place * kHeadDim) + pair;
+#pragma unroll
+      for (int n = 0; n < kHeadDim / 8; ++n) values[4 * n] = make_float2(out[4 * n + 2 * h], out[4 * n + 2 * h + 1]);
+    });
   }
 };
 

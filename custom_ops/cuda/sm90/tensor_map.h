@@ -12,10 +12,11 @@ namespace sm90 {
 
 constexpr int kBoxRows = 64;
 
-// `base` [rows, heads, values] of 16 bits, copied by boxes of 64 rows of 64 values of one head at (value, head, row),
-// rows 128 bytes apart in shared memory with permuted chunks (see hopper.cuh). Rows from `rows` on come as zeros.
-// Returns a cudaError_t.
-int make_tensor_map(CUtensorMap& map, qwen1m_dtype dtype, const void* base, int values, int heads, int64_t rows);
+// `base` [rows, heads, values] of 16 bits, copied by boxes of 64 values of `box_heads` heads of as many rows as make 64
+// lines, head after head of a row, at (value, head, row). Lines are 128 bytes apart in shared memory with permuted
+// chunks (see hopper.cuh). Rows from `rows` on come as zeros. Returns a cudaError_t.
+int make_tensor_map(CUtensorMap& map, qwen1m_dtype dtype, const void* base, int values, int heads, int64_t rows,
+                    int box_heads = 1);
 
 }  // namespace sm90
 }  // namespace cuda

@@ -56,7 +56,9 @@ QWEN1M_API void qwen1m_cpu_dca_prefill(const qwen1m_dca_prefill*);
 QWEN1M_API void qwen1m_cpu_dca_decode(const qwen1m_dca_decode*);
 QWEN1M_API void qwen1m_cpu_dca_sparse_prefill(const qwen1m_dca_sparse_prefill*);
 
-QWEN1M_API int qwen1m_cuda_dca_prefill(const qwen1m_dca_prefill*, qwen1m_stream);
+QWEN1M_API int64_t qwen1m_cuda_dca_prefill_workspace(const qwen1m_dca_prefill*);
+QWEN1M_API int qwen1m_cuda_dca_prefill(const qwen1m_dca_prefill*, void* workspace, qwen1m_stream);
 QWEN1M_API int64_t qwen1m_cuda_dca_decode_workspace(const qwen1m_dca_decode*);
 QWEN1M_API int qwen1m_cuda_dca_decode(const qwen1m_dca_decode*, void* workspace, qwen1m_stream);
-QWEN1M_API int qwen1m_cuda_dca_sparse_prefill(const qwen1m_dca_sparse_prefill*, qwen1m_stream);
+QWEN1M_API int64_t qwen1m_cuda_dca_sparse_prefill_workspace(const qwen1m_dca_sparse_prefill*);
+QWEN1M_API int qwen1m_cuda_dca_sparse_prefill(const qwen1m_dca_sparse_prefill*, void* workspace, qwen1m_stream);

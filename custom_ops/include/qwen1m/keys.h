@@ -51,4 +51,5 @@ QWEN1M_API void qwen1m_cpu_sparse_index(const qwen1m_sparse_index*);
 QWEN1M_API int64_t qwen1m_cuda_dca_probe_workspace(const qwen1m_dca_probe*);
 QWEN1M_API int qwen1m_cuda_dca_probe(const qwen1m_dca_probe*, void* workspace, qwen1m_stream);
 QWEN1M_API int qwen1m_cuda_select_critical(const qwen1m_select_critical*, qwen1m_stream);
-QWEN1M_API int qwen1m_cuda_sparse_index(const qwen1m_sparse_index*, qwen1m_stream);
+QWEN1M_API int64_t qwen1m_cuda_sparse_index_workspace(const qwen1m_sparse_index*);
+QWEN1M_API int qwen1m_cuda_sparse_index(const qwen1m_sparse_index*, void* workspace, qwen1m_stream);
