@@ -137,11 +137,21 @@ def test_chat_renders_the_template(llm: LLM) -> None:
 
 
 def test_a_second_question_finds_the_document_in_the_cache(llm: LLM) -> None:
-    document = "There and back again. " * 200
+    document = "There and back again. " * 50
     assert llm.reset_prefix_cache()
     first, second = (llm.generate(prompt(llm, name, document), GREEDY, use_tqdm=False)[0] for name in ("jade", "ruby"))
     assert first.num_cached_tokens == 0
     assert second.num_cached_tokens is not None and second.num_cached_tokens > 0
+
+
+def test_metrics_count_what_was_computed_and_reused(llm: LLM) -> None:
+    before, document = llm.get_metrics(), "Round and round again. " * 50
+    outputs = [llm.generate(prompt(llm, name, document), GREEDY, use_tqdm=False)[0] for name in ("jade", "ruby")]
+    after = llm.get_metrics()
+    assert after.finished - before.finished == 2 and (after.waiting, after.running, after.pages_held) == (0, 0, 0)
+    assert after.prompt_tokens - before.prompt_tokens == sum(len(one.prompt_token_ids) for one in outputs)
+    assert after.generated_tokens - before.generated_tokens == sum(len(one.outputs[0].token_ids) for one in outputs)
+    assert after.prefix_reused_tokens - before.prefix_reused_tokens == outputs[1].num_cached_tokens
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from typing import Callable
 
 from paddle_qwen1m.engine.core import Request
 from paddle_qwen1m.options import AUTO
+from paddle_qwen1m.plan import longest_context
 
 LEFT_TO_THE_DRIVER = 1_500_000_000
 """Bytes of a GPU that nobody asked for share of it: libraries' buffers, and what allocators round up."""
@@ -170,13 +171,7 @@ def _longest_fitting(need: Need, allowance: Allowance) -> int | None:
         room = _cache_room(need, allowance, length)
         return room is None or need.cache(length) <= min(room, _beside(need, allowance, length))
 
-    if not fits(1):
-        return None
-    low, high = 1, need.longest
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low
+    return longest_context(need.longest, fits)
 
 
 def _raise_what(allowance: Allowance) -> str:

@@ -129,6 +129,27 @@ class Finished:
 Event = Union[Prefilled, Logits, PromptLogprobs, TokenChosen, Finished]
 
 
+@dataclass
+class Metrics:
+    """Requests that wait and run; pages that requests hold, of all; and sums since the engine was made: tokens of
+    prompts that were read, and of these looked for in the prefix cache, found there, and computed though they were
+    there, cut otherwise or as of a dense prompt; tokens of answers; requests that finished and that were dropped.
+    """
+
+    waiting: int = 0
+    running: int = 0
+    pages_held: int = 0
+    pages: int = 0
+    prompt_tokens: int = 0
+    prefix_queried_tokens: int = 0
+    prefix_reused_tokens: int = 0
+    prefix_recut_tokens: int = 0
+    prefix_dense_tokens: int = 0
+    generated_tokens: int = 0
+    finished: int = 0
+    aborted: int = 0
+
+
 @dataclass(frozen=True)
 class PrefillProgress:
     """How far the prefill of a request is, `seconds` after it began."""

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterator
 from collections.abc import Sequence as ManyOf
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import count
 from typing import Callable
 
@@ -40,6 +40,7 @@ from paddle_qwen1m.engine.core import (
     Event,
     Finished,
     Logits,
+    Metrics,
     Prefilled,
     PrefillProgress,
     Request,
@@ -72,27 +73,6 @@ MEGABYTE = 1 << 20
 UNKNOWN = 1 << 40
 """Megabytes of a machine that does not say how many it has."""
 CompileGrammar = Callable[[StructuredOutputsParams], Grammar]
-
-
-@dataclass
-class Metrics:
-    """Requests that wait and run; pages that requests hold, of all; and sums since the engine was made: tokens of
-    prompts that were read, and of these looked for in the prefix cache, found there, and computed though they were
-    there, cut otherwise or as of a dense prompt; tokens of answers; requests that finished and that were dropped.
-    """
-
-    waiting: int = 0
-    running: int = 0
-    pages_held: int = 0
-    pages: int = 0
-    prompt_tokens: int = 0
-    prefix_queried_tokens: int = 0
-    prefix_reused_tokens: int = 0
-    prefix_recut_tokens: int = 0
-    prefix_dense_tokens: int = 0
-    generated_tokens: int = 0
-    finished: int = 0
-    aborted: int = 0
 
 
 class Engine:
@@ -231,6 +211,13 @@ class Engine:
         self.runner.observe(observer)
 
     # --- requests ---
+
+    def prepare(self, params: SamplingParams) -> None:
+        """Compiles what answers of these params must look like, which may take seconds, so that `add` need not.
+        ValueError for what cannot be used. Any thread may call it, while another one steps.
+        """
+        if params.structured_outputs is not None:
+            self._grammar(params.structured_outputs)
 
     def add(self, request: Request) -> None:
         """Lines a request up. ValueError when its id is in use, it has tokens that the model has not, or cannot fit."""
@@ -543,12 +530,13 @@ class Engine:
         structured = params.structured_outputs
         if not (params.min_tokens or params.allowed_token_ids or params.logit_bias or request.bad_words or structured):
             return None
-        grammar = None
-        if structured is not None:
-            if self.compile_grammar is None:
-                raise ValueError("structured_outputs needs the model's tokenizer, which this engine was not given")
-            grammar = self.compile_grammar(structured)
+        grammar = None if structured is None else self._grammar(structured)
         return token_rules(request, self.model.config.vocab_size, grammar)
+
+    def _grammar(self, structured: StructuredOutputsParams) -> Grammar:
+        if self.compile_grammar is None:
+            raise ValueError("structured_outputs needs the model's tokenizer, which this engine was not given")
+        return self.compile_grammar(structured)
 
     def _line_up(self, request: Request) -> None:
         """Hands a request to the scheduler."""
