@@ -42,6 +42,11 @@ class Completion:
     stop_reason: int | str | None = None
     token_logprobs: list[TokenLogprobs] | None = None
 
+    def up_to(self, length: int, stop_reason: str) -> Completion:
+        """Its first tokens, which this text has ended."""
+        likelihoods = None if self.token_logprobs is None else self.token_logprobs[:length]
+        return Completion(self.token_ids[:length], self.logprobs[:length], "stop", self.index, stop_reason, likelihoods)
+
 
 @dataclass(frozen=True)
 class Request:

@@ -274,29 +274,42 @@ class Engine:
         prompts: ManyOf[np.ndarray],
         params: SamplingParams | ManyOf[SamplingParams],
         *,
-        on_token: Callable[[int, int], None] | None = None,
+        bad_words: ManyOf[tuple[int, ...]] = (),
+        on_token: Callable[[int, int], str | None] | None = None,
         on_prefill: Callable[[PrefillProgress], None] | None = None,
     ) -> list[Completion]:
         """Completes prompts (int64 [n] each), under `params` for all or one each, with one answer each.
 
-        `on_token(index, token)` sees each token as it is chosen, `on_prefill` every finished prefill chunk. Whatever
+        bad_words: sequences of tokens that no answer has. `on_token(index, token)` sees each token as it is chosen; a
+        text that it returns ends the answer with that token. `on_prefill` sees every finished prefill chunk. Whatever
         interrupts the call, its requests are gone afterwards.
         """
         choices = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         if len(choices) != len(prompts):
             raise ValueError(f"got {len(prompts)} prompts and {len(choices)} sampling params")
-        requests = [Request(self._new_id(), *pair) for pair in zip(prompts, choices)]
+        requests = [Request(self._new_id(), *pair, bad_words=tuple(bad_words)) for pair in zip(prompts, choices)]
         index = {request.id: number for number, request in enumerate(requests)}
         completions: dict[str, Completion] = {}
+        heard = dict.fromkeys(index, 0)
+        ended: dict[str, str] = {}
         with self._call(requests) as events:
             for event in events:
                 if isinstance(event, TokenChosen) and on_token is not None:
-                    on_token(index[event.id], event.token)
+                    if event.id in ended:  # it was chosen meanwhile
+                        continue
+                    heard[event.id] += 1
+                    reason = on_token(index[event.id], event.token)
+                    if reason is not None:
+                        ended[event.id] = reason
+                        self.stop(event.id, 0, reason)
                 elif isinstance(event, Prefilled) and on_prefill is not None:
                     seconds = time.perf_counter() - event.started
                     on_prefill(PrefillProgress(event.id, event.done_tokens, event.total_tokens, seconds))
                 elif isinstance(event, Finished):
-                    (completions[event.id],) = event.completions
+                    (completion,) = event.completions
+                    if event.id in ended:
+                        completion = completion.up_to(heard[event.id], ended[event.id])
+                    completions[event.id] = completion
         return [completions[request.id] for request in requests]
 
     def logits(self, token_ids: np.ndarray, positions: ManyOf[int] | None = None) -> np.ndarray:
