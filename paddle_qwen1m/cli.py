@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Callable
 
 from paddle_qwen1m import __version__
 from paddle_qwen1m.dtypes import DTYPES
-from paddle_qwen1m.options import Dtype, Face, Switch, Whole, options_of
+from paddle_qwen1m.options import TEMPERATURE_TOLERANCE, Dtype, Face, Switch, Whole, options_of
 from paddle_qwen1m.parallel.job import launched_rank, launched_ranks
 from paddle_qwen1m.progress import Progress
 from paddle_qwen1m.streams import (
@@ -370,15 +370,12 @@ def _load_model(arguments: argparse.Namespace) -> Qwen2OneMForCausalLM:
     if arguments.threads is not None:
         ops.set_num_threads(arguments.threads)
     options = {name: getattr(arguments, name) for name in options_of(Face.COMMAND)}
-    model = Qwen2OneMForCausalLM.from_pretrained(
+    return Qwen2OneMForCausalLM.from_pretrained(
         arguments.model,
         tensor_parallel_degree=launched_ranks(),
+        prefix_temperature_tolerance=TEMPERATURE_TOLERANCE,  # questions share their document, whatever their lengths
         **options,
     )
-    if len(arguments.question or ()) > 1:
-        engine = model.engine
-        engine.configure(replace(engine.options, enable_prefix_caching=True), engine.budgets)
-    return model
 
 
 def _load_tokenizer(arguments: argparse.Namespace) -> Any:

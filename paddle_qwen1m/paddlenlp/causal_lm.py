@@ -92,7 +92,9 @@ class Qwen2OneMForCausalLM(PretrainedModel):  # type: ignore[misc]
         described = describe(checkpoint, given.get("config"))
         config = Qwen2Config.from_dict(described)
         shapes = model_config(config)
-        engine_options = choose_engine_options(shapes, given)
+        # Every row comes out as it would alone: a prefix is reused where nothing depends on who was there first.
+        own = {"enable_prefix_caching": True, "prefix_temperature_tolerance": 0.0}
+        engine_options = choose_engine_options(shapes, {**own, **given})
         group = join_ranks(
             checkpoint,
             described,

@@ -253,6 +253,23 @@ def test_what_the_file_asks_for_in_vain_is_logged_once(
     assert len(logged) == before
 
 
+def test_a_conversation_is_read_once_and_answers_as_if_it_were_not(
+    needle_checkpoint: Path, rng: np.random.Generator
+) -> None:
+    """Up to original_max_position_embeddings, 1,024; beyond it the keys depend on the length."""
+    model, anew = (
+        AutoModelForCausalLM.from_pretrained(str(needle_checkpoint), enable_prefix_caching=on) for on in (True, False)
+    )
+    dialogue, reused = rng.integers(0, 700, [1, 400]), []
+    for _ in range(4):
+        before = model.engine.metrics.prefix_reused_tokens
+        answers = [one.generate(dialogue, max_new_tokens=8, do_sample=False, eos_token_id=[]) for one in (model, anew)]
+        assert answers[0][0].numpy().tolist() == answers[1][0].numpy().tolist()
+        reused.append(model.engine.metrics.prefix_reused_tokens - before)
+        dialogue = np.concatenate([answers[0][0].numpy(), rng.integers(0, 700, [1, 250])], axis=1)
+    assert reused == [0, 256, 512, 0] and anew.engine.metrics.prefix_reused_tokens == 0
+
+
 def test_texts_end_an_answer_and_words_do_not_come(
     with_generation_config: Callable[..., Path], needle_checkpoint: Path, short: np.ndarray, logged: list[str]
 ) -> None:
