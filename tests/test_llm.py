@@ -16,8 +16,8 @@ import pytest
 from paddlenlp.transformers import AutoModelForCausalLM
 
 import paddle_qwen1m
-from paddle_qwen1m import LLM, SamplingParams, progress
-from paddle_qwen1m.engine import Engine, NotEnoughMemory, StructuredOutputsParams
+from paddle_qwen1m import LLM, SamplingParams, StructuredOutputsParams, progress
+from paddle_qwen1m.engine import Engine, NotEnoughMemory
 from paddle_qwen1m.engine.admission import Allowance
 from paddle_qwen1m.memory import available_host_memory
 from paddle_qwen1m.paddlenlp import serving
@@ -360,7 +360,7 @@ def test_names_are_imported_when_they_are_asked_for() -> None:
     subprocess.run(
         [sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     )
-    assert set(paddle_qwen1m.__all__) >= {"LLM", "SamplingParams"}
+    assert all(getattr(paddle_qwen1m, name) for name in paddle_qwen1m.__all__)
     assert "gpu_memory_utilization: " in (LLM.__init__.__doc__ or "")
 
 
@@ -390,6 +390,11 @@ for output in outputs:
     generated_text = output.outputs[0].text
     print(f"Prompt: {prompt!r}, Generated text: {generated_text!r}")
 """
+
+
+def test_the_readme_has_the_cards_example() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    assert f"```python{CARD}```" in readme
 
 
 def card(ranks: int, *added: str) -> str:
