@@ -95,11 +95,11 @@ class Workers:
 
     def ask(self, message: dict[str, Any]) -> dict[str, Any]:
         """Sends to rank 0, and waits for its answer, a message with the same "call". Any thread may ask."""
-        call, answers = next(self._calls), queue.SimpleQueue()  # type: ignore[var-annotated]
-        self._asked[call] = answers
+        call = next(self._calls)
+        answers = self._asked[call] = queue.SimpleQueue()
         try:
             self.send({**message, "call": call})
-            answer: dict[str, Any] | None = answers.get()
+            answer = answers.get()
         finally:
             del self._asked[call]
         if answer is None:
@@ -161,7 +161,7 @@ class Workers:
             self._woken.close()
         self._error = error  # who learns of it finds the memory of all ranks free
         self._is_over = True
-        for waiting in (self._received, *tuple(self._asked.values())):
+        for waiting in (self._received, *tuple(self._asked.values())):  # who asks from now on is told by _check
             waiting.put(None)
 
     def _start(self, number: int, endpoints: list[str], selector: selectors.BaseSelector) -> None:
@@ -218,8 +218,8 @@ class Workers:
                 rank.told = message
             elif "call" not in message:
                 self._received.put(message)
-            elif message["call"] in self._asked:  # else whoever asked was interrupted
-                self._asked[message["call"]].put(message)
+            elif (waiting := self._asked.get(message["call"])) is not None:  # else whoever asked was interrupted
+                waiting.put(message)
         return bool(piece)
 
     def _read_log(self, rank: _Rank, selector: selectors.BaseSelector) -> None:
