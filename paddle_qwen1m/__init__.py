@@ -14,11 +14,11 @@ from paddle_qwen1m import threads  # notes OMP_NUM_THREADS before Paddle is impo
 from paddle_qwen1m.paddlenlp import registration
 
 if TYPE_CHECKING:
-    from paddle_qwen1m.engine import SamplingParams
+    from paddle_qwen1m.engine import SamplingParams, StructuredOutputsParams
     from paddle_qwen1m.llm import LLM
     from paddle_qwen1m.paddlenlp import Qwen2OneMForCausalLM
 
-__all__ = ["LLM", "Qwen2OneMForCausalLM", "SamplingParams", "register", "threads"]
+__all__ = ["LLM", "Qwen2OneMForCausalLM", "SamplingParams", "StructuredOutputsParams", "register", "threads"]
 __version__ = "0.1.0"
 
 # Advice for those who build extensions, which every import of Paddle repeats.
@@ -31,7 +31,12 @@ def register() -> None:
     registration.install()
 
 
-_HOMES = {"LLM": "llm", "Qwen2OneMForCausalLM": "paddlenlp", "SamplingParams": "engine"}
+_HOMES = {
+    "LLM": "llm",
+    "Qwen2OneMForCausalLM": "paddlenlp",
+    "SamplingParams": "engine",
+    "StructuredOutputsParams": "engine",
+}
 """Where names are that are imported when they are asked for."""
 
 

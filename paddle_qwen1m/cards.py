@@ -59,7 +59,8 @@ def longest_on(config: ModelConfig, ranks: int, card_bytes: int, chunk: int = CH
             dtype="bfloat16",
         )
 
-    return longest_context(config.max_position_embeddings, card_bytes - RESERVE, plan)
+    room = card_bytes - RESERVE
+    return longest_context(config.max_position_embeddings, lambda length: plan(length).total <= room)
 
 
 def table(chunk: int = CHUNK) -> Iterator[str]:

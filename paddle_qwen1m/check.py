@@ -284,7 +284,7 @@ def _memory(checkpoint: Checkpoint, options: CheckOptions) -> Iterator[Finding]:
     if need.total <= share:
         yield Finding(OK, "memory", text)
         return
-    longest = longest_context(limit, share, plan)
+    longest = longest_context(limit, lambda length: plan(length).total <= share)
     if longest is None:
         yield Finding(FAIL, "memory", f"{text}: the weights alone do not fit")
     else:

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Callable
 
 from paddle_qwen1m import __version__
 from paddle_qwen1m.dtypes import DTYPES
-from paddle_qwen1m.options import Dtype, Face, Switch, Whole, options_of
+from paddle_qwen1m.options import TEMPERATURE_TOLERANCE, Dtype, Face, Switch, Whole, options_of
 from paddle_qwen1m.parallel.job import launched_rank, launched_ranks
 from paddle_qwen1m.progress import Progress
 from paddle_qwen1m.streams import (
@@ -43,7 +43,7 @@ from paddle_qwen1m.streams import (
     shown,
     text_argument,
 )
-from paddle_qwen1m.text import Detokenizer, decoder
+from paddle_qwen1m.text import Detokenizer, decoder, stopper
 
 if TYPE_CHECKING:
     import numpy as np
@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 
     from paddle_qwen1m.engine import PrefillProgress, SamplingParams
     from paddle_qwen1m.paddlenlp import Qwen2OneMForCausalLM
+    from paddle_qwen1m.paddlenlp.generation import Request
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 SAMPLING_OPTIONS = ("max_new_tokens", "min_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed")
@@ -250,7 +251,8 @@ def _answer(
     load_seconds = time.perf_counter() - started
     with as_input():
         prompts = [_prompt_ids(tokenizer, user_text(document, one), system, arguments) for one in questions]
-        choices = [_sampling(model, arguments, len(prompt)) for prompt in prompts]
+        request = _request(model, arguments)
+        choices = [_sampling(model, request, len(prompt)) for prompt in prompts]
         for prompt, params in zip(prompts, choices):
             model.engine.check_length(len(prompt), params.max_tokens or 0)
 
@@ -258,8 +260,16 @@ def _answer(
     for question, prompt, params in zip(questions, prompts, choices):
         text = Detokenizer(decode)
         run = _Run(len(prompt), None if arguments.json else _writer(text, output))
+        ends = stopper(decoder(tokenizer, skip_special_tokens=False), request.stop_strings)
+
+        def hear(_index: int, token: int, run: _Run = run, ends: Callable[[int], str | None] = ends) -> str | None:
+            run.token(token)
+            return ends(token)
+
         with run:
-            completion = model.engine.generate([prompt], params, on_token=run.token, on_prefill=run.prefill)[0]
+            completion = model.engine.generate(
+                [prompt], params, bad_words=request.bad_words, on_token=hear, on_prefill=run.prefill
+            )[0]
         if not arguments.json:
             output.write(text.end() + "\n")
             note(run.summary())
@@ -311,7 +321,7 @@ class _Run:
         if progress.done_tokens == progress.total_tokens:
             self._progress.close()
 
-    def token(self, _index: int, token: int) -> None:
+    def token(self, token: int) -> None:
         self._last = time.perf_counter()
         if self._generated == 0:
             self._first = self._last
@@ -360,15 +370,12 @@ def _load_model(arguments: argparse.Namespace) -> Qwen2OneMForCausalLM:
     if arguments.threads is not None:
         ops.set_num_threads(arguments.threads)
     options = {name: getattr(arguments, name) for name in options_of(Face.COMMAND)}
-    model = Qwen2OneMForCausalLM.from_pretrained(
+    return Qwen2OneMForCausalLM.from_pretrained(
         arguments.model,
         tensor_parallel_degree=launched_ranks(),
+        prefix_temperature_tolerance=TEMPERATURE_TOLERANCE,  # questions share their document, whatever their lengths
         **options,
     )
-    if len(arguments.question or ()) > 1:
-        engine = model.engine
-        engine.configure(replace(engine.options, enable_prefix_caching=True), engine.budgets)
-    return model
 
 
 def _load_tokenizer(arguments: argparse.Namespace) -> Any:
@@ -390,8 +397,8 @@ def _prompt_ids(tokenizer: Any, text: str, system: str | None, arguments: argpar
     return np.asarray(tokenizer(text, verbose=False)["input_ids"], dtype=np.int64)
 
 
-def _sampling(model: Qwen2OneMForCausalLM, arguments: argparse.Namespace, prompt_tokens: int) -> SamplingParams:
-    """generation_config.json with the options given here over it; a seed is drawn where none is given."""
+def _request(model: Qwen2OneMForCausalLM, arguments: argparse.Namespace) -> Request:
+    """generation_config.json with the options given here over it."""
     options = {name: getattr(arguments, name) for name in SAMPLING_OPTIONS}
     options["num_return_sequences"] = 1
     options["max_new_tokens"] = arguments.max_new_tokens or DEFAULT_NEW_TOKENS
@@ -399,7 +406,11 @@ def _sampling(model: Qwen2OneMForCausalLM, arguments: argparse.Namespace, prompt
         options["do_sample"] = False
     elif arguments.temperature is not None:
         options["do_sample"] = True
-    request = replace(model.read_request(options), may_cut=arguments.max_new_tokens is None)
+    return replace(model.read_request(options), may_cut=arguments.max_new_tokens is None)
+
+
+def _sampling(model: Qwen2OneMForCausalLM, request: Request, prompt_tokens: int) -> SamplingParams:
+    """The params of a prompt of so many tokens; a seed is drawn where none is given."""
     params = request.params_for(prompt_tokens, model.engine.max_model_len)
     return params if params.seed is not None else replace(params, seed=secrets.randbits(31))
 

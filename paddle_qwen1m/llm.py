@@ -13,7 +13,7 @@ from typing import Any, Callable, TypeVar, Union, cast
 
 import numpy as np
 
-from paddle_qwen1m.engine import Request, SamplingParams
+from paddle_qwen1m.engine import Metrics, Request, SamplingParams
 from paddle_qwen1m.engine.interface import Serving
 from paddle_qwen1m.options import Face, describe_options, read_llm_options
 from paddle_qwen1m.outputs import Collector, RequestOutput, Tokens
@@ -89,6 +89,8 @@ class LLM:
         """
         listed = _listed(prompts)
         params = self._params(sampling_params, len(listed))
+        for one in {id(one): one for one in params}.values():
+            self._serving.prepare(one)
         return self._run([self._collector(*pair) for pair in zip(listed, params)], use_tqdm)
 
     def chat(
@@ -136,6 +138,10 @@ class LLM:
     def get_default_sampling_params(self) -> SamplingParams:
         """What holds where no params are given: the checkpoint's generation_config.json."""
         return SamplingParams(**self._defaults)
+
+    def get_metrics(self) -> Metrics:
+        """How many requests wait and run, which pages are held, and what was computed and reused so far."""
+        return self._serving.metrics
 
     def reset_prefix_cache(self) -> bool:
         """Forgets what prompts left in the cache for others."""

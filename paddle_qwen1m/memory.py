@@ -7,8 +7,16 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-CGROUP_USED = ("/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory/memory.usage_in_bytes")
+CGROUP_FILES = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "inactive_file"),
+    (
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+        "total_inactive_file",
+    ),
+)
+"""Of version 2 and 1: limit, use, and in memory.stat beside them the part of the use that is copies of files, which the
+kernel drops when memory is wanted."""
 GPU_SHARE = 0.96
 """Of a GPU's memory; the rest is the driver's context, the libraries' buffers and what allocators round up."""
 
@@ -24,13 +32,22 @@ def available_host_memory() -> int | None:
         for line in meminfo.read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable:"):
                 found.append(int(line.split()[1]) * 1024)
-    for limit, used in zip(CGROUP_LIMITS, CGROUP_USED):
+    for limit, used, droppable in CGROUP_FILES:
         if os.path.exists(limit) and os.path.exists(used):
             text = Path(limit).read_text(encoding="ascii").strip()
             if text.isdigit():
-                found.append(max(0, int(text) - int(Path(used).read_text(encoding="ascii"))))
+                taken = int(Path(used).read_text(encoding="ascii")) - _statistic(
+                    Path(used).with_name("memory.stat"), droppable
+                )
+                found.append(max(0, int(text) - taken))
     sharers = os.environ.get("PADDLE_LOCAL_SIZE", "")
     return min(found) // (int(sharers) if sharers.isdigit() and int(sharers) > 0 else 1) if found else None
+
+
+def _statistic(path: Path, name: str) -> int:
+    """A number of a cgroup's memory.stat; 0 where it has none."""
+    lines = path.read_text(encoding="ascii").splitlines() if path.exists() else []
+    return next((int(line.split()[1]) for line in lines if line.split()[0] == name), 0)
 
 
 def available_gpu_memory() -> int:

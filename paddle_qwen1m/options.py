@@ -293,7 +293,7 @@ OPTIONS = (
         Switch(),
         "on",
         "prompts reuse keys and values of earlier ones with the same beginning",
-        Face.LLM,
+        PYTHON,
     ),
     Option(
         "prefix_border_parts",
@@ -305,10 +305,10 @@ OPTIONS = (
     Option(
         "prefix_temperature_tolerance",
         Number(0, closed=True),
-        f"{TEMPERATURE_TOLERANCE:g}",
+        f"{TEMPERATURE_TOLERANCE:g}; from_pretrained: 0",
         "above original_max_position_embeddings a prefix is reused where its m² differs by at most this share; 0: "
         "where it is equal",
-        Face.LLM,
+        PYTHON,
     ),
     Option(
         "max_inter_token_ms",

@@ -86,9 +86,13 @@ def prefill_bytes(
     return max(whole, activation_bytes(config, min(rows, FEW_ROWS), length, budgets, dtype) + shares)
 
 
-def sampling_bytes(config: ModelConfig) -> int:
-    """Bytes that choosing an answer's tokens takes: logits, what the penalties count, which tokens are allowed."""
-    return config.vocab_size * (4 + 4 + 4) + config.vocab_size // 8
+def sampling_bytes(capacity: int, vocab_size: int) -> int:
+    """Bytes of what `capacity` answers are sampled by, engine.sampling.SamplingSlots.
+
+    Of the vocabulary: counts int16, biases float32, a mask of bits. Besides: six float32 numbers, int32 top_k, two
+    flags of a byte, int64 seed and step.
+    """
+    return capacity * (vocab_size * (2 + 4) + 4 * -(-vocab_size // 32) + 6 * 4 + 4 + 2 + 8 + 8)
 
 
 def workspace_bytes(
@@ -104,10 +108,11 @@ def workspace_bytes(
     """Peak bytes of all that may be under way at once while contexts of up to `length` tokens are served.
 
     A chunk of a long prompt that stands at a pause, short prompts that are read meanwhile, and the decode rows with
-    what they are drawn from; graphs of 1, 2, 4, ... rows hold as much again.
+    their logits; graphs of 1, 2, 4, ... rows hold as much again. First tokens are sampled by slots of their own.
     """
     chunk = prefill_bytes(config, min(length, max_num_batched_tokens), length, budgets, dtype)
-    decode = 2 * activation_bytes(config, max_num_seqs, length, None, dtype) + max_num_seqs * sampling_bytes(config)
+    rows = activation_bytes(config, max_num_seqs, length, None, dtype) + 4 * max_num_seqs * config.vocab_size
+    decode = 2 * (rows + sampling_bytes(max_num_seqs, config.vocab_size))
     if max_num_seqs == 1:  # nothing is read in the pauses of the one there is
         return max(chunk, decode)
     return chunk + prefill_bytes(config, min(length, max_pause_tokens), length, budgets, dtype) + decode
@@ -139,15 +144,12 @@ def plan_memory(
     )
 
 
-def longest_context(limit: int, available: int, plan: Callable[[int], MemoryPlan]) -> int | None:
-    """The longest context up to `limit` tokens whose plan fits in `available` bytes; None when not one token does."""
-    if plan(1).total > available:
+def longest_context(limit: int, fits: Callable[[int], bool]) -> int | None:
+    """The longest context up to `limit` tokens that fits, as all shorter ones do; None when not one token does."""
+    if not fits(1):
         return None
     low, high = 1, limit
     while low < high:
         middle = (low + high + 1) // 2
-        if plan(middle).total <= available:
-            low = middle
-        else:
-            high = middle - 1
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
     return low

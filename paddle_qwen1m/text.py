@@ -136,6 +136,17 @@ class Detokenizer:
         return certain
 
 
+def stopper(decode: Decode, stop: Sequence[str]) -> Callable[[int], str | None]:
+    """What takes an answer's tokens one by one, and returns the text among `stop` that a token completes."""
+    text = Detokenizer(decode, stop=stop)
+
+    def put(token: int) -> str | None:
+        text.put(token)
+        return text.stopped_by
+
+    return put
+
+
 class _Matcher:
     """Looks for `text` in characters that come one by one.
 

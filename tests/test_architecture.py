@@ -35,7 +35,7 @@ parallel.failure   cache engine parallel weights
 parallel.workers   parallel parallel.failure parallel.wire
 parallel.remote    engine parallel.failure parallel.workers threads
 outputs            engine text
-paddlenlp          cache config config_keys dtypes engine memory model ops options parallel plan weights
+paddlenlp          cache config config_keys dtypes engine memory model ops options parallel plan text weights
 parallel.worker    ops paddlenlp parallel parallel.failure parallel.wire
 llm                engine options outputs paddlenlp parallel.remote progress text
 check              config config_keys dtypes memory model ops options paddlenlp parallel plan weights

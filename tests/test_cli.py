@@ -300,6 +300,29 @@ def test_without_a_number_of_new_tokens_the_answer_gets_what_the_prompt_leaves(
     assert "ask for at most 5 new tokens" in capsys.readouterr().err
 
 
+def test_what_the_checkpoints_file_says_of_ends_and_words_holds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "ending"
+    shutil.copytree(NEEDLE, model)
+    path = model / "generation_config.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    arguments = ["generate", "--model", str(model), "--prompt", SENTENCE, "--question", QUESTION, "--greedy"]
+    for changes, answer in (
+        ({"stop_strings": ["for", "quartz"]}, "The access code for"),
+        ({"stop_strings": "quartz"}, "The access code for quartz"),
+    ):
+        path.write_text(json.dumps({**values, **changes}), encoding="utf-8")
+        assert cli.main([*arguments, "--json"]) == 0
+        report = json.loads(capsys.readouterr().out)
+        assert (report["text"], report["finish_reason"]) == (answer, "stop")
+        assert cli.main(arguments) == 0
+        assert capsys.readouterr().out == f"{answer}\n"
+    path.write_text(json.dumps({**values, "bad_words_ids": [[279]]}), encoding="utf-8")
+    assert cli.main(arguments) == 0
+    assert not capsys.readouterr().out.startswith("The access code")
+
+
 def test_a_prompt_that_is_too_long_is_refused_in_one_line_that_helps(document: Path, tmp_path: Path) -> None:
     model = tmp_path / "short"
     shutil.copytree(NEEDLE, model)

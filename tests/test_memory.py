@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from paddle_qwen1m import memory
+
 TOOLS = Path(__file__).parents[1] / "tools"
 CACHE_FACTOR = 1.05
 SLACK = 150e6
@@ -45,6 +47,26 @@ def rise_and_cache(checkpoint: Path, tokens: int, mode: str) -> tuple[int, int]:
     head_dim = config["hidden_size"] // config["num_attention_heads"]
     token_bytes = 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * head_dim * 4
     return measured["rise"], measured["tokens"] * token_bytes
+
+
+@pytest.mark.parametrize("statistics", ["", "cache 9\ninactive_file 250000000\n"])
+def test_a_host_leaves_what_its_cgroup_does_divided_by_the_ranks(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, statistics: str
+) -> None:
+    names = ("memory.max", "memory.current", "memory.stat")
+    limit, used, stat = (tmp_path / name for name in names)
+    used.write_text("700000000\n", encoding="ascii")
+    stat.write_text(statistics, encoding="ascii")
+    monkeypatch.setattr(memory, "CGROUP_FILES", ((str(limit), str(used), "inactive_file"),))
+    monkeypatch.delenv("PADDLE_LOCAL_SIZE", raising=False)
+    limit.write_text("max\n", encoding="ascii")
+    whole = memory.available_host_memory()
+    assert whole is not None and whole > 10**9, "of a machine that runs these tests"
+    limit.write_text("1000000000\n", encoding="ascii")
+    left = 550_000_000 if statistics else 300_000_000  # files' copies are dropped when memory is wanted
+    assert memory.available_host_memory() == left
+    monkeypatch.setenv("PADDLE_LOCAL_SIZE", "4")
+    assert memory.available_host_memory() == left // 4
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from paddle_qwen1m.engine import (
     TokenChosen,
     TokenLogprobs,
 )
-from paddle_qwen1m.outputs import Collector, Tokens
+from paddle_qwen1m.outputs import Collector, CompletionOutput, Logprob, RequestOutput, Tokens
 
 END, OTHER_END = 9, 8
 TOKENS = Tokens(lambda ids: "".join("abcdefgh"[token] for token in ids), lambda ids: "abcdefghij"[ids[0]])
@@ -29,6 +30,20 @@ def collector(**params: Any) -> Collector:
 
 def chosen(token: int, index: int = 0, **rest: Any) -> TokenChosen:
     return TokenChosen("one", token, -0.5, index, **rest)
+
+
+def test_fields_have_the_names_that_users_know() -> None:
+    def names(kind: Any) -> list[str]:
+        return [field.name for field in fields(kind)]
+
+    assert names(RequestOutput) == [
+        "request_id", "prompt", "prompt_token_ids", "prompt_logprobs", "outputs", "finished", "metrics",
+        "num_cached_tokens",
+    ]  # fmt: skip
+    assert names(CompletionOutput) == [
+        "index", "text", "token_ids", "cumulative_logprob", "logprobs", "finish_reason", "stop_reason",
+    ]  # fmt: skip
+    assert names(Logprob) == ["logprob", "rank", "decoded_token"]
 
 
 def test_a_token_that_ends_an_answer_is_one_of_its_tokens_and_not_of_its_text() -> None:

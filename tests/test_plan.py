@@ -134,11 +134,14 @@ def test_longest_context_is_the_last_that_fits() -> None:
             MODEL_7B, length, max_num_batched_tokens=4096, cache_dtype="bfloat16", weight_bytes=15 * 10**9
         )
 
-    longest = longest_context(1_010_000, 32 * 10**9, plan)
-    assert longest is not None
-    assert plan(longest).total <= 32 * 10**9 < plan(longest + 1).total
-    assert longest_context(1_010_000, 10**12, plan) == 1_010_000
-    assert longest_context(1_010_000, 10**9, plan) is None
+    def longest(available: int) -> int | None:
+        return longest_context(1_010_000, lambda length: plan(length).total <= available)
+
+    found = longest(32 * 10**9)
+    assert found is not None
+    assert plan(found).total <= 32 * 10**9 < plan(found + 1).total
+    assert longest(10**12) == 1_010_000
+    assert longest(10**9) is None
 
 
 def test_an_unknown_dtype_or_an_empty_context_is_refused() -> None:

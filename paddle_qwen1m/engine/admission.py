@@ -8,6 +8,7 @@ from typing import Callable
 
 from paddle_qwen1m.engine.core import Request
 from paddle_qwen1m.options import AUTO
+from paddle_qwen1m.plan import longest_context
 
 LEFT_TO_THE_DRIVER = 1_500_000_000
 """Bytes of a GPU that nobody asked for share of it: libraries' buffers, and what allocators round up."""
@@ -140,7 +141,7 @@ def choose_capacity(need: Need, allowance: Allowance, max_model_len: int | None)
             f"({length}), {need.cache(length) / GIB:.2f} GiB KV cache is needed, which is larger than the available KV "
             f"cache memory ({room / GIB:.2f} GiB). Based on the available memory, the estimated maximum model length "
             f"is {fitting or tokens}. Reduce max_model_len (max_model_len='auto' takes the longest that fits), "
-            f"increase tensor_parallel_size, {_raise_what(allowance)}, or reduce max_num_batched_tokens "
+            f"increase tensor_parallel_size, {_more_cache(need, allowance, length)}, or reduce max_num_batched_tokens "
             f"({need.chunk}), which leaves more for the cache."
         )
     return Capacity(length, tokens)
@@ -170,19 +171,13 @@ def _longest_fitting(need: Need, allowance: Allowance) -> int | None:
         room = _cache_room(need, allowance, length)
         return room is None or need.cache(length) <= min(room, _beside(need, allowance, length))
 
-    if not fits(1):
-        return None
-    low, high = 1, need.longest
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low
+    return longest_context(need.longest, fits)
 
 
-def _raise_what(allowance: Allowance) -> str:
-    if allowance.cache is None:
-        return "raise gpu_memory_utilization or kv_cache_memory_bytes"
-    return "raise kv_cache_memory_bytes"
+def _more_cache(need: Need, allowance: Allowance, length: int) -> str:
+    """What makes the cache large enough; a number of bytes counts in whole pages."""
+    wanted = f"give kv_cache_memory_bytes={need.cache(length)}"
+    return wanted if allowance.cache is not None else f"raise gpu_memory_utilization or {wanted}"
 
 
 def _out_of_memory(need: Need, allowance: Allowance, length: int, fitting: int | None) -> str:

@@ -42,6 +42,11 @@ class Completion:
     stop_reason: int | str | None = None
     token_logprobs: list[TokenLogprobs] | None = None
 
+    def up_to(self, length: int, stop_reason: str) -> Completion:
+        """Its first tokens, which this text has ended."""
+        likelihoods = None if self.token_logprobs is None else self.token_logprobs[:length]
+        return Completion(self.token_ids[:length], self.logprobs[:length], "stop", self.index, stop_reason, likelihoods)
+
 
 @dataclass(frozen=True)
 class Request:
@@ -127,6 +132,27 @@ class Finished:
 
 
 Event = Union[Prefilled, Logits, PromptLogprobs, TokenChosen, Finished]
+
+
+@dataclass
+class Metrics:
+    """Requests that wait and run; pages that requests hold, of all; and sums since the engine was made: tokens of
+    prompts that were read, and of these looked for in the prefix cache, found there, and computed though they were
+    there, cut otherwise or as of a dense prompt; tokens of answers; requests that finished and that were dropped.
+    """
+
+    waiting: int = 0
+    running: int = 0
+    pages_held: int = 0
+    pages: int = 0
+    prompt_tokens: int = 0
+    prefix_queried_tokens: int = 0
+    prefix_reused_tokens: int = 0
+    prefix_recut_tokens: int = 0
+    prefix_dense_tokens: int = 0
+    generated_tokens: int = 0
+    finished: int = 0
+    aborted: int = 0
 
 
 @dataclass(frozen=True)

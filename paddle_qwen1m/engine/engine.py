@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterator
 from collections.abc import Sequence as ManyOf
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import count
 from typing import Callable
 
@@ -40,6 +40,7 @@ from paddle_qwen1m.engine.core import (
     Event,
     Finished,
     Logits,
+    Metrics,
     Prefilled,
     PrefillProgress,
     Request,
@@ -72,27 +73,6 @@ MEGABYTE = 1 << 20
 UNKNOWN = 1 << 40
 """Megabytes of a machine that does not say how many it has."""
 CompileGrammar = Callable[[StructuredOutputsParams], Grammar]
-
-
-@dataclass
-class Metrics:
-    """Requests that wait and run; pages that requests hold, of all; and sums since the engine was made: tokens of
-    prompts that were read, and of these looked for in the prefix cache, found there, and computed though they were
-    there, cut otherwise or as of a dense prompt; tokens of answers; requests that finished and that were dropped.
-    """
-
-    waiting: int = 0
-    running: int = 0
-    pages_held: int = 0
-    pages: int = 0
-    prompt_tokens: int = 0
-    prefix_queried_tokens: int = 0
-    prefix_reused_tokens: int = 0
-    prefix_recut_tokens: int = 0
-    prefix_dense_tokens: int = 0
-    generated_tokens: int = 0
-    finished: int = 0
-    aborted: int = 0
 
 
 class Engine:
@@ -232,6 +212,13 @@ class Engine:
 
     # --- requests ---
 
+    def prepare(self, params: SamplingParams) -> None:
+        """Compiles what answers of these params must look like, which may take seconds, so that `add` need not.
+        ValueError for what cannot be used. Any thread may call it, while another one steps.
+        """
+        if params.structured_outputs is not None:
+            self._grammar(params.structured_outputs)
+
     def add(self, request: Request) -> None:
         """Lines a request up. ValueError when its id is in use, it has tokens that the model has not, or cannot fit."""
         request = self._completed(request)
@@ -287,29 +274,42 @@ class Engine:
         prompts: ManyOf[np.ndarray],
         params: SamplingParams | ManyOf[SamplingParams],
         *,
-        on_token: Callable[[int, int], None] | None = None,
+        bad_words: ManyOf[tuple[int, ...]] = (),
+        on_token: Callable[[int, int], str | None] | None = None,
         on_prefill: Callable[[PrefillProgress], None] | None = None,
     ) -> list[Completion]:
         """Completes prompts (int64 [n] each), under `params` for all or one each, with one answer each.
 
-        `on_token(index, token)` sees each token as it is chosen, `on_prefill` every finished prefill chunk. Whatever
+        bad_words: sequences of tokens that no answer has. `on_token(index, token)` sees each token as it is chosen; a
+        text that it returns ends the answer with that token. `on_prefill` sees every finished prefill chunk. Whatever
         interrupts the call, its requests are gone afterwards.
         """
         choices = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         if len(choices) != len(prompts):
             raise ValueError(f"got {len(prompts)} prompts and {len(choices)} sampling params")
-        requests = [Request(self._new_id(), *pair) for pair in zip(prompts, choices)]
+        requests = [Request(self._new_id(), *pair, bad_words=tuple(bad_words)) for pair in zip(prompts, choices)]
         index = {request.id: number for number, request in enumerate(requests)}
         completions: dict[str, Completion] = {}
+        heard = dict.fromkeys(index, 0)
+        ended: dict[str, str] = {}
         with self._call(requests) as events:
             for event in events:
                 if isinstance(event, TokenChosen) and on_token is not None:
-                    on_token(index[event.id], event.token)
+                    if event.id in ended:  # it was chosen meanwhile
+                        continue
+                    heard[event.id] += 1
+                    reason = on_token(index[event.id], event.token)
+                    if reason is not None:
+                        ended[event.id] = reason
+                        self.stop(event.id, 0, reason)
                 elif isinstance(event, Prefilled) and on_prefill is not None:
                     seconds = time.perf_counter() - event.started
                     on_prefill(PrefillProgress(event.id, event.done_tokens, event.total_tokens, seconds))
                 elif isinstance(event, Finished):
-                    (completions[event.id],) = event.completions
+                    (completion,) = event.completions
+                    if event.id in ended:
+                        completion = completion.up_to(heard[event.id], ended[event.id])
+                    completions[event.id] = completion
         return [completions[request.id] for request in requests]
 
     def logits(self, token_ids: np.ndarray, positions: ManyOf[int] | None = None) -> np.ndarray:
@@ -543,12 +543,13 @@ class Engine:
         structured = params.structured_outputs
         if not (params.min_tokens or params.allowed_token_ids or params.logit_bias or request.bad_words or structured):
             return None
-        grammar = None
-        if structured is not None:
-            if self.compile_grammar is None:
-                raise ValueError("structured_outputs needs the model's tokenizer, which this engine was not given")
-            grammar = self.compile_grammar(structured)
+        grammar = None if structured is None else self._grammar(structured)
         return token_rules(request, self.model.config.vocab_size, grammar)
+
+    def _grammar(self, structured: StructuredOutputsParams) -> Grammar:
+        if self.compile_grammar is None:
+            raise ValueError("structured_outputs needs the model's tokenizer, which this engine was not given")
+        return self.compile_grammar(structured)
 
     def _line_up(self, request: Request) -> None:
         """Hands a request to the scheduler."""

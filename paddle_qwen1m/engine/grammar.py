@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
+from collections import OrderedDict
 from collections.abc import Sequence
-from functools import lru_cache
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +36,13 @@ class GrammarCompiler:
             self._tokenizer = self._llguidance.LLTokenizer(str(tokenizer_json), vocab_size, list(eos_token_ids))
         except Exception as error:  # whatever type it is, its text says what is wrong
             raise ValueError(f"structured_outputs cannot use the tokenizer {tokenizer_json}: {error}") from error
-        self._compiled = lru_cache(NUM_KEPT)(self._compile)
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[tuple[str, str], Future[Any]] = OrderedDict()
 
     def compile(self, params: StructuredOutputsParams) -> Matcher:
         """What follows an answer from its first token on. Complex grammars take seconds, most of it without the GIL.
+
+        Any thread may call it. What one compiles the others wait for; what was compiled before is there at once.
 
         ValueError, saying what is wrong, for what is no schema, expression or grammar, or is too large.
         """
@@ -46,6 +51,23 @@ class GrammarCompiler:
         if size > MAX_BYTES:
             raise ValueError(f"structured_outputs: {way} must be at most {MAX_BYTES} bytes, got {size}")
         return Matcher(self._compiled(way, text).deep_copy(), self._vocab_size)
+
+    def _compiled(self, way: str, text: str) -> Any:
+        """The grammar, compiled by whoever asks for it first."""
+        with self._lock:
+            is_first = (way, text) not in self._kept
+            future = self._kept.setdefault((way, text), Future())
+            self._kept.move_to_end((way, text))
+            if len(self._kept) > NUM_KEPT:
+                self._kept.popitem(last=False)
+        if is_first:
+            try:
+                future.set_result(self._compile(way, text))
+            except BaseException as error:
+                with self._lock:
+                    self._kept.pop((way, text), None)
+                future.set_exception(error)
+        return future.result()
 
     def _compile(self, way: str, text: str) -> Any:
         matcher = self._llguidance.LLMatcher

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Protocol
 
 from paddle_qwen1m.engine.admission import Limits
-from paddle_qwen1m.engine.core import Event, Request
+from paddle_qwen1m.engine.core import Event, Metrics, Request
+from paddle_qwen1m.engine.params import SamplingParams
 
 
 class Serving(Protocol):
@@ -18,6 +19,15 @@ class Serving(Protocol):
     @property
     def is_idle(self) -> bool:
         """Whether no request waits or runs."""
+
+    @property
+    def metrics(self) -> Metrics:
+        """The numbers now. Any thread may ask for them."""
+
+    def prepare(self, params: SamplingParams) -> None:
+        """Compiles what answers of these params must look like, so that `add` need not. ValueError for what cannot be
+        used. Any thread may call it; requests go on meanwhile.
+        """
 
     def add(self, request: Request) -> None:
         """Lines a request up. ValueError for one that can never run, or whose id is in use."""

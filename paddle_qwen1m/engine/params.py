@@ -37,7 +37,7 @@ class StructuredOutputsParams:
             raise ValueError(f"structured_outputs takes exactly one of {ways}, got {' and '.join(given) or 'none'}")
         if self.choice is not None and (isinstance(self.choice, str) or not all(map(_is_text, self.choice))):
             raise ValueError(f"structured_outputs: choice must be a list of texts, got {self.choice!r}")
-        if self.choice is not None and not all(self.choice):
+        if self.choice is not None and not (self.choice and all(self.choice)):
             raise ValueError("structured_outputs: choice must not be empty, nor any of its texts")
         for name in ("regex", "grammar"):
             value = getattr(self, name)

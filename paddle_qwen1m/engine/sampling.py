@@ -15,12 +15,6 @@ EMPTY = -1
 """Step of a slot without a sequence."""
 
 
-def sampling_bytes(capacity: int, vocab_size: int) -> int:
-    """Memory that SamplingSlots take where they lie, in bytes."""
-    of_vocabulary = vocab_size * (2 + 4) + 4 * num_words(vocab_size)
-    return capacity * (of_vocabulary + 4 * len(_Settings.NUMBERS) + 4 + len(_Settings.FLAGS) + 8 + 8)
-
-
 class SamplingSlots:
     """What `capacity` sequences, a slot each, are sampled by. Slots are filled and emptied in place.
 

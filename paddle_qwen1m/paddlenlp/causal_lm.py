@@ -34,6 +34,7 @@ from paddle_qwen1m.paddlenlp.loading import (
     read_weights,
 )
 from paddle_qwen1m.parallel.group import ALONE, Group
+from paddle_qwen1m.text import decoder, stopper
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -91,7 +92,9 @@ class Qwen2OneMForCausalLM(PretrainedModel):  # type: ignore[misc]
         described = describe(checkpoint, given.get("config"))
         config = Qwen2Config.from_dict(described)
         shapes = model_config(config)
-        engine_options = choose_engine_options(shapes, given)
+        # Every row comes out as it would alone: a prefix is reused where nothing depends on who was there first.
+        own = {"enable_prefix_caching": True, "prefix_temperature_tolerance": 0.0}
+        engine_options = choose_engine_options(shapes, {**own, **given})
         group = join_ranks(
             checkpoint,
             described,
@@ -167,6 +170,7 @@ class Qwen2OneMForCausalLM(PretrainedModel):  # type: ignore[misc]
         *,
         attention_mask: Any | None = None,
         streamer: Any | None = None,
+        tokenizer: Any | None = None,
         **options: Any,
     ) -> tuple[paddle.Tensor, paddle.Tensor]:
         """Continue every prompt of a batch; each row comes out as it would alone.
@@ -177,14 +181,16 @@ class Qwen2OneMForCausalLM(PretrainedModel):  # type: ignore[misc]
             unless it is the one id that ends an answer, as in PaddleNLP.
         streamer: PaddleNLP's TextStreamer or TextIteratorStreamer, or anything with put(ids) and end(), for one prompt;
             it gets the new tokens, whatever its skip_prompt says.
+        tokenizer: what makes text of tokens, for stop_strings.
         options, each over the config's: max_new_tokens (or max_length, which counts new tokens too), min_new_tokens (or
             min_length), do_sample or decode_strategy ("greedy_search", "sampling"), temperature (0 is greedy), top_k (0
             or -1 is off), top_p, min_p, repetition_penalty (over prompt and answer, greedy too), presence_penalty and
             frequency_penalty (over the answer), logit_bias ({id: added to its logit}, or sequence_bias of single
-            tokens), eos_token_id (one or a list;
-            -1 or [] for none), pad_token_id, seed (every row starts from it; without one each row draws its own from
-            Paddle's generator, so that `paddle.seed` repeats a run), num_return_sequences (answers a prompt, with
-            do_sample alone; answer j is what seed + j gives; each is a prefill of its own), trunc_input.
+            tokens), bad_words_ids ([[id, ...], ...]: sequences that no answer has) and suppress_tokens ([id, ...]),
+            stop_strings (a text or a list of texts that end an answer, with the token that completes one), eos_token_id
+            (one or a list; -1 or [] for none), pad_token_id, seed (every row starts from it; without one each row draws
+            its own from Paddle's generator, so that `paddle.seed` repeats a run), num_return_sequences (answers a
+            prompt, with do_sample alone; answer j is what seed + j gives), trunc_input.
             Without max_new_tokens it is the file's, else 20, and at most what the prompt leaves of max_model_len.
 
         Returns ids int64 [B * num_return_sequences, N + new], prompt and answer, the answers of a prompt one after the
@@ -194,7 +200,7 @@ class Qwen2OneMForCausalLM(PretrainedModel):  # type: ignore[misc]
         not looked at, since there True is the default and cannot be told from a choice.
 
         Raises TypeError or ValueError before any work for input and options that cannot be used. What the engine does
-        not have (beams, typical_p, stop_strings, ...) is refused by name.
+        not have (beams, typical_p, force_words_ids, ...) is refused by name.
         """
         if isinstance(input_ids, Mapping):
             inputs = {**input_ids, **options}
@@ -211,17 +217,24 @@ class Qwen2OneMForCausalLM(PretrainedModel):  # type: ignore[misc]
         params = [self._params(request, prompt, row % samples) for row, prompt in enumerate(prompts)]
         if streamer is not None:
             _check_streamer(streamer, len(prompts))
+        if request.stop_strings and tokenizer is None:
+            if generation_config is not None or options.get("stop_strings"):
+                raise ValueError("stop_strings needs the tokenizer: generate(..., tokenizer=tokenizer)")
+            logger.warning("stop_strings of generation_config has no effect without generate(..., tokenizer=tokenizer)")
 
-        if streamer is None:
-            completions = self.engine.generate(prompts, params)
-        else:
-            try:
-                if getattr(streamer, "skip_prompt", False):
-                    streamer.put(_tensor(prompts[0][None]))
-                completions = self.engine.generate(
-                    prompts, params, on_token=lambda _, token: streamer.put(_tensor(np.array([[token]])))
-                )
-            finally:
+        ends = [_end_at(request.stop_strings, tokenizer) for _ in prompts]
+
+        def hear(row: int, token: int) -> str | None:
+            if streamer is not None:
+                streamer.put(_tensor(np.array([[token]])))
+            return ends[row](token)
+
+        try:
+            if streamer is not None and getattr(streamer, "skip_prompt", False):
+                streamer.put(_tensor(prompts[0][None]))
+            completions = self.engine.generate(prompts, params, bad_words=request.bad_words, on_token=hear)
+        finally:
+            if streamer is not None:
                 streamer.end()
 
         longest = max(len(completion.token_ids) for completion in completions)
@@ -267,6 +280,13 @@ def _unpacked(inputs: Mapping[str, Any], attention_mask: Any | None) -> tuple[An
     if "input_ids" not in inputs:
         raise ValueError(f"the inputs have no input_ids, but: {', '.join(inputs)}")
     return inputs["input_ids"], inputs.get("attention_mask") if attention_mask is None else attention_mask
+
+
+def _end_at(stop: Sequence[str], tokenizer: Any | None) -> Callable[[int], str | None]:
+    """What takes an answer's tokens, and returns the text among `stop` that one of them completes."""
+    if not stop or tokenizer is None:
+        return lambda token: None
+    return stopper(decoder(tokenizer, skip_special_tokens=False), stop)
 
 
 def _check_streamer(streamer: Any, rows: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,7 +25,7 @@ from paddle_qwen1m.paddlenlp.generation_keys import (
 )
 
 DEFAULT_NEW_TOKENS = 20  # what a fresh GenerationConfig says, so it cannot be told from a choice
-OPTIONS = (*HONOURED, "attention_mask", "generation_config", "streamer")
+OPTIONS = (*HONOURED, "attention_mask", "generation_config", "streamer", "tokenizer")
 
 
 class AnyTemperature(SamplingParams):
@@ -98,12 +98,15 @@ class Defaults:
 class Request:
     """One call of generate: how to choose tokens, and how to lay the answer out.
 
-    params: how tokens are chosen; `params_for` gives those of a prompt. may_cut: nobody chose max_new_tokens.
+    params: how tokens are chosen; `params_for` gives those of a prompt. bad_words: sequences of token ids that no
+    answer has. stop_strings: texts that end one. may_cut: nobody chose max_new_tokens.
     max_length, min_length: lengths of prompt and answer together that hold in place of those in `params`. padding: the
     id that may be padding where there is no attention mask; pad_is_end: it is the one that ends an answer, too.
     """
 
     params: SamplingParams
+    bad_words: tuple[tuple[int, ...], ...]
+    stop_strings: tuple[str, ...]
     pad_token_id: int
     trunc_input: bool
     num_return_sequences: int
@@ -167,15 +170,19 @@ def read_request(
         value = getattr(base, name, None)
         return default if value is None else HONOURED[name](name, value)
 
-    def tokens(name: str, own: Any) -> tuple[int, ...]:
+    def is_token(token: int) -> bool:
+        return 0 <= token < vocab_size
+
+    def tokens(name: str, own: Any = None) -> tuple[int, ...]:
         """Token ids of an option. A default outside the vocabulary can never be chosen and counts as none."""
         if name in given:
-            outside = [token for token in given[name] if not 0 <= token < vocab_size]
-            if outside:
-                raise ValueError(f"{name} must be in [0, {vocab_size}), got {outside[0]}")
+            _check_tokens(name, given[name], vocab_size)
             return tuple(given[name])
         ids = option(name, () if own is None else HONOURED[name](name, own))
-        return tuple(token for token in ids if 0 <= token < vocab_size)
+        return tuple(filter(is_token, ids))
+
+    for sequence in given.get("bad_words_ids", ()):
+        _check_tokens("bad_words_ids", sequence, vocab_size)
 
     strategy = _strategy(base, given, defaults.strategy if ours else None)
     eos_ids = tokens("eos_token_id", eos_token_id)
@@ -198,6 +205,9 @@ def read_request(
         if idle:
             logger.warning(f"{', '.join(idle)} has no effect on a greedy answer: give do_sample=True to sample")
     padding, pad_is_end = _padding(given, base, defaults, eos_token_id)
+    # As in PaddleNLP's NoBadWordsLogitsProcessor an end of answers is none of the words; suppress_tokens may name it.
+    ends = {(token,) for token in eos_ids}
+    words = [word for word in option("bad_words_ids", ()) if word not in ends and all(map(is_token, word))]
 
     return Request(
         AnyTemperature(
@@ -214,6 +224,8 @@ def read_request(
             stop_token_ids=eos_ids,
             seed=option("seed", None),
         ),
+        bad_words=(*words, *((token,) for token in tokens("suppress_tokens"))),
+        stop_strings=option("stop_strings", ()),
         pad_token_id=(*pads, *eos_ids, 0)[0],
         trunc_input=given.get("trunc_input", ours and bool(base.trunc_input)),
         num_return_sequences=samples,
@@ -223,6 +235,12 @@ def read_request(
         max_length=max_length,
         min_length=min_length,
     )
+
+
+def _check_tokens(name: str, tokens: Sequence[int], vocab_size: int) -> None:
+    outside = [token for token in tokens if not 0 <= token < vocab_size]
+    if outside:
+        raise ValueError(f"{name} must be in [0, {vocab_size}), got {outside[0]}")
 
 
 def drawn_seed() -> int:

@@ -111,6 +111,20 @@ def _logit_bias(name: str, value: Any) -> dict[int, float]:
     return {tokens[0]: _between(-MAX_BIAS, MAX_BIAS)(name, bias) for tokens, bias in listed}
 
 
+def _bad_words(name: str, value: Any) -> tuple[tuple[int, ...], ...]:
+    """[[id, ...], ...]: sequences of token ids."""
+    if not isinstance(value, (list, tuple)) or not all(isinstance(one, (list, tuple)) and one for one in value):
+        raise ValueError(f"{name} must be a list of lists of token ids, got {value!r}")
+    return tuple(token_ids(name, one) for one in value)
+
+
+def _texts(name: str, value: Any) -> tuple[str, ...]:
+    listed = [value] if isinstance(value, str) else value
+    if not isinstance(listed, (list, tuple)) or not all(isinstance(one, str) and one for one in listed):
+        raise ValueError(f"{name} must be a text or a list of texts, none of them empty, got {value!r}")
+    return tuple(listed)
+
+
 def _seed(name: str, value: Any) -> int:
     if not 0 <= whole(name, value) < 2**63:
         raise ValueError(f"{name} must be in [0, 2**63), got {value}")
@@ -134,6 +148,9 @@ HONOURED: dict[str, Callable[[str, Any], Any]] = {
     "frequency_penalty": _between(-2, 2),
     "logit_bias": _logit_bias,
     "sequence_bias": _logit_bias,
+    "bad_words_ids": _bad_words,
+    "suppress_tokens": token_ids,
+    "stop_strings": _texts,
     "eos_token_id": _end_tokens,
     "pad_token_id": token_ids,
     "num_return_sequences": _at_least(1),
@@ -176,10 +193,8 @@ MISSING: dict[str, tuple[Any, ...]] = {
     "no_repeat_ngram_size": (0,),
     "encoder_no_repeat_ngram_size": (0,),
     "exponential_decay_length_penalty": (),
-    "bad_words_ids": (),
     "force_words_ids": (),
     "constraints": (),
-    "suppress_tokens": (),
     "begin_suppress_tokens": (),
     "forced_decoder_ids": (),
     "forced_bos_token_id": (),
@@ -188,7 +203,6 @@ MISSING: dict[str, tuple[Any, ...]] = {
     "logits_processor": (),
     "logits_processors": (),
     "stopping_criteria": (),
-    "stop_strings": (),
     "max_time": (),
     "guidance_scale": (1,),
     "negative_prompt_ids": (),
@@ -225,7 +239,10 @@ MISSING: dict[str, tuple[Any, ...]] = {
     "output_logits": (False,),
     "return_dict_in_generate": (False,),
 }
-INSTEAD = "answers are chosen greedily or by temperature, top_k, top_p, min_p, the penalties and logit_bias"
+INSTEAD = (
+    "answers are chosen greedily or by temperature, top_k, top_p, min_p, the penalties, logit_bias, bad_words_ids and "
+    "suppress_tokens, and end at eos_token_id or stop_strings"
+)
 
 
 def is_known(name: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from threading import Lock
 from typing import Any, Callable
 
 from paddlenlp.transformers import AutoTokenizer
@@ -161,7 +162,8 @@ def _tell(capacity: Capacity, need: Need, asked_length: int | None) -> None:
 
 
 def _grammars(checkpoint: Checkpoint, vocab_size: int) -> Callable[[StructuredOutputsParams], Grammar]:
-    """Compiles structured outputs for the checkpoint's tokenizer, which is read at the first one."""
+    """Compiles structured outputs, in any thread, for the checkpoint's tokenizer, which is read at the first one."""
+    reading = Lock()
 
     @lru_cache(1)
     def compiler() -> GrammarCompiler:
@@ -172,7 +174,12 @@ def _grammars(checkpoint: Checkpoint, vocab_size: int) -> Callable[[StructuredOu
         sources = [checkpoint.read_config()] + ([] if file is None else [read_json(file)])
         return GrammarCompiler(path, vocab_size, sorted({token for source in sources for token in _ends(source)}))
 
-    return lambda params: compiler().compile(params)
+    def compile_grammar(params: StructuredOutputsParams) -> Grammar:
+        with reading:
+            made = compiler()
+        return made.compile(params)
+
+    return compile_grammar
 
 
 def _ends(source: Mapping[str, Any]) -> tuple[int, ...]:

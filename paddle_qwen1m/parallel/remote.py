@@ -12,7 +12,7 @@ from typing import Any
 
 import paddle
 
-from paddle_qwen1m.engine import Event, Finished, Request
+from paddle_qwen1m.engine import Event, Finished, Metrics, Request, SamplingParams
 from paddle_qwen1m.engine.admission import Limits
 from paddle_qwen1m.parallel import failure
 from paddle_qwen1m.parallel.workers import Workers
@@ -65,6 +65,14 @@ class RemoteEngine:
     def is_idle(self) -> bool:
         return not self._running
 
+    @property
+    def metrics(self) -> Metrics:
+        return self._ask("metrics")
+
+    def prepare(self, params: SamplingParams) -> None:
+        if params.structured_outputs is not None:
+            self._ask("prepare", params)
+
     def add(self, request: Request) -> None:
         if request.id in self._running:
             raise ValueError(f"there is a request with the id {request.id!r} already")
@@ -99,7 +107,7 @@ class RemoteEngine:
             return []
         seconds = 0.0 if self._events else STEP_SECONDS
         while (message := self._workers.receive(seconds)) is not None:
-            self._take(message)
+            self._events.extend(self._named(message["events"]))
             seconds = 0.0
         events, self._events = list(self._events), deque()
         for event in events:
@@ -114,25 +122,14 @@ class RemoteEngine:
         self._end()
 
     def _tell(self, method: str, *arguments: Any) -> None:
-        self._workers.send({"kind": method, "arguments": arguments, "call": None})
+        self._workers.send({"kind": method, "arguments": arguments})
 
     def _ask(self, method: str, *arguments: Any) -> Any:
-        """What rank 0's engine returns or raises; events that come before it wait for the next step."""
-        call = next(self._numbers)
-        self._workers.send({"kind": method, "arguments": arguments, "call": call})
-        while True:
-            message = self._workers.receive()
-            assert message is not None
-            if message["kind"] == "answer" and message["call"] == call:
-                break
-            self._take(message)
-        if "error" in message:
-            raise failure.rebuild(message["error"], "rank 0")
-        return message["value"]
-
-    def _take(self, message: dict[str, Any]) -> None:
-        if message["kind"] == "events":  # else an answer for which nobody waits any more
-            self._events.extend(self._named(message["events"]))
+        """What rank 0's engine returns or raises."""
+        answer = self._workers.ask({"kind": method, "arguments": arguments})
+        if "error" in answer:
+            raise failure.rebuild(answer["error"], "rank 0")
+        return answer["value"]
 
     def _named(self, events: Iterable[Event]) -> Iterable[Event]:
         for event in events:

@@ -19,6 +19,7 @@ from paddle_qwen1m.engine import (
     Completion,
     Finished,
     Logits,
+    Metrics,
     Prefilled,
     PromptLogprobs,
     Request,
@@ -32,7 +33,7 @@ from paddle_qwen1m.engine.admission import Limits
 KINDS: dict[str, Any] = {
     kind.__name__: kind
     for kind in (
-        Completion, Finished, Limits, Logits, Prefilled, PromptLogprobs, Request, SamplingParams,
+        Completion, Finished, Limits, Logits, Metrics, Prefilled, PromptLogprobs, Request, SamplingParams,
         StructuredOutputsParams, TokenChosen, TokenLogprobs,
     )
 }  # fmt: skip

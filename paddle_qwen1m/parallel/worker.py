@@ -13,6 +13,7 @@ import socket
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Callable, NoReturn
 
 import paddle
@@ -26,6 +27,7 @@ LINGER_SECONDS = 0.002
 """After an answer the caller often asks again at once: requests that come together are in one step."""
 BURST_SECONDS = 0.05
 """How long requests may go on coming together while others run."""
+PREPARING_THREADS = 2
 PIECE = 1 << 20
 
 
@@ -111,30 +113,37 @@ def _join(caller: Caller, wanted: dict[str, Any]) -> Group:
 
 
 def _lead(engine: Any, caller: Caller) -> NoReturn:
-    """Rank 0: does what the caller says, between steps, and tells what comes of it."""
+    """Rank 0: does what the caller says, between steps or, what takes long, beside them; tells what comes of it."""
+    beside = ThreadPoolExecutor(PREPARING_THREADS, "prepare")
     while True:
         message = caller.next(None if engine.is_idle else 0.0)
         burst = time.monotonic() + BURST_SECONDS
         while message is not None:
-            answers = _obey(engine, caller, message)
-            lingers = answers and time.monotonic() < burst
+            lingers = "call" in message and time.monotonic() < burst
+            if message["kind"] == "prepare":
+                beside.submit(_obey, engine, caller, message)
+            else:
+                _obey(engine, caller, message)
             message = caller.next(LINGER_SECONDS if lingers else 0.0)
         events = engine.step()
         if events:
             caller.send("events", events=events)
 
 
-def _obey(engine: Any, caller: Caller, message: dict[str, Any]) -> bool:
-    """Calls the method of the engine that the message names; whether the caller got, and waits for, an answer."""
-    method, arguments, call = getattr(engine, message["kind"]), message["arguments"], message["call"]
-    if call is None:
-        method(*arguments)
-        return False
+def _obey(engine: Any, caller: Caller, message: dict[str, Any]) -> None:
+    """Calls the method of the engine, or reads its property, that the message names; answers a caller who waits."""
+
+    def value() -> Any:
+        named = getattr(engine, message["kind"])
+        return named(*message["arguments"]) if callable(named) else named
+
+    if "call" not in message:
+        value()
+        return
     try:
-        caller.send("answer", call=call, value=method(*arguments))
+        caller.send("answer", call=message["call"], value=value())
     except Exception as error:
-        caller.send("answer", call=call, error=failure.describe(error))
-    return True
+        caller.send("answer", call=message["call"], error=failure.describe(error))
 
 
 def _end(caller: Caller, error: BaseException, loading: bool) -> NoReturn:

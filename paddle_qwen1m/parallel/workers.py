@@ -21,6 +21,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 from paddle_qwen1m.parallel import failure, wire
@@ -67,8 +68,8 @@ class _Rank:
 class Workers:
     """Ranks 0 to degree - 1, each an interpreter that runs main() of `module`; see parallel/worker.py.
 
-    `send` and `receive` talk to rank 0. A rank that ends, however it does, ends all; `receive` and `send` then raise
-    what happened, for good: during the start an exception of the type and text that the rank had, later JobEnded.
+    `send`, `ask` and `receive` talk to rank 0. A rank that ends, however it does, ends all; they then raise what
+    happened, for good: during the start an exception of the type and text that the rank had, later JobEnded.
     """
 
     def __init__(self, module: str, degree: int, *, on_gpu: bool) -> None:
@@ -76,6 +77,8 @@ class Workers:
         self._process = os.getpid()
         self._ranks: list[_Rank] = []
         self._received: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        self._calls = count()
+        self._asked: dict[int, queue.SimpleQueue[dict[str, Any] | None]] = {}
         self._posted: deque[tuple[bool, bytes]] = deque()
         self._lock = threading.RLock()  # a garbage collection may call `end` in whatever this lock's owner does
         self._error: Exception | None = None
@@ -90,8 +93,22 @@ class Workers:
         self._posted.append((to_all, wire.encode(message)))
         self._wake()
 
+    def ask(self, message: dict[str, Any]) -> dict[str, Any]:
+        """Sends to rank 0, and waits for its answer, a message with the same "call". Any thread may ask."""
+        call = next(self._calls)
+        answers = self._asked[call] = queue.SimpleQueue()
+        try:
+            self.send({**message, "call": call})
+            answer = answers.get()
+        finally:
+            del self._asked[call]
+        if answer is None:
+            self._check()
+        assert answer is not None
+        return answer
+
     def receive(self, seconds: float | None = None) -> dict[str, Any] | None:
-        """The next message of rank 0, None after so many seconds without one."""
+        """The next message of rank 0 that answers none, None after so many seconds without one."""
         self._check()
         with contextlib.suppress(queue.Empty):
             message = self._received.get(timeout=seconds)
@@ -144,7 +161,8 @@ class Workers:
             self._woken.close()
         self._error = error  # who learns of it finds the memory of all ranks free
         self._is_over = True
-        self._received.put(None)
+        for waiting in (self._received, *tuple(self._asked.values())):  # who asks from now on is told by _check
+            waiting.put(None)
 
     def _start(self, number: int, endpoints: list[str], selector: selectors.BaseSelector) -> None:
         ours, theirs = socket.socketpair()
@@ -198,8 +216,10 @@ class Workers:
         for message in rank.reader.feed(piece):
             if message["kind"] == "failed":
                 rank.told = message
-            else:
+            elif "call" not in message:
                 self._received.put(message)
+            elif (waiting := self._asked.get(message["call"])) is not None:  # else whoever asked was interrupted
+                waiting.put(message)
         return bool(piece)
 
     def _read_log(self, rank: _Rank, selector: selectors.BaseSelector) -> None:

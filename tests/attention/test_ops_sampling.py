@@ -18,19 +18,6 @@ class Drawn(NamedTuple):
     counts: np.ndarray
 
 
-DEFAULTS: dict[str, tuple[float, type]] = {
-    "repetition_penalty": (1.0, np.float32),
-    "frequency_penalty": (0.0, np.float32),
-    "presence_penalty": (0.0, np.float32),
-    "temperature": (1.0, np.float32),
-    "min_p": (0.0, np.float32),
-    "top_k": (0, np.int32),
-    "top_p": (1.0, np.float32),
-    "seeds": (0, np.int64),
-    "steps": (0, np.int64),
-}
-
-
 def sample(
     face: Face,
     logits: np.ndarray,
@@ -46,10 +33,10 @@ def sample(
     What is not read is poisoned.
     """
     rows, vocabulary = logits.shape
-    assert settings.keys() <= DEFAULTS.keys()
+    assert settings.keys() <= oracle.SETTINGS.keys()
     values = [
         np.array(np.broadcast_to(settings.get(name, default), rows), dtype)
-        for name, (default, dtype) in DEFAULTS.items()
+        for name, (default, dtype) in oracle.SETTINGS.items()
     ]
     counts = np.array(np.broadcast_to(counts, logits.shape), dtype=np.uint16)
     mask = np.zeros((rows, -(-vocabulary // 32)), np.uint32) if allowed is None else oracle.mask_words(allowed)

@@ -129,7 +129,8 @@ def test_the_first_text_of_the_card() -> None:
         "larger than the available KV cache memory (2.79 GiB).",
         "the estimated maximum model length is 450000.",
         "Reduce max_model_len",
-        "increase tensor_parallel_size, raise gpu_memory_utilization or kv_cache_memory_bytes, or reduce "
+        "increase tensor_parallel_size, raise gpu_memory_utilization or give "
+        "kv_cache_memory_bytes=6000000000, or reduce "
         "max_num_batched_tokens (4096)",
     ):
         assert part in text

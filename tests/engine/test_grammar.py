@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import re
 import sys
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +133,46 @@ def test_answers_follow_one_grammar_apart(compiler: GrammarCompiler) -> None:
     first.accept(int(np.flatnonzero(np.unpackbits(before.view(np.uint8), bitorder="little"))[0]))
     np.testing.assert_array_equal(second.mask(), before)
     assert (first.mask() != before).any()
+
+
+def test_a_large_grammar_is_compiled_once_and_stops_no_other_thread(
+    compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[str] = []
+    original = compiler._compile
+    monkeypatch.setattr(compiler, "_compile", lambda way, text: compiled.append(way) or original(way, text))
+    large = StructuredOutputsParams(choice=[f"choice {number}" for number in range(20_000)])
+    with ThreadPoolExecutor(3) as threads:
+        matchers = [threads.submit(compiler.compile, large) for _ in range(3)]
+        ticks = 0
+        while not all(one.done() for one in matchers):
+            time.sleep(0.002)
+            compiler.compile(StructuredOutputsParams(choice=["a"]))
+            ticks += 1
+    assert ticks > 10 and compiled.count("choice") <= 2  # "a" may be among them
+    first, second, _ = (one.result() for one in matchers)
+    first.accept(5)
+    assert first.error is not None and second.error is None
+
+
+def test_what_cannot_be_compiled_is_told_to_all_who_wait_and_tried_again(
+    compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waiting = threading.Event()
+
+    def failing(way: str, text: str) -> None:
+        waiting.wait(5)
+        raise ValueError("no")
+
+    spec = StructuredOutputsParams(regex="once more")
+    with monkeypatch.context() as patch, ThreadPoolExecutor(2) as threads:
+        patch.setattr(compiler, "_compile", failing)
+        asked = [threads.submit(compiler.compile, spec) for _ in range(2)]
+        waiting.set()
+        for one in asked:
+            with pytest.raises(ValueError, match=r"^no$"):
+                one.result()
+    assert not compiler.compile(spec).is_complete
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import numpy as np
 import paddle
 import pytest
+from runner_setup import Made, head, make_runner, rows
 from small_model import BUDGETS, CONFIG, random_model
 
 from paddle_qwen1m import ops
@@ -42,11 +42,6 @@ class Greedy:
         return paddle.argmax(logits, axis=1), paddle.max(logits, axis=1)
 
 
-class Made(NamedTuple):
-    runner: Runner
-    cache: PagedCache
-
-
 @pytest.fixture
 def model(rng: np.random.Generator) -> Qwen2OneM:
     return random_model(rng)
@@ -54,13 +49,13 @@ def model(rng: np.random.Generator) -> Qwen2OneM:
 
 def make(model: Qwen2OneM) -> Made:
     """A runner over a cache that holds nothing but NaN."""
-    cache = PagedCache(CONFIG, PAGES, PAGE, "float32")
-    for layer in cache.layers:
+    made = make_runner(
+        model, BUDGETS, Greedy(), sparse_threshold=0, num_pages=PAGES, page_size=PAGE, max_num_seqs=SLOTS
+    )
+    for layer in made.cache.layers:
         for pages in layer[:2]:
             ops.upload(pages, np.full(pages.shape, np.nan, np.float32))
-    runner = Runner(model, BUDGETS, 0, replay=False)
-    runner.use(cache, Greedy(), max_num_seqs=SLOTS, max_model_len=1000)
-    return Made(runner, cache)
+    return made
 
 
 def contents(cache: PagedCache) -> np.ndarray:
@@ -70,23 +65,10 @@ def contents(cache: PagedCache) -> np.ndarray:
     )
 
 
-def rows(
-    prompt: np.ndarray, pages: range, *, begin: int = 0, sparse: bool = False, wanted: tuple[int, ...] = ()
-) -> Rows:
-    return Rows(prompt[begin:], begin, tuple(pages), len(prompt), sparse, wanted)
-
-
 def result(runner: Runner, order: Order) -> tuple[np.ndarray, ...]:
     post = runner.run(order)
     assert post is not None
     return post.result()
-
-
-def head(runner: Runner, first: int, count: int) -> np.ndarray:
-    post = runner.run(Head(first, count), lambda logits: [logits])
-    assert post is not None
-    (logits,) = post.result()
-    return logits
 
 
 def prefill(runner: Runner, prompt: np.ndarray, pages: range, *, sparse: bool = False) -> int:

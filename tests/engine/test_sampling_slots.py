@@ -12,7 +12,8 @@ import pytest
 from paddle_qwen1m import ops
 from paddle_qwen1m.engine.params import SamplingParams
 from paddle_qwen1m.engine.rules import token_words
-from paddle_qwen1m.engine.sampling import SamplingSlots, sampling_bytes
+from paddle_qwen1m.engine.sampling import SamplingSlots
+from paddle_qwen1m.plan import sampling_bytes
 
 VOCABULARY = 70
 

@@ -14,19 +14,7 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 VOCABULARY = 152_064
 BORDER = 3e-6  # what float32 weights may move a cumulative probability by
 POISON = -7
-DEFAULTS = {
-    "masked": (0, np.uint8),
-    "biased": (0, np.uint8),
-    "repetition_penalty": (1.0, np.float32),
-    "frequency_penalty": (0.0, np.float32),
-    "presence_penalty": (0.0, np.float32),
-    "temperature": (1.0, np.float32),
-    "min_p": (0.0, np.float32),
-    "top_k": (0, np.int32),
-    "top_p": (1.0, np.float32),
-    "seeds": (0, np.int64),
-    "steps": (0, np.int64),
-}
+DEFAULTS = {"masked": (0, np.uint8), "biased": (0, np.uint8), **oracle.SETTINGS}
 
 
 class Batch(NamedTuple):

@@ -54,6 +54,7 @@ from .positions import (
 from .sampling import (
     IN_PROMPT,
     LARGEST_COUNT,
+    SETTINGS,
     allowed_tokens,
     candidates,
     log_softmax,

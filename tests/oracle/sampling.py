@@ -20,6 +20,20 @@ def uniform(seed: int, step: int) -> float:
 IN_PROMPT, LARGEST_COUNT = 0x8000, 0x7FFF
 
 
+SETTINGS: dict[str, tuple[float, type]] = {
+    "repetition_penalty": (1.0, np.float32),
+    "frequency_penalty": (0.0, np.float32),
+    "presence_penalty": (0.0, np.float32),
+    "temperature": (1.0, np.float32),
+    "min_p": (0.0, np.float32),
+    "top_k": (0, np.int32),
+    "top_p": (1.0, np.float32),
+    "seeds": (0, np.int64),
+    "steps": (0, np.int64),
+}
+"""Of a row, in the order of the op's arguments: what changes nothing, and the type."""
+
+
 def mask_words(allowed: Array) -> Array:
     """Words uint32 [rows, ceil(vocab / 32)] of which bit t % 32 of word t // 32 tells if token t of `allowed` is."""
     rows, vocabulary = allowed.shape

@@ -6,13 +6,14 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import paddle
 import pytest
 from paddlenlp.generation import GenerationConfig, TextIteratorStreamer, TextStreamer
-from paddlenlp.transformers import AutoModelForCausalLM
+from paddlenlp.transformers import AutoModelForCausalLM, AutoTokenizer
 
 from paddle_qwen1m.paddlenlp import Qwen2OneMForCausalLM
 
@@ -241,15 +242,61 @@ def test_max_length_of_the_file_counts_the_prompt(
 def test_what_the_file_asks_for_in_vain_is_logged_once(
     with_generation_config: Callable[..., Path], short: np.ndarray, logged: list[str]
 ) -> None:
-    directory = with_generation_config(typical_p=0.9, stop_strings=["."], epsilon_cutoff=0.0, colour="red")
+    directory = with_generation_config(typical_p=0.9, force_words_ids=[[1]], epsilon_cutoff=0.0, colour="red")
     model = AutoModelForCausalLM.from_pretrained(str(directory))
     path = str(directory / "generation_config.json")
     vain, unknown = (line for line in logged if line.startswith(path))
-    assert vain.startswith(f"{path}: typical_p=0.9, stop_strings=['.'] has no effect")
+    assert vain.startswith(f"{path}: typical_p=0.9, force_words_ids=[[1]] has no effect")
     assert unknown == f"{path}: colour is unknown here and has no effect"
     before = len(logged)
     model.generate(short, max_new_tokens=2)
     assert len(logged) == before
+
+
+def test_a_conversation_is_read_once_and_answers_as_if_it_were_not(
+    needle_checkpoint: Path, rng: np.random.Generator
+) -> None:
+    """Up to original_max_position_embeddings, 1,024; beyond it the keys depend on the length."""
+    model, anew = (
+        AutoModelForCausalLM.from_pretrained(str(needle_checkpoint), enable_prefix_caching=on) for on in (True, False)
+    )
+    dialogue, reused = rng.integers(0, 700, [1, 400]), []
+    for _ in range(4):
+        before = model.engine.metrics.prefix_reused_tokens
+        answers = [one.generate(dialogue, max_new_tokens=8, do_sample=False, eos_token_id=[]) for one in (model, anew)]
+        assert answers[0][0].numpy().tolist() == answers[1][0].numpy().tolist()
+        reused.append(model.engine.metrics.prefix_reused_tokens - before)
+        dialogue = np.concatenate([answers[0][0].numpy(), rng.integers(0, 700, [1, 250])], axis=1)
+    assert reused == [0, 256, 512, 0] and anew.engine.metrics.prefix_reused_tokens == 0
+
+
+def test_texts_end_an_answer_and_words_do_not_come(
+    with_generation_config: Callable[..., Path], needle_checkpoint: Path, short: np.ndarray, logged: list[str]
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(str(with_generation_config(stop_strings=["."])))
+    tokenizer = AutoTokenizer.from_pretrained(str(needle_checkpoint))
+
+    def answer(**options: Any) -> list[int]:
+        keywords = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": [], "trunc_input": True, **options}
+        return model.generate(short, **keywords)[0].numpy()[0].tolist()
+
+    plain = answer()
+    assert logged[-1] == "stop_strings of generation_config has no effect without generate(..., tokenizer=tokenizer)"
+    texts = [tokenizer.decode(plain[: n + 1]) for n in range(len(plain))]
+    first = next(n for n, text in enumerate(texts) if "." in text)
+    assert answer(tokenizer=tokenizer) == plain[: first + 1]
+    stop = texts[5][-2:]
+    assert answer(tokenizer=tokenizer, stop_strings=stop) == plain[: next(n for n in range(6) if stop in texts[n]) + 1]
+    heard: list[int] = []
+    streamer = SimpleNamespace(put=lambda ids: heard.extend(ids.numpy()[0].tolist()), end=lambda: heard.append(-1))
+    assert [*answer(tokenizer=tokenizer, streamer=streamer), -1] == heard
+    with pytest.raises(ValueError, match="stop_strings needs the tokenizer: generate"):
+        answer(stop_strings=".")
+    pair = plain[2:4]
+    for words in ({"bad_words_ids": [pair]}, {"suppress_tokens": pair[1:]}):
+        other = answer(**words)
+        assert other[:3] == plain[:3] and other != plain
+        assert all(other[n : n + 2] != pair for n in range(39))
 
 
 def test_a_value_of_the_file_that_cannot_be_used_is_named(with_generation_config: Callable[..., Path]) -> None:

@@ -14,6 +14,7 @@ from paddle_qwen1m.paddlenlp.batch import read_batch, read_positions
 from paddle_qwen1m.paddlenlp.generation import Defaults, Request, read_request
 from paddle_qwen1m.paddlenlp.generation_keys import HONOURED, MISSING
 
+OF_TOKENS = ("bad_words_ids", "suppress_tokens", "stop_strings")
 PUBLISHED = {
     "do_sample": True,
     "repetition_penalty": 1.05,
@@ -135,7 +136,7 @@ def test_options_without_effect_are_accepted(keywords: dict[str, Any]) -> None:
         ({"decode_strategy": "beam_search"}, "decode_strategy='beam_search': this model has 'greedy_search'"),
         ({"stopping_criteria": [1]}, "stopping_criteria"),
         ({"logits_processors": LogitsProcessorList([print])}, "logits_processors=.* is not implemented"),
-        ({"stop_strings": "."}, "stop_strings='.' is not implemented"),
+        ({"begin_suppress_tokens": [1]}, r"begin_suppress_tokens=\[1\] is not implemented"),
         ({"typical_p": float("nan")}, "typical_p=nan is not implemented"),
         ({"do_sample": "no"}, "do_sample must be true or false, got 'no'"),
         ({"trunc_input": "no"}, "trunc_input must be true or false, got 'no'"),
@@ -219,6 +220,9 @@ USABLE = {
     "pad_token_id": [[1]],
     "logit_bias": [{}],
     "sequence_bias": [{}],
+    "bad_words_ids": [[[1]]],
+    "suppress_tokens": [[1]],
+    "stop_strings": ["0.5"],
 }
 
 
@@ -433,9 +437,24 @@ def test_penalties_and_biases_are_the_engines() -> None:
     assert request(defaults=from_file(min_p=0.25, do_sample=True)).params.min_p == 0.25
 
 
+def test_words_that_no_answer_has_and_texts_that_end_one() -> None:
+    asked = request(bad_words_ids=[[3, 4], [7], [5, 7]], suppress_tokens=[6, 7], stop_strings="END")
+    assert asked.bad_words == ((3, 4), (5, 7), (6,), (7,)), "of the words alone an end of answers is left out"
+    assert asked.stop_strings == ("END",)
+    assert request(stop_strings=["a", "b"], bad_words_ids=[], suppress_tokens=[]).bad_words == ()
+    own = GenerationConfig(bad_words_ids=[[8]], suppress_tokens=[1, 100], stop_strings=["."])
+    for asked in (request(own), request(defaults=from_file(**{name: getattr(own, name) for name in OF_TOKENS}))):
+        assert (asked.bad_words, asked.stop_strings) == (((8,), (1,)), (".",))
+
+
 @pytest.mark.parametrize(
     ("keywords", "message"),
     [
+        ({"bad_words_ids": [3]}, r"bad_words_ids must be a list of lists of token ids, got \[3\]"),
+        ({"bad_words_ids": [[3], []]}, "must be a list of lists of token ids"),
+        ({"bad_words_ids": [[3, 100]]}, r"bad_words_ids must be in \[0, 100\), got 100"),
+        ({"suppress_tokens": [-1]}, r"suppress_tokens must be in \[0, 100\), got -1"),
+        ({"stop_strings": ["a", ""]}, "stop_strings must be a text or a list of texts, none of them empty"),
         ({"min_p": 1.5}, "min_p must be 0 to 1, got 1.5"),
         ({"presence_penalty": 3}, "presence_penalty must be -2 to 2, got 3"),
         (
@@ -446,6 +465,6 @@ def test_penalties_and_biases_are_the_engines() -> None:
         ({"logit_bias": 3}, "logit_bias must be a dict of token ids and numbers, got 3"),
     ],
 )
-def test_penalties_and_biases_that_cannot_be_used_are_named(keywords: dict[str, Any], message: str) -> None:
+def test_penalties_biases_and_words_that_cannot_be_used_are_named(keywords: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         request(**keywords)

@@ -15,7 +15,8 @@ import numpy as np
 
 def run(model: str) -> dict[str, list[Any]]:
     """The tokens of two answers, which rank 0 alone knows, and the ids that this rank's decode slots end with."""
-    from paddle_qwen1m.cache import PagedCache
+    from runner_setup import make_runner, rows, whole
+
     from paddle_qwen1m.engine import SamplingParams
     from paddle_qwen1m.engine.orders import (
         Advance,
@@ -26,11 +27,9 @@ def run(model: str) -> dict[str, list[Any]]:
         Join,
         Prefill,
         Rest,
-        Rows,
         from_message,
         to_message,
     )
-    from paddle_qwen1m.engine.runner import Runner
     from paddle_qwen1m.engine.sampling import SamplingSlots
     from paddle_qwen1m.paddlenlp import Qwen2OneMForCausalLM
     from paddle_qwen1m.parallel.job import launched_ranks
@@ -40,8 +39,9 @@ def run(model: str) -> dict[str, list[Any]]:
     ).engine
     group = engine.model.group
     sampling = SamplingSlots(4, engine.model.config.vocab_size) if group.rank == 0 else None
-    runner = Runner(engine.model, engine.budgets, 256, replay=False)
-    runner.use(PagedCache(engine.model.local, 80, 64, "float32"), sampling, max_num_seqs=4, max_model_len=2048)
+    runner, _ = make_runner(
+        engine.model, engine.budgets, sampling, sparse_threshold=256, num_pages=80, page_size=64, max_num_seqs=4
+    )
 
     def lead(order: Any, read: Callable[[Any], Any] | None = None) -> Any:
         group.share(json.dumps(to_message(order)))
@@ -52,12 +52,12 @@ def run(model: str) -> dict[str, list[Any]]:
         prompts = [np.arange(7, 7 + length, dtype=np.int64) % 700 for length in (900, 60)]
         pages = [tuple(range(20)), tuple(range(30, 34))]
         chunks = [
-            Rows(prompt, 0, own, len(prompt), len(prompt) > 256, (len(prompt) - 1,))
+            rows(prompt, own, sparse=len(prompt) > 256, wanted=(len(prompt) - 1,))
             for prompt, own in zip(prompts, pages)
         ]
         short, params = len(prompts[1]), SamplingParams(temperature=1.5, repetition_penalty=1.1)
         lead(Prefill((chunks[1],), points=0))
-        first = lead(Head(0, 1), lambda logits: [logits]).result()[0].argmax()
+        first = lead(Head(0, 1), whole).result()[0].argmax()
         answers = [[], [int(first)]]
         sampling.put(2, params, prompt=prompts[1], answer_tokens=answers[1], seed=7)
         joins: tuple[Join, ...] = (Join(2, answers[1][0], short, pages[1]),)
@@ -68,7 +68,7 @@ def run(model: str) -> dict[str, list[Any]]:
             answers[1].append(int(lead(Decode(3, joins)).result()[0][2]))
             joins = ()
             post = lead(Advance(3))
-        answers[0].append(int(lead(Head(0, 1), lambda logits: [logits]).result()[0].argmax()))
+        answers[0].append(int(lead(Head(0, 1), whole).result()[0].argmax()))
         lead(CopyPage(14, 70, 900 % 64))
         sampling.put(0, params, prompt=prompts[0], answer_tokens=answers[0], seed=8)
         joins = (Join(0, answers[0][0], 900, (*pages[0][:14], 70, *pages[0][15:])),)

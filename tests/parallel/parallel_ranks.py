@@ -31,7 +31,7 @@ COMMAND = Path(sys.executable).with_name("paddle-qwen1m")
 
 def environment(**changes: str) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PADDLE_", "FLAGS_"))}
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tools"), kept.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tools"), str(ROOT / "tests"), kept.get("PYTHONPATH", "")])
     return {**kept, "PYTHONPATH": path, "PYTHONWARNINGS": "ignore", "PYTHONUNBUFFERED": "1", **changes}
 
 

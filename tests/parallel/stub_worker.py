@@ -11,7 +11,17 @@ from typing import Any
 
 import paddle
 
-from paddle_qwen1m.engine import Completion, Event, Finished, Prefilled, Request, TokenChosen, TokenLogprobs
+from paddle_qwen1m.engine import (
+    Completion,
+    Event,
+    Finished,
+    Metrics,
+    Prefilled,
+    Request,
+    SamplingParams,
+    TokenChosen,
+    TokenLogprobs,
+)
 from paddle_qwen1m.engine.admission import Limits, NotEnoughMemory
 from paddle_qwen1m.parallel.group import Group, start
 from paddle_qwen1m.parallel.job import launched_rank, launched_ranks
@@ -26,7 +36,7 @@ class StubEngine:
     """Every step gives each request a token, whose rank is the number of the step since the engine was idle."""
 
     def __init__(self, group: Group) -> None:
-        self.limits, self.steps = LIMITS, 0
+        self.limits, self.steps, self._generated = LIMITS, 0, 0
         self._group = group
         self._requests: dict[str, Request] = {}
         self._answers: dict[str, list[int]] = {}
@@ -35,6 +45,17 @@ class StubEngine:
     @property
     def is_idle(self) -> bool:
         return not self._requests
+
+    @property
+    def metrics(self) -> Metrics:
+        return Metrics(running=len(self._requests), generated_tokens=self._generated)
+
+    def prepare(self, params: SamplingParams) -> None:
+        """Takes the seconds that a regular expression names; 0: there is no such."""
+        assert params.structured_outputs is not None and params.structured_outputs.regex is not None
+        if params.structured_outputs.regex == "0":
+            raise ValueError("structured_outputs: no such grammar")
+        time.sleep(float(params.structured_outputs.regex))
 
     def add(self, request: Request) -> None:
         if request.prompt[0] == ORDERS["refuse"]:
@@ -80,6 +101,7 @@ class StubEngine:
         logprobs = TokenLogprobs(token, -0.1 * token, self.steps, (token, 7), (-0.1 * token, -float("inf")))
         events: list[Event] = [] if answer else [Prefilled(request.id, length, length, 0, 1.5)]
         answer.append(token)
+        self._generated += 1
         events.append(TokenChosen(request.id, token, -0.1 * token, 0, logprobs))
         reason = self._stopped.get(request.id)
         if reason is not None or len(answer) == request.params.max_tokens:

@@ -12,6 +12,7 @@ from paddle_qwen1m.engine import (
     Completion,
     Finished,
     Logits,
+    Metrics,
     NotEnoughMemory,
     Prefilled,
     PromptLogprobs,
@@ -40,7 +41,7 @@ MESSAGES: tuple[Any, ...] = (
         logit_bias={5: 1.5}, allowed_token_ids=[5, 6], stop=["a"], stop_token_ids=[1], seed=-(2**63), n=2,
         bad_words=["b"], structured_outputs=StructuredOutputsParams(json={"type": "object", "enum": [1, "x", None]}),
     ),
-    Limits(1, 2, 3, 4),
+    Limits(1, 2, 3, 4), Metrics(running=2, pages=7, generated_tokens=2**40),
 )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,14 @@ import pytest
 from parallel_ranks import Process, is_running
 from stub_worker import LIMITS, ORDERS, StubEngine
 
-from paddle_qwen1m.engine import Event, NotEnoughMemory, Request, SamplingParams, TokenChosen
+from paddle_qwen1m.engine import (
+    Event,
+    NotEnoughMemory,
+    Request,
+    SamplingParams,
+    StructuredOutputsParams,
+    TokenChosen,
+)
 from paddle_qwen1m.parallel.group import ALONE
 from paddle_qwen1m.parallel.job import JobEnded
 from paddle_qwen1m.parallel.remote import RemoteEngine, start_engine
@@ -114,6 +122,26 @@ def test_an_answer_can_be_stopped(engine: RemoteEngine) -> None:
     (completion,) = finished.completions
     assert (completion.finish_reason, completion.stop_reason) == ("stop", "enough")
     assert completion.token_ids == [(1 + k) % 1000 for k in range(len(completion.token_ids))]
+
+
+def test_what_takes_long_to_prepare_stops_nobody(engine: RemoteEngine) -> None:
+    def structured(regex: str) -> SamplingParams:
+        return SamplingParams(structured_outputs=StructuredOutputsParams(regex=regex))
+
+    engine.add(request("a", 1, tokens=1_000_000))
+    with ThreadPoolExecutor(1) as other:
+        prepared = other.submit(engine.prepare, structured("0.5"))
+        while not engine.step():
+            pass
+        tokens = 0
+        while not prepared.done():
+            tokens += len(engine.step())
+        assert prepared.result() is None and tokens > 20
+        assert engine.metrics.running == 1 and engine.metrics.generated_tokens >= tokens
+    with pytest.raises(ValueError, match=r"^structured_outputs: no such grammar$"):
+        engine.prepare(structured("0"))
+    engine.prepare(SamplingParams())
+    assert engine.abort("a") and engine.metrics.running == 0
 
 
 def test_the_prefix_cache_is_asked_for_in_turn(engine: RemoteEngine) -> None:
@@ -217,7 +245,7 @@ def test_a_rank_that_dies_is_named_and_ends_all(monkeypatch: pytest.MonkeyPatch,
             engine.step()
     assert time.monotonic() - began < 2 + END
     assert state() == before
-    for call in (engine.step, engine.reset_prefix_cache, lambda: engine.add(request("b", 1))):
+    for call in (engine.step, engine.reset_prefix_cache, lambda: engine.metrics, lambda: engine.add(request("b", 1))):
         with pytest.raises(JobEnded, match=text.format(HOST)):
             call()
     engine.close()
