@@ -60,7 +60,8 @@ class Scheduler:
 
     One long chunk at a time is on the device, and stands there at points. In between, decode steps run as often as the
     bound on the time between tokens needs, and short prompts, whole and together; without prompts to read every step
-    decodes, and the next is queued behind it. Long prompts take turns where their chunks end, short ones and what is admitted come in their order.
+    decodes, and the next is queued behind it. Long prompts take turns where their chunks end, short ones and what is
+    admitted come in their order.
     """
 
     def __init__(self, waiting: WaitingRoom, pool: PagePool, limits: SchedulerLimits, pacer: Pacer) -> None:
@@ -161,8 +162,8 @@ class Scheduler:
 
     @property
     def _can_decode(self) -> bool:
-        """Whether a decode step has something to do. While the one before it is under way its tokens are not known here:
-        then every answer must stay in its slot, none may have a say in its next token, and some must go on.
+        """Whether a decode step has something to do. While the one before it is under way, its tokens are not known
+        here: then every answer must stay in its slot, none may have a say in its next token, and some must go on.
         """
         if not self._decoding:
             return len(self._slots) > 0
