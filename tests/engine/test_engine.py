@@ -371,6 +371,28 @@ def test_a_stopped_answer_finishes_with_its_reason(model: Qwen2OneM, prompts: li
     assert (finished.completions[0].finish_reason, finished.completions[0].stop_reason) == ("stop", "\n\n")
 
 
+@pytest.mark.parametrize("ahead", [False, True])
+def test_who_hears_tokens_may_end_an_answer_whatever_was_chosen_meanwhile(
+    model: Qwen2OneM, prompts: list[np.ndarray], monkeypatch: pytest.MonkeyPatch, ahead: bool
+) -> None:
+    one, heard = Engine(model, EngineOptions()), []
+    plain = one.generate(prompts[:2], SamplingParams(temperature=0.0, max_tokens=9))
+    if ahead:  # as if every token had been chosen before the first one is heard
+        steps = one._steps
+        monkeypatch.setattr(one, "_steps", lambda: iter(list(steps())))
+
+    def hear(index: int, token: int) -> str | None:
+        heard.append((index, token))
+        return "enough" if index == 1 and token == plain[1].token_ids[3] else None
+
+    kept, ended = one.generate(prompts[:2], SamplingParams(temperature=0.0, max_tokens=9), on_token=hear)
+    length = plain[1].token_ids.index(plain[1].token_ids[3]) + 1
+    assert kept == plain[0] and one.is_idle
+    assert (ended.token_ids, ended.logprobs) == (plain[1].token_ids[:length], plain[1].logprobs[:length])
+    assert (ended.finish_reason, ended.stop_reason) == ("stop", "enough")
+    assert [token for index, token in heard if index == 1] == ended.token_ids
+
+
 def test_a_step_that_fails_leaves_an_engine_that_works(
     model: Qwen2OneM, prompts: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
