@@ -126,10 +126,13 @@ MISTAKES: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = (
 
 @dataclass(frozen=True)
 class Case:
-    """A request to come. abort_after: steps of the engine after which nobody wants it any more."""
+    """A request to come. document: the number of what it is about. abort_after: steps of the engine after which nobody
+    wants it any more.
+    """
 
     name: str
     prompt: np.ndarray
+    document: int
     kind: Kind
     mistake: tuple[dict[str, Any], dict[str, Any]] | None = None
     abort_after: int | None = None
@@ -155,31 +158,30 @@ class Maker:
 
     def cases(self, number: int, shortest: int, longest: int) -> list[Case]:
         """So many, of lengths that are log-uniform between the two: half about shared documents, a tenth mistakes."""
-        prompts = [self._prompt(length) for length in self._lengths(number - number // 2, shortest, longest)]
         shared = number // 2
-        for length in self._lengths(-(-shared // SHARING), shortest, longest):
-            prompts += self._prompts(length, min(SHARING, shared))
-            shared -= SHARING
-        made = [self._case(prompts[place]) for place in self._rng.permutation(number)]
+        groups = [1] * (number - shared) + [SHARING] * (shared // SHARING)
+        groups += [shared % SHARING] if shared % SHARING else []
+        prompts: list[tuple[int, np.ndarray]] = []
+        for size, length in zip(groups, self._lengths(len(groups), shortest, longest)):
+            document = next(self._numbers)
+            prompts += [(document, prompt) for prompt in self._prompts(length, size, document)]
+        made = [self._case(*prompts[place]) for place in self._rng.permutation(number)]
         for place in self._rng.choice(number, number // 10, replace=False):
             made[place] = replace(made[place], mistake=MISTAKES[int(self._rng.integers(len(MISTAKES)))])
         return made
 
-    def _case(self, prompt: np.ndarray) -> Case:
+    def _case(self, document: int, prompt: np.ndarray) -> Case:
         kind = next(self._kinds)
-        return Case(f"{next(self._numbers)} {kind.name}", prompt, kind)
+        return Case(f"{next(self._numbers)} {kind.name}", prompt, document, kind)
 
     def _lengths(self, number: int, shortest: int, longest: int) -> Iterator[int]:
         for value in self._rng.uniform(math.log(shortest), math.log(longest + 1), number):
             yield min(longest, int(math.exp(value)))
 
-    def _prompt(self, length: int) -> np.ndarray:
-        return self._prompts(length, 1)[0]
-
-    def _prompts(self, length: int, number: int) -> list[np.ndarray]:
+    def _prompts(self, length: int, number: int, seed: int) -> list[np.ndarray]:
         """A document of about so many tokens with a question each; without room for one, random tokens."""
         try:
-            document = self._maker.make(length, NEEDLES, next(self._numbers))
+            document = self._maker.make(length, NEEDLES, seed)
         except ValueError:
             ids = self._rng.integers(0, 700, length)
             return [np.concatenate([ids[:-1], [place]]) for place in self._rng.integers(0, 700, number)]
@@ -189,11 +191,13 @@ class Maker:
 
 
 def shuffled(cases: Sequence[Case], seed: int, longest_wait: int) -> list[Case]:
-    """The same in another order; a fifth of those that are no mistakes are not wanted any more after log-uniformly
-    many steps, at most longest_wait.
+    """The same in another order, those about one document within a tenth of them all; a fifth of those that are no
+    mistakes are not wanted any more after log-uniformly many steps, at most longest_wait.
     """
     rng = np.random.default_rng(seed)
-    made = [replace(cases[place], abort_after=None) for place in rng.permutation(len(cases))]
+    places = {document: rng.random() for document in sorted({case.document for case in cases})}
+    keys = [places[case.document] + 0.1 * rng.random() for case in cases]
+    made = [replace(cases[place], abort_after=None) for place in np.argsort(keys)]
     valid = [place for place, case in enumerate(made) if case.mistake is None]
     for place in rng.choice(valid, len(made) // 5, replace=False):
         steps = int(math.exp(rng.uniform(0, math.log(longest_wait))))
