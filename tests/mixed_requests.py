@@ -24,7 +24,7 @@ from paddle_qwen1m.text import bad_word_tokens, decoder
 EOS = (747, 745)
 VOCABULARY = 1024
 NEEDLES = 8
-SHARING = 5
+SHARING = 10
 """Requests about one document."""
 AT_ONCE = 32
 
@@ -191,12 +191,12 @@ class Maker:
 
 
 def shuffled(cases: Sequence[Case], seed: int, longest_wait: int) -> list[Case]:
-    """The same in another order, those about one document within a tenth of them all; a fifth of those that are no
+    """The same in another order, those about one document together; a fifth of those that are no
     mistakes are not wanted any more after log-uniformly many steps, at most longest_wait.
     """
     rng = np.random.default_rng(seed)
     places = {document: rng.random() for document in sorted({case.document for case in cases})}
-    keys = [places[case.document] + 0.1 * rng.random() for case in cases]
+    keys = [places[case.document] + 0.05 * rng.random() for case in cases]
     made = [replace(cases[place], abort_after=None) for place in np.argsort(keys)]
     valid = [place for place, case in enumerate(made) if case.mistake is None]
     for place in rng.choice(valid, len(made) // 5, replace=False):

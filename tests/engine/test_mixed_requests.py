@@ -77,7 +77,7 @@ def test_two_hundred_and_ten_requests(needle_checkpoint: Path, always: bool, rou
         )
         alone = Alone(subject, cache_tokens=65536, **options)
         for number in range(rounds):
-            hits += run(subject, shuffled(cases, number, 3000), engine, alone)
+            hits += run(subject, shuffled(cases, number, 1000), engine, alone)
             gc.collect()
             resident.append(resident_memory.resident_bytes())
         assert resident[-1] - resident[-rounds] <= 20 * MEGABYTE
