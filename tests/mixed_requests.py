@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import cycle
 from typing import Any, Callable
 
 import numpy as np
@@ -22,7 +24,7 @@ from paddle_qwen1m.text import bad_word_tokens, decoder
 EOS = (747, 745)
 VOCABULARY = 1024
 NEEDLES = 8
-SHARING = 5
+SHARING = 10
 """Requests about one document."""
 AT_ONCE = 32
 
@@ -47,6 +49,7 @@ def _json_object(answer: CompletionOutput) -> bool:
 
 
 CHOICES = ("yes", "no", "perhaps")
+CODE = r"[0-9]{5}"
 ALLOWED = tuple(range(100, 140))
 KINDS = (
     Kind("greedy", {"temperature": 0.0, "max_tokens": 24}),
@@ -96,6 +99,12 @@ KINDS = (
         {"temperature": 0.5, "structured_outputs": StructuredOutputsParams(json_object=True), "max_tokens": 40},
         _json_object,
     ),
+    Kind(
+        "regex",
+        {"temperature": 0.0, "structured_outputs": StructuredOutputsParams(regex=CODE), "max_tokens": 12},
+        lambda answer: re.fullmatch(CODE, answer.text) is not None,
+    ),
+    Kind("the prompt's log-probabilities", {"temperature": 1.0, "prompt_logprobs": 2, "max_tokens": 4}),
     Kind("special tokens", {"temperature": 1.0, "skip_special_tokens": False, "max_tokens": 16}),
     Kind("whole prompt", {"temperature": 0.0, "skip_reading_prefix_cache": True, "max_tokens": 12}),
 )
@@ -117,13 +126,16 @@ MISTAKES: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = (
 
 @dataclass(frozen=True)
 class Case:
-    """A request to come. abort_after: steps of the engine after which nobody wants it any more."""
+    """A request to come. document: the number of what it is about. abort_after: steps of the engine after which nobody
+    wants it any more.
+    """
 
     name: str
     prompt: np.ndarray
+    document: int
     kind: Kind
-    abort_after: int | None = None
     mistake: tuple[dict[str, Any], dict[str, Any]] | None = None
+    abort_after: int | None = None
 
     def request(self, encode: Encode) -> Request:
         """ValueError for some mistakes; others the engine finds."""
@@ -141,28 +153,35 @@ class Maker:
     def __init__(self, encode: Encode, seed: int) -> None:
         self._encode, self._rng = encode, np.random.default_rng(seed)
         self._maker = DocumentMaker(encode)
+        self._kinds = cycle([KINDS[place] for place in self._rng.permutation(len(KINDS))])
         self._numbers = iter(range(1 << 30))
 
     def cases(self, number: int, shortest: int, longest: int) -> list[Case]:
-        """So many, of lengths that are log-uniform between the two, in random order; half about shared documents."""
-        made = [self._case(self._prompt(length)) for length in self._lengths(number - number // 2, shortest, longest)]
+        """So many, of lengths that are log-uniform between the two: half about shared documents, a tenth mistakes."""
         shared = number // 2
-        for length in self._lengths(-(-shared // SHARING), shortest, longest):
-            made += [self._case(prompt) for prompt in self._prompts(length, min(SHARING, shared))]
-            shared -= SHARING
-        return [made[place] for place in self._rng.permutation(len(made))]
+        groups = [1] * (number - shared) + [SHARING] * (shared // SHARING)
+        groups += [shared % SHARING] if shared % SHARING else []
+        prompts: list[tuple[int, np.ndarray]] = []
+        for size, length in zip(groups, self._lengths(len(groups), shortest, longest)):
+            document = next(self._numbers)
+            prompts += [(document, prompt) for prompt in self._prompts(length, size, document)]
+        made = [self._case(*prompts[place]) for place in self._rng.permutation(number)]
+        for place in self._rng.choice(number, number // 10, replace=False):
+            made[place] = replace(made[place], mistake=MISTAKES[int(self._rng.integers(len(MISTAKES)))])
+        return made
+
+    def _case(self, document: int, prompt: np.ndarray) -> Case:
+        kind = next(self._kinds)
+        return Case(f"{next(self._numbers)} {kind.name}", prompt, document, kind)
 
     def _lengths(self, number: int, shortest: int, longest: int) -> Iterator[int]:
         for value in self._rng.uniform(math.log(shortest), math.log(longest + 1), number):
             yield min(longest, int(math.exp(value)))
 
-    def _prompt(self, length: int) -> np.ndarray:
-        return self._prompts(length, 1)[0]
-
-    def _prompts(self, length: int, number: int) -> list[np.ndarray]:
+    def _prompts(self, length: int, number: int, seed: int) -> list[np.ndarray]:
         """A document of about so many tokens with a question each; without room for one, random tokens."""
         try:
-            document = self._maker.make(length, NEEDLES, next(self._numbers))
+            document = self._maker.make(length, NEEDLES, seed)
         except ValueError:
             ids = self._rng.integers(0, 700, length)
             return [np.concatenate([ids[:-1], [place]]) for place in self._rng.integers(0, 700, number)]
@@ -170,16 +189,20 @@ class Maker:
         asked = self._rng.choice(NEEDLES, number, replace=number > NEEDLES)
         return [np.asarray(start + self._encode(prompt_tail(document.needles[one])), np.int64) for one in asked]
 
-    def _case(self, prompt: np.ndarray) -> Case:
-        number, fate = next(self._numbers), self._rng.random()
-        kind = KINDS[int(self._rng.integers(len(KINDS)))]
-        return Case(
-            f"{number} {kind.name}",
-            prompt,
-            kind,
-            abort_after=int(self._rng.integers(0, 100)) if fate < 0.2 else None,
-            mistake=MISTAKES[int(self._rng.integers(len(MISTAKES)))] if fate > 0.9 else None,
-        )
+
+def shuffled(cases: Sequence[Case], seed: int, longest_wait: int) -> list[Case]:
+    """The same in another order, those about one document together; a fifth of those that are no
+    mistakes are not wanted any more after log-uniformly many steps, at most longest_wait.
+    """
+    rng = np.random.default_rng(seed)
+    places = {document: rng.random() for document in sorted({case.document for case in cases})}
+    keys = [places[case.document] + 0.05 * rng.random() for case in cases]
+    made = [replace(cases[place], abort_after=None) for place in np.argsort(keys)]
+    valid = [place for place, case in enumerate(made) if case.mistake is None]
+    for place in rng.choice(valid, len(made) // 5, replace=False):
+        steps = int(math.exp(rng.uniform(0, math.log(longest_wait))))
+        made[place] = replace(made[place], abort_after=steps)
+    return made
 
 
 @dataclass
@@ -236,10 +259,21 @@ def check(cases: Sequence[Case], outcome: Outcome) -> None:
             _check_output(case, outcome.outputs[case.name])
 
 
+def _check_prompt(case: Case, output: RequestOutput) -> None:
+    """Each token of the prompt but the first is there with its likelihood."""
+    if case.kind.keywords.get("prompt_logprobs") is None:
+        assert output.prompt_logprobs is None
+        return
+    assert output.prompt_logprobs is not None and len(output.prompt_logprobs) == len(case.prompt), case.name
+    for token, entry in zip(case.prompt[1:].tolist(), output.prompt_logprobs[1:]):
+        assert entry is not None and token in entry and len(entry) in (2, 3), case.name
+
+
 def _check_output(case: Case, output: RequestOutput) -> None:
     params = SamplingParams(**case.kind.keywords)
     assert output.finished and [answer.index for answer in output.outputs] == list(range(params.n)), case.name
     assert output.prompt_token_ids == case.prompt.tolist()
+    _check_prompt(case, output)
     ends = {*params.stop_token_ids, *(() if params.ignore_eos else EOS)}
     for answer in output.outputs:
         tokens, last = answer.token_ids, answer.token_ids[-1]
