@@ -1,0 +1,133 @@
+"""The command: the card's line, vLLM's spellings, and how it ends."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+from serving import CHECKPOINT
+
+from paddle_qwen1m.options import read_llm_options
+from paddle_qwen1m.server.flags import add_flags, model_options, settings_of, spelled
+from paddle_qwen1m.server.settings import API_KEY_VARIABLE
+from paddle_qwen1m.streams import InputError
+
+CARD = (
+    "MODEL --tensor-parallel-size 4 --max-model-len 1010000 --enable-chunked-prefill "
+    "--max-num-batched-tokens 131072 --enforce-eager --max-num-seqs 1"
+)
+
+
+def parse(line: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    return parser.parse_args(spelled(line.split()))
+
+
+def test_the_cards_line_is_understood_as_it_is() -> None:
+    options = read_llm_options(model_options(parse(CARD)))
+    assert options == {
+        "tensor_parallel_size": 4,
+        "max_model_len": 1_010_000,
+        "enable_chunked_prefill": True,
+        "max_num_batched_tokens": 131_072,
+        "enforce_eager": True,
+        "max_num_seqs": 1,
+    }
+
+
+@pytest.mark.parametrize(
+    ("line", "options"),
+    [
+        ("M -tp 2 --max_model_len 1K", {"tensor_parallel_size": 2, "max_model_len": 1024}),
+        ("M --max-model-len=131k", {"max_model_len": 131_000}),
+        ("M --max-model-len auto", {"max_model_len": -1}),
+        ("M --max-model-len -1", {"max_model_len": -1}),
+        ("M --no-enable-prefix-caching --no_sparse", {"enable_prefix_caching": False, "sparse": False}),
+        ("M --gpu-memory-utilization 0.9 --dtype bfloat16", {"gpu_memory_utilization": 0.9, "dtype": "bfloat16"}),
+        ("M --enable-auto-tool-choice --tool-call-parser hermes --disable-log-requests --trust-remote-code", {}),
+    ],
+)
+def test_vllms_spellings(line: str, options: dict) -> None:
+    assert read_llm_options(model_options(parse(line))) == options
+
+
+def test_what_is_no_whole_number_is_refused(capsys) -> None:
+    with pytest.raises(SystemExit):
+        parse("M --max-model-len 1.01e6")
+    assert "1.01e6" in capsys.readouterr().err
+
+
+def test_keys_come_from_flags_variable_and_file(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "keys").write_text("three\nfour\n", encoding="utf-8")
+    monkeypatch.setenv(API_KEY_VARIABLE, "two")
+    assert settings_of(parse(f"M --api-key one --api-key-file {tmp_path}/keys")).api_keys == (
+        "one",
+        "two",
+        "three",
+        "four",
+    )
+    monkeypatch.delenv(API_KEY_VARIABLE)
+    assert settings_of(parse("M")).api_keys == ()
+    for line in (f"M --api-key-file {tmp_path}/none", "M --ping-seconds 9"):
+        with pytest.raises(InputError):
+            settings_of(parse(line))
+
+
+@contextmanager
+def running(*flags: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A process that serves, and where."""
+    script = Path(__file__).with_name("serving_process.py")
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", str(script), "serve", str(CHECKPOINT),
+         "--port", "0", "--max-model-len", "1k", *flags],
+        stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )  # fmt: skip
+    try:
+        assert process.stderr is not None
+        for line in process.stderr:
+            found = re.search(r"running on (http://[\d.:]+)", line)
+            if found:
+                break
+        yield process, found[1]
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_sigterm_drains_and_ends_and_a_failed_engine_ends_with_an_error() -> None:
+    with running() as (process, url):
+        answers: list[httpx.Response] = []
+        body = {"prompt": [40], "max_tokens": 8}
+        asking = threading.Thread(
+            target=lambda: answers.append(httpx.post(f"{url}/v1/completions", json=body, timeout=30))
+        )
+        while httpx.get(f"{url}/health").status_code != 200:
+            pass
+        asking.start()
+        while (
+            'num_requests_running{engine="0",model_name="' + str(CHECKPOINT) + '"} 1.0'
+            not in httpx.get(f"{url}/metrics").text
+        ):
+            assert asking.is_alive()
+        process.send_signal(signal.SIGTERM)
+        asking.join(30)
+        assert answers[0].json()["usage"]["completion_tokens"] == 8
+        assert process.wait(20) == 0
+    with running() as (process, url):
+        while httpx.get(f"{url}/health").status_code != 200:
+            pass
+        answer = httpx.post(f"{url}/v1/completions", json={"prompt": [13], "max_tokens": 8}, timeout=30)
+        assert answer.status_code == 503
+        assert process.wait(20) == 1
+        assert "rank 1 has ended" in process.stderr.read()
