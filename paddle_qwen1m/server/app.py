@@ -272,17 +272,18 @@ class _Server:
                     followed.saw(changes)
                 return await self._in_thread(lambda: _encoded(renderer.whole()))
 
-        tasks = [asyncio.ensure_future(answer()), asyncio.ensure_future(disconnected(request.receive))]
+        answering = asyncio.ensure_future(answer())
+        watching = asyncio.ensure_future(disconnected(request.receive))
         try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            if not tasks[0].done():
+            await asyncio.wait([answering, watching], return_when=asyncio.FIRST_COMPLETED)
+            if not answering.done():
                 return Response(status_code=499)  # nobody reads it
-            return Response(await self._told(tasks[0]), media_type="application/json")
+            return Response(await self._told(answering), media_type="application/json")
         finally:
             starting.add_done_callback(_drop)
-            for task in (starting, *tasks):
+            for task in (starting, answering, watching):
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.gather(answering, watching, return_exceptions=True)
 
     async def _told(self, answer: asyncio.Future[bytes]) -> bytes:
         try:

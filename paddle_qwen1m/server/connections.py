@@ -12,6 +12,7 @@ def protocol(header_seconds: float) -> type[H11Protocol]:
     """What uvicorn's Config takes as `http`. scope["state"]["abort"] ends a connection whatever its client does."""
 
     class Connection(H11Protocol):
+        app_state: dict[str, Any]
         _deadline: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: Any) -> None:

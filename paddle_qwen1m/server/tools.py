@@ -85,10 +85,11 @@ class CallReader:
         """Takes content up to a tag that opens a call; what is left of the text."""
         held = self._held + text
         if self._after_call:
-            held = _without_close(held)
-            if held is None:
-                self._held += text
+            behind = _without_close(held)
+            if behind is None:
+                self._held = held
                 return ""
+            held = behind
         place = held.find(OPEN)
         if place >= 0:
             before = held[:place]
