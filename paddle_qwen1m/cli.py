@@ -426,7 +426,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     try:
         from paddle_qwen1m.server.command import serve
     except ModuleNotFoundError as error:
-        raise InputError(f"serve needs {error.name}: pip install 'paddle-qwen1m[server]'") from error
+        raise InputError(f"serve needs {error.name}: pip install 'paddle-qwen1m[serve]'") from error
     return serve(arguments)
 
 

@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Callable
 
 from paddle_qwen1m import __version__
 from paddle_qwen1m.outputs import Answer, Collector, Logprob
@@ -44,12 +44,16 @@ class _Sent:
 
 
 class Running:
-    """A call that the engine works on; `changes` follows it, `abort` drops what is left."""
+    """A call that the engine works on; `changes` follows it, `close` drops what is left.
 
-    def __init__(self, call: Call, engine: EngineThread, texts: Texts) -> None:
+    on_close: called once, then.
+    """
+
+    def __init__(self, call: Call, engine: EngineThread, texts: Texts, on_close: Callable[[Running], None]) -> None:
         self.call = call
         self.started = time.perf_counter()
-        self._engine, self._notify = engine, asyncio.Event()
+        self._engine, self._notify, self._on_close = engine, asyncio.Event(), on_close
+        self._is_closed = False
         params = call.requests[0].params
         assert params is not None
         tokens = texts.tokens(skip_special_tokens=params.skip_special_tokens)
@@ -74,14 +78,12 @@ class Running:
         return sum(one.num_prefilled for one in self.collectors)
 
     async def changes(self) -> AsyncIterator[list[Change]]:
-        """What is new, each time something is; an empty list where the prefill got on.
-
-        ValueError when the engine refused a request, EngineGone when it failed.
-        """
+        """What is new, each time something is; an empty list where the prefill got on. EngineGone when it failed."""
         while not all(one.finished for one in self.collectors):
             await self._notify.wait()
             self._notify.clear()
             changes: list[Change] = []
+            is_news = False
             for number, (ticket, one) in enumerate(zip(self._tickets, self.collectors)):
                 events = ticket.take()
                 for event in events:
@@ -89,12 +91,27 @@ class Running:
                     if ended is not None:
                         self._engine.stop(ticket, *ended)
                 if events:
+                    is_news = True
                     changes += self._changes(number)
-            yield changes
+            if is_news:
+                yield changes
 
-    def abort(self) -> None:
+    async def taken(self) -> None:
+        """Returns when the engine has accepted every request; raises Refused where it does not."""
+        while not all(ticket.is_taken for ticket in self._tickets):
+            await self._notify.wait()
+            self._notify.clear()
+            for ticket in self._tickets:
+                ticket.check()
+        self._notify.set()  # events may have come meanwhile
+
+    def close(self) -> None:
+        if self._is_closed:
+            return
+        self._is_closed = True
         for ticket in self._tickets:
             self._engine.abort(ticket)
+        self._on_close(self)
 
     def _changes(self, number: int) -> list[Change]:
         collector, changes = self.collectors[number], []
@@ -126,12 +143,18 @@ class Running:
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
-            "prompt_tokens_details": {"audio_tokens": 0, "cached_tokens": self.cached_tokens},
+            "prompt_tokens_details": {
+                "audio_tokens": 0,
+                "cached_tokens": self.cached_tokens,
+                "image_tokens": 0,
+                "text_tokens": self.prompt_tokens,
+            },
             "completion_tokens_details": {
                 "accepted_prediction_tokens": 0,
                 "audio_tokens": 0,
                 "reasoning_tokens": 0,
                 "rejected_prediction_tokens": 0,
+                "text_tokens": self.completion_tokens,
             },
         }
 

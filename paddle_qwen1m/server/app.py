@@ -23,7 +23,7 @@ from paddle_qwen1m import __version__
 from paddle_qwen1m.engine import StructuredOutputsParams
 from paddle_qwen1m.server.answers import DONE, ChatRenderer, CompletionRenderer, Renderer, Running, event
 from paddle_qwen1m.server.calls import Call, Reader
-from paddle_qwen1m.server.engine_thread import READY, EngineGone, EngineThread
+from paddle_qwen1m.server.engine_thread import READY, EngineGone, EngineThread, Refused
 from paddle_qwen1m.server.errors import ApiError, bad, internal
 from paddle_qwen1m.server.metrics import CONTENT_TYPE, Metrics
 from paddle_qwen1m.server.protocol import (
@@ -31,7 +31,6 @@ from paddle_qwen1m.server.protocol import (
     CompletionRequest,
     DetokenizeRequest,
     Model,
-    Sampling,
     TokenizeRequest,
     check_template,
     read_body,
@@ -222,7 +221,14 @@ class _Server:
                 params = call.requests[0].params
                 if params is not None and params.structured_outputs is not None:
                     await self._compile(params.structured_outputs)
-            return self._start(call, body, renderer)
+            running = self._start(call)
+            try:
+                await running.taken()
+            except BaseException:
+                running.close()
+                raise
+            as_ids, with_ids = bool(body.return_tokens_as_token_ids), bool(body.return_token_ids)
+            return renderer(running, self._model.names[0], as_ids=as_ids, with_ids=with_ids)
 
         starting = asyncio.ensure_future(start())
         if body.stream:
@@ -232,7 +238,7 @@ class _Server:
             return self._stream(starting, body)
         return await self._whole(request, starting)
 
-    def _start(self, call: Call, body: Sampling, renderer: Callable[..., Renderer]) -> Renderer:
+    def _start(self, call: Call) -> Running:
         """Hands a call to the engine, if there is room."""
         limits, engine = self._limits(), self._engine
         if engine.num_waiting + len(call.requests) > self._settings.max_waiting:
@@ -242,10 +248,11 @@ class _Server:
             raise _busy(f"the prompts that wait have more than {most} tokens (--max-waiting-tokens)")
         if self._prompt_logprobs_bytes + call.prompt_logprobs_bytes > self._settings.max_prompt_logprobs_bytes:
             raise _busy("other calls' prompts have log-probabilities that take --max-prompt-logprobs-bytes")
-        running = Running(call, engine, self._model.texts)
         self._prompt_logprobs_bytes += call.prompt_logprobs_bytes
-        as_ids, with_ids = bool(body.return_tokens_as_token_ids), bool(body.return_token_ids)
-        return renderer(running, self._model.names[0], as_ids=as_ids, with_ids=with_ids)
+        return Running(call, engine, self._model.texts, self._closed)
+
+    def _closed(self, running: Running) -> None:
+        self._prompt_logprobs_bytes -= running.call.prompt_logprobs_bytes
 
     def _completion_renderer(self, running: Running, model: str, **options: bool) -> CompletionRenderer:
         return CompletionRenderer(running, model, texts=self._model.texts, **options)
@@ -257,9 +264,8 @@ class _Server:
         try:
             yield followed
         finally:
-            running.abort()
+            running.close()
             followed.ended()
-            self._prompt_logprobs_bytes -= running.call.prompt_logprobs_bytes
             self._log(running)
 
     async def _whole(self, request: Request, starting: asyncio.Future[Renderer]) -> Response:
@@ -288,7 +294,7 @@ class _Server:
     async def _told(self, answer: asyncio.Future[bytes]) -> bytes:
         try:
             return await answer
-        except (EngineGone, ValueError) as error:
+        except (EngineGone, Refused) as error:
             raise _as_api_error(error) from error
 
     def _stream(self, starting: asyncio.Future[Renderer], body: Any) -> EventStream:
@@ -484,6 +490,8 @@ def _as_api_error(error: Exception, *, whole: bool = False) -> ApiError:
         return error
     if isinstance(error, EngineGone):
         return ApiError(503, str(error), headers={"Retry-After": "5"})
+    if isinstance(error, Refused):
+        return bad(str(error))
     return internal(error, whole=whole)
 
 
@@ -494,7 +502,7 @@ def _busy(message: str) -> ApiError:
 def _drop(made: asyncio.Future[Any]) -> None:
     """Nobody waits for this any more: its error is none, its call is dropped."""
     if not made.cancelled() and made.exception() is None and isinstance(made.result(), Renderer):
-        made.result().running.abort()
+        made.result().running.close()
 
 
 def _encoded(body: Any) -> bytes:

@@ -20,24 +20,36 @@ class EngineGone(RuntimeError):
     """The engine is not there: it is still loading, was closed, or has failed."""
 
 
+class Refused(ValueError):
+    """The engine cannot serve a request, and says why."""
+
+
 class Ticket:
-    """A request under way. Its events gather here; `notify` is set when there are some, or an error."""
+    """A request under way. Its events gather here; `notify` is set when it is taken, has some, or an error."""
 
     def __init__(self, request: Request, notify: asyncio.Event) -> None:
         self.request = request
-        self.has_started = self.is_over = False
-        """It is over when the engine holds nothing of it any more."""
+        self.is_taken = self.has_started = self.is_over = False
+        """Taken when the engine has accepted it, over when that holds nothing of it any more."""
         self._notify = notify
         self._events: deque[Event] = deque()
         self._error: Exception | None = None
 
-    def take(self) -> list[Event]:
-        """The events since the last call. Raises ValueError when the engine refused it, EngineGone when that failed."""
+    def check(self) -> None:
+        """Raises Refused, or EngineGone when the engine has failed."""
         if self._error is not None:
             raise self._error
+
+    def take(self) -> list[Event]:
+        """The events since the last call; raises as `check` does."""
+        self.check()
         events = list(self._events)
         self._events.clear()
         return events
+
+    def taken(self) -> None:
+        self.is_taken = True
+        self._notify.set()
 
     def put(self, event: Event) -> None:
         self._events.append(event)
@@ -159,7 +171,9 @@ class EngineThread:
         try:
             engine.add(ticket.request)
         except ValueError as error:
-            self._tell(self._refused, ticket, error)
+            self._tell(self._refused, ticket, Refused(str(error)))
+        else:
+            self._tell(ticket.taken)
 
     def _abort(self, engine: Serving, ticket: Ticket) -> None:
         engine.abort(ticket.request.id)
@@ -199,7 +213,7 @@ class EngineThread:
                 self._forget(ticket)
             ticket.put(event)
 
-    def _refused(self, ticket: Ticket, error: ValueError) -> None:
+    def _refused(self, ticket: Ticket, error: Refused) -> None:
         self._forget(ticket)
         ticket.fail(error)
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
-from typing import Any, Callable
+from typing import Callable
 
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 COMMENT = b": \n\n"
+TICK_SECONDS = 0.25
+"""How often it is looked whether the client takes what is sent."""
 HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-store"),
@@ -39,14 +41,19 @@ class EventStream:
         self._ping_seconds, self._client_seconds, self._max_unread = ping_seconds, client_seconds, max_unread
         self._unsent = bytearray(COMMENT)
         self._ended = False
+        self._sending_since: float | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self._more = asyncio.Event()
-        tasks = [asyncio.ensure_future(one) for one in (self._write(send), self._gather(), disconnected(receive))]
-        writer, _, watcher = tasks
+        loop = asyncio.get_running_loop()
+        self._more, self._clock, self._sent_at = asyncio.Event(), loop.time, loop.time()
+        tasks = [
+            asyncio.ensure_future(one)
+            for one in (self._write(send), self._watch(), disconnected(receive), self._gather())
+        ]
+        writer, watch, gone, _ = tasks
         try:
-            await asyncio.wait([writer, watcher], return_when=asyncio.FIRST_COMPLETED)
-            if watcher.done() and not writer.done():
+            await asyncio.wait([writer, watch, gone], return_when=asyncio.FIRST_COMPLETED)
+            if gone.done() and not writer.done():
                 self.cut = self.cut or "the client went away"
         finally:
             for task in tasks:
@@ -74,45 +81,33 @@ class EventStream:
             self._more.set()
 
     async def _write(self, send: Send) -> None:
-        await self._sent(send, {"type": "http.response.start", "status": 200, "headers": HEADERS})
-        while True:
+        await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
+        while self._unsent or not self._ended:
             if self._unsent:
                 piece = bytes(self._unsent)
                 self._unsent.clear()
-                if not await self._sent(send, {"type": "http.response.body", "body": piece, "more_body": True}):
-                    return
-            elif self._ended:
-                await self._sent(send, {"type": "http.response.body", "body": b"", "more_body": False})
-                return
+                self._sending_since = self._clock()
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+                self._sending_since, self._sent_at = None, self._clock()
             else:
                 self._more.clear()
-                try:
-                    await asyncio.wait_for(self._more.wait(), self._ping_seconds)
-                except asyncio.TimeoutError:
+                await self._more.wait()
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _watch(self) -> None:
+        """Pings where nothing was sent; returns, and `cut` says why, where the client does not take what is."""
+        tick = min(TICK_SECONDS, self._ping_seconds / 4)
+        while self.cut is None:
+            await asyncio.sleep(tick)
+            now = self._clock()
+            if self._sending_since is None:
+                if now + tick - self._sent_at >= self._ping_seconds:
                     self._unsent += self._ping()
-
-    async def _sent(self, send: Send, message: Message) -> bool:
-        """Sends; False, and `cut` says why, where the client does not take it."""
-        sending: asyncio.Future[Any] = asyncio.ensure_future(_sending(send, message))
-        deadline = asyncio.get_running_loop().time() + self._client_seconds
-        try:
-            while not sending.done():
-                left = deadline - asyncio.get_running_loop().time()
-                if left <= 0:
-                    self.cut = f"the client took nothing for {self._client_seconds:g} s"
-                elif len(self._unsent) > self._max_unread:
-                    self.cut = f"the client left more than {self._max_unread} bytes unread"
-                if self.cut is not None:
-                    return False
-                await asyncio.wait([sending], timeout=min(left, 0.25))
-            sending.result()
-        finally:
-            sending.cancel()
-        return True
-
-
-async def _sending(send: Send, message: Message) -> None:
-    await send(message)
+                    self._more.set()
+            elif now - self._sending_since >= self._client_seconds:
+                self.cut = f"the client took nothing for {self._client_seconds:g} s"
+            elif len(self._unsent) > self._max_unread:
+                self.cut = f"the client left more than {self._max_unread} bytes unread"
 
 
 async def disconnected(receive: Receive) -> None:

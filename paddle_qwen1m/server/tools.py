@@ -287,5 +287,7 @@ def call_grammar(tools: Sequence[Mapping[str, Any]], *, several: bool) -> str:
         for tool in tools
     ]
     more = ' ("\\n" call)*' if several else ""
-    schema = json.dumps({"anyOf": calls})
+    # As the template writes calls, and no other white space: a model can go on with that for ever.
+    spacing = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+    schema = json.dumps({"x-guidance": spacing, "anyOf": calls})
     return f'start: call{more}\ncall: "{OPEN}\\n" object "\\n{CLOSE}"\nobject: %json {schema}\n'

@@ -1,4 +1,4 @@
-"""A server on a free port, in this process, with the fake engine behind it."""
+"""A server on a free port, in this process: with the fake engine behind it, or with the needle checkpoint's."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ import uvicorn
 from fake_engine import FakeEngine
 
 from paddle_qwen1m.engine.interface import Serving
+from paddle_qwen1m.llm import start_serving
+from paddle_qwen1m.paddlenlp.loading import find_checkpoint
+from paddle_qwen1m.paddlenlp.serving import grammars
 from paddle_qwen1m.server.app import ServedModel, create_app
 from paddle_qwen1m.server.connections import protocol
 from paddle_qwen1m.server.engine_thread import EngineThread
@@ -24,12 +27,13 @@ from paddle_qwen1m.server.texts import Texts
 
 CHECKPOINT = Path(__file__).parents[2] / "checkpoints" / "needle"
 EOS = (747, 745)
+VOCABULARY = 1024
 
 
 class Server:
     """One that runs; `url` is where."""
 
-    def __init__(self, engine: FakeEngine, url: str, thread: EngineThread, uvicorn_server: uvicorn.Server) -> None:
+    def __init__(self, engine: Any, url: str, thread: EngineThread, uvicorn_server: uvicorn.Server) -> None:
         self.engine, self.url, self.thread, self.uvicorn = engine, url, thread, uvicorn_server
         self.client = httpx.Client(base_url=url, timeout=30)
 
@@ -38,6 +42,11 @@ class Server:
 
     def chat(self, text: str = "hello", **fields: Any) -> httpx.Response:
         return self.post("/v1/chat/completions", {"messages": [{"role": "user", "content": text}], **fields})
+
+    @property
+    def num_connections(self) -> int:
+        """Open ones, those of `client` among them."""
+        return len(self.uvicorn.server_state.connections)
 
     def complete(self, prompt: Any = "hello", **fields: Any) -> httpx.Response:
         return self.post("/v1/completions", {"prompt": prompt, **fields})
@@ -98,3 +107,18 @@ def serve(
         server.should_exit = True
         running.join(20)
         assert not running.is_alive()
+
+
+@contextmanager
+def serve_needle(texts: Texts, *, settings: Settings | None = None, **options: Any) -> Iterator[Server]:
+    """Runs the needle checkpoint; `engine` of the server is the model's. options: LLM's."""
+    loaded: list[Any] = []
+
+    def load() -> Serving:
+        loaded.append(start_serving(str(CHECKPOINT), options))
+        return loaded[0]
+
+    compile_grammar = grammars(find_checkpoint(str(CHECKPOINT), {}), VOCABULARY)
+    with serve(texts, load=load, settings=settings, compile_grammar=compile_grammar) as server:
+        server.engine = loaded[0]
+        yield server

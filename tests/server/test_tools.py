@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import sys
 
@@ -14,7 +13,6 @@ from serving import CHECKPOINT, serve
 
 from paddle_qwen1m.engine.grammar import GrammarCompiler
 from paddle_qwen1m.engine.params import StructuredOutputsParams
-from paddle_qwen1m.server.texts import Texts
 from paddle_qwen1m.server.tools import Arguments, CallBegun, CallReader, Content, call_grammar
 
 TOOL = {
@@ -107,15 +105,8 @@ def test_arguments_leave_before_they_are_complete() -> None:
 
 
 @pytest.fixture(scope="module")
-def tool_server(texts, tmp_path_factory):
-    """One whose chat template has a place for tools."""
-    tokenizer = copy.copy(texts._tokenizer)
-    tokenizer.init_chat_template(
-        "{% for t in tools or [] %}{{ t | tojson }}\n{% endfor %}"
-        "{% for m in messages %}{{ m.role }}: {{ m.content }}"
-        "{% for c in m.tool_calls or [] %}{{ c.function.arguments | tojson }}{% endfor %}{{ '\n' }}{% endfor %}"
-    )
-    with serve(Texts(tokenizer, {}), FakeEngine(), compile_grammar=lambda params: None) as server:
+def tool_server(tool_texts):
+    with serve(tool_texts, FakeEngine(), compile_grammar=lambda params: None) as server:
         yield server
 
 
@@ -169,8 +160,9 @@ def test_a_clients_arguments_are_not_encoded_twice(tool_server, texts) -> None:
     ]
     assert tool_server.post("/v1/chat/completions", body).status_code == 200
     prompt = texts.decode(tool_server.engine.added[-1].prompt.tolist())
-    assert 'assistant: {"city": "Brno"}\ntool: rain' in prompt
-    assert '"name": "weather"' in prompt  # the tools themselves
+    assert '{"name": "weather", "arguments": {"city": "Brno"}}' in prompt
+    assert "<tool_response>\nrain\n</tool_response>" in prompt
+    assert '<tools>\n{"type": "function", "function": {"name": "weather"' in prompt
 
 
 @pytest.mark.skipif(sys.version_info < (3, 10), reason="llguidance")
