@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import os
-import re
 import signal
-import subprocess
-import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import pytest
 from serving import CHECKPOINT
+from serving_command import running
 
 from paddle_qwen1m.options import read_llm_options
 from paddle_qwen1m.server.flags import add_flags, model_options, settings_of, spelled
 from paddle_qwen1m.server.settings import API_KEY_VARIABLE
 from paddle_qwen1m.streams import InputError
 
+LABELS = f'{{engine="0",model_name="{CHECKPOINT}"}}'
 CARD = (
     "MODEL --tensor-parallel-size 4 --max-model-len 1010000 --enable-chunked-prefill "
     "--max-num-batched-tokens 131072 --enforce-eager --max-num-seqs 1"
@@ -84,50 +80,27 @@ def test_keys_come_from_flags_variable_and_file(tmp_path: Path, monkeypatch) -> 
             settings_of(parse(line))
 
 
-@contextmanager
-def running(*flags: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A process that serves, and where."""
-    script = Path(__file__).with_name("serving_process.py")
-    process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", str(script), "serve", str(CHECKPOINT),
-         "--port", "0", "--max-model-len", "1k", *flags],
-        stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"},
-    )  # fmt: skip
-    try:
-        assert process.stderr is not None
-        for line in process.stderr:
-            found = re.search(r"running on (http://[\d.:]+)", line)
-            if found:
-                break
-        yield process, found[1]
-    finally:
-        process.kill()
-        process.wait()
+FAKE = (str(Path(__file__).with_name("serving_process.py")), "serve")
 
 
 def test_sigterm_drains_and_ends_and_a_failed_engine_ends_with_an_error() -> None:
-    with running() as (process, url):
+    flags = (str(CHECKPOINT), "--max-model-len", "1k")
+    with running(*flags, arguments=FAKE) as ending, running(*flags, arguments=FAKE) as failing:
+        ending.wait_until_ready()
         answers: list[httpx.Response] = []
         body = {"prompt": [40], "max_tokens": 8}
         asking = threading.Thread(
-            target=lambda: answers.append(httpx.post(f"{url}/v1/completions", json=body, timeout=30))
+            target=lambda: answers.append(httpx.post(f"{ending.url}/v1/completions", json=body, timeout=30))
         )
-        while httpx.get(f"{url}/health").status_code != 200:
-            pass
         asking.start()
-        while (
-            'num_requests_running{engine="0",model_name="' + str(CHECKPOINT) + '"} 1.0'
-            not in httpx.get(f"{url}/metrics").text
-        ):
+        while "vllm:num_requests_running" + LABELS + " 1.0" not in httpx.get(f"{ending.url}/metrics").text:
             assert asking.is_alive()
-        process.send_signal(signal.SIGTERM)
+        ending.process.send_signal(signal.SIGTERM)
         asking.join(30)
         assert answers[0].json()["usage"]["completion_tokens"] == 8
-        assert process.wait(20) == 0
-    with running() as (process, url):
-        while httpx.get(f"{url}/health").status_code != 200:
-            pass
-        answer = httpx.post(f"{url}/v1/completions", json={"prompt": [13], "max_tokens": 8}, timeout=30)
+        assert ending.end() == 0
+        failing.wait_until_ready()
+        answer = httpx.post(f"{failing.url}/v1/completions", json={"prompt": [13], "max_tokens": 8}, timeout=30)
         assert answer.status_code == 503
-        assert process.wait(20) == 1
-        assert "rank 1 has ended" in process.stderr.read()
+        assert failing.end() == 1
+        assert "rank 1 has ended" in "".join(failing.lines)
