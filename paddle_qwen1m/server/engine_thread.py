@@ -13,6 +13,8 @@ from paddle_qwen1m.engine import Event, Finished, Request
 from paddle_qwen1m.engine.admission import Limits
 from paddle_qwen1m.engine.interface import Serving
 
+IDLE_SECONDS = 1.0
+"""How often an engine without work is stepped: it raises then when a rank has died."""
 LOADING, READY, FAILED, CLOSED = "loading", "ready", "failed", "closed"
 
 
@@ -36,7 +38,7 @@ class Ticket:
         self._error: Exception | None = None
 
     def check(self) -> None:
-        """Raises Refused, or EngineGone when the engine has failed."""
+        """Raises Refused, EngineGone when the engine has failed, or what else the engine could not take it for."""
         if self._error is not None:
             raise self._error
 
@@ -144,10 +146,9 @@ class EngineThread:
             engine = self._load()
             self._tell(self._ready, engine.limits)
             while self._obey(engine):
-                if not engine.is_idle:
-                    events = engine.step()
-                    if events:
-                        self._tell(self._deliver, events)
+                events = engine.step()
+                if events:
+                    self._tell(self._deliver, events)
         except Exception as error:
             self._tell(self._failed, error)
         finally:
@@ -155,11 +156,11 @@ class EngineThread:
                 engine.close()
 
     def _obey(self, engine: Serving) -> bool:
-        """Carries out what was asked for; waits for that while the engine has nothing to do. False to end."""
+        """Carries out what was asked for; waits for that a while if the engine has nothing to do. False to end."""
         wait = engine.is_idle
         while True:
             try:
-                order = self._orders.get(block=wait)
+                order = self._orders.get(wait, IDLE_SECONDS)
             except queue.Empty:
                 return True
             if order is None:
@@ -171,7 +172,11 @@ class EngineThread:
         try:
             engine.add(ticket.request)
         except ValueError as error:
-            self._tell(self._refused, ticket, Refused(str(error)))
+            self._tell(self._dropped, ticket, Refused(str(error)))
+        except RuntimeError:  # the engine has failed
+            raise
+        except Exception as error:
+            self._tell(self._dropped, ticket, error)
         else:
             self._tell(ticket.taken)
 
@@ -213,7 +218,7 @@ class EngineThread:
                 self._forget(ticket)
             ticket.put(event)
 
-    def _refused(self, ticket: Ticket, error: Refused) -> None:
+    def _dropped(self, ticket: Ticket, error: Exception) -> None:
         self._forget(ticket)
         ticket.fail(error)
 

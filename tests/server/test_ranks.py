@@ -60,6 +60,15 @@ def ask(command: Command, stream: bool, outcomes: list[str]) -> None:
         outcomes.append(type(error).__name__)
 
 
+def test_a_rank_that_dies_while_nothing_is_asked_ends_the_server() -> None:
+    with running(str(CHECKPOINT), "-tp", "2", "--max-model-len", "4K") as command:
+        command.wait_until_ready()
+        ranks = command.ranks()
+        os.kill(ranks[1], signal.SIGKILL)
+        assert are_gone(list(ranks.values()), 5) and command.end() == 1
+    assert "rank 1 on " in "".join(command.lines)
+
+
 @pytest.mark.parametrize("victim", ["rank 0", "rank 1", "the server"])
 def test_where_one_process_is_killed_all_end_and_every_request_has_an_error(victim: str) -> None:
     with running(str(CHECKPOINT), "-tp", "2", "--max-model-len", "4K") as command:

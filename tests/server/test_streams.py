@@ -82,6 +82,19 @@ def test_a_failure_in_the_middle_of_a_stream_is_an_event(server: Server) -> None
     assert server.chat().status_code == 503
 
 
+def test_an_engine_that_fails_without_work_is_seen(server: Server) -> None:
+    server.engine.failure = RuntimeError("rank 1 has ended")
+    server.wait(lambda: server.client.get("/health").status_code == 503, 3)
+
+
+def test_a_request_that_the_engine_trips_over_fails_alone(server: Server, monkeypatch) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(server.engine, "add", lambda _request: 1 / 0)
+        for stream in (False, True):
+            assert server.post(CHAT, {**BODY, "stream": stream}).status_code == 500
+    assert server.chat(max_tokens=1).status_code == 200
+
+
 def test_errors_that_come_early_have_a_status_though_a_stream_was_asked_for(server: Server) -> None:
     answer = server.post(CHAT, {**BODY, "stream": True, "max_tokens": 5000})
     assert answer.status_code == 400 and "5000" in answer.json()["error"]["message"]
