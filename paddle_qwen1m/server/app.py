@@ -20,7 +20,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from paddle_qwen1m import __version__
-from paddle_qwen1m.engine import StructuredOutputsParams
+from paddle_qwen1m.engine import SamplingParams
 from paddle_qwen1m.server.answers import DONE, ChatRenderer, CompletionRenderer, Renderer, Running, event
 from paddle_qwen1m.server.calls import Call, Reader
 from paddle_qwen1m.server.engine_thread import READY, EngineGone, EngineThread, Refused
@@ -61,8 +61,7 @@ Result = TypeVar("Result")
 @dataclass(frozen=True)
 class ServedModel:
     """What is served besides the engine. names: that requests may give, the first one is told. root: where it came
-    from. defaults: fields of SamplingParams that hold where a request says nothing. compile_grammar: raises ValueError
-    for structured outputs that cannot be used; None where there are none.
+    from. defaults: fields of SamplingParams that hold where a request says nothing.
     """
 
     names: Sequence[str]
@@ -70,7 +69,6 @@ class ServedModel:
     texts: Texts
     defaults: Mapping[str, Any] = field(default_factory=dict)
     eos_token_ids: Sequence[int] = ()
-    compile_grammar: Callable[[StructuredOutputsParams], object] | None = None
 
 
 def create_app(engine: EngineThread, model: ServedModel, settings: Settings) -> FastAPI:
@@ -142,7 +140,7 @@ class _Server:
         return _json({"version": __version__})
 
     async def _show_metrics(self, _request: Request) -> Response:
-        return Response(self._metrics.text(), media_type=CONTENT_TYPE)
+        return Response(await self._in_thread(self._metrics.text), media_type=CONTENT_TYPE)
 
     async def _models(self, _request: Request) -> Response:
         return _json({"object": "list", "data": [self._card(name) for name in self._model.names]})
@@ -220,7 +218,7 @@ class _Server:
                 call = await self._in_thread(lambda: read(body, call_id, self._limits()))
                 params = call.requests[0].params
                 if params is not None and params.structured_outputs is not None:
-                    await self._compile(params.structured_outputs)
+                    await self._compile(params)
             running = self._start(call)
             try:
                 await running.taken()
@@ -424,13 +422,10 @@ class _Server:
     async def _in_thread(self, function: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._text_threads, function)
 
-    async def _compile(self, params: StructuredOutputsParams) -> None:
-        """Compiles outside the event loop, and within a time, what the engine will then find compiled or refused."""
-        compile_grammar = self._model.compile_grammar
-        if compile_grammar is None:
-            raise bad("structured outputs are not there: the server was started without a tokenizer for them")
+    async def _compile(self, params: SamplingParams) -> None:
+        """Has the engine compile, within a time, what answers must look like; requests and events go on meanwhile."""
         loop, seconds = asyncio.get_running_loop(), self._settings.grammar_seconds
-        compiling = loop.run_in_executor(self._grammar_threads, compile_grammar, params)
+        compiling = loop.run_in_executor(self._grammar_threads, self._engine.prepare, params)
         try:
             await asyncio.wait_for(asyncio.shield(compiling), seconds)
         except asyncio.TimeoutError:

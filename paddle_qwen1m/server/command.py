@@ -18,7 +18,7 @@ from paddle_qwen1m.llm import start_serving
 from paddle_qwen1m.options import read_llm_options
 from paddle_qwen1m.paddlenlp import serving
 from paddle_qwen1m.paddlenlp.hub import TOKENIZER_CONFIG
-from paddle_qwen1m.paddlenlp.loading import describe, find_checkpoint
+from paddle_qwen1m.paddlenlp.loading import find_checkpoint
 from paddle_qwen1m.server.app import ServedModel, create_app
 from paddle_qwen1m.server.connections import protocol
 from paddle_qwen1m.server.engine_thread import EngineThread
@@ -78,7 +78,6 @@ def _served(arguments: argparse.Namespace, options: dict[str, Any]) -> ServedMod
         texts=Texts(tokenizer, {} if path is None else read_json(path)),
         defaults=checked.defaults if options.get("generation_config", "auto") == "auto" else {},
         eos_token_ids=checked.eos_token_ids,
-        compile_grammar=serving.grammars(checkpoint, describe(checkpoint, None)["vocab_size"]),
     )
 
 

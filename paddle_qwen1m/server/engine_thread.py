@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import queue
 import threading
 from collections import deque
 from collections.abc import Iterable
 from typing import Any, Callable
 
-from paddle_qwen1m.engine import Event, Finished, Request
+from paddle_qwen1m.engine import Event, Finished, Metrics, Request, SamplingParams
 from paddle_qwen1m.engine.admission import Limits
 from paddle_qwen1m.engine.interface import Serving
 
@@ -66,7 +67,7 @@ Order = Callable[[Serving], object]
 
 
 class EngineThread:
-    """Loads an engine by `load`, in its thread, and runs it there. All methods are the event loop's.
+    """Loads an engine by `load`, in its thread, and runs it there. Methods are the event loop's, but where they say so.
 
     on_failure: called in the loop when the engine, or its loading, has failed; its requests have their error then.
     """
@@ -77,6 +78,7 @@ class EngineThread:
         self.num_waiting = self.waiting_tokens = 0
         self._load, self._on_failure = load, on_failure
         self._limits: Limits | None = None
+        self._engine: Serving | None = None
         self._orders: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
         self._tickets: dict[str, Ticket] = {}
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -93,10 +95,26 @@ class EngineThread:
         """Requests that have begun and of which the engine still holds something."""
         return len(self._tickets) - self.num_waiting
 
-    @property
-    def tokens_held(self) -> int:
-        """Tokens of the prompts that have begun."""
-        return sum(len(one.request.prompt) for one in self._tickets.values() if one.has_started)
+    def metrics(self) -> Metrics:
+        """The engine's own numbers, zeros where there is none. For any thread but the event loop's: it may wait."""
+        engine = self._engine
+        if engine is not None and self.state == READY:
+            with contextlib.suppress(RuntimeError):
+                return engine.metrics
+        return Metrics()
+
+    def prepare(self, params: SamplingParams) -> None:
+        """Compiles what answers of these params must look like. For any thread but the event loop's: it takes a while.
+
+        ValueError for what cannot be used, EngineGone unless the engine is ready.
+        """
+        engine = self._engine
+        if engine is None:
+            raise EngineGone(f"the engine is {self.state}")
+        try:
+            engine.prepare(params)
+        except RuntimeError as error:
+            raise EngineGone("the engine has failed") from error
 
     def start(self) -> None:
         self._loop, self._loaded = asyncio.get_running_loop(), asyncio.Event()
@@ -143,7 +161,7 @@ class EngineThread:
     def _run(self) -> None:
         engine: Serving | None = None
         try:
-            engine = self._load()
+            engine = self._engine = self._load()
             self._tell(self._ready, engine.limits)
             while self._obey(engine):
                 events = engine.step()

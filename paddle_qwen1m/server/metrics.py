@@ -11,7 +11,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from paddle_qwen1m.server.answers import Change, Running
-from paddle_qwen1m.server.engine_thread import READY, EngineThread
+from paddle_qwen1m.server.engine_thread import EngineThread
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 LABELS = ("model_name", "engine")
@@ -124,12 +124,11 @@ class _State(Collector):
         self._engine, self._labels = engine, labels
 
     def collect(self) -> Iterator[Metric]:
-        engine = self._engine
-        room = engine.limits.cache_tokens if engine.state == READY else None
+        engine, own = self._engine, self._engine.metrics()
         for name, text, value in (
             ("num_requests_running", "requests that the engine works on", engine.num_running),
             ("num_requests_waiting", "requests that wait", engine.num_waiting),
-            ("kv_cache_usage_perc", "share of the KV cache that requests hold", engine.tokens_held / (room or 2**62)),
+            ("kv_cache_usage_perc", "share of the KV cache that requests hold", own.pages_held / max(1, own.pages)),
         ):
             gauge = GaugeMetricFamily(f"vllm:{name}", text, labels=LABELS)
             gauge.add_metric(self._labels, float(value))

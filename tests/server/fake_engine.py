@@ -10,9 +10,11 @@ from paddle_qwen1m.engine import (
     Completion,
     Event,
     Finished,
+    Metrics,
     Prefilled,
     PromptLogprobs,
     Request,
+    SamplingParams,
     TokenChosen,
     TokenLogprobs,
 )
@@ -32,7 +34,7 @@ class FakeEngine:
     """Answers with the tokens of `script`, then eos; without one with the prompt's last token, over and over.
 
     step_seconds: what a step takes. chunk: tokens of a prompt that one reads. hold: steps read and write nothing while
-    it is set. failure: raised by the next step.
+    it is set. failure: raised by the next step. compile_seconds: what a grammar takes.
     """
 
     def __init__(self, *, max_model_len: int = 4096, vocab_size: int = 1024, cache_tokens: int | None = None) -> None:
@@ -46,10 +48,18 @@ class FakeEngine:
         self.aborted: list[str] = []
         self.is_closed = False
         self.resets = 0
+        self.compile_seconds = 0.0
 
     @property
     def is_idle(self) -> bool:
         return not self.running
+
+    @property
+    def metrics(self) -> Metrics:
+        return Metrics(pages_held=len(self.running), pages=100)
+
+    def prepare(self, params: SamplingParams) -> None:
+        time.sleep(self.compile_seconds)
 
     def add(self, request: Request) -> None:
         self.limits.check(request)

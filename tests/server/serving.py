@@ -17,8 +17,6 @@ from fake_engine import FakeEngine
 
 from paddle_qwen1m.engine.interface import Serving
 from paddle_qwen1m.llm import start_serving
-from paddle_qwen1m.paddlenlp.loading import find_checkpoint
-from paddle_qwen1m.paddlenlp.serving import grammars
 from paddle_qwen1m.server.app import ServedModel, create_app
 from paddle_qwen1m.server.connections import protocol
 from paddle_qwen1m.server.engine_thread import EngineThread
@@ -27,7 +25,6 @@ from paddle_qwen1m.server.texts import Texts
 
 CHECKPOINT = Path(__file__).parents[2] / "checkpoints" / "needle"
 EOS = (747, 745)
-VOCABULARY = 1024
 
 
 class Server:
@@ -118,7 +115,6 @@ def serve_needle(texts: Texts, *, settings: Settings | None = None, **options: A
         loaded.append(start_serving(str(CHECKPOINT), options))
         return loaded[0]
 
-    compile_grammar = grammars(find_checkpoint(str(CHECKPOINT), {}), VOCABULARY)
-    with serve(texts, load=load, settings=settings, compile_grammar=compile_grammar) as server:
+    with serve(texts, load=load, settings=settings) as server:
         server.engine = loaded[0]
         yield server

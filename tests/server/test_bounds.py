@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import socket
+import threading
 import time
 
+import httpx
 import pytest
 from bodies import EVIL, bodies
 from fake_engine import FakeEngine
@@ -111,13 +113,18 @@ def test_too_long_input_is_refused_with_the_numbers(server: Server) -> None:
     assert chat.status_code == 400 and "4096" in chat.json()["error"]["message"]
 
 
-def test_a_grammar_compiles_outside_the_event_loop_and_within_its_time(texts) -> None:
-    def compile_grammar(_params: object) -> None:
-        time.sleep(0.5)
-
-    with serve(texts, settings=Settings(grammar_seconds=0.1), compile_grammar=compile_grammar) as server:
-        answer = server.complete("x", structured_outputs={"regex": "x"})
-        assert answer.status_code == 400 and "--grammar-seconds" in answer.json()["error"]["message"]
+def test_a_grammar_compiles_beside_the_rest_and_within_its_time(texts) -> None:
+    engine = FakeEngine()
+    engine.compile_seconds = 1.0
+    with serve(texts, engine, settings=Settings(grammar_seconds=0.4)) as server:
+        answers: list[httpx.Response] = []
+        body = {"prompt": "x", "structured_outputs": {"regex": "x"}}
+        asking = threading.Thread(target=lambda: answers.append(httpx.post(f"{server.url}/v1/completions", json=body)))
+        asking.start()
+        started = time.monotonic()
+        assert server.complete("x", max_tokens=2).status_code == 200 and time.monotonic() - started < 0.4
+        asking.join()
+    assert answers[0].status_code == 400 and "--grammar-seconds" in answers[0].json()["error"]["message"]
     assert Settings().grammar_seconds == 5
 
 

@@ -106,7 +106,7 @@ def test_arguments_leave_before_they_are_complete() -> None:
 
 @pytest.fixture(scope="module")
 def tool_server(tool_texts):
-    with serve(tool_texts, FakeEngine(), compile_grammar=lambda params: None) as server:
+    with serve(tool_texts, FakeEngine()) as server:
         yield server
 
 
