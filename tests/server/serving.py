@@ -107,7 +107,9 @@ def serve(
 
 
 @contextmanager
-def serve_needle(texts: Texts, *, settings: Settings | None = None, **options: Any) -> Iterator[Server]:
+def serve_needle(
+    texts: Texts, *, settings: Settings | None = None, defaults: dict[str, Any] | None = None, **options: Any
+) -> Iterator[Server]:
     """Runs the needle checkpoint; `engine` of the server is the model's. options: LLM's."""
     loaded: list[Any] = []
 
@@ -115,6 +117,6 @@ def serve_needle(texts: Texts, *, settings: Settings | None = None, **options: A
         loaded.append(start_serving(str(CHECKPOINT), options))
         return loaded[0]
 
-    with serve(texts, load=load, settings=settings) as server:
+    with serve(texts, load=load, settings=settings, defaults=defaults or {}) as server:
         server.engine = loaded[0]
         yield server
