@@ -16,19 +16,17 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import re
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
+from demo_server import serving
 
 NEEDLE = Path(__file__).resolve().parent.parent / "checkpoints" / "needle"
 DETAILS = ("input_lens", "output_lens", "ttfts", "itls", "errors")
@@ -118,39 +116,6 @@ def run_engine(checkpoint: str, options: dict[str, Any], loads: Sequence[Load]) 
 # --- the server ---
 
 
-@contextmanager
-def serving(checkpoint: str, flags: Sequence[str]) -> Iterator[str]:
-    """Runs the command; yields where it listens, once it is ready."""
-    command = [sys.executable, "-W", "ignore", "-m", "paddle_qwen1m", "serve", checkpoint, "--port", "0", *flags]
-    with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(command, stderr=log)
-        try:
-            url = None
-            while url is None or asyncio.run(_status(url)) != 200:
-                time.sleep(0.2)
-                log.seek(0)
-                found = re.search(r"running on (http://[\d.:]+)", log.read())
-                url = found and found[1]
-                if process.poll() is not None:
-                    log.seek(0)
-                    raise SystemExit(log.read())
-            yield url
-            process.terminate()
-            process.wait(60)
-        finally:
-            process.kill()
-            process.wait()
-
-
-async def _status(url: str) -> int:
-    place = urlsplit(url)
-    reader, writer = await asyncio.open_connection(place.hostname, place.port)
-    writer.write(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-    line = await reader.readline()
-    writer.close()
-    return int(line.split()[1])
-
-
 async def ask(url: str, prompt: Sequence[int], output: int) -> Told:
     """A streamed completion over a connection of its own."""
     body = json.dumps(
@@ -233,7 +198,7 @@ def main() -> int:
     bare = [sys.executable, "-W", "ignore", __file__, *own, "--bare", "--", *flags[4:]]
     told = subprocess.run(bare, stdout=subprocess.PIPE, text=True, check=True).stdout
     engine = json.loads(told.splitlines()[-1])
-    with serving(arguments.checkpoint, flags) as url:
+    with serving(arguments.checkpoint, *flags) as url:
         server = [asyncio.run(run_server(url, load)) for load in loads]
     results = []
     for one, other in zip(engine[1::2], server[1::2]):

@@ -14,9 +14,10 @@ from serving_command import running
 
 from paddle_qwen1m.options import read_llm_options
 from paddle_qwen1m.server.flags import add_flags, model_options, settings_of, spelled
-from paddle_qwen1m.server.settings import API_KEY_VARIABLE
+from paddle_qwen1m.server.settings import API_KEY_VARIABLE, SERVER_OPTIONS
 from paddle_qwen1m.streams import InputError
 
+ROOT = Path(__file__).parents[2]
 LABELS = f'{{engine="0",model_name="{CHECKPOINT}"}}'
 CARD = (
     "MODEL --tensor-parallel-size 4 --max-model-len 1010000 --enable-chunked-prefill "
@@ -24,10 +25,14 @@ CARD = (
 )
 
 
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser()
+    add_flags(made)
+    return made
+
+
 def parse(line: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    add_flags(parser)
-    return parser.parse_args(spelled(line.split()))
+    return parser().parse_args(spelled(line.split()))
 
 
 def test_the_cards_line_is_understood_as_it_is() -> None:
@@ -104,3 +109,27 @@ def test_sigterm_drains_and_ends_and_a_failed_engine_ends_with_an_error() -> Non
         assert answer.status_code == 503
         assert failing.end() == 1
         assert "rank 1 has ended" in "".join(failing.lines)
+
+
+FLAGS = (
+    ("--host", "127.0.0.1", "where it listens"),
+    ("--served-model-name", "MODEL", "names of the model, the first one is told"),
+    ("--api-key", "none", f"requests need one of these keys; also from the environment variable {API_KEY_VARIABLE}"),
+    ("--api-key-file", "none", "the same, a key a line"),
+    ("--allowed-origins", "none", "web pages that may ask (CORS)"),
+    ("--allowed-hosts", "none", "Host headers besides localhost's, where it listens on loopback"),
+    ("--chat-template", "the checkpoint's", "a file in Jinja's language"),
+)
+
+
+def test_the_readme_has_the_table_of_flags() -> None:
+    rows = [*FLAGS, *((f"--{one.name.replace('_', '-')}", one.default, one.help) for one in SERVER_OPTIONS)]
+    lines = [
+        "| flag | default | meaning |",
+        "|---|---|---|",
+        *(f"| `{row[0]}` | {row[1]} | {row[2]} |" for row in rows),
+    ]
+    table = "\n".join(lines)
+    assert table in (ROOT / "README.md").read_text(encoding="utf-8"), f"paste this into the README:\n{table}"
+    known = {option for action in parser()._actions for option in action.option_strings}
+    assert {row[0] for row in rows} <= known
