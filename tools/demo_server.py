@@ -1,4 +1,4 @@
-"""The end of the demo: a server is started on a checkpoint, asked over HTTP, asked again from the cache, and stopped."""
+"""The end of the demo: a server is started on a checkpoint, asked over HTTP, again from the cache, and stopped."""
 
 from __future__ import annotations
 

@@ -69,13 +69,15 @@ def _served(arguments: argparse.Namespace, options: dict[str, Any]) -> ServedMod
     checkpoint = find_checkpoint(arguments.model, dict(options))
     other = options.get("tokenizer")
     tokenizer = serving.load_tokenizer(other or arguments.model, {} if other else options)
-    if arguments.chat_template is not None:
-        tokenizer.init_chat_template(Path(arguments.chat_template).read_text(encoding="utf-8"))
     path = checkpoint.extra_file(TOKENIZER_CONFIG)
+    config = {} if path is None else read_json(path)
+    if arguments.chat_template is not None:
+        config["chat_template"] = Path(arguments.chat_template).read_text(encoding="utf-8")
+        tokenizer.init_chat_template(config["chat_template"])
     return ServedModel(
         names=tuple(arguments.served_model_name or [arguments.model]),
         root=arguments.model,
-        texts=Texts(tokenizer, {} if path is None else read_json(path)),
+        texts=Texts(tokenizer, config),
         defaults=checked.defaults if options.get("generation_config", "auto") == "auto" else {},
         eos_token_ids=checked.eos_token_ids,
     )

@@ -8,17 +8,22 @@ from typing import Any
 
 import jinja2
 import numpy as np
+from jinja2 import meta
 
 from paddle_qwen1m.outputs import Tokens
 from paddle_qwen1m.server.errors import bad
 from paddle_qwen1m.text import bad_word_tokens, decoder, until
 
+KEPT = ("tools", "documents")
+"""What a template must not leave out."""
+
 
 class Texts:
-    """tokenizer: PaddleNLP's. config: its tokenizer_config.json."""
+    """tokenizer: PaddleNLP's. config: its tokenizer_config.json, with the chat template that it has."""
 
     def __init__(self, tokenizer: Any, config: Mapping[str, Any]) -> None:
         self.config = {"tokenizer_class": type(tokenizer).__name__, **config}
+        self._template_names = _names_in(self.config.get("chat_template"))
         self._tokenizer = tokenizer
         self._single = lru_cache(1 << 16)(lambda token: self._decode_whole([token]))
         self._decode_whole = decoder(tokenizer, skip_special_tokens=False)
@@ -50,6 +55,8 @@ class Texts:
         """The prompt of a conversation. ApiError 400 where the template cannot render it."""
         if not self._tokenizer.chat_template:
             raise bad("the model has no chat template: start the server with --chat-template FILE")
+        if self._template_names is not None:  # what it does not use is a line in the log, and a client's text
+            keywords = {name: value for name, value in keywords.items() if name in self._template_names or name in KEPT}
         try:
             text = self._tokenizer.apply_chat_template(list(messages), tokenize=False, **keywords)
         except jinja2.TemplateError as error:
@@ -64,3 +71,15 @@ class Texts:
             return until(text, messages[-1]["content"])
         except ValueError as error:
             raise bad(f"continue_final_message: {error}", "messages") from None
+
+
+def _names_in(template: object) -> set[str] | None:
+    """The variables that a chat template asks for; None where it is not known."""
+    if not isinstance(template, str):
+        return None
+    try:
+        return meta.find_undeclared_variables(
+            jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
+        )
+    except jinja2.TemplateError:
+        return None

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import threading
+from types import SimpleNamespace
 
 import openai
 import pytest
 from fake_engine import FakeEngine
-from serving import EOS, Server, serve
+from serving import CHECKPOINT, EOS, Server, serve
 
+from paddle_qwen1m.engine.grammar import GrammarCompiler
+from paddle_qwen1m.server.settings import Settings
 from paddle_qwen1m.server.texts import Texts
 
 MESSAGES = [{"role": "user", "content": "Say it."}]
@@ -210,6 +214,30 @@ def test_the_client_raises_openais_errors_and_tries_again_when_told(server) -> N
     server.engine.failure = RuntimeError("a rank is gone")
     with pytest.raises(openai.InternalServerError):
         client.chat.completions.create(model="needle", messages=MESSAGES)
+
+
+def test_the_client_waits_and_tries_again_where_too_many_wait(texts) -> None:
+    with serve(texts, settings=Settings(max_waiting=1)) as server:
+        server.engine.hold.set()
+        first = threading.Thread(target=lambda: server.chat(max_tokens=1))
+        first.start()
+        server.wait(lambda: server.thread.num_waiting == 1)
+        refused = server.client.post("/v1/completions", json={"prompt": "x"})
+        assert refused.status_code == 429 and refused.headers["retry-after"] == "2"
+        threading.Timer(0.3, server.engine.hold.clear).start()
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=2)
+        answer = client.chat.completions.create(model="needle", messages=MESSAGES, max_tokens=1)
+        assert answer.usage.completion_tokens == 1
+        first.join()
+
+
+def test_on_python_3_9_structured_outputs_are_refused_clearly(texts, monkeypatch) -> None:
+    monkeypatch.setattr("paddle_qwen1m.engine.grammar.sys", SimpleNamespace(version_info=(3, 9, 0)))
+    engine = FakeEngine()
+    engine.prepare = lambda _params: GrammarCompiler(CHECKPOINT / "tokenizer.json", 1024, EOS)
+    with serve(texts, engine) as server:
+        answer = server.chat(response_format={"type": "json_object"})
+        assert answer.status_code == 400 and "Python 3.10" in answer.json()["error"]["message"]
 
 
 def test_bodies_are_utf8_json_in_both_directions(server, texts) -> None:

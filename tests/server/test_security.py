@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import logging
+from pathlib import Path
 
 import pytest
 from fake_engine import FakeEngine
 from serving import Server, serve
 
+import paddle_qwen1m
 from paddle_qwen1m.server.security import exposure
 from paddle_qwen1m.server.settings import Settings
 
@@ -121,6 +124,7 @@ def test_neither_prompts_nor_answers_nor_keys_are_logged_or_told(texts, caplog) 
             {"messages": [{"role": "user", "content": secret}], "n": secret},
             {"messages": [], secret: 1},
             {"messages": [{"role": "user", "content": secret}], "logit_bias": {secret: 1}},
+            {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1, "chat_template_kwargs": {secret: 1}},
         ):
             told.append(server.post("/v1/chat/completions", body).text)
         server.engine.failure = RuntimeError(secret)
@@ -130,6 +134,20 @@ def test_neither_prompts_nor_answers_nor_keys_are_logged_or_told(texts, caplog) 
     ]
     assert lines
     assert [line for line in (*told, *lines) if secret in line or "s3cr3t" in line] == []
+
+
+def test_nothing_is_unpickled() -> None:
+    """No module of the package imports what reads code from bytes, nor has numpy do it."""
+    package = Path(paddle_qwen1m.__file__).parent
+    for path in package.rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+        imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
+        assert not imported & {"pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib"}, path
+        calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
+        named = {f"{ast.unparse(one)}" for one in calls}
+        assert not named & {"np.load", "paddle.load", "eval", "exec"}, path
+        assert "allow_pickle" not in path.read_text(encoding="utf-8"), path
 
 
 def test_what_nobody_expected_is_a_500_with_an_id_and_no_internals(texts, caplog, monkeypatch) -> None:
