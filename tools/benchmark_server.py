@@ -3,6 +3,7 @@
     python tools/benchmark_server.py                                   the needle checkpoint, on whatever device
     python tools/benchmark_server.py --checkpoint DIR [--input 2048] [--output 64] [--concurrency 1 8 32] [--out FILE]
     python tools/benchmark_server.py --checkpoint DIR -- --tensor-parallel-size 2     flags for the server
+    python tools/benchmark_server.py --checkpoint DIR --long 131072       a long prompt, and others meanwhile
 
 Prints for each concurrency what `vllm bench serve` prints, under its names, in JSON, for the loop ("engine") and the
 server ("server"), and how much longer the server took. Requests are streamed completions of token ids; as many as the
@@ -19,7 +20,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,84 @@ async def run_server(url: str, load: Load) -> dict[str, Any]:
     return summary(load, told, time.perf_counter() - start)
 
 
+# --- a long prompt ---
+
+
+async def _lines(url: str, body: dict[str, Any]) -> AsyncIterator[bytes]:
+    """The lines of a streamed completion that are not empty; when it is closed, so is the connection."""
+    raw, place = json.dumps({"temperature": 0, "ignore_eos": True, "stream": True, **body}).encode(), urlsplit(url)
+    reader, writer = await asyncio.open_connection(place.hostname, place.port, limit=1 << 24)
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n"
+    try:
+        writer.write(f"{head}Content-Length: {len(raw)}\r\n\r\n".encode() + raw)
+        status = await reader.readline()
+        if status.split()[1] != b"200":
+            raise SystemExit((await reader.read()).decode())
+        while line := await reader.readline():
+            if line.startswith((b":", b"data: ")):
+                yield line
+    finally:
+        writer.close()
+
+
+async def _gauge(url: str, name: str) -> float:
+    place = urlsplit(url)
+    reader, writer = await asyncio.open_connection(place.hostname, place.port, limit=1 << 24)
+    writer.write(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+    text = (await reader.read()).decode()
+    writer.close()
+    return float(next(line.rpartition(" ")[2] for line in text.splitlines() if line.startswith(f"vllm:{name}{{")))
+
+
+async def run_long(url: str, tokens: int, output: int, vocabulary: int) -> dict[str, Any]:
+    """A prompt of so many tokens with its progress, short requests meanwhile; then one that its client leaves."""
+    random = np.random.default_rng(1)
+    short: list[float] = []
+    done = asyncio.Event()
+
+    async def others() -> None:
+        while not done.is_set():
+            told = await ask(url, random.integers(0, vocabulary, 64).tolist(), 16)
+            if told.error:
+                raise SystemExit(told.error)
+            short.append(told.times[-1] - told.start)
+            await asyncio.sleep(0.5)
+
+    beside = asyncio.ensure_future(others())
+    start = time.perf_counter()
+    moments, progress, firsts = [], [], []
+    prompt = random.integers(0, vocabulary, tokens).tolist()
+    async for line in _lines(url, {"prompt": prompt, "max_tokens": output, "return_progress": True}):
+        moments.append(time.perf_counter() - start)
+        if b"prompt_progress" in line:
+            progress.append(json.loads(line[6:])["prompt_progress"]["processed"])
+        elif line.startswith(b"data: {"):
+            firsts.append(moments[-1])
+    done.set()
+    await beside
+    prompt = random.integers(0, vocabulary, tokens).tolist()
+    left = _lines(url, {"prompt": prompt, "max_tokens": output, "return_progress": True})
+    async for line in left:
+        if b"prompt_progress" in line and json.loads(line[6:])["prompt_progress"]["processed"]:
+            break
+    await left.aclose()
+    gone = time.perf_counter()
+    while await _gauge(url, "num_requests_running") or await _gauge(url, "kv_cache_usage_perc"):
+        await asyncio.sleep(0.01)
+    return {
+        "input_tokens": tokens,
+        "first_byte_s": moments[0],
+        "longest_silence_s": max(after - before for before, after in zip(moments, moments[1:])),
+        "different_progress": len(set(progress)),
+        "ttft_s": firsts[0],
+        "e2el_s": moments[-1],
+        "others_meanwhile": len(short),
+        "others_median_s": float(np.median(short)),
+        "others_longest_s": max(short),
+        "freed_after_s": time.perf_counter() - gone,
+    }
+
+
 # --- both ---
 
 
@@ -184,20 +263,28 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3, help="requests, as times the concurrency (%(default)s)")
     parser.add_argument("--least", type=int, default=8, help="requests at least (%(default)s)")
     parser.add_argument("--out", type=Path, help="where the whole of it goes, each request's times included")
+    parser.add_argument(
+        "--long", type=int, metavar="TOKENS", help="a prompt of so many tokens instead, others meanwhile"
+    )
     parser.add_argument("--bare", action="store_true", help=argparse.SUPPRESS)
     own, flags = _parted(sys.argv[1:])
     arguments = parser.parse_args(own)
     config = json.loads((Path(arguments.checkpoint) / "config.json").read_text(encoding="utf-8"))
     arguments.vocabulary = config["vocab_size"]
-    length = arguments.input + arguments.output
+    length = (arguments.long or arguments.input) + arguments.output
     flags = ["--max-model-len", str(max(32768, length)), "--max-num-seqs", str(max(arguments.concurrency)), *flags]
+    if arguments.long:
+        with serving(arguments.checkpoint, *flags) as url:
+            told = asyncio.run(run_long(url, arguments.long, arguments.output, arguments.vocabulary))
+        print(json.dumps(told, indent=2))
+        return 0
     loads = loads_of(arguments)
     if arguments.bare:
         print(json.dumps(run_engine(arguments.checkpoint, _options(flags), loads)))
         return 0
     bare = [sys.executable, "-W", "ignore", __file__, *own, "--bare", "--", *flags[4:]]
-    told = subprocess.run(bare, stdout=subprocess.PIPE, text=True, check=True).stdout
-    engine = json.loads(told.splitlines()[-1])
+    said = subprocess.run(bare, stdout=subprocess.PIPE, text=True, check=True).stdout
+    engine = json.loads(said.splitlines()[-1])
     with serving(arguments.checkpoint, *flags) as url:
         server = [asyncio.run(run_server(url, load)) for load in loads]
     results = []
