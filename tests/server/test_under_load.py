@@ -36,8 +36,8 @@ def test_two_hundred_mixed_requests_with_disconnects(texts: Texts) -> None:
     options: dict[str, Any] = {"max_model_len": 32768, "sparse_threshold": 4096}
     maker = Maker(lambda text: texts.encode(text).tolist(), 11)
     with (
-        serve_needle(texts, kv_cache_memory_bytes=10**9, prefix_temperature_tolerance=0.0, **options) as server,
-        LLM(str(CHECKPOINT), kv_cache_memory_bytes=10**9, enable_prefix_caching=False, **options) as alone,
+        serve_needle(texts, kv_cache_memory_bytes=4 * 10**8, prefix_temperature_tolerance=0.0, **options) as server,
+        LLM(str(CHECKPOINT), kv_cache_memory_bytes=3 * 10**8, enable_prefix_caching=False, **options) as alone,
     ):
         resident = []
         for number in range(2):
