@@ -142,6 +142,14 @@ def test_a_head_that_does_not_come_is_not_waited_for(texts) -> None:
     assert Settings().header_seconds == 10
 
 
+def test_a_body_that_does_not_come_is_not_waited_for(texts) -> None:
+    with serve(texts, settings=Settings(client_seconds=0.3)) as server:
+        with socket.create_connection(server.url[7:].split(":")) as connection:
+            connection.sendall(HEAD.format(100).encode() + b"{")
+            assert connection.recv(100).startswith(b"HTTP/1.1 408 ")
+        assert server.complete("x", max_tokens=1).status_code == 200
+
+
 def test_many_slow_connections_do_not_stop_the_server(server: Server) -> None:
     address = server.url[7:].split(":")
     slow = [socket.create_connection(address) for _ in range(200)]

@@ -100,8 +100,9 @@ def test_errors_that_come_early_have_a_status_though_a_stream_was_asked_for(serv
     assert answer.status_code == 400 and "5000" in answer.json()["error"]["message"]
 
 
-def test_a_second_client_is_answered_while_a_long_text_is_tokenised(texts) -> None:
-    document = "The access code for Anna is 12345. And more of it.\n" * 20_000
+@pytest.mark.parametrize("megabytes", [1, pytest.param(4, marks=pytest.mark.slow)])
+def test_a_second_client_is_answered_while_a_long_text_is_tokenised(texts, megabytes: int) -> None:
+    document = "The access code for Anna is 12345. And more of it.\n" * (20_000 * megabytes)
     done = threading.Event()
     with serve(texts, FakeEngine(max_model_len=1 << 20)) as server:
 
