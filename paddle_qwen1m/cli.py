@@ -29,6 +29,7 @@ from paddle_qwen1m.dtypes import DTYPES
 from paddle_qwen1m.options import TEMPERATURE_TOLERANCE, Dtype, Face, Switch, Whole, options_of
 from paddle_qwen1m.parallel.job import launched_rank, launched_ranks
 from paddle_qwen1m.progress import Progress
+from paddle_qwen1m.server.flags import add_flags, spelled
 from paddle_qwen1m.streams import (
     InputError,
     Output,
@@ -415,6 +416,20 @@ def _sampling(model: Qwen2OneMForCausalLM, request: Request, prompt_tokens: int)
     return params if params.seed is not None else replace(params, seed=secrets.randbits(31))
 
 
+def _serve_arguments(parser: argparse.ArgumentParser) -> None:
+    add_flags(parser)
+    _add_debug(parser)
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    name_argument("MODEL", arguments.model)
+    try:
+        from paddle_qwen1m.server.command import serve
+    except ModuleNotFoundError as error:
+        raise InputError(f"serve needs {error.name}: pip install 'paddle-qwen1m[serve]'") from error
+    return serve(arguments)
+
+
 def _convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC", help="directory with a checkpoint in any of the formats")
     parser.add_argument(
@@ -477,6 +492,7 @@ def _convert(arguments: argparse.Namespace) -> int:
 COMMANDS = (
     Command("generate", "answer a question about a document, or continue a text", _generate_arguments, _generate),
     Command("check", "tell whether this machine and a checkpoint will work", _check_arguments, _check, logging.ERROR),
+    Command("serve", "answer requests over HTTP, as OpenAI's interface does", _serve_arguments, _serve),
     Command("convert", "write a checkpoint in another format", _convert_arguments, _convert),
 )
 
@@ -532,7 +548,7 @@ def _arguments(argv: Sequence[str] | None, rank: int) -> argparse.Namespace:
             nowhere = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(redirect_stdout(nowhere))
             stack.enter_context(redirect_stderr(nowhere))
-        return _parser().parse_args(argv)
+        return _parser().parse_args(spelled(sys.argv[1:] if argv is None else argv))
 
 
 def _generate_on_ranks(arguments: argparse.Namespace) -> int:

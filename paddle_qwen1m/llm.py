@@ -19,7 +19,7 @@ from paddle_qwen1m.options import Face, describe_options, read_llm_options
 from paddle_qwen1m.outputs import Collector, RequestOutput, Tokens
 from paddle_qwen1m.paddlenlp import serving
 from paddle_qwen1m.progress import Progress
-from paddle_qwen1m.text import bad_word_tokens, decoder
+from paddle_qwen1m.text import bad_word_tokens, decoder, until
 
 Prompt = Union[str, Sequence[int], Mapping[str, Any]]
 Message = Mapping[str, Any]
@@ -61,7 +61,7 @@ class LLM:
         seed = given.pop("seed", None)
         self._seeds = None if seed is None else random.Random(seed)
         self._numbers = count()
-        self._engine: Serving | None = _start(name, given)
+        self._engine: Serving | None = start_serving(name, given)
         self._end = weakref.finalize(self, self._engine.close)
 
     def __enter__(self) -> LLM:
@@ -270,7 +270,7 @@ def _most_tokens(one: Collector) -> int:
     return len(one.request.prompt) + one.params.n * (one.params.max_tokens or 0)
 
 
-def _start(model: str, options: dict[str, Any]) -> Serving:
+def start_serving(model: str, options: dict[str, Any]) -> Serving:
     """The engine: in this process, or in one for each of several ranks."""
     if options.get("tensor_parallel_size", 1) == 1:
         return serving.load_engine(model, options)
@@ -291,7 +291,9 @@ def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 def _continued(text: str, last: Message) -> str:
     """The prompt up to the end of its last message, without what the template puts behind it."""
     content = last.get("content")
-    place = text.rfind(content.strip()) if isinstance(content, str) else -1
-    if not isinstance(content, str) or place < 0:
-        raise ValueError("continue_final_message: the chat template does not have the last message's content as it is")
-    return text[: place + len(content.strip())]
+    if not isinstance(content, str):
+        raise ValueError("continue_final_message: the last message's content must be a text")
+    try:
+        return until(text, content)
+    except ValueError as error:
+        raise ValueError(f"continue_final_message: {error}") from None

@@ -90,8 +90,8 @@ class Tokens:
 
 
 @dataclass
-class _Answer:
-    """An answer that is being written."""
+class Answer:
+    """An answer that is being written; fields as in CompletionOutput."""
 
     index: int
     text: Detokenizer | None
@@ -112,8 +112,8 @@ class Collector:
         self.num_prefilled = 0
         self.num_reused: int | None = None
         self._prompt, self._tokens = prompt, tokens
-        self._prompt_logprobs: list[dict[int, Logprob] | None] = [None]
-        self._answers = [_Answer(index, self._detokenizer()) for index in range(self.params.n)]
+        self.prompt_logprobs: list[dict[int, Logprob] | None] = [None]
+        self.answers = [Answer(index, self._detokenizer()) for index in range(self.params.n)]
 
     @property
     def params(self) -> SamplingParams:
@@ -123,7 +123,7 @@ class Collector:
     @property
     def num_generated(self) -> int:
         """Tokens of all answers so far."""
-        return sum(len(answer.token_ids) for answer in self._answers)
+        return sum(len(answer.token_ids) for answer in self.answers)
 
     def take(self, event: Event) -> tuple[int, str] | None:
         """Adds what the event tells. An answer that a text has ended now: its index and the text, for Engine.stop."""
@@ -131,12 +131,12 @@ class Collector:
             self.num_prefilled, self.num_reused = event.done_tokens, event.reused_tokens
             self.metrics.first_scheduled_time = event.started
         elif isinstance(event, PromptLogprobs):
-            self._prompt_logprobs += [self._entry(one) for one in event.tokens]
+            self.prompt_logprobs += [self._entry(one) for one in event.tokens]
         elif isinstance(event, TokenChosen):
             return self._token(event)
         elif isinstance(event, Finished):
             for completion in event.completions:
-                answer = self._answers[completion.index]
+                answer = self.answers[completion.index]
                 if answer.finish_reason is None:
                     self._end(answer, completion.finish_reason, completion.stop_reason)
             self.finished, self.metrics.finished_time = True, time.perf_counter()
@@ -148,15 +148,15 @@ class Collector:
             request_id=self.request.id,
             prompt=self._prompt,
             prompt_token_ids=self.request.prompt.tolist(),
-            prompt_logprobs=None if self.params.prompt_logprobs is None else self._prompt_logprobs,
-            outputs=[self._completion(answer) for answer in self._answers],
+            prompt_logprobs=None if self.params.prompt_logprobs is None else self.prompt_logprobs,
+            outputs=[self._completion(answer) for answer in self.answers],
             finished=self.finished,
             metrics=self.metrics,
             num_cached_tokens=self.num_reused,
         )
 
     def _token(self, event: TokenChosen) -> tuple[int, str] | None:
-        answer = self._answers[event.index]
+        answer = self.answers[event.index]
         if answer.finish_reason is not None:  # it was under way when a text ended the answer
             return None
         now = time.perf_counter()
@@ -178,12 +178,12 @@ class Collector:
             self._end(answer, event.finish_reason, event.token if is_end and not own_end else None)
         return None
 
-    def _end(self, answer: _Answer, reason: str, stop_reason: int | str | None) -> None:
+    def _end(self, answer: Answer, reason: str, stop_reason: int | str | None) -> None:
         answer.finish_reason, answer.stop_reason = reason, stop_reason
         if answer.text is not None:
             answer.text.end()
 
-    def _completion(self, answer: _Answer) -> CompletionOutput:
+    def _completion(self, answer: Answer) -> CompletionOutput:
         asked = self.params.logprobs is not None
         return CompletionOutput(
             index=answer.index,

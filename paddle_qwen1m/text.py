@@ -174,3 +174,14 @@ class _Matcher:
         while matched and self.text[matched] != character:
             matched = self._shorter[matched - 1]
         return matched + (self.text[matched] == character)
+
+
+def until(prompt: str, last: str) -> str:
+    """The prompt up to the end of its last message, without what a chat template puts behind it.
+
+    ValueError where the template does not have the message as it is.
+    """
+    place = prompt.rfind(last.strip())
+    if place < 0:
+        raise ValueError("the chat template does not have the last message's content as it is")
+    return prompt[: place + len(last.strip())]

@@ -37,14 +37,16 @@ parallel.remote    engine parallel.failure parallel.workers threads
 outputs            engine text
 paddlenlp          cache config config_keys dtypes engine memory model ops options parallel plan text weights
 parallel.worker    ops paddlenlp parallel parallel.failure parallel.wire
+server             engine options outputs streams text
 llm                engine options outputs paddlenlp parallel.remote progress text
 check              config config_keys dtypes memory model ops options paddlenlp parallel plan weights
-cli               cards check dtypes engine ops options paddlenlp parallel progress streams text weights
+server.command     config llm options paddlenlp server streams
+cli                cards check dtypes engine ops options paddlenlp parallel progress server server.command streams text weights
 __main__           cli
 __init__           engine llm paddlenlp threads
-"""
+"""  # noqa: E501
 ROOMS = {room: tuple(allowed) for room, *allowed in map(str.split, TABLE.strip().splitlines())}
-PADDLENLP = {"paddlenlp", "check", "cli"}
+PADDLENLP = {"paddlenlp", "server.command", "check", "cli"}
 """Rooms that may import PaddleNLP."""
 
 

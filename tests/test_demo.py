@@ -6,7 +6,7 @@ from pathlib import Path
 
 import demo
 import pytest
-from needle_documents import DocumentMaker
+from needle_documents import Document, DocumentMaker
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -19,6 +19,9 @@ class Reader:
 
     def __init__(self, _checkpoint: Path) -> None:
         self._maker = DocumentMaker(lambda text: list(text.encode()))
+
+    def document(self, tokens: int, seed: int) -> Document:
+        return self._maker.make(tokens, 2, seed, depth=0.5)
 
     def ask(self, tokens: int, seed: int, documents: int) -> demo.Run:
         Reader.seen.append(Reader.capture.readouterr().out)
@@ -33,6 +36,7 @@ def shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     for name, value in {"Reader": Reader, "LENGTHS": (1024,), "DOCUMENTS": 2, "FOUND_AT_LEAST": 2}.items():
         monkeypatch.setattr(demo, name, value)
     monkeypatch.setattr(demo, "draw", lambda *_: None)
+    monkeypatch.setattr(demo.demo_server, "show", lambda _checkpoint, _document: [])
     monkeypatch.chdir(ROOT)
     assert demo.demo(ROOT / "checkpoints" / "needle", tmp_path) == 0
     return "".join(Reader.seen) + capsys.readouterr().out
@@ -54,3 +58,11 @@ def test_the_end_shows_question_and_excerpt_and_what_to_do_next(shown: str, tmp_
     assert f"paddle-qwen1m generate --model checkpoints/needle --prompt-file {document} --greedy" in end
     assert end.count(question) == 2 and answer in document.read_text(encoding="utf-8")
     assert all(name in end for name in demo.NAMES)
+
+
+@pytest.mark.slow
+def test_the_server_is_asked_twice_and_stopped(capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = ROOT / "checkpoints" / "needle"
+    assert demo.demo_server.show(checkpoint, demo.Reader(checkpoint).document(4096, seed=1)) == []
+    shown = capsys.readouterr().out
+    assert shown.count("The access code for") == 2 and "it has ended" in shown

@@ -1,6 +1,6 @@
 """The demo: retrieval far beyond the trained length, with nothing but the positions changed.
 
-    python tools/demo.py --out out/           the table (make demo), about three minutes on two cores
+    python tools/demo.py --out out/           the table, then a server (make demo), about three minutes on two cores
     python tools/demo.py --out out/ --long    131,072 and 262,144 tokens (make demo-long), about seven
 
 Every cell is eight documents of four hidden access codes; one of them is asked for, its depth spread evenly over the
@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import demo_server
 import resident_memory
 from needle_documents import NAMES, Document, DocumentMaker, is_answer, messages
 from paddlenlp.transformers import AutoModelForCausalLM, AutoTokenizer
@@ -34,6 +35,7 @@ CHECKPOINT = Path(__file__).resolve().parent.parent / "checkpoints" / "needle"
 TRAINED_LENGTH = 1024
 LENGTHS = (1024, 4096, 16384)
 SPARSE_LENGTH = 65536
+SERVED_LENGTH = 16384
 LONG_LENGTHS = (131072, 262144)
 DOCUMENTS, LONG_DOCUMENTS = 8, 2
 NEEDLES = 4
@@ -77,6 +79,10 @@ class Reader:
         self._tokenizer = AutoTokenizer.from_pretrained(str(checkpoint))
         self._model = AutoModelForCausalLM.from_pretrained(str(checkpoint))
         self._maker = DocumentMaker(lambda text: list(self._tokenizer(text)["input_ids"]))
+
+    def document(self, tokens: int, seed: int) -> Document:
+        """A document of about so many tokens with its question."""
+        return self._maker.make(tokens, NEEDLES, seed, depth=0.5)
 
     def ask(self, tokens: int, seed: int, documents: int) -> Run:
         """Ask for the first code of document `seed` of `documents`; prompt and answer together fill `tokens`."""
@@ -219,6 +225,7 @@ Next, the same question from a shell; set-up is in .venv, which has to be activa
     . .venv/bin/activate
     paddle-qwen1m generate --model {checkpoint} --prompt-file {document} --greedy \\
         --question "{question}"
+    paddle-qwen1m serve {checkpoint}    # then http://127.0.0.1:8000 has a page to ask documents, /v1 OpenAI's interface
 Or ask a text of your own: this checkpoint of 9M parameters finds the sentence "The access code for NAME is 12345." in
 it, and nothing else; NAME is one of
 {textwrap.fill(", ".join(NAMES), 116, initial_indent="    ", subsequent_indent="    ")}
@@ -226,16 +233,20 @@ Qwen2.5-7B/14B-Instruct-1M answer anything, with --model DIR or a hub name: see 
 
 
 def demo(checkpoint: Path, out: Path) -> int:
-    print("Three kinds of positions, nine steps, then a long document: about three minutes on two cores.\n")
+    print(
+        "Three kinds of positions, nine steps, then a long document and a server: about three minutes on two cores.\n"
+    )
     table = fill_table(checkpoint)
     print_table(table)
     broken = broken_bounds(table)
     announce(f"{DCA_TEMPERATURE.title}, one document of {SPARSE_LENGTH:,} tokens, sparse prefill:")
-    run = Reader(checkpoint).ask(SPARSE_LENGTH, seed=0, documents=1)
+    reader = Reader(checkpoint)
+    run = reader.ask(SPARSE_LENGTH, seed=0, documents=1)
     print(describe(run, checkpoint))
     show_question(run)
     if not run.right:
         broken.append(f"the document of {SPARSE_LENGTH:,} tokens was answered wrong: {run.answer!r}")
+    broken += demo_server.show(checkpoint, reader.document(SERVED_LENGTH, seed=1))
     for line in broken:
         print(f"FAILED: {line}")
     picture = out / "retrieval.png"

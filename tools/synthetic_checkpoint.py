@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Callable
 
 import numpy as np
 
@@ -29,12 +31,25 @@ CONFIG = {
 }
 
 
-def write_checkpoint(directory: Path, shards: int, seed: int = 0, **shapes: int) -> Path:
+Values = Callable[[str, int], Iterator[bytes]]
+"""Pieces of so many bytes of the tensor of this name."""
+
+
+def random_bits(seed: int) -> Values:
+    """Whatever bits, numbers or not."""
+    random = np.random.default_rng(seed)
+    return lambda _name, size: (random.bytes(min(1 << 22, size - begin)) for begin in range(0, size, 1 << 22))
+
+
+def write_checkpoint(
+    directory: Path, shards: int, seed: int = 0, *, values: Values | None = None, **config_keys: Any
+) -> Path:
     """A bfloat16 checkpoint in the published layout, its tensors over `shards` files of about equal size.
 
-    `shapes`: hidden_size and so on, over those of CONFIG.
+    values: of the tensors, random bits by default. config_keys: hidden_size and so on, over those of CONFIG.
     """
-    config = {**CONFIG, **shapes}
+    config = {**CONFIG, **config_keys}
+    values = values or random_bits(seed)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(config, indent=2))
     (directory / "generation_config.json").write_text(json.dumps({"do_sample": False, "eos_token_id": 2}))
@@ -46,7 +61,6 @@ def write_checkpoint(directory: Path, shards: int, seed: int = 0, **shapes: int)
         groups[min(shards - 1, done * shards // total)][name] = shape
         done += 2 * int(np.prod(shape))
     assert all(groups), f"{shards} shards are too many for {len(tensors)} tensors"
-    random = np.random.default_rng(seed)
     weight_map = {}
     for number, group in enumerate(groups, 1):
         file = f"model-{number:05d}-of-{shards:05d}.safetensors"
@@ -58,8 +72,9 @@ def write_checkpoint(directory: Path, shards: int, seed: int = 0, **shapes: int)
         raw = json.dumps(header).encode()
         with (directory / file).open("wb") as out:
             out.write(struct.pack("<Q", len(raw)) + raw)
-            for begin in range(0, end, 1 << 22):
-                out.write(random.bytes(min(1 << 22, end - begin)))
+            for name, shape in group.items():
+                for piece in values(name, 2 * int(np.prod(shape))):
+                    out.write(piece)
         weight_map.update(dict.fromkeys(group, file))
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))

@@ -14,6 +14,8 @@ MAX_STOPS, MAX_STOP_BYTES = 16, 1024
 MAX_LISTED = 4096
 """Entries of logit_bias, bad_words and allowed_token_ids."""
 MAX_BIAS = 100.0
+MAX_TOKEN_ID = 2**31
+"""No vocabulary has so many."""
 
 
 @dataclass(frozen=True)
@@ -194,8 +196,8 @@ def _token_id(name: str, value: Any) -> int:
         token = int(value) if isinstance(value, (int, str)) and not isinstance(value, bool) else -1
     except ValueError:
         token = -1
-    if token < 0:
-        raise ValueError(f"{name} must hold token ids, got {value!r}")
+    if not 0 <= token < MAX_TOKEN_ID:
+        raise ValueError(f"{name} must hold token ids, got {value!r:.100}")
     return token
 
 

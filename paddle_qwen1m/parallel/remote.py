@@ -103,9 +103,7 @@ class RemoteEngine:
         return True
 
     def step(self) -> list[Event]:
-        if self.is_idle:
-            return []
-        seconds = 0.0 if self._events else STEP_SECONDS
+        seconds = 0.0 if self._events or self.is_idle else STEP_SECONDS
         while (message := self._workers.receive(seconds)) is not None:
             self._events.extend(self._named(message["events"]))
             seconds = 0.0
