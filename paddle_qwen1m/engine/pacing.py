@@ -128,8 +128,10 @@ class Pacer:
         return ChunkPace(work, sparse, row_blocks, min(most, layer / 2) if row_blocks else layer / 2)
 
     def points(self, chunk: ChunkPace, room: float) -> int:
-        """How many points the chunk goes on by: as many as an advance may take and `room` seconds hold, at least 1."""
-        if not chunk.seconds_a_point:
+        """How many points the chunk goes on by: as many as an advance may take and `room` seconds hold, at least 1; and
+        no more before it has been timed: others say little of a sparse chunk, whose time depends on what it selects.
+        """
+        if not chunk.seconds:
             return 1
         return max(1, int(min(self.bound * PART_OF_BOUND, room) / chunk.seconds_a_point))
 

@@ -5,6 +5,7 @@ It runs orders one after the other, as a stream does, on a clock that moves when
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -29,7 +30,7 @@ EMPTY = -1
 @dataclass
 class Speed:
     """Seconds: of the host for an order, of a decode step, of a layer for each row and for each row and key, of a short
-    chunk beside its rows, and by how much anything may be slower.
+    chunk beside its rows, and by how much anything may be slower. A row of a sparse prompt has at most sparse_keys.
     """
 
     host: float = 0.0
@@ -38,6 +39,7 @@ class Speed:
     of_key: float = 1e-9
     overhead: float = 0.002
     jitter: float = 0.0
+    sparse_keys: float = math.inf
 
 
 @dataclass
@@ -104,12 +106,17 @@ class Device:
     def _pieces(self, order: Prefill) -> list[float]:
         speed, pieces = self.speed, []
         linear = sum(len(rows.ids) for rows in order.rows) * speed.of_row
-        attention = sum(len(rows.ids) * (rows.begin + len(rows.ids) / 2) for rows in order.rows) * speed.of_key
+        attention = sum(len(rows.ids) * self._keys(rows) for rows in order.rows) * speed.of_key
         blocks = -(-max(len(rows.ids) for rows in order.rows) // 64)
         groups = -(-blocks // order.row_blocks) if order.row_blocks else 1
         for _ in range(LAYERS):
             pieces += [attention / groups + linear / 2 / groups] * groups + [linear / 2 + speed.overhead / LAYERS]
         return pieces
+
+    def _keys(self, rows: Rows) -> float:
+        """What each row attends to, on average."""
+        keys = rows.begin + len(rows.ids) / 2
+        return min(keys, self.speed.sparse_keys) if rows.sparse else keys
 
     def _advance(self, chunk: Standing, points: int) -> tuple[float, bool]:
         count = points or len(chunk.left)

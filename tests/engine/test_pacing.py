@@ -80,6 +80,19 @@ def test_the_time_between_tokens_is_bounded_while_a_long_prompt_is_read(speed: S
     assert steps >= (end - begin) / (BOUND + 2 * DECODE) - 1
 
 
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_the_bound_holds_where_a_sparse_prompt_begins_behind_the_end_of_another(ahead: int) -> None:
+    """A sparse chunk's time grows less than its place in the prompt: what the last one took says little of a first."""
+    speed = Speed(host=2e-4, decode=DECODE, of_row=1e-5, of_key=1e-8, sparse_keys=500)
+    world = busy_world(speed, ahead=ahead)
+    for name in ("long", "another"):
+        world.add(name, np.arange(LONG) % 1000, None, sparse=True)
+        begin = world.device.now
+        while not world.of(name, Finished):
+            world.step()
+        assert max(largest_gaps(world, begin, world.device.now)) <= BOUND + 2 * DECODE
+
+
 @pytest.mark.parametrize("speed", STEADY.values(), ids=STEADY)
 def test_a_long_prompt_costs_its_own_time_and_that_of_the_decode_steps(speed: Speed) -> None:
     """And the device has something to do all the while."""
@@ -180,6 +193,10 @@ def test_a_chunk_tells_how_long_the_next_one_takes(pacer: Pacer, clock: Clock) -
     pacer.finished(at_end=True)
     second = pacer.begin(1000, 1000, sparse=False)
     assert second.seconds_a_point == pytest.approx(0.150 / 20 * 2500 / 1500)
+    assert pacer.points(second, room=1.0) == 1, "it has not been timed itself"
+    pacer.queue_points(second, 1)
+    clock.now += second.seconds_a_point
+    pacer.finished()
     assert pacer.points(second, room=1.0) == int(BOUND / 4 / second.seconds_a_point)
     assert pacer.points(second, room=0.026) == 2 and pacer.points(second, room=-1.0) == 1
     assert pacer.begin(64_000, 1_000_000, sparse=False).row_blocks > 0
