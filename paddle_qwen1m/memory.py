@@ -58,6 +58,16 @@ def available_gpu_memory() -> int:
     return int(GPU_SHARE * cuda.get_device_properties().total_memory) - int(cuda.memory_allocated())
 
 
+def hold_in_one_piece(size: int) -> None:
+    """Makes Paddle's allocator take `size` bytes of its GPU and keep them: tensors of whatever sizes are made in them
+    from then on, where many pieces, each as large as what came first, would leave room between them.
+    """
+    import paddle
+
+    paddle.device.cuda.empty_cache()
+    paddle.empty([size], "uint8")
+
+
 class DriverMemory(NamedTuple):
     """Bytes of a GPU's memory that nobody has, and of all of it."""
 

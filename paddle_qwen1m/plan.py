@@ -108,11 +108,16 @@ def workspace_bytes(
     """Peak bytes of all that may be under way at once while contexts of up to `length` tokens are served.
 
     A chunk of a long prompt that stands at a pause, short prompts that are read meanwhile, and the decode rows with
-    their logits; graphs of 1, 2, 4, ... rows hold as much again. First tokens are sampled by slots of their own.
+    their logits; graphs of 1, 2, 4, ... rows hold as much again. First tokens are sampled by slots of their own. A GPU's
+    allocator finds room in one piece or none: where smaller tensors lie between, one as large as a chunk's gated product
+    may not fit into what is free.
     """
-    chunk = prefill_bytes(config, min(length, max_num_batched_tokens), length, budgets, dtype)
-    rows = activation_bytes(config, max_num_seqs, length, None, dtype) + 4 * max_num_seqs * config.vocab_size
-    decode = 2 * (rows + sampling_bytes(max_num_seqs, config.vocab_size))
+    rows = min(length, max_num_batched_tokens)
+    chunk = prefill_bytes(config, rows, length, budgets, dtype)
+    if itemsize(dtype) == 2:
+        chunk += 2 * rows * config.intermediate_size
+    step = activation_bytes(config, max_num_seqs, length, None, dtype) + 4 * max_num_seqs * config.vocab_size
+    decode = 2 * (step + sampling_bytes(max_num_seqs, config.vocab_size))
     if max_num_seqs == 1:  # nothing is read in the pauses of the one there is
         return max(chunk, decode)
     return chunk + prefill_bytes(config, min(length, max_pause_tokens), length, budgets, dtype) + decode

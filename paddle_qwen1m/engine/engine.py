@@ -57,7 +57,7 @@ from paddle_qwen1m.engine.runner import Runner
 from paddle_qwen1m.engine.scheduler import Scheduler, SchedulerLimits
 from paddle_qwen1m.engine.tasks import Task
 from paddle_qwen1m.engine.waiting import WaitingRoom, pages_needed
-from paddle_qwen1m.memory import available_gpu_memory, available_host_memory
+from paddle_qwen1m.memory import available_gpu_memory, available_host_memory, hold_in_one_piece
 from paddle_qwen1m.model import Qwen2OneM
 from paddle_qwen1m.options import (
     EngineOptions,
@@ -349,9 +349,13 @@ class Engine:
     # --- the cache ---
 
     def reserve(self) -> None:
-        """Makes the KV cache of options.cache_tokens, unless there is one. Every rank calls it."""
+        """Makes the KV cache of options.cache_tokens, unless there is one, and takes what else serving needs of a GPU's
+        memory. Every rank calls it.
+        """
         if self._cache_pages is None:
             assert self.options.cache_tokens is not None
+            if self.model.on_gpu:
+                hold_in_one_piece(self._workspace(self.max_model_len))
             self._make_cache(self._pages_for(self.options.cache_tokens))
 
     def reset_prefix_cache(self) -> bool:
@@ -645,7 +649,13 @@ class Engine:
 
     def _budget(self, longest: int, available: int) -> Budget:
         """What a cache for requests of up to `longest` tokens depends on."""
-        workspace = workspace_bytes(
+        return Budget(
+            self._page_bytes, self._workspace(longest), None if available == UNKNOWN * MEGABYTE else available
+        )
+
+    def _workspace(self, longest: int) -> int:
+        """Bytes that computing takes while requests of up to `longest` tokens are served."""
+        return workspace_bytes(
             self.model.local,
             longest,
             max_num_batched_tokens=self.max_num_batched_tokens,
@@ -654,7 +664,6 @@ class Engine:
             budgets=self.budgets if self.is_sparse(longest) else None,
             dtype=self.model.compute_dtype,
         )
-        return Budget(self._page_bytes, workspace, None if available == UNKNOWN * MEGABYTE else available)
 
     def _make_cache(self, pages: int) -> None:
         """This rank's memory for so many pages, in place of what there is; none for 0."""
