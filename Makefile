@@ -10,7 +10,7 @@ SOURCES := setup.py custom_ops/cuda/build_cuda.py $(filter-out %.cu %.cuh,$(CPP)
 # $(call needs,KEY): the requirements that pyproject.toml lists under KEY.
 needs = $(shell awk '/^$(1) = \[/ {on = 1} on {print} on && /\]$$/ {exit}' pyproject.toml | grep -o '"[^"]*"')
 
-.PHONY: help setup demo demo-long test test-slow lint format bench clean
+.PHONY: help setup demo demo-long test test-slow test-soak lint format bench clean
 
 # A line "name: needs  ## what it does" is a target with its help.
 help: ## this list (the default)
@@ -52,10 +52,13 @@ demo demo-long:
 	@$(PY) -W ignore tools/demo.py $(if $(filter demo-long,$@),--long)
 
 test: $(VENV)/extra-test ## the tests, without those that take long
-	@$(PY) -m pytest -m "not slow"
+	@$(PY) -m pytest -m "not slow and not soak"
 
 test-slow: $(VENV)/extra-test ## those that take long
 	@$(PY) -m pytest -m slow
+
+test-soak: $(VENV)/extra-test ## hundreds of mixed requests (tens of minutes)
+	@$(PY) -m pytest -m soak
 
 lint: $(VENV)/extra-lint ## ruff, clang-format, mypy
 	@$(PY) -m ruff check .

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,14 +60,18 @@ def available_gpu_memory() -> int:
     return int(GPU_SHARE * cuda.get_device_properties().total_memory) - int(cuda.memory_allocated())
 
 
-def hold_in_one_piece(size: int) -> None:
-    """Makes Paddle's allocator take `size` bytes of its GPU and keep them: tensors of whatever sizes are made in them
-    from then on, where many pieces, each as large as what came first, would leave room between them.
+@contextmanager
+def kept_in_one_piece(size: int) -> Iterator[None]:
+    """Makes Paddle's allocator take `size` bytes of its GPU and keep them. What is made meanwhile lies elsewhere; from
+    then on tensors of whatever sizes are made in that piece, where many, each as large as what came first, would leave
+    room between them.
     """
     import paddle
 
     paddle.device.cuda.empty_cache()
-    paddle.empty([size], "uint8")
+    piece = paddle.empty([size], "uint8")
+    yield
+    del piece
 
 
 class DriverMemory(NamedTuple):

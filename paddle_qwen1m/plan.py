@@ -108,9 +108,9 @@ def workspace_bytes(
     """Peak bytes of all that may be under way at once while contexts of up to `length` tokens are served.
 
     A chunk of a long prompt that stands at a pause, short prompts that are read meanwhile, and the decode rows with
-    their logits; graphs of 1, 2, 4, ... rows hold as much again. First tokens are sampled by slots of their own. A GPU's
-    allocator finds room in one piece or none: where smaller tensors lie between, one as large as a chunk's gated product
-    may not fit into what is free.
+    their logits; graphs of 1, 2, 4, ... rows hold as much again. First tokens are sampled by slots of their own. A
+    GPU's allocator finds room in one piece or none: where smaller tensors lie between, one as large as a chunk's gated
+    product may not fit into what is free.
     """
     rows = min(length, max_num_batched_tokens)
     chunk = prefill_bytes(config, rows, length, budgets, dtype)

@@ -57,7 +57,7 @@ from paddle_qwen1m.engine.runner import Runner
 from paddle_qwen1m.engine.scheduler import Scheduler, SchedulerLimits
 from paddle_qwen1m.engine.tasks import Task
 from paddle_qwen1m.engine.waiting import WaitingRoom, pages_needed
-from paddle_qwen1m.memory import available_gpu_memory, available_host_memory, hold_in_one_piece
+from paddle_qwen1m.memory import available_gpu_memory, available_host_memory, kept_in_one_piece
 from paddle_qwen1m.model import Qwen2OneM
 from paddle_qwen1m.options import (
     EngineOptions,
@@ -354,9 +354,9 @@ class Engine:
         """
         if self._cache_pages is None:
             assert self.options.cache_tokens is not None
-            if self.model.on_gpu:
-                hold_in_one_piece(self._workspace(self.max_model_len))
-            self._make_cache(self._pages_for(self.options.cache_tokens))
+            workspace = self._workspace(self.max_model_len)
+            with kept_in_one_piece(workspace) if self.model.on_gpu else nullcontext():
+                self._make_cache(self._pages_for(self.options.cache_tokens))
 
     def reset_prefix_cache(self) -> bool:
         """Forgets every prefix. False, and nothing is forgotten, while requests run."""

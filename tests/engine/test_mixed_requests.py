@@ -59,7 +59,7 @@ def test_forty_requests(needle_checkpoint: Path) -> None:
     assert hits >= 3
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize(("always", "rounds"), [(False, 1), (True, 2)], ids=["strict", "one temperature"])
 def test_two_hundred_and_ten_requests(needle_checkpoint: Path, always: bool, rounds: int) -> None:
     """In a pool that holds a few of the long ones at a time, and of which nothing is left behind. A second round has

@@ -37,6 +37,7 @@ def body_of(case: Case) -> dict[str, Any]:
 async def ask(client: httpx.AsyncClient, case: Case, chance: random.Random) -> tuple[int, list[dict[str, Any]]] | None:
     """Status, and the choices as an answer that is not streamed has them; None where the client went away."""
     stream, pause = chance.random() < 0.5, chance.random() * LEAVES_WITHIN
+    stream &= "prompt_logprobs" not in case.kind.keywords  # a stream does not have them
 
     async def answer() -> tuple[int, list[dict[str, Any]]]:
         async with client.stream("POST", "/v1/completions", json={**body_of(case), "stream": stream}) as response:
@@ -81,7 +82,13 @@ def _output(case: Case, choices: list[dict[str, Any]]) -> RequestOutput:
         )
         for choice in choices
     ]  # fmt: skip
-    return RequestOutput(case.name, None, case.prompt.tolist(), None, answers, True, RequestMetrics(0.0))
+    told = choices[0].get("prompt_logprobs")
+    prompt_logprobs = None if told is None else [_likelihoods(entry) for entry in told]
+    return RequestOutput(case.name, None, case.prompt.tolist(), prompt_logprobs, answers, True, RequestMetrics(0.0))
+
+
+def _likelihoods(told: dict[str, Any] | None) -> dict[int, Logprob] | None:
+    return None if told is None else {int(token): Logprob(one["logprob"], one["rank"]) for token, one in told.items()}
 
 
 def _entries(told: dict[str, Any]) -> list[dict[int, Logprob]]:
