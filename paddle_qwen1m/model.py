@@ -120,11 +120,16 @@ class Qwen2OneM(nn.Layer):
         residual = group.all_reduce(ops.embedding(step.ids, self.embedding, first=first, vocabulary=vocabulary))
         normed = ops.rms_norm(residual, self.layers[0].input_norm, eps)
         for number, layer in enumerate(self.layers):
-            mixed = yield from layer.attention(normed, step, caches[number], selectors[number] if selectors else None)
-            normed = ops.add_rms_norm(mixed, residual, layer.post_attention_norm, eps)
-            delta = layer.mlp(normed)
+            selector = selectors[number] if selectors else None
             following = self.layers[number + 1].input_norm if number + 1 < len(self.layers) else self.norm
-            normed = ops.add_rms_norm(delta, residual, following, eps)
+            # What is added has no name: its memory is free again while the next is computed.
+            normed = ops.add_rms_norm(
+                (yield from layer.attention(normed, step, caches[number], selector)),
+                residual,
+                layer.post_attention_norm,
+                eps,
+            )
+            normed = ops.add_rms_norm(layer.mlp(normed), residual, following, eps)
             group.mark(normed)
             yield
         if step.lengths is not None:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import paddle
 from paddle.base import core
 
@@ -89,6 +90,8 @@ class ProcessGroup(Group):
         # Paddle wants a number that no other group of this process ever had, the same on all ranks, and fleet's count
         # from 0.
         self._group = kind.create(self._store, self.rank, self.degree, port)
+        if self._on_gpu:  # NCCL takes its buffers now, before anybody asks how much memory is free
+            self.all_reduce(ops.tensor(np.zeros(1, np.float32)))
         keep = weakref.WeakMethod(self._keep)
         os.register_at_fork(after_in_child=lambda: (call := keep()) is not None and call())
 
