@@ -1,10 +1,10 @@
 """A rank of a job of two that goes on or not: stalling_rank.py FOLDER WHAT RANK
 
-WHAT: `stop` (SIGSTOP to itself), `idle` (both do nothing for three limits), `layer` (the first that the job computes
-takes longer than a limit on both), `late` (computes for longer than a limit while the other waits in a collective),
-`meet` (comes to a meeting after more than a limit), `hold` (a call into C keeps the interpreter's lock for longer than
-a limit; the other is idle), `absent` (never comes to a collective in which the other waits), `pause` (stops, and is
-continued by a child after more than a limit, as is the other). Rank k writes its process id to FOLDER/k.
+WHAT: `stop` (SIGSTOP to itself), `idle` (both do nothing for three limits), `layer` (before their first collective both
+compute a layer for longer than a limit), `late` (computes for longer than a limit while the other waits in a
+collective), `meet` (comes to a meeting after more than a limit), `hold` (a call into C keeps the interpreter's lock for
+longer than a limit; the other is idle), `absent` (never comes to a collective in which the other waits), `pause`
+(stops, and is continued by a child after more than a limit, as is the other). Rank k writes its process id to FOLDER/k.
 """
 
 from __future__ import annotations
@@ -26,16 +26,15 @@ from paddle_qwen1m.parallel.job import launched_rank
 LIMIT = float(os.environ["PADDLE_QWEN1M_STALL_SECONDS"])
 
 
-def one_long_layer() -> float:
-    """Seconds of one linear of 2 limits or more on this machine, on one thread, measured first on a small part."""
+def compute_one_long_layer() -> None:
+    """One linear that takes longer than a limit on this machine, on one thread: twice as long ones until one does."""
     ops.set_num_threads(1)
     weight = paddle.to_tensor(np.ones((4096, 2048), np.float32))
-    begun = time.monotonic()
-    ops.linear(paddle.to_tensor(np.ones((256, 2048), np.float32)), weight)
-    rows = int(256 * 2.5 * LIMIT / (time.monotonic() - begun))
-    begun = time.monotonic()
-    ops.linear(paddle.to_tensor(np.ones((rows, 2048), np.float32)), weight)
-    return time.monotonic() - begun
+    rows, seconds = 256, 0.0
+    while seconds <= LIMIT:
+        begun = time.monotonic()
+        ops.linear(paddle.to_tensor(np.ones((rows, 2048), np.float32)), weight)
+        seconds, rows = time.monotonic() - begun, 2 * rows
 
 
 def main() -> None:
@@ -51,7 +50,7 @@ def main() -> None:
         time.sleep(2 * LIMIT if ours else 0)
         group.meet()
     if what == "layer":
-        assert one_long_layer() > LIMIT
+        compute_one_long_layer()
     if what == "pause":
         me = os.getpid()
         if os.fork() == 0:
@@ -62,7 +61,7 @@ def main() -> None:
     if ours and what == "stop":
         os.kill(os.getpid(), signal.SIGSTOP)
     if ours and what == "late":
-        assert one_long_layer() > LIMIT
+        compute_one_long_layer()
     if what == "hold":
         (ctypes.PyDLL if ours else ctypes.CDLL)(None).sleep(int(2 * LIMIT + 1))
     if ours and what == "absent":
