@@ -20,6 +20,9 @@ MAX_BYTES = 1 << 20
 """Of a schema, a grammar, a regular expression or all choices."""
 NUM_KEPT = 64
 """Compiled grammars that are kept for requests to come."""
+JSON_BLANKS = r"[ \t]{1,4}|[ \t]?\r?\n[ \t]{0,64}"
+"""Between two parts of a JSON text: enough to indent it, too little for a model to write blanks until max_tokens. A
+schema's own "x-guidance" goes before it."""
 
 
 class GrammarCompiler:
@@ -71,8 +74,14 @@ class GrammarCompiler:
 
     def _compile(self, way: str, text: str) -> Any:
         matcher = self._llguidance.LLMatcher
-        readers = {"json": matcher.grammar_from_json_schema, "regex": matcher.grammar_from_regex}
-        grammar = readers.get(way, matcher.grammar_from_lark)(text)
+        if way == "json":
+            # Options can only be given to a schema that is an object: true is one that has none.
+            options = {"whitespace_pattern": JSON_BLANKS} if text.startswith("{") else None
+            grammar = matcher.grammar_from_json_schema(text, defaults=options)
+        elif way == "regex":
+            grammar = matcher.grammar_from_regex(text)
+        else:
+            grammar = matcher.grammar_from_lark(text)
         # Verbose ones hold pages of the parser's state.
         limits = self._llguidance.LLParserLimits(verbose_errors=False)
         compiled = matcher(self._tokenizer, grammar, log_level=0, limits=limits)

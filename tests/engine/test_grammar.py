@@ -25,7 +25,9 @@ from paddle_qwen1m.engine.sampling import SamplingSlots
 pytest.importorskip("llguidance", reason="needs Python 3.10 or newer")
 
 TOKENIZER = Path(__file__).parents[2] / "checkpoints" / "needle" / "tokenizer.json"
+NEEDLES = Tokenizer.from_file(str(TOKENIZER))
 VOCABULARY, END, ENDOFTEXT = 1024, 747, 745
+TEXTS = [NEEDLES.decode([token], skip_special_tokens=False) for token in range(VOCABULARY)]
 PERSON = {
     "type": "object",
     "properties": {
@@ -44,19 +46,24 @@ def compiler() -> GrammarCompiler:
 
 
 def walk(compiler: GrammarCompiler, spec: StructuredOutputsParams, seed: int) -> str:
-    """The text of an answer that is sampled, under the grammar's mask, from logits that know nothing."""
+    """The text of an answer that is sampled, under the grammar's mask, from logits that know nothing.
+
+    But that they prefer, from the 200th token on, what closes JSON: it would go on for ever otherwise.
+    """
     rng = np.random.default_rng(seed)
+    closing = [TEXTS.index(text) for text in ('"', "]", "}")]
     grammar = compiler.compile(spec)
     rules = TokenRules(VOCABULARY, ends=[END, ENDOFTEXT], grammar=grammar)
     slots = SamplingSlots(1, VOCABULARY)
     slots.put(0, SamplingParams(), prompt=np.zeros(1, np.int64), seed=seed, mask=rules.words())
     answer: list[int] = []
-    for _ in range(3000):
-        logits = paddle.to_tensor(2.0 * rng.standard_normal((1, VOCABULARY)).astype(np.float32))
-        token = int(slots.sample(logits)[0].numpy()[0])
+    for number in range(3000):
+        logits = 2.0 * rng.standard_normal((1, VOCABULARY)).astype(np.float32)
+        logits[:, closing] += 8.0 * (number >= 200)
+        token = int(slots.sample(paddle.to_tensor(logits))[0].numpy()[0])
         if token in (END, ENDOFTEXT):
             assert grammar.error is None
-            return str(Tokenizer.from_file(str(TOKENIZER)).decode(answer, skip_special_tokens=False))
+            return str(NEEDLES.decode(answer, skip_special_tokens=False))
         answer.append(token)
         assert rules.accept(token)
         slots.set_mask(0, rules.words())
@@ -79,6 +86,7 @@ CHOICES = ["yes", "no", 'in "quotes"', "two\nlines", "back\\slash", "häß"]
 CASES: dict[str, tuple[dict[str, Any], Callable[[str], bool]]] = {
     "schema": ({"json": PERSON}, is_person),
     "schema as text": ({"json": json.dumps(PERSON)}, is_person),
+    "any schema": ({"json": "true"}, lambda text: json.loads(text) is not ...),
     "object": ({"json_object": True}, lambda text: isinstance(json.loads(text), dict)),
     "choice": ({"choice": CHOICES}, lambda text: text in CHOICES),
     "regex": ({"regex": "(ab|c){2,5}[0-9]"}, lambda text: re.fullmatch("(ab|c){2,5}[0-9]", text) is not None),
@@ -104,12 +112,12 @@ def test_a_mask_has_as_many_words_as_the_logits_need(vocabulary: int) -> None:
     words = matcher.mask()
     assert words.dtype == np.uint32 and words.shape == (-(-vocabulary // 32),)
     bits = np.unpackbits(words.view(np.uint8), bitorder="little")
-    assert bits[END] and bits.sum() > 500 and not bits[Tokenizer.from_file(str(TOKENIZER)).get_vocab_size() :].any()
+    assert bits[END] and bits.sum() > 500 and not bits[NEEDLES.get_vocab_size() :].any()
 
 
 def test_where_an_answer_is_complete_it_may_only_end(compiler: GrammarCompiler) -> None:
     matcher = compiler.compile(StructuredOutputsParams(choice=["a"]))
-    (token,) = Tokenizer.from_file(str(TOKENIZER)).encode("a").ids
+    (token,) = NEEDLES.encode("a").ids
     assert not matcher.is_complete and matcher.error is None
     matcher.accept(token)
     assert matcher.is_complete
@@ -124,6 +132,27 @@ def test_a_token_that_may_not_come_leaves_the_end_alone(compiler: GrammarCompile
     matcher.accept(5)
     assert matcher.error is not None and "doesn't satisfy the grammar" in matcher.error
     assert np.flatnonzero(np.unpackbits(matcher.mask().view(np.uint8), bitorder="little")).tolist() == [745, 747]
+
+
+@pytest.mark.parametrize(
+    ("text", "may_come"),
+    [
+        ('{\n  "a": 1,\n  "b": [\n    1\n  ]\n}', True),
+        ('{\r\n\t"a" : 1 }', True),
+        ("{\n\n", False),
+        ("{\n" + " " * 65, False),
+        ("{" + " " * 5, False),
+    ],
+)
+@pytest.mark.parametrize("description", [{"json_object": True}, {"json": {"type": "object"}}])
+def test_json_may_be_indented_but_not_padded_until_the_answers_limit(
+    compiler: GrammarCompiler, description: dict[str, Any], text: str, may_come: bool
+) -> None:
+    matcher = compiler.compile(StructuredOutputsParams(**description))
+    for character in text[:-1]:
+        matcher.accept(TEXTS.index(character))
+        assert matcher.error is None
+    assert np.unpackbits(matcher.mask().view(np.uint8), bitorder="little")[TEXTS.index(text[-1])] == may_come
 
 
 def test_answers_follow_one_grammar_apart(compiler: GrammarCompiler) -> None:
