@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Callable
 
 from paddle_qwen1m import __version__
 from paddle_qwen1m.dtypes import DTYPES
-from paddle_qwen1m.options import TEMPERATURE_TOLERANCE, Dtype, Face, Switch, Whole, options_of
+from paddle_qwen1m.options import TEMPERATURE_TOLERANCE, Dtype, Face, Place, Size, Switch, Whole, options_of
 from paddle_qwen1m.parallel.job import launched_rank, launched_ranks
 from paddle_qwen1m.progress import Progress
 from paddle_qwen1m.server.flags import add_flags, spelled
@@ -96,13 +96,15 @@ def _add_model_options(parser: argparse.ArgumentParser, without: Sequence[str] =
     for option in options_of(Face.COMMAND).values():
         if option.name in without:
             continue
-        kind: dict[str, Any] = {"metavar": "FILE"}
+        kind: dict[str, Any] = {"metavar": "DIR" if isinstance(option.type, Place) else "FILE"}
         if isinstance(option.type, Switch):
             kind = {"action": "store_true"} if option.default == "off" else {"action": "store_false", "default": None}
         elif isinstance(option.type, Dtype):
             kind = {"choices": DTYPES}
         elif isinstance(option.type, Whole):
             kind = {"metavar": "N", "type": _at_least(option.type.lowest)}
+        elif isinstance(option.type, Size):
+            kind = {"metavar": "SIZE", "type": _size}
         group.add_argument(option.flag, dest=option.name, help=option.flag_help, **kind)
 
 
@@ -155,7 +157,8 @@ def _check_arguments(parser: argparse.ArgumentParser) -> None:
         help="print instead which card holds how many tokens of the published models, in chunks of "
         "--max-num-batched-tokens",
     )
-    _add_model_options(parser, without=["sparse_threshold"])
+    store = [name for name in options_of(Face.COMMAND) if name.startswith("prefix_store")]
+    _add_model_options(parser, without=["sparse_threshold", *store])
     _add_debug(parser)
 
 
@@ -285,6 +288,7 @@ def _answer(
             "max_num_batched_tokens": model.engine.max_num_batched_tokens,
             "sparse": model.engine.is_sparse(len(prompt)),
             "load_seconds": round(load_seconds, 3),
+            **run.sources(),
             **run.timings(),
         }
         output.write(json.dumps(report) + "\n")
@@ -307,6 +311,7 @@ class _Run:
         self._prompt_tokens = prompt_tokens
         self._show = show
         self._generated = 0
+        self._cached = self._restored = 0
         self._started = self._first = self._last = time.perf_counter()
         self._progress = Progress("Prefill", prompt_tokens, visible=show is not None, stay=False)
 
@@ -318,6 +323,8 @@ class _Run:
         self._progress.close()
 
     def prefill(self, progress: PrefillProgress) -> None:
+        self._restored = progress.restored_tokens
+        self._cached = progress.reused_tokens - self._restored
         self._progress.update(progress.done_tokens - self._progress.done)
         if progress.done_tokens == progress.total_tokens:
             self._progress.close()
@@ -340,10 +347,16 @@ class _Run:
             "decode_tokens_per_second": round((self._generated - 1) / decode, 1) if self._generated > 1 else None,
         }
 
+    def sources(self) -> dict[str, int]:
+        """Tokens of the prompt that were not computed, by where they came from."""
+        return {"cached_tokens": self._cached, "stored_tokens": self._restored}
+
     def summary(self) -> str:
         timings = self.timings()
+        sources = {"the cache": self._cached, "the prefix store": self._restored}
+        known = "".join(f", {tokens:,} of them from {place}" for place, tokens in sources.items() if tokens)
         text = (
-            f"prefill: {self._prompt_tokens:,} tokens in {timings['prefill_seconds']:.1f} s "
+            f"prefill: {self._prompt_tokens:,} tokens{known} in {timings['prefill_seconds']:.1f} s "
             f"({timings['prefill_tokens_per_second']:,.0f} tokens/s); answer: {self._generated:,} tokens"
         )
         rate = timings["decode_tokens_per_second"]
@@ -451,10 +464,10 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _size(text: str) -> int:
     """Bytes, such as 512MiB or 5GB."""
-    found = re.fullmatch(r"(\d+)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
-    if found is None or int(found[1]) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 5GB or 512MiB")
-    return int(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2].upper() or " ")
+    try:
+        return Size().read("size", text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 5GB or 512MiB") from None
 
 
 def _convert(arguments: argparse.Namespace) -> int:

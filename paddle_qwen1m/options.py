@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import Flag, auto
@@ -20,6 +21,8 @@ CPU_INTER_TOKEN_MS, GPU_INTER_TOKEN_MS = 500, 200
 MAX_NUM_SEQS = 32
 BORDER_PARTS = 8
 TEMPERATURE_TOLERANCE = 1e-3
+STORED_TOKENS = 8192
+SIZE = re.compile(r"(\d+)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
 AUTO = -1
 """max_model_len: the longest that fits."""
 
@@ -152,6 +155,18 @@ class Place:
 
 
 @dataclass(frozen=True)
+class Size:
+    """Bytes: a whole number, or a text such as 512MiB or 5GB."""
+
+    def read(self, name: str, value: Any) -> int:
+        found = SIZE.fullmatch(value.strip()) if isinstance(value, str) else None
+        if found is None:
+            return Whole(1).read(name, value)
+        number = int(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2].upper() or " ")
+        return Whole(1).read(name, number)
+
+
+@dataclass(frozen=True)
 class Given:
     """Whatever it is, it is looked at where it is used."""
 
@@ -176,7 +191,7 @@ class Option:
     """A keyword. `default` says in words what holds without it. README lists those that the command or LLM has."""
 
     name: str
-    type: Whole | Number | Dtype | Switch | Place | Given | NoKernels | Always | Choice
+    type: Whole | Number | Dtype | Switch | Place | Size | Given | NoKernels | Always | Choice
     default: str
     help: str
     faces: Face = Face.LOADING
@@ -309,6 +324,28 @@ OPTIONS = (
         "above original_max_position_embeddings a prefix is reused where its m² differs by at most this share; 0: "
         "where it is equal",
         PYTHON,
+    ),
+    Option(
+        "prefix_store",
+        Place(),
+        "none",
+        "folder where prefixes of prompts are kept when the process ends, and found by the next one; its files reveal "
+        "the text, and who can write there can change answers",
+        EVERYWHERE,
+    ),
+    Option(
+        "prefix_store_size",
+        Size(),
+        "no limit",
+        "most bytes of all files in it, such as 500GB: the least recently used go",
+        EVERYWHERE,
+    ),
+    Option(
+        "prefix_store_min_tokens",
+        Whole(1),
+        f"{STORED_TOKENS:,}",
+        "prefixes with fewer tokens are not kept",
+        EVERYWHERE,
     ),
     Option(
         "max_inter_token_ms",
@@ -472,10 +509,15 @@ class EngineOptions:
     max_pause_tokens: int | None = None
     prefix_border_parts: int = BORDER_PARTS
     prefix_temperature_tolerance: float = TEMPERATURE_TOLERANCE
+    prefix_store: str | None = None
+    prefix_store_size: int | None = None
+    prefix_store_min_tokens: int = STORED_TOKENS
 
     def __post_init__(self) -> None:
         types: dict[str, Any] = {option.name: option.type for option in OPTIONS}
         types.update(page_size=Whole(1), cache_tokens=Whole(1), cuda_graph=Switch())
+        if self.prefix_store is not None and not self.enable_prefix_caching:
+            raise ValueError("prefix_store needs enable_prefix_caching=True: what comes out of it goes into that cache")
         for name in self.__dataclass_fields__:
             value = getattr(self, name)
             if value is not None and name in types:

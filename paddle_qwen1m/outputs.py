@@ -111,6 +111,7 @@ class Collector:
         self.finished = False
         self.num_prefilled = 0
         self.num_reused: int | None = None
+        self.num_restored = 0
         self._prompt, self._tokens = prompt, tokens
         self.prompt_logprobs: list[dict[int, Logprob] | None] = [None]
         self.answers = [Answer(index, self._detokenizer()) for index in range(self.params.n)]
@@ -129,6 +130,7 @@ class Collector:
         """Adds what the event tells. An answer that a text has ended now: its index and the text, for Engine.stop."""
         if isinstance(event, Prefilled):
             self.num_prefilled, self.num_reused = event.done_tokens, event.reused_tokens
+            self.num_restored = event.restored_tokens
             self.metrics.first_scheduled_time = event.started
         elif isinstance(event, PromptLogprobs):
             self.prompt_logprobs += [self._entry(one) for one in event.tokens]

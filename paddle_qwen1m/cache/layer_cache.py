@@ -37,6 +37,17 @@ class PagedCache:
         size, positions = self.page_size, np.arange(begin, end, dtype=np.int64)
         return np.asarray(pages, np.int64)[positions // size] * size + positions % size
 
+    @property
+    def piece_bytes(self) -> int:
+        """Of a page's keys in one layer, or its values."""
+        keys = self.layers[0].keys
+        return int(np.prod(keys.shape[1:])) * keys.element_size()
+
+    def addresses(self, pages: Sequence[int]) -> np.ndarray:
+        """Where pages lie: int64 [2 * layers, pages], a layer's keys before its values; each has piece_bytes."""
+        bases = [tensor.data_ptr() for layer in self.layers for tensor in (layer.keys, layer.values)]
+        return np.asarray(bases, np.int64)[:, None] + np.asarray(pages, np.int64) * self.piece_bytes
+
     def release(self) -> None:
         """Gives the memory back; the cache holds nothing afterwards."""
         self.layers = []

@@ -33,8 +33,8 @@ class MadeUnder:
     """What decides about a prompt's keys but its tokens, its cuts and m: prefixes are shared under the same alone.
 
     weights: the checkpoint's digest, its configuration included. compute_dtype, cache_dtype: what is computed in, and
-    what keys are kept in. heads: the query heads [begin, end) of each rank. salt: the request's cache_salt. sparse:
-    None for a prompt that is prefilled densely, whose keys do not depend on chunks.
+    what keys are kept in. heads: the query heads [begin, end) of each rank. salt: a digest of the request's cache_salt.
+    sparse: None for a prompt that is prefilled densely, whose keys do not depend on chunks.
     """
 
     weights: str
@@ -48,6 +48,11 @@ class MadeUnder:
     def name(self) -> str:
         """The same for the same values alone, in every process."""
         return json.dumps(asdict(self), sort_keys=True)
+
+
+def salt_digest(salt: str) -> str:
+    """Stands for a cache_salt, which is nobody else's business; none for none."""
+    return hashlib.blake2b(salt.encode(), digest_size=DIGEST_BYTES).hexdigest() if salt else ""
 
 
 def budgets_digest(vertical: np.ndarray, slash: np.ndarray) -> str:
@@ -204,12 +209,20 @@ class PrefixIndex:
         return Prefix(chain.borders[len(path) - 1] if path else 0, [page for one in path for page in one.pages])
 
     def add(
-        self, chain: PrefixChain, reused: int, cached: int, pages: Sequence[int], answered_m2: float | None = None
+        self,
+        chain: PrefixChain,
+        reused: int,
+        cached: int,
+        pages: Sequence[int],
+        *,
+        answered_m2: float | None = None,
+        restored: Sequence[tuple[int, M2Range]] = (),
     ) -> None:
         """Remembers the `cached` first tokens of a sequence, whose keys are in `pages`, up to the last border in them.
 
         reused: how many of them it found here; had those been dropped (reset), nothing is added. answered_m2: the last
-        m^2 that an answer was computed with, where `chain` goes on behind the prompt. Adding again does nothing more.
+        m^2 that an answer was computed with, where `chain` goes on behind the prompt. restored: where segments end
+        that were not computed, ascending, with the m^2 that they depend on. Adding again does nothing more.
         """
         path: list[Segment] = []
         joining: list[int] = []
@@ -220,6 +233,7 @@ class PrefixIndex:
             own = tuple(pages[begin // chain.page_size : border // chain.page_size])
             if border > chain.length and answered_m2 is not None:
                 m2 = m2.and_of(M2Range(answered_m2, answered_m2))
+            m2 = next((m2.and_of(other) for end, other in restored if border <= end), m2)
             segment = self._own_or_equal(digest, own, m2)
             if border <= reused:
                 if segment is None or segment.pages != own:
@@ -234,6 +248,10 @@ class PrefixIndex:
             begin = border
         self._pool.hold(joining, index=True)
         self._touch(path)
+
+    def entries(self, chain: PrefixChain) -> list[tuple[int, Segment]]:
+        """What is here of a chain's prompt: each border with the entry that ends there."""
+        return list(zip(chain.borders, self._path(chain, chain.length)))
 
     def shared_border(self, reading: PrefixChain, waiting: PrefixChain) -> int:
         """How many tokens of the prompt that waits another one, which is being read, is going to leave for it."""

@@ -84,7 +84,7 @@ class Request:
 @dataclass(frozen=True)
 class Prefilled:
     """Event: `done_tokens` of a request's `total_tokens` of prompt are in the cache, `reused_tokens` of them since
-    before it began, at `started` of the clock time.perf_counter.
+    before it began, at `started` of the clock time.perf_counter, and `restored_tokens` of these from the prefix store.
     """
 
     id: str
@@ -92,6 +92,7 @@ class Prefilled:
     total_tokens: int
     reused_tokens: int
     started: float
+    restored_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,8 @@ Event = Union[Prefilled, Logits, PromptLogprobs, TokenChosen, Finished]
 class Metrics:
     """Requests that wait and run; pages that requests hold, of all; and sums since the engine was made: tokens of
     prompts that were read, and of these looked for in the prefix cache, found there, and computed though they were
-    there, cut otherwise or as of a dense prompt; tokens of answers; requests that finished and that were dropped.
+    there, cut otherwise or as of a dense prompt; tokens of answers; requests that finished and that were dropped; and
+    of the prefix store what keeping.StoreCounters says.
     """
 
     waiting: int = 0
@@ -153,16 +155,24 @@ class Metrics:
     generated_tokens: int = 0
     finished: int = 0
     aborted: int = 0
+    store_hits: int = 0
+    store_tokens: int = 0
+    store_read_bytes: int = 0
+    store_read_seconds: float = 0.0
+    store_written_bytes: int = 0
+    store_write_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
 class PrefillProgress:
-    """How far the prefill of a request is, `seconds` after it began."""
+    """How far the prefill of a request is, `seconds` after it began; see Prefilled."""
 
     id: str
     done_tokens: int
     total_tokens: int
     seconds: float
+    reused_tokens: int = 0
+    restored_tokens: int = 0
 
 
 class Rules(Protocol):
@@ -246,8 +256,9 @@ class Sequence:
 
     temperature_length: the n of the temperature and of the sparse threshold while the prompt is read. made_under, m2,
     sparse: what else than tokens decides about the prompt's keys. num_reused: tokens that were in the cache when it
-    `started`. chain: the names of the prompt's prefixes. ends: where its chunks end. spare: pages for answers behind
-    the first. passed: how often one that came later has gone before it. results: those of it that are on their way.
+    `started`, num_restored of them from the store. chain: the names of the prompt's prefixes. ends: where its chunks
+    end. spare: pages for answers behind the first. passed: how often one that came later has gone before it. results:
+    those of it that are on their way.
     """
 
     request: Request
@@ -259,6 +270,7 @@ class Sequence:
     pages: list[int] = field(default_factory=list)
     num_cached: int = 0
     num_reused: int = 0
+    num_restored: int = 0
     started: float | None = None
     chain: PrefixChain | None = None
     ends: list[int] = field(default_factory=list)

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterator
 from collections.abc import Sequence as ManyOf
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import count
 from typing import Callable
 
@@ -27,10 +27,13 @@ from paddle_qwen1m.cache import (
     PagePool,
     PrefixChain,
     PrefixIndex,
+    PrefixStore,
     SparseRule,
     budgets_digest,
     choose_page_size,
+    salt_digest,
 )
+from paddle_qwen1m.cache.transfers import UNFINISHED
 from paddle_qwen1m.config import ModelConfig, SparseBudgets
 from paddle_qwen1m.engine.admission import Budget, Limits, cache_pages
 from paddle_qwen1m.engine.borders import Chunking
@@ -49,6 +52,7 @@ from paddle_qwen1m.engine.core import (
     draw_seed,
 )
 from paddle_qwen1m.engine.following import Message, read_error, read_events, read_orders, tell_end, tell_orders
+from paddle_qwen1m.engine.keeping import Keeper
 from paddle_qwen1m.engine.orders import CopyPage, Head, Order, Rest
 from paddle_qwen1m.engine.pacing import LayerWork, Pacer
 from paddle_qwen1m.engine.params import SamplingParams, StructuredOutputsParams
@@ -72,6 +76,8 @@ logger = logging.getLogger(__name__)
 MEGABYTE = 1 << 20
 UNKNOWN = 1 << 40
 """Megabytes of a machine that does not say how many it has."""
+STORE_SECONDS = 0.05
+"""How long a step waits for what comes out of a prefix store, where there is nothing else to do."""
 CompileGrammar = Callable[[StructuredOutputsParams], Grammar]
 
 
@@ -103,6 +109,7 @@ class Engine:
         self._scheduler: Scheduler | None = None
         self._pool: PagePool | None = None
         self._prefixes: PrefixIndex | None = None
+        self._keeper: Keeper | None = None
         self._chooser: Chooser | None = None
         self._posts: deque[tuple[Task, ops.Post]] = deque()
         self._events: list[Event] = []
@@ -137,6 +144,14 @@ class Engine:
                 f"the sparse budgets are for {budgets.vertical.shape} (layers, heads), the model has "
                 f"{(config.num_layers, config.num_heads)}"
             )
+        if options.prefix_store is not None and not self._weights:
+            raise ValueError("prefix_store needs a name for the weights, the checkpoint's digest")
+        group = model.group
+        self._store = (
+            None
+            if options.prefix_store is None
+            else PrefixStore(options.prefix_store, options.prefix_store_size, group.rank, group.degree)
+        )
         self.page_size = page_size
         self.budgets = budgets
         self.max_model_len = options.max_model_len or config.max_position_embeddings
@@ -159,6 +174,7 @@ class Engine:
             budgets if options.sparse else None,
             options.sparse_threshold,
             replay=model.on_gpu and options.cuda_graph,
+            store=self._store,
         )
         chunk_len, parts = config.dual_chunk.chunk_len, options.prefix_border_parts
         self._chunking = chunking = Chunking(self.max_num_batched_tokens, chunk_len, page_size, parts)
@@ -188,6 +204,8 @@ class Engine:
             values.prefix_queried_tokens += prefixes.counters.queried_tokens
             values.prefix_reused_tokens += prefixes.counters.reused_tokens
             values.prefix_recut_tokens += prefixes.counters.recut_tokens
+        if self._keeper is not None:
+            self._add_store_counters(values, self._keeper)
         return values
 
     @property
@@ -260,6 +278,8 @@ class Engine:
             tasks = self._scheduler.next()
             self._run(tasks)
             events += self._collect(wait=not tasks and not events)
+            if self._keeper is not None and self._keeper.is_restoring and not (tasks or events or self._posts):
+                self._keeper.wait(STORE_SECONDS)
         except BaseException:
             self._drop_all()
             raise
@@ -304,7 +324,9 @@ class Engine:
                         self.stop(event.id, 0, reason)
                 elif isinstance(event, Prefilled) and on_prefill is not None:
                     seconds = time.perf_counter() - event.started
-                    on_prefill(PrefillProgress(event.id, event.done_tokens, event.total_tokens, seconds))
+                    reused, restored = event.reused_tokens, event.restored_tokens
+                    done, total = event.done_tokens, event.total_tokens
+                    on_prefill(PrefillProgress(event.id, done, total, seconds, reused, restored))
                 elif isinstance(event, Finished):
                     (completion,) = event.completions
                     if event.id in ended:
@@ -366,11 +388,17 @@ class Engine:
             self._prefixes.reset()
         return True
 
+    def finish_writes(self) -> None:
+        """Returns when what is being written to the prefix store is there. No request may run."""
+        if self._keeper is not None:
+            self._keeper.close()
+
     def release_cache(self) -> None:
         """Gives the memory of the KV cache back; the next request makes one anew."""
         if not self.is_idle:
             raise ValueError(f"the cache is in use by requests: {', '.join(self._requests)}")
         if self._cache_pages is not None:
+            self.finish_writes()
             self._tell({"cache": 0})
             self._make_cache(0)
 
@@ -388,6 +416,7 @@ class Engine:
 
     def dismiss(self) -> None:
         """Lets the ranks that follow return."""
+        self.finish_writes()
         self._tell({"dismiss": True})
 
     # --- inside ---
@@ -505,6 +534,8 @@ class Engine:
             self._meet()
         if "cache" in message:
             self._make_cache(message["cache"])
+        if "transfer" in message:
+            self._agree(message["transfer"])
         for order in read_orders(message):
             read = (lambda logits: (logits,)) if gather and isinstance(order, Head) else None
             post = self.runner.run(order, read)
@@ -519,6 +550,18 @@ class Engine:
             available = (available or 0) + self._cache_pages * self._page_bytes
         megabytes = UNKNOWN if available is None else max(0, available) // MEGABYTE
         return self.model.group.smallest(megabytes) * MEGABYTE
+
+    def _agree(self, transfer: int) -> int:
+        """Every rank comes here: how many segments of a transfer are whole on all of them; see Transfers.state."""
+        transfers = self.runner.transfers
+        whole = self.model.group.smallest(transfers.state(transfer) - UNFINISHED) + UNFINISHED
+        if whole != UNFINISHED and not self._leads:
+            transfers.forget(transfer)
+        return whole
+
+    def _ask_all(self, transfer: int) -> int:
+        self._tell({"transfer": transfer})
+        return self._agree(transfer)
 
     def _stacked(self, events: Iterator[Event]) -> np.ndarray:
         """The logits among events, float32 [n, vocab]."""
@@ -596,7 +639,7 @@ class Engine:
         config, degree = self.model.config, self.model.group.degree
         heads = tuple((own.start, own.stop) for own in (own_heads(config.num_heads, degree, n) for n in range(degree)))
         return MadeUnder(
-            self._weights, self.model.compute_dtype, self.kv_cache_dtype, heads, request.cache_salt, sparse
+            self._weights, self.model.compute_dtype, self.kv_cache_dtype, heads, salt_digest(request.cache_salt), sparse
         ).name
 
     def _new_id(self) -> str:
@@ -642,6 +685,7 @@ class Engine:
             wanted = cache_pages(needed, spare, self._budget(longest, available), page_size=self.page_size)
         if self._cache_pages is not None and wanted <= self._cache_pages:
             return
+        self.finish_writes()
         if self._pool is not None and self._pool.in_use:
             raise CacheFull("the KV cache is too small for this call, and a prefilled document holds a part of it")
         self._tell({"cache": wanted})
@@ -690,7 +734,19 @@ class Engine:
         if options.enable_prefix_caching:
             self._prefixes = PrefixIndex(pool, options.prefix_temperature_tolerance)
         bound, short = self.max_inter_token_ms / 1000, self.max_pause_tokens
-        waiting = WaitingRoom(pool, self._chunking, options.max_num_seqs, short, self._m2, self._prefixes)
+        if self._prefixes is not None and self._store is not None:
+            self._keeper = Keeper(
+                self._store,
+                pool,
+                self._prefixes,
+                lambda: self.runner.transfers,
+                self._order,
+                self._ask_all,
+                min_tokens=options.prefix_store_min_tokens,
+                tolerance=options.prefix_temperature_tolerance,
+            )
+        seats = options.max_num_seqs
+        waiting = WaitingRoom(pool, self._chunking, seats, short, self._m2, self._prefixes, self._keeper)
         limits = SchedulerLimits(options.max_num_seqs, short, ahead=1 if on_gpu else 0)
         return Scheduler(waiting, pool, limits, Pacer(bound, layer_work(config), config.num_layers, time.perf_counter))
 
@@ -701,16 +757,27 @@ class Engine:
             self._metrics.prefix_queried_tokens += counters.queried_tokens
             self._metrics.prefix_reused_tokens += counters.reused_tokens
             self._metrics.prefix_recut_tokens += counters.recut_tokens
-        self._scheduler = self._pool = self._prefixes = self._chooser = self._cache_pages = None
+        if self._keeper is not None:
+            self._add_store_counters(self._metrics, self._keeper)
+        self._scheduler = self._pool = self._prefixes = self._keeper = self._chooser = self._cache_pages = None
         self.runner.cache.release()
         self.runner.use(None)
         if self.model.on_gpu:
             paddle.device.cuda.empty_cache()
 
     def _copy_page(self, source: int, target: int, tokens: int) -> None:
-        order = CopyPage(source, target, tokens)
+        self._order(CopyPage(source, target, tokens))
+
+    def _order(self, order: Order) -> None:
+        """Has every rank do what has no result."""
         self._tell_orders(order)
         self.runner.run(order)
+
+    @staticmethod
+    def _add_store_counters(metrics: Metrics, keeper: Keeper) -> None:
+        for one in fields(keeper.counters):
+            name = f"store_{one.name}"
+            setattr(metrics, name, getattr(metrics, name) + getattr(keeper.counters, one.name))
 
 
 class PrefilledContext:

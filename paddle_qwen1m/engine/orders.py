@@ -9,6 +9,7 @@ from typing import Any, Union
 import numpy as np
 
 from paddle_qwen1m.attention.step import SequenceRows
+from paddle_qwen1m.cache import StoredSegment
 
 HEAD_ROWS = 256
 """Rows whose logits are computed at once: they are as wide as the vocabulary."""
@@ -100,13 +101,42 @@ class CopyPage:
 
 
 @dataclass(frozen=True)
+class Restore:
+    """Begin, in the background, to fill pages from a prefix store with segments, one behind the other.
+
+    number: of this transfer, as no other has. pages: of the tokens from `first` on; those before it are there already.
+    made_under: MadeUnder.name of the prompt. queued: when, in seconds since 1970.
+    """
+
+    number: int
+    segments: tuple[StoredSegment, ...]
+    pages: tuple[int, ...]
+    first: int
+    made_under: str
+    queued: float
+
+
+@dataclass(frozen=True)
+class Save(Restore):
+    """Begin to write segments, whose tokens are in `pages`, to the prefix store."""
+
+
+@dataclass(frozen=True)
+class GiveUp:
+    """End a transfer: whoever has done this touches none of its pages."""
+
+    number: int
+
+
+@dataclass(frozen=True)
 class Rest:
     """Nothing is left to do: the chunk is dropped and every slot emptied; who follows returns to its caller."""
 
 
-Order = Union[Prefill, Advance, Drop, Head, Decode, CopyPage, Rest]
+Order = Union[Prefill, Advance, Drop, Head, Decode, CopyPage, Restore, Save, GiveUp, Rest]
 KINDS: dict[str, Any] = {
-    kind.__name__: kind for kind in (Prefill, Advance, Drop, Head, Decode, CopyPage, Rest, Rows, Join)
+    kind.__name__: kind
+    for kind in (Prefill, Advance, Drop, Head, Decode, CopyPage, Restore, Save, GiveUp, Rest, Rows, Join, StoredSegment)
 }
 
 

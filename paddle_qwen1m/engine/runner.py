@@ -13,10 +13,22 @@ import paddle
 from paddle_qwen1m import ops
 from paddle_qwen1m.attention.selector import LayerBudgets, Observer, Selector
 from paddle_qwen1m.attention.step import Step, StepBuilder
-from paddle_qwen1m.cache import PagedCache
+from paddle_qwen1m.cache import PagedCache, PrefixStore, Transfer, Transfers
 from paddle_qwen1m.config import SparseBudgets
 from paddle_qwen1m.engine.decode import DecodeSlots, Sampler
-from paddle_qwen1m.engine.orders import Advance, CopyPage, Decode, Drop, Head, Order, Prefill, Rest
+from paddle_qwen1m.engine.orders import (
+    Advance,
+    CopyPage,
+    Decode,
+    Drop,
+    GiveUp,
+    Head,
+    Order,
+    Prefill,
+    Rest,
+    Restore,
+    Save,
+)
 from paddle_qwen1m.model import Qwen2OneM
 from paddle_qwen1m.parallel.split import own_heads
 
@@ -28,13 +40,24 @@ Read = Callable[[paddle.Tensor], ManyOf[paddle.Tensor]]
 
 class Runner:
     """One model and the cache that its steps fill. `budgets` are those of the whole model, None prefills densely;
-    prompts longer than `sparse_threshold` are prefilled sparsely; `replay` captures decode steps in CUDA graphs.
+    prompts longer than `sparse_threshold` are prefilled sparsely; `replay` captures decode steps in CUDA graphs. store:
+    where prefixes are kept beside the cache.
 
     Every rank runs the same orders. They are done in their order, on one stream; nothing here waits for the device.
     """
 
-    def __init__(self, model: Qwen2OneM, budgets: SparseBudgets | None, sparse_threshold: int, *, replay: bool) -> None:
+    def __init__(
+        self,
+        model: Qwen2OneM,
+        budgets: SparseBudgets | None,
+        sparse_threshold: int,
+        *,
+        replay: bool,
+        store: PrefixStore | None = None,
+    ) -> None:
         self.model = model
+        self._store = store
+        self._transfers: Transfers | None = None
         self._threshold, self._replay = sparse_threshold, replay
         self._builder = StepBuilder(model.config)
         self._selectors = None if budgets is None else selectors(model, budgets)
@@ -42,13 +65,19 @@ class Runner:
         self._slots: DecodeSlots | None = None
         self._standing: Chunk | None = None
         self._wanted: paddle.Tensor | None = None
-        self._point = [ops.tensor(np.zeros(1, np.int32))] if model.group.rank == 0 else []
-        """What is posted of a point, where only that it has come matters."""
+        self._point = ops.tensor(np.zeros(1, np.int32))
+        """What is posted where only that it has come matters."""
 
     @property
     def cache(self) -> PagedCache:
         assert self._cache is not None, "a cache is made before a step runs"
         return self._cache
+
+    @property
+    def transfers(self) -> Transfers:
+        """What is on its way between the cache and the store."""
+        assert self._transfers is not None, "there is no store, or no cache"
+        return self._transfers
 
     @property
     def in_flight(self) -> bool:
@@ -66,11 +95,16 @@ class Runner:
         """Orders fill this cache from now on, and decode in max_num_seqs slots sequences of at most max_model_len
         tokens. sampler: rank 0's.
         """
+        if self._transfers is not None:
+            self._transfers.finish()
+            self._transfers = None
         if self._slots is not None:
             self._run(Rest())
             self._slots.release()
             self._slots = None
         self._cache = cache
+        if cache is not None and self._store is not None:
+            self._transfers = Transfers(self._store, cache, gpu=self.model.on_gpu)
         if cache is not None:
             self._slots = DecodeSlots(
                 max_num_seqs,
@@ -109,11 +143,11 @@ class Runner:
         assert slots is not None, "a cache is made before orders are run"
         if isinstance(order, Prefill):
             assert not self.in_flight or order.points == 0, "one chunk at most stands at a point"
-            return self._point, self._go_on(self._begin(order), order.points)
+            return self._at_point, self._go_on(self._begin(order), order.points)
         if isinstance(order, Advance):
             assert self._standing is not None, "no chunk stands at a point"
             chunk, self._standing = self._standing, None
-            return self._point, self._go_on(chunk, order.points)
+            return self._at_point, self._go_on(chunk, order.points)
         if isinstance(order, Head):
             logits = self._head(order)
             return (() if read is None else read(logits)), True
@@ -125,6 +159,10 @@ class Runner:
             return slots.step(order.slots, top_logprobs=order.top_logprobs), True
         if isinstance(order, CopyPage):
             self.cache.copy_page(order.source, order.target, order.tokens)
+        if isinstance(order, Restore):
+            self._transfer(order)
+        if isinstance(order, GiveUp):
+            self.transfers.give_up(order.number)
         if isinstance(order, (Drop, Rest)) and self._standing is not None:
             self._standing.close()
             self._standing = None
@@ -132,6 +170,23 @@ class Runner:
             self._wanted = None
             slots.clear()
         return (), True
+
+    @property
+    def _at_point(self) -> ManyOf[paddle.Tensor]:
+        return [self._point] if self.model.group.rank == 0 else []
+
+    def _transfer(self, order: Restore) -> None:
+        queued_before = ops.Post([self._point])
+        transfer = Transfer(
+            order.segments,
+            order.pages,
+            order.first,
+            order.made_under,
+            order.queued,
+            writes=isinstance(order, Save),
+            ready=queued_before.wait,
+        )
+        self.transfers.begin(order.number, transfer)
 
     def _begin(self, order: Prefill) -> Chunk:
         firsts = np.cumsum([0, *(len(rows.ids) for rows in order.rows)]).tolist()

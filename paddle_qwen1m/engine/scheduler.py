@@ -328,7 +328,9 @@ class Scheduler:
             if sequence.is_gone:
                 continue
             assert sequence.started is not None
-            events.append(Prefilled(sequence.id, end, len(sequence.prompt), sequence.num_reused, sequence.started))
+            done, total = end, len(sequence.prompt)
+            reused, restored = sequence.num_reused, sequence.num_restored
+            events.append(Prefilled(sequence.id, done, total, reused, sequence.started, restored))
             events += self._finished(sequence)
         return events
 

@@ -11,6 +11,7 @@ import numpy as np
 from paddle_qwen1m.cache import CacheFull, PagePool, PrefixChain, PrefixIndex
 from paddle_qwen1m.engine.borders import Chunking
 from paddle_qwen1m.engine.core import Answer, Request, Sequence
+from paddle_qwen1m.engine.keeping import Keeper
 from paddle_qwen1m.engine.orders import CopyPage
 
 MOST_PASSED = 8
@@ -45,7 +46,8 @@ class WaitingRoom:
     """Requests that wait, in the order in which they came, and the pages of those that do not.
 
     max_num_seqs: answers at a time. short_tokens: a prompt with at most so many tokens to compute is short. m2: the
-    square of the temperature at a length. prefixes: None where nothing is reused.
+    square of the temperature at a length. prefixes: None where nothing is reused. keeper: of prefixes in a store; who
+    is admitted waits on until what there is of its prompt has come.
     """
 
     def __init__(
@@ -56,18 +58,21 @@ class WaitingRoom:
         short_tokens: int,
         m2: Callable[[int], float],
         prefixes: PrefixIndex | None = None,
+        keeper: Keeper | None = None,
     ) -> None:
         self._pool, self._chunking, self._prefixes, self._m2 = pool, chunking, prefixes, m2
+        self._keeper = keeper
         self._max_num_seqs, self._short_tokens = max_num_seqs, short_tokens
         self._waiting: list[Sequence] = []
+        self._restoring: list[Sequence] = []
         self._seats = max_num_seqs
         self._has_changed = False
 
     def __len__(self) -> int:
-        return len(self._waiting)
+        return len(self._waiting) + len(self._restoring)
 
     def __contains__(self, sequence: Sequence) -> bool:
-        return sequence in self._waiting
+        return sequence in self._waiting or sequence in self._restoring
 
     def add(self, sequence: Sequence) -> None:
         """Lines a sequence up; one that has pages already brings them along. ValueError when it can never run."""
@@ -93,31 +98,57 @@ class WaitingRoom:
         self._has_changed = True
 
     def remove(self, sequence: Sequence) -> None:
-        self._waiting.remove(sequence)
-        self._pool.release(sequence.pages)
-        self._has_changed = True
+        """It waits no more, and holds nothing."""
+        if sequence in self._restoring:
+            assert self._keeper is not None
+            self._keeper.drop(sequence)
+            self._restoring.remove(sequence)
+            self._seats += len(sequence.answers)
+        else:
+            self._waiting.remove(sequence)
+        self.leave(sequence)
 
     def admit(self, reading: ManyOf[Sequence]) -> list[Sequence]:
         """Those who come in now: first come, and of those behind who fits beside them; `reading` are being read."""
+        restored = self._restored()
         if not self._has_changed:
-            return []
+            return restored
         self._has_changed = False
         admitted: list[Sequence] = []
         passed: list[Sequence] = []
+        busy = [*reading, *restored]
         for sequence in self._waiting:
             if any(one.passed >= MOST_PASSED for one in passed):
                 break
-            if self._expects_pages(sequence, [*reading, *admitted]):
+            if self._expects_pages(sequence, [*busy, *self._restoring, *admitted]):
                 continue
-            if not self._take_pages(sequence):
+            if not self._take_pages(sequence) and not (self._give_up_writes() and self._take_pages(sequence)):
                 passed.append(sequence)
                 continue
             for one in passed:
                 one.passed += 1
             sequence.passed = 0
-            admitted.append(sequence)
-        self._waiting = [one for one in self._waiting if one not in admitted]
-        return admitted
+            if self._keeper is not None and self._keeper.restore(sequence):
+                self._restoring.append(sequence)
+            else:
+                self._count(sequence)
+                admitted.append(sequence)
+        self._waiting = [one for one in self._waiting if one not in admitted and one not in self._restoring]
+        return [*restored, *admitted]
+
+    def _restored(self) -> list[Sequence]:
+        """Those for whom what the store had of their prompts has come."""
+        if self._keeper is None:
+            return []
+        restored = self._keeper.poll()
+        for sequence in restored:
+            self._restoring.remove(sequence)
+            self._count(sequence)
+            self._has_changed = True
+        return restored
+
+    def _give_up_writes(self) -> bool:
+        return self._keeper is not None and self._keeper.give_up_writes()
 
     def keep(self, sequence: Sequence) -> None:
         """A chunk of the sequence's prompt is in the cache: others may reuse it now."""
@@ -130,6 +161,8 @@ class WaitingRoom:
 
         The copies have to be the next thing that the device does.
         """
+        if self._keeper is not None:
+            self._keeper.save(sequence)
         if not sequence.answers:
             return []
         first, *others = sequence.answers
@@ -149,7 +182,7 @@ class WaitingRoom:
         if answer.token_ids and not sequence.sparse and self._prefixes is not None and sequence.chain is not None:
             tokens = np.concatenate([sequence.prompt, np.asarray(answer.token_ids[:-1], np.int64)])
             chain, answered_m2 = sequence.chain.extended(tokens), self._m2(len(tokens))
-            self._prefixes.add(chain, sequence.num_reused, len(tokens), answer.pages, answered_m2)
+            self._prefixes.add(chain, sequence.num_reused, len(tokens), answer.pages, answered_m2=answered_m2)
         self._give_back(answer.pages)
         self._seats += 1
 
@@ -204,7 +237,6 @@ class WaitingRoom:
             sequence.num_cached, sequence.num_reused = cached, 0
             return False
         self._seats -= answers
-        self._count(sequence)
         return True
 
     def _count(self, sequence: Sequence) -> None:

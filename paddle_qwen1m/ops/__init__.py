@@ -21,6 +21,7 @@ from paddle_qwen1m.ops.attention import Stage, dca_decode, dca_prefill, dca_spar
 from paddle_qwen1m.ops.keys import PROBE_ROWS, SparseIndex, dca_probe, select_critical, sparse_index
 from paddle_qwen1m.ops.library import LIBRARY, cpu_isa, gpu_obstacle, load, on_gpu, set_num_threads
 from paddle_qwen1m.ops.pages import copy_page
+from paddle_qwen1m.ops.pieces import PieceBuffer
 from paddle_qwen1m.ops.post import Post, tensor, upload
 from paddle_qwen1m.ops.progress import mark_progress
 from paddle_qwen1m.ops.sampling import IN_PROMPT, LARGEST_COUNT, sample, top_logprobs
@@ -46,6 +47,7 @@ __all__ = [
     "LARGEST_COUNT",
     "LIBRARY",
     "PROBE_ROWS",
+    "PieceBuffer",
     "Post",
     "SparseIndex",
     "Stage",

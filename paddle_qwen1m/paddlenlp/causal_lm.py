@@ -35,6 +35,7 @@ from paddle_qwen1m.paddlenlp.loading import (
 )
 from paddle_qwen1m.parallel.group import ALONE, Group
 from paddle_qwen1m.text import decoder, stopper
+from paddle_qwen1m.weights.digest import checkpoint_digest
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -51,8 +52,9 @@ class Qwen2OneMForCausalLM(PretrainedModel):  # type: ignore[misc]
 
     It runs on Paddle's device, a GPU where the package was built with CUDA kernels.
     config: PaddleNLP's Qwen2Config with a `dual_chunk_attention_config`. dtype: how weights are kept ("float32",
-    "bfloat16", "float16"; default the config's). A CPU computes in float32 whatever they are kept in; a GPU computes in
-    what they are kept in, and keeps float32 as bfloat16, which one line says.
+    "bfloat16", "float16"; default the config's). weights: names them in a prefix store. A CPU computes in float32
+    whatever they are kept in; a GPU computes in what they are kept in, and keeps float32 as bfloat16, which one line
+    says.
     Building it directly, or by `from_config`, gives random weights: normal(0, initializer_range), reproducible by
     `paddle.seed`. `engine` is the engine for callers who need more than generate.
     """
@@ -68,13 +70,14 @@ class Qwen2OneMForCausalLM(PretrainedModel):  # type: ignore[misc]
         options: EngineOptions | None = None,
         budgets: SparseBudgets | None = None,
         group: Group = ALONE,
+        weights: str = "",
     ) -> None:
         super().__init__(config)
         storage = dtype_name(dtype or config.dtype or "float32")
         self.model = Qwen2OneM(model_config(config), storage, group)
         if self.model.dtype != storage:
             logger.info(f"weights are kept as {self.model.dtype}: a GPU does not compute in {storage}")
-        self.engine = Engine(self.model, options or EngineOptions(), budgets)
+        self.engine = Engine(self.model, options or EngineOptions(), budgets, weights=weights)
         self.use_defaults(Defaults.of(GenerationConfig.from_model_config(config)))
         self.eval()
 
@@ -108,8 +111,16 @@ class Qwen2OneMForCausalLM(PretrainedModel):  # type: ignore[misc]
             else None
         )
         defaults = read_defaults(checkpoint, described)
+        weights = "" if engine_options.prefix_store is None else checkpoint_digest(checkpoint.fetch_weights())
         with no_init_weights(_enable=True):
-            model = cls(config, dtype=given.get("dtype"), options=engine_options, budgets=budgets, group=group)
+            model = cls(
+                config,
+                dtype=given.get("dtype"),
+                options=engine_options,
+                budgets=budgets,
+                group=group,
+                weights=weights,
+            )
         model.use_defaults(defaults)
         read_weights(model.model, checkpoint, described, group)
         return model

@@ -39,7 +39,7 @@ def start_engine(model: str, options: dict[str, Any], worker: str = WORKER) -> R
         )
         ready = workers.receive()
         assert ready is not None and ready["kind"] == "ready"
-        return RemoteEngine(workers, ready["limits"])
+        return RemoteEngine(workers, ready["limits"], writes="prefix_store" in options)
     except BaseException:
         workers.end()
         raise
@@ -49,11 +49,13 @@ class RemoteEngine:
     """As engine.interface.Serving says, over `workers`, which end with it.
 
     A rank that dies or fails ends all of them: every call but close then raises JobEnded, which names it and says why.
-    Requests have numbers of their own on the way: what still comes of one that was aborted is nobody's.
+    Requests have numbers of their own on the way: what still comes of one that was aborted is nobody's. writes: whether
+    ranks write to a prefix store, which they are given the time for when this is closed.
     """
 
-    def __init__(self, workers: Workers, limits: Limits) -> None:
+    def __init__(self, workers: Workers, limits: Limits, *, writes: bool = False) -> None:
         self.limits = limits
+        self._writes = writes
         self._workers = workers
         self._end = weakref.finalize(self, workers.end)
         self._numbers = count()
@@ -117,6 +119,11 @@ class RemoteEngine:
         return bool(self._ask("reset_prefix_cache"))
 
     def close(self) -> None:
+        if self._writes and self._end.alive:
+            for request_id in list(self._running):
+                self.abort(request_id)
+            with contextlib.suppress(RuntimeError):  # a rank has ended
+                self._ask("finish_writes")
         self._end()
 
     def _tell(self, method: str, *arguments: Any) -> None:

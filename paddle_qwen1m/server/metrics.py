@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
@@ -98,7 +98,11 @@ class _Followed:
                 metrics._cached_tokens.inc(cached)
                 metrics._queries.inc(prompt)
                 metrics._hits.inc(cached)
-                for source, tokens in (("local_cache_hit", cached), ("local_compute", one.num_prefilled - cached)):
+                for source, tokens in (
+                    ("local_cache_hit", cached - one.num_restored),
+                    ("external_kv_transfer", one.num_restored),
+                    ("local_compute", one.num_prefilled - cached),
+                ):
                     metrics._by_source.labels(*metrics._labels, source).inc(max(0, tokens))
             if not one.finished:
                 metrics._ended.labels(*metrics._labels, "abort").inc()
@@ -133,3 +137,15 @@ class _State(Collector):
             gauge = GaugeMetricFamily(f"vllm:{name}", text, labels=LABELS)
             gauge.add_metric(self._labels, float(value))
             yield gauge
+        for name, text, value in (
+            ("vllm:external_prefix_cache_queries", "tokens looked for in the prefix cache", own.prefix_queried_tokens),
+            ("vllm:external_prefix_cache_hits", "tokens that came from the prefix store", own.store_tokens),
+            ("prefix_store_hits", "requests for which there was something in the prefix store", own.store_hits),
+            ("prefix_store_read_bytes", "bytes of a rank that came from it", own.store_read_bytes),
+            ("prefix_store_read_seconds", "that requests waited for them", own.store_read_seconds),
+            ("prefix_store_written_bytes", "bytes of a rank that went into it", own.store_written_bytes),
+            ("prefix_store_write_seconds", "that this took, in the background", own.store_write_seconds),
+        ):
+            counter = CounterMetricFamily(name, text, labels=LABELS)
+            counter.add_metric(self._labels, float(value))
+            yield counter

@@ -9,9 +9,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from paddle_qwen1m.fileio.durable import publish, temporary, write_whole
+
 from .checkpoint import summarise
 from .conversion import Plan, plan_conversion
-from .durable import publish, temporary, write_whole
 from .record import RECORD_NAME, Record
 from .source import HUGGINGFACE, open_source
 from .stream import differing_shards, write_shards

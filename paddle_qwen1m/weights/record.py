@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .durable import write_whole
+from paddle_qwen1m.fileio.durable import write_whole
+
 from .safetensors import CheckpointError, read_header_text
 
 RECORD_NAME = "paddle_qwen1m_conversion.json"

@@ -13,12 +13,12 @@ from typing import Callable
 import numpy as np
 
 from paddle_qwen1m.dtypes import STORAGE
+from paddle_qwen1m.fileio.durable import publish, temporary
+from paddle_qwen1m.fileio.readahead import ReadAheadFile
 from paddle_qwen1m.parallel.split import ROWS, Part
 from paddle_qwen1m.progress import Progress
 
 from .conversion import Group, Plan, Target
-from .durable import publish, temporary
-from .readahead import ReadAheadFile
 from .record import Record
 from .safetensors import Array
 from .window import as_matrix, read_window

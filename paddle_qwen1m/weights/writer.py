@@ -13,7 +13,8 @@ from typing import Any, Callable
 
 import numpy as np
 
-from .durable import temporary
+from paddle_qwen1m.fileio.durable import temporary
+
 from .safetensors import Array
 
 Piece = tuple["Future[None]", "Future[None]"]  # written, hashed

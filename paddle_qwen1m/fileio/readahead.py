@@ -12,10 +12,13 @@ REQUEST_BYTES = 2 << 20  # asked for at once; the kernel cuts off larger request
 
 
 class ReadAheadFile(io.FileIO):
-    """Unbuffered, for reading. The kernel's own read-ahead waits for the reader, and spends time on large pages."""
+    """Unbuffered, for reading. The kernel's own read-ahead waits for the reader, and spends time on large pages.
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path, "rb")
+    descriptor: of the file, where it is open already; it is closed with this.
+    """
+
+    def __init__(self, path: Path, descriptor: int | None = None) -> None:
+        super().__init__(path if descriptor is None else descriptor, "rb")
         self._requested = 0
 
     def readinto(self, buffer: Any) -> int:

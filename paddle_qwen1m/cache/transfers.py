@@ -1,0 +1,222 @@
+"""Segments on their way between the pages of a rank's cache and files, in the background."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Callable
+
+import numpy as np
+
+from paddle_qwen1m.cache.layer_cache import PagedCache
+from paddle_qwen1m.cache.segment_file import Header, SegmentError
+from paddle_qwen1m.cache.store import PrefixStore
+from paddle_qwen1m.fileio.staging import Staging
+
+BLOCK_BYTES = 4 << 20
+"""Of a file, read or written and checked at once."""
+UNFINISHED = -1
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StoredSegment:
+    """Tokens [begin, end) of a prompt, under their name in the store."""
+
+    name: str
+    begin: int
+    end: int
+
+
+@dataclass(eq=False)
+class Transfer:
+    """Segments to read or to write, one behind the other, and the pages of the tokens from `first` on: those before
+    are not wanted. queued: when, in seconds since 1970. ready: returns when what the device was given before is done
+    with the pages.
+    """
+
+    segments: Sequence[StoredSegment]
+    pages: Sequence[int]
+    first: int
+    made_under: str
+    queued: float
+    writes: bool
+    ready: Callable[[], Any]
+    done: int = 0
+    nbytes: int = 0
+    is_over: bool = False
+    given_up: bool = False
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    """Held while a block is copied from or to the pages."""
+
+
+class Transfers:
+    """What a rank reads and writes: one transfer of either kind at a time, each in a thread that ends when nothing is
+    left, and that the interpreter waits for at its end.
+
+    gpu: whether the pages are a GPU's.
+    """
+
+    def __init__(self, store: PrefixStore, cache: PagedCache, *, gpu: bool) -> None:
+        self._store, self._cache, self._gpu = store, cache, gpu
+        self._transfers: dict[int, Transfer] = {}
+        self._queues: dict[bool, deque[Transfer]] = {False: deque(), True: deque()}
+        self._threads: dict[bool, threading.Thread | None] = {False: None, True: None}
+        self._changed = threading.Condition()
+        pieces = max(1, BLOCK_BYTES // cache.piece_bytes)
+        self._block_bytes = pieces * cache.piece_bytes
+        self._staging = {writes: Staging(self._block_bytes, gpu=gpu) for writes in (False, True)}
+        keys = cache.layers[0].keys
+        self._shape = [len(cache.layers), 2, *keys.shape[2:]]
+        self._dtype = str(keys.dtype).rpartition(".")[2]
+
+    def begin(self, number: int, transfer: Transfer) -> None:
+        """Queues a transfer under a number that none before it had."""
+        with self._changed:
+            self._transfers[number] = transfer
+            self._queues[transfer.writes].append(transfer)
+            if self._threads[transfer.writes] is None:
+                name = "store prefixes" if transfer.writes else "restore prefixes"
+                thread = threading.Thread(target=self._work, args=(transfer.writes,), name=name, daemon=False)
+                self._threads[transfer.writes] = thread
+                thread.start()
+
+    def state(self, number: int) -> int:
+        """How many segments of a transfer, from its first one on, are whole; UNFINISHED while it goes on."""
+        transfer = self._transfers[number]
+        return transfer.done if transfer.is_over else UNFINISHED
+
+    def bytes_of(self, number: int) -> int:
+        """What has been read from or written to files."""
+        return self._transfers[number].nbytes
+
+    def give_up(self, number: int) -> None:
+        """Ends a transfer, and forgets it: when this returns it touches no page any more."""
+        transfer = self._transfers.pop(number)
+        with transfer.lock:
+            transfer.given_up = True
+        self._staging[transfer.writes].wait()
+
+    def forget(self, number: int) -> None:
+        """Nobody asks for it any more."""
+        del self._transfers[number]
+
+    def wait(self, seconds: float) -> None:
+        """Returns when a transfer comes to its end, or after so many seconds."""
+        with self._changed:
+            if any(not transfer.is_over for transfer in self._transfers.values()):
+                self._changed.wait(seconds)
+
+    def finish(self) -> None:
+        """Returns when nothing is under way."""
+        with self._changed:
+            self._changed.wait_for(lambda: not any(self._threads.values()))
+
+    # --- the threads ---
+
+    def _work(self, writes: bool) -> None:
+        while True:
+            with self._changed:
+                if not self._queues[writes]:
+                    self._threads[writes] = None
+                    self._changed.notify_all()
+                    return
+                transfer = self._queues[writes].popleft()
+            try:
+                transfer.ready()
+                self._write(transfer) if writes else self._read(transfer)
+            except Exception:
+                logger.exception("prefix store: a transfer failed")
+            finally:
+                with self._changed:
+                    transfer.is_over = True
+                    self._changed.notify_all()
+
+    def _read(self, transfer: Transfer) -> None:
+        names = [segment.name for segment in transfer.segments]
+        for segment in transfer.segments:
+            try:
+                whole = self._read_segment(transfer, segment)
+            except (SegmentError, OSError) as error:
+                self._store.ignore(segment.name, error)
+                break
+            if not whole:
+                break
+            transfer.done += 1
+        self._store.touch(names[: transfer.done])
+
+    def _read_segment(self, transfer: Transfer, segment: StoredSegment) -> bool:
+        """Whether all of it has come."""
+        staging = self._staging[False]
+        try:
+            with self._store.open(segment.name, self._header(transfer, segment)) as reader:
+                for number, addresses in enumerate(self._blocks(transfer, segment)):
+                    buffer = staging.next()
+                    block = reader.read(number, buffer.memory)
+                    with transfer.lock:
+                        if transfer.given_up:
+                            return False
+                        buffer.scatter(addresses, self._cache.piece_bytes)
+                    transfer.nbytes += block.nbytes
+        finally:
+            staging.wait()
+        return True
+
+    def _write(self, transfer: Transfer) -> None:
+        for number, segment in enumerate(transfer.segments):
+            try:
+                if not self._write_segment(transfer, segment):
+                    return
+            except OSError as error:
+                self._store.say(f"{self._store.directory} takes no more: {error.strerror}")
+                return
+            self._store.touch([segment.name], transfer.queued - 1e-3 * number)
+            transfer.done += 1
+
+    def _write_segment(self, transfer: Transfer, segment: StoredSegment) -> bool:
+        """Whether it is there now."""
+        writer = self._store.create(segment.name, self._header(transfer, segment))
+        if writer is None:
+            return self._store.path(segment.name).exists()
+        staging = self._staging[True]
+        with writer:
+            for addresses in self._blocks(transfer, segment):
+                buffer = staging.next()
+                with transfer.lock:
+                    if transfer.given_up:
+                        return False
+                    buffer.gather(addresses, self._cache.piece_bytes)
+                    buffer.wait()
+                block = buffer.memory[: addresses.size * self._cache.piece_bytes]
+                writer.write(block)
+                transfer.nbytes += block.nbytes
+            writer.publish()
+        return True
+
+    def _header(self, transfer: Transfer, segment: StoredSegment) -> Header:
+        """What its file says of itself."""
+        tokens = segment.end - segment.begin
+        pieces = 2 * len(self._cache.layers) * (tokens // self._cache.page_size)
+        return {
+            "made_under": transfer.made_under,
+            "begin": segment.begin,
+            "end": segment.end,
+            "shape": self._shape,
+            "dtype": self._dtype,
+            "data_bytes": pieces * self._cache.piece_bytes,
+            "block_bytes": self._block_bytes,
+        }
+
+    def _blocks(self, transfer: Transfer, segment: StoredSegment) -> Iterator[np.ndarray]:
+        """Addresses int64 of the pieces of each block, 0 for those of pages before `first`."""
+        size, layers = self._cache.page_size, 2 * len(self._cache.layers)
+        begin, end = max(0, segment.begin - transfer.first) // size, (segment.end - transfer.first) // size
+        absent = max(0, transfer.first - segment.begin) // size
+        held = self._cache.addresses(transfer.pages[begin:end])
+        addresses = np.concatenate([np.zeros((layers, absent), np.int64), held], axis=1).reshape(-1)
+        step = self._block_bytes // self._cache.piece_bytes
+        return (addresses[place : place + step] for place in range(0, addresses.size, step))
