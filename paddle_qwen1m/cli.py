@@ -22,6 +22,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable
 
 from paddle_qwen1m import __version__
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from paddle_qwen1m.cache.store import StoredDocument
     from paddle_qwen1m.engine import PrefillProgress, SamplingParams
     from paddle_qwen1m.paddlenlp import Qwen2OneMForCausalLM
     from paddle_qwen1m.paddlenlp.generation import Request
@@ -502,11 +504,68 @@ def _convert(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _store_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("action", choices=["list", "verify", "prune"], help="what to do")
+    parser.add_argument("directory", metavar="DIR", help="folder that --prefix-store named")
+    parser.add_argument("--size", type=_size, help="prune: most bytes that stay, such as 100GB; the least used go")
+    _add_debug(parser)
+
+
+def _store(arguments: argparse.Namespace) -> int:
+    from paddle_qwen1m.cache import store
+
+    if (arguments.action == "prune") != (arguments.size is not None):
+        raise InputError(
+            "--size says how many bytes may stay: prune needs it, list and verify have no use for it"
+        )
+    folder, name = Path(file_argument("DIR", arguments.directory)), shown(arguments.directory)
+    if not folder.is_dir():
+        raise InputError(f"{name} is no folder")
+    with as_input():
+        store.prepare(folder)
+    if arguments.action == "prune":
+        removed, nbytes = store.prune(folder, arguments.size)
+        say(f"{name}: {removed} files removed, {nbytes:,} bytes")
+        return 0
+    if arguments.action == "verify":
+        files = list(store.verify(folder))
+        damaged = [(file.path, reason) for file, reason in files if reason is not None]
+        for path, reason in damaged:
+            say(f"{path}: {reason}")
+        nbytes = sum(file.nbytes for file, _ in files)
+        say(f"{name}: {len(files)} files, {nbytes:,} bytes, {len(damaged)} cannot be used")
+        return FAILED if damaged else 0
+    documents, unreadable = store.documents(folder)
+    for one in documents:
+        say(_described(one))
+    for path, reason in unreadable:
+        say(f"{path}: {reason}")
+    say(f"{name}: {len(documents)} documents, {sum(one.nbytes for one in documents):,} bytes")
+    return 0
+
+
+def _described(document: StoredDocument) -> str:
+    made = document.made_under
+    return "  ".join(
+        (
+            f"{document.name[:12]}  {document.tokens:>9,} tokens",
+            "dense" if made.get("sparse") is None else "sparse",
+            f"{made.get('cache_dtype')}",
+            f"weights {str(made.get('weights'))[:12]}",
+            f"ranks {document.ranks}",
+            f"{document.files} files",
+            f"{document.nbytes:,} bytes",
+            time.strftime("used %Y-%m-%d %H:%M", time.localtime(document.used)),
+        )
+    )
+
+
 COMMANDS = (
     Command("generate", "answer a question about a document, or continue a text", _generate_arguments, _generate),
     Command("check", "tell whether this machine and a checkpoint will work", _check_arguments, _check, logging.ERROR),
     Command("serve", "answer requests over HTTP, as OpenAI's interface does", _serve_arguments, _serve),
     Command("convert", "write a checkpoint in another format", _convert_arguments, _convert),
+    Command("store", "show, check or cut down the prefixes that are kept in a folder", _store_arguments, _store),
 )
 
 

@@ -22,11 +22,12 @@ config_keys
 config             config_keys dtypes
 options            config dtypes
 ops                config threads
+fileio             ops
 parallel           config ops
-weights            config dtypes parallel progress
+weights            config dtypes fileio parallel progress
 plan               config dtypes weights
 cards              config dtypes parallel plan weights
-cache              config ops
+cache              config fileio ops
 attention          cache config ops
 model              attention cache config dtypes ops parallel weights
 engine             attention cache config memory model ops options parallel plan
@@ -41,7 +42,7 @@ server             engine options outputs streams text
 llm                engine options outputs paddlenlp parallel.remote progress text
 check              config config_keys dtypes memory model ops options paddlenlp parallel plan weights
 server.command     config llm options paddlenlp server streams
-cli                cards check dtypes engine ops options paddlenlp parallel progress server server.command streams text weights
+cli                cache cards check dtypes engine ops options paddlenlp parallel progress server server.command streams text weights
 __main__           cli
 __init__           engine llm paddlenlp threads
 """  # noqa: E501

@@ -106,8 +106,8 @@ class Keeper:
         pages = tuple(sequence.pages[begin // size : wanted[-1].end // size])
         transfer = _Transfer(next(self._numbers), tuple(wanted), sequence, begun=time.perf_counter())
         self._restoring.append(transfer)
-        made_under, queued = sequence.made_under, time.time()
-        self._order(Restore(transfer.number, transfer.segments, pages, begin, made_under, queued))
+        document, made_under = cuts[0].tokens, sequence.made_under
+        self._order(Restore(transfer.number, transfer.segments, pages, begin, document, made_under, time.time()))
         return True
 
     def drop(self, sequence: Sequence) -> None:
@@ -133,7 +133,9 @@ class Keeper:
             first, last = bisect_right(borders, cut.begin), bisect_right(borders, cut.end)
             of_cut = [entry for _, entry in entries[first:last]]
             name = segment_name(cut.tokens, cut.chain, of_cut[-1].m2)
+            when = queued - 1e-3 * number  # the end of a prefix goes before its beginning
             if self._store.path(name).exists() and name not in self._incomplete:
+                self._store.touch([name], when)  # so that what follows cannot take its room
                 continue
             self._incomplete.discard(name)
             pages = [page for entry in of_cut for page in entry.pages]
@@ -141,8 +143,8 @@ class Keeper:
             segments = (StoredSegment(name, cut.begin, cut.end),)
             transfer = _Transfer(next(self._numbers), segments, pages=pages, begun=time.perf_counter())
             self._saving.append(transfer)
-            when = queued - 1e-3 * number  # the end of a prefix goes before its beginning
-            self._order(Save(transfer.number, segments, tuple(pages), cut.begin, sequence.made_under, when))
+            document, made_under = cuts[0].tokens, sequence.made_under
+            self._order(Save(transfer.number, segments, tuple(pages), cut.begin, document, made_under, when))
 
     def give_up_writes(self) -> bool:
         """Gives back the pages that are held for writing: whether there were any."""

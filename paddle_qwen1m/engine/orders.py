@@ -105,13 +105,15 @@ class Restore:
     """Begin, in the background, to fill pages from a prefix store with segments, one behind the other.
 
     number: of this transfer, as no other has. pages: of the tokens from `first` on; those before it are there already.
-    made_under: MadeUnder.name of the prompt. queued: when, in seconds since 1970.
+    document: the name of the first segment's tokens. made_under: MadeUnder.name of the prompt. queued: when, in seconds
+    since 1970.
     """
 
     number: int
     segments: tuple[StoredSegment, ...]
     pages: tuple[int, ...]
     first: int
+    document: str
     made_under: str
     queued: float
 

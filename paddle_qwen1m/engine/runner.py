@@ -181,6 +181,7 @@ class Runner:
             order.segments,
             order.pages,
             order.first,
+            order.document,
             order.made_under,
             order.queued,
             writes=isinstance(order, Save),
