@@ -6,15 +6,18 @@ several processes can share it. Segments lie in subfolders by the tokens that th
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import stat
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,13 +25,13 @@ import numpy as np
 
 from paddle_qwen1m.cache.prefix import M2Range
 from paddle_qwen1m.cache.segment_file import (
+    DamagedSegment,
     Header,
-    NewerFormat,
     SegmentError,
     SegmentReader,
     SegmentWriter,
     file_bytes,
-    is_stale,
+    remove_if_stale,
 )
 from paddle_qwen1m.fileio.durable import TEMPORARY_SUFFIX
 
@@ -76,6 +79,11 @@ class StoredFile(NamedTuple):
         """What all ranks' files of a segment have in common."""
         return str(self.path.parent / self.path.name.partition(".")[0])
 
+    @property
+    def is_unfinished(self) -> bool:
+        """Whether somebody is writing it."""
+        return self.path.name.endswith(TEMPORARY_SUFFIX)
+
 
 class PrefixStore:
     """The files of rank `rank` of `degree` in a folder that several ranks and processes may share.
@@ -104,27 +112,36 @@ class PrefixStore:
         """What keeps segments of these tokens that are here from being used: how they were made differently."""
         wanted = json.loads(made_under)
         for name in self._names(tokens):
-            with suppress(SegmentError, ValueError, KeyError):
+            with suppress(SegmentError, ValueError, KeyError, TypeError, RecursionError):
                 with SegmentReader(self.directory / tokens[:2] / name) as reader:
                     there = json.loads(reader.header["made_under"])
                 differing = _differences(there, wanted)
-                return "; ".join(f"{key} {there}, here {here}" for key, there, here in differing) or "another m^2"
+                return (
+                    "; ".join(f"{key} {there}, here {here}" for key, there, here in differing)
+                    or "other cuts, or another m^2"
+                )
         return None
 
     def open(self, name: str, expected: Header) -> SegmentReader:
         """This rank's file of a segment. SegmentError for one that is not there, or that is not what is expected."""
-        return SegmentReader(self.path(name), {**expected, "name": name})
+        path = self.path(name)
+        if path.parent.is_symlink():
+            raise SegmentError("it is behind a link")
+        return SegmentReader(path, {**expected, "name": name})
 
-    def create(self, name: str, header: Header) -> SegmentWriter | None:
-        """This rank's file of a segment, to be written and published, once there is room for it; None where there
-        cannot be, or it is there already. OSError for what the disk refuses.
+    def create(self, name: str, header: Header, used: float) -> SegmentWriter | None:
+        """This rank's file of a segment, to be written and published, once there is room for it: what was used before
+        it, at `used`, makes room. None where nothing can, or where it is there already. OSError for what the disk
+        refuses.
         """
         path, header = self.path(name), {**header, "name": name}
-        nbytes = file_bytes(header)
-        if path.exists() or not self.make_room(nbytes):
+        if path.exists() or path.parent.is_symlink():
             return None
-        path.parent.mkdir(mode=0o700, exist_ok=True)
-        return SegmentWriter(path, header)
+        with _locked(self.directory):  # together, all who write stay within the limit
+            if not self._make_room(file_bytes(header), used):
+                return None
+            path.parent.mkdir(mode=0o700, exist_ok=True)
+            return SegmentWriter(path, header)
 
     def touch(self, names: Iterable[str], when: float | None = None) -> None:
         """This rank's files of a prefix, from its beginning on, were used now, or `when`: where there is no more room,
@@ -133,30 +150,17 @@ class PrefixStore:
         used = time.time() if when is None else when
         for number, name in enumerate(names):
             with suppress(OSError):  # whoever may not write here reads all the same
-                os.utime(self.path(name), (used, used - 1e-3 * number))
+                os.utime(self.path(name), (used, used - 1e-3 * number), follow_symlinks=False)
 
-    def make_room(self, nbytes: int) -> bool:
-        """Removes the files that were used least recently until so many bytes more are within the limit; those of one
-        segment together. False, and nothing is removed, where they never can be.
-        """
-        if self._size is None:
-            return True
-        if nbytes > self._size:
-            self.say(f"a segment of {nbytes:,} bytes is more than prefix_store_size, {self._size:,}: nothing is stored")
-            return False
-        prune(self.directory, self._size - nbytes)
-        return True
-
-    def ignore(self, name: str, reason: Exception) -> None:
+    def ignore(self, name: str, reason: SegmentError) -> None:
         """Says what was wrong with this rank's file of a segment; a damaged one goes, so that it is written again."""
         path = self.path(name)
-        if not isinstance(reason, SegmentError):
-            logger.warning(f"prefix store: {path} is ignored: {reason}")
+        if not isinstance(reason, DamagedSegment):
+            self.say(f"{path} is ignored: {reason}")
             return
-        logger.warning(f"prefix store: {path} is ignored: it {reason}")
-        if not isinstance(reason, NewerFormat):
-            with suppress(OSError):
-                path.unlink()
+        logger.warning(f"prefix store: {path} is removed: {reason}")
+        with suppress(OSError):
+            path.unlink()
 
     def say(self, text: str) -> None:
         """A line in the log, once."""
@@ -165,10 +169,33 @@ class PrefixStore:
             logger.warning(f"prefix store: {text}")
 
     def _names(self, tokens: str) -> list[str]:
+        folder = self.directory / tokens[:2]
         try:
-            return [name for name in os.listdir(self.directory / tokens[:2]) if name.startswith(tokens)]
+            return [] if folder.is_symlink() else [name for name in os.listdir(folder) if name.startswith(tokens)]
         except OSError:
             return []
+
+    def _make_room(self, nbytes: int, used: float) -> bool:
+        """Whether so many bytes more are within the limit, once segments that were used before `used` have gone. None
+        goes where that is not enough.
+        """
+        if self._size is None:
+            return True
+        if nbytes * self._degree > self._size:
+            self.say(
+                f"a segment of {nbytes * self._degree:,} bytes is more than prefix_store_size, {self._size:,}: it is "
+                "not kept"
+            )
+            return False
+        files = stored_files(self.directory)
+        excess = sum(file.nbytes for file in files) + nbytes - self._size
+        expendable = _least_used(files, excess, used)
+        if sum(file.nbytes for file in expendable) < excess:
+            self.say(
+                f"prefix_store_size, {self._size:,} bytes, is less than what is in use: ends of prefixes are not kept"
+            )
+            return False
+        return sum(file.nbytes for file in _remove(expendable)) >= excess
 
 
 def prepare(directory: Path) -> None:
@@ -179,10 +206,12 @@ def prepare(directory: Path) -> None:
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = directory.stat()
-        if status.st_uid == os.geteuid() and status.st_mode & 0o077 and not any(directory.iterdir()):
+        is_empty = not any(directory.iterdir())
+        if is_empty and status.st_uid == os.geteuid() and status.st_mode & 0o077:
             directory.chmod(0o700)
             status = directory.stat()
-        list(directory.iterdir())
+    except FileExistsError:
+        raise ValueError(f"prefix_store: {directory} is no folder") from None
     except OSError as error:
         raise ValueError(f"prefix_store: {directory} cannot be used: {error.strerror}") from error
     if status.st_uid != os.geteuid() or status.st_mode & 0o077:
@@ -191,14 +220,71 @@ def prepare(directory: Path) -> None:
             f"{stat.S_IMODE(status.st_mode):04o}: keys and values reveal the text that they were made of, and who can "
             f"write there can change answers. Take another folder, or make it yours alone: chmod 700 {directory}"
         )
-    foreign = sum(1 for _ in _walk(directory, foreign=True))
+    _, foreign = _scan(directory)
     if foreign:
-        logger.warning(f"prefix store: {foreign} files or folders in {directory} are not of a store and are ignored")
+        logger.warning(
+            f"prefix store: {len(foreign)} files or folders in {directory} are not of a store and are ignored"
+        )
 
 
 def stored_files(directory: Path) -> list[StoredFile]:
     """All files of a store, unfinished ones among them, the least recently used first."""
-    return sorted(_walk(directory), key=lambda file: file.used)
+    return sorted(_scan(directory)[0], key=lambda file: file.used)
+
+
+@dataclass
+class StoredDocument:
+    """Prompts that begin alike and were read in one way. tokens: of the longest. ranks: that share the model. used:
+    last, in seconds since 1970.
+    """
+
+    name: str
+    made_under: dict[str, Any]
+    ranks: int
+    tokens: int = 0
+    segments: int = 0
+    files: int = 0
+    nbytes: int = 0
+    used: float = 0.0
+
+
+def documents(directory: Path) -> tuple[list[StoredDocument], list[tuple[Path, str]]]:
+    """What is in a store, the least recently used first; and files whose headers are no good, with the reason."""
+    found: dict[tuple[str, str, int], StoredDocument] = {}
+    segments: dict[tuple[str, str, int], set[str]] = {}
+    bad: list[tuple[Path, str]] = []
+    for file in stored_files(directory):
+        if file.is_unfinished:
+            continue
+        try:
+            with SegmentReader(file.path) as reader:
+                header = reader.header
+            key = (str(header["document"]), str(header["made_under"]), int(file.path.stem.rpartition("of")[2]))
+            one = found.setdefault(key, StoredDocument(key[0], json.loads(key[1]), key[2]))
+            one.tokens = max(one.tokens, int(header["end"]))
+        except (SegmentError, KeyError, ValueError, TypeError) as error:
+            bad.append((file.path, str(error) if isinstance(error, SegmentError) else "its header is damaged"))
+            continue
+        segments.setdefault(key, set()).add(file.segment)
+        one.segments, one.files = len(segments[key]), one.files + 1
+        one.nbytes, one.used = one.nbytes + file.nbytes, max(one.used, file.used)
+    return sorted(found.values(), key=lambda one: one.used), bad
+
+
+def verify(directory: Path) -> Iterator[tuple[StoredFile, str | None]]:
+    """Every file, read from its beginning to its end, and what is wrong with it."""
+    for file in stored_files(directory):
+        if file.is_unfinished:
+            continue
+        reason = None
+        try:
+            with SegmentReader(file.path) as reader:
+                buffer = np.empty(min(reader.header["block_bytes"], reader.header["data_bytes"]), np.uint8)
+                for number in range(reader.num_blocks):
+                    reader.read(number, buffer)
+        except SegmentError as error:
+            reason = str(error)
+        yield file, reason
 
 
 def prune(directory: Path, size: int) -> tuple[int, int]:
@@ -206,43 +292,68 @@ def prune(directory: Path, size: int) -> tuple[int, int]:
     files went, and their bytes. What is being written stays.
     """
     files = stored_files(directory)
-    total, removed, nbytes = sum(file.nbytes for file in files), 0, 0
+    removed = _remove(_least_used(files, sum(file.nbytes for file in files) - size))
+    return len(removed), sum(file.nbytes for file in removed)
+
+
+def _least_used(files: Iterable[StoredFile], nbytes: int, before: float = math.inf) -> list[StoredFile]:
+    """Files of the segments that were used least recently, all of them before `before`, which together have `nbytes`
+    or more; of all there are where those do not. None that is being written.
+    """
     of_segment: dict[str, list[StoredFile]] = {}
     for file in files:
-        of_segment.setdefault(file.segment, []).append(file)
-    for together in of_segment.values():
-        if total - nbytes <= size:
+        if not file.is_unfinished:
+            of_segment.setdefault(file.segment, []).append(file)
+    chosen: list[StoredFile] = []
+    for used, together in sorted((max(file.used for file in together), together) for together in of_segment.values()):
+        if nbytes <= 0 or used >= before:
             break
-        for file in together:
-            if file.path.name.endswith(TEMPORARY_SUFFIX):
-                continue
-            with suppress(OSError):
-                file.path.unlink()
-                removed, nbytes = removed + 1, nbytes + file.nbytes
-    return removed, nbytes
+        chosen += together
+        nbytes -= sum(file.nbytes for file in together)
+    return chosen
 
 
-def _walk(directory: Path, *, foreign: bool = False) -> Iterator[Any]:
-    """The StoredFiles, or the paths of what is not the store's. Unfinished files that nobody writes any more go."""
+def _remove(files: Iterable[StoredFile]) -> list[StoredFile]:
+    """Those that are gone now."""
+    removed = []
+    for file in files:
+        with suppress(OSError):
+            file.path.unlink(missing_ok=True)
+            removed.append(file)
+    return removed
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """One process at a time is in here."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        fcntl.flock(descriptor, fcntl.LOCK_UN)  # also where a process that was forked meanwhile has it open, too
+        os.close(descriptor)
+
+
+def _scan(directory: Path) -> tuple[list[StoredFile], list[Path]]:
+    """The files of a store, and what lies there and is none. Unfinished files that nobody writes any more go."""
+    files, foreign = [], []
     for folder in _entries(directory):
         if not SUBFOLDER.fullmatch(folder.name) or not folder.is_dir(follow_symlinks=False):
-            if foreign:
-                yield Path(folder.path)
+            foreign.append(Path(folder.path))
             continue
         for entry in _entries(Path(folder.path)):
-            path = Path(entry.path)
-            unfinished = entry.name.endswith(TEMPORARY_SUFFIX)
-            name = entry.name[: -len(TEMPORARY_SUFFIX)].rpartition(".")[0] if unfinished else entry.name
+            path, name = Path(entry.path), entry.name
+            unfinished = name.endswith(TEMPORARY_SUFFIX)
+            if unfinished:
+                name = name[: -len(TEMPORARY_SUFFIX)].rpartition(".")[0]
             if not FILE.fullmatch(name) or not entry.is_file(follow_symlinks=False):
-                if foreign:
-                    yield path
-                continue
-            with suppress(OSError):
-                if unfinished and is_stale(path):
-                    path.unlink()
-                elif not foreign:
+                foreign.append(path)
+            elif not (unfinished and remove_if_stale(path)):
+                with suppress(OSError):
                     status = entry.stat(follow_symlinks=False)
-                    yield StoredFile(path, status.st_size, status.st_mtime)
+                    files.append(StoredFile(path, status.st_size, status.st_mtime))
+    return files, foreign
 
 
 def _entries(directory: Path) -> list[os.DirEntry[str]]:
@@ -264,7 +375,7 @@ def _differences(there: Any, here: Any, key: str = "") -> list[tuple[str, Any, A
     if there == here:
         return []
     if key == "sparse":
-        return [("prefill", *("dense" if value is None else "sparse" for value in (there, here)))]
+        return [("prefill", "dense" if there is None else "sparse", "dense" if here is None else "sparse")]
     if key == "heads" and isinstance(there, list) and isinstance(here, list) and len(there) != len(here):
         return [("tensor parallel ranks", len(there), len(here))]
     return [(key, _short(there), _short(here))]

@@ -35,13 +35,14 @@ class StoredSegment:
 @dataclass(eq=False)
 class Transfer:
     """Segments to read or to write, one behind the other, and the pages of the tokens from `first` on: those before
-    are not wanted. queued: when, in seconds since 1970. ready: returns when what the device was given before is done
-    with the pages.
+    are not wanted. document: the name of the first segment's tokens. queued: when, in seconds since 1970. ready:
+    returns when what the device was given before is done with the pages.
     """
 
     segments: Sequence[StoredSegment]
     pages: Sequence[int]
     first: int
+    document: str
     made_under: str
     queued: float
     writes: bool
@@ -62,11 +63,12 @@ class Transfers:
     """
 
     def __init__(self, store: PrefixStore, cache: PagedCache, *, gpu: bool) -> None:
-        self._store, self._cache, self._gpu = store, cache, gpu
+        self._store, self._cache = store, cache
         self._transfers: dict[int, Transfer] = {}
         self._queues: dict[bool, deque[Transfer]] = {False: deque(), True: deque()}
         self._threads: dict[bool, threading.Thread | None] = {False: None, True: None}
         self._changed = threading.Condition()
+        self._ended = self._seen = 0
         pieces = max(1, BLOCK_BYTES // cache.piece_bytes)
         self._block_bytes = pieces * cache.piece_bytes
         self._staging = {writes: Staging(self._block_bytes, gpu=gpu) for writes in (False, True)}
@@ -82,8 +84,8 @@ class Transfers:
             if self._threads[transfer.writes] is None:
                 name = "store prefixes" if transfer.writes else "restore prefixes"
                 thread = threading.Thread(target=self._work, args=(transfer.writes,), name=name, daemon=False)
-                self._threads[transfer.writes] = thread
                 thread.start()
+                self._threads[transfer.writes] = thread
 
     def state(self, number: int) -> int:
         """How many segments of a transfer, from its first one on, are whole; UNFINISHED while it goes on."""
@@ -106,10 +108,10 @@ class Transfers:
         del self._transfers[number]
 
     def wait(self, seconds: float) -> None:
-        """Returns when a transfer comes to its end, or after so many seconds."""
+        """Returns when a transfer has come to its end since this returned last, or after so many seconds."""
         with self._changed:
-            if any(not transfer.is_over for transfer in self._transfers.values()):
-                self._changed.wait(seconds)
+            self._changed.wait_for(lambda: self._ended != self._seen, seconds)
+            self._seen = self._ended
 
     def finish(self) -> None:
         """Returns when nothing is under way."""
@@ -127,13 +129,15 @@ class Transfers:
                     return
                 transfer = self._queues[writes].popleft()
             try:
-                transfer.ready()
-                self._write(transfer) if writes else self._read(transfer)
+                if not transfer.given_up:
+                    transfer.ready()
+                    self._write(transfer) if writes else self._read(transfer)
             except Exception:
                 logger.exception("prefix store: a transfer failed")
             finally:
                 with self._changed:
                     transfer.is_over = True
+                    self._ended += 1
                     self._changed.notify_all()
 
     def _read(self, transfer: Transfer) -> None:
@@ -141,7 +145,7 @@ class Transfers:
         for segment in transfer.segments:
             try:
                 whole = self._read_segment(transfer, segment)
-            except (SegmentError, OSError) as error:
+            except SegmentError as error:
                 self._store.ignore(segment.name, error)
                 break
             if not whole:
@@ -168,18 +172,19 @@ class Transfers:
 
     def _write(self, transfer: Transfer) -> None:
         for number, segment in enumerate(transfer.segments):
+            used = transfer.queued - 1e-3 * number
             try:
-                if not self._write_segment(transfer, segment):
+                if not self._write_segment(transfer, segment, used):
                     return
             except OSError as error:
                 self._store.say(f"{self._store.directory} takes no more: {error.strerror}")
                 return
-            self._store.touch([segment.name], transfer.queued - 1e-3 * number)
+            self._store.touch([segment.name], used)
             transfer.done += 1
 
-    def _write_segment(self, transfer: Transfer, segment: StoredSegment) -> bool:
+    def _write_segment(self, transfer: Transfer, segment: StoredSegment, used: float) -> bool:
         """Whether it is there now."""
-        writer = self._store.create(segment.name, self._header(transfer, segment))
+        writer = self._store.create(segment.name, self._header(transfer, segment), used)
         if writer is None:
             return self._store.path(segment.name).exists()
         staging = self._staging[True]
@@ -202,6 +207,7 @@ class Transfers:
         tokens = segment.end - segment.begin
         pieces = 2 * len(self._cache.layers) * (tokens // self._cache.page_size)
         return {
+            "document": transfer.document,
             "made_under": transfer.made_under,
             "begin": segment.begin,
             "end": segment.end,

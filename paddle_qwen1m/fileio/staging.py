@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from paddle_qwen1m import ops
 
+BUFFERS = 4
+
 
 class Staging:
-    """`count` buffers of `nbytes`, pinned where a GPU copies from and to them. Its maker's device is the one."""
+    """Buffers of `nbytes` each, pinned where a GPU copies from and to them. Its maker's device is the one."""
 
-    def __init__(self, nbytes: int, *, gpu: bool, count: int = 4) -> None:
-        self._buffers = [ops.PieceBuffer(nbytes, gpu=gpu) for _ in range(count)]
+    def __init__(self, nbytes: int, *, gpu: bool) -> None:
+        self._buffers = [ops.PieceBuffer(nbytes, gpu=gpu) for _ in range(BUFFERS)]
         self._next = 0
 
     def next(self) -> ops.PieceBuffer:
