@@ -75,8 +75,7 @@ class GrammarCompiler:
     def _compile(self, way: str, text: str) -> Any:
         matcher = self._llguidance.LLMatcher
         if way == "json":
-            # Options can only be given to a schema that is an object: true is one that has none.
-            options = {"whitespace_pattern": JSON_BLANKS} if text.startswith("{") else None
+            options = {"whitespace_pattern": JSON_BLANKS} if _leaves_blanks_open(text) else None
             grammar = matcher.grammar_from_json_schema(text, defaults=options)
         elif way == "regex":
             grammar = matcher.grammar_from_regex(text)
@@ -136,6 +135,13 @@ def _schema(schema: str | dict[str, Any]) -> str:
         return json.dumps(json.loads(schema) if isinstance(schema, str) else schema)
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"structured_outputs: json is not JSON: {error}") from error
+
+
+def _leaves_blanks_open(schema: str) -> bool:
+    """Whether a schema has no word of its own on blanks; true, which is one too, can have none."""
+    read = json.loads(schema)
+    own = read.get("x-guidance") if isinstance(read, dict) else {"whitespace_flexible": True}
+    return not isinstance(own, dict) or not any(name.startswith("whitespace") for name in own)
 
 
 def _import_llguidance() -> Any:

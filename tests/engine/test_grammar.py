@@ -155,6 +155,13 @@ def test_json_may_be_indented_but_not_padded_until_the_answers_limit(
     assert np.unpackbits(matcher.mask().view(np.uint8), bitorder="little")[TEXTS.index(text[-1])] == may_come
 
 
+def test_a_schema_may_have_its_own_word_on_blanks(compiler: GrammarCompiler) -> None:
+    matcher = compiler.compile(StructuredOutputsParams(json={**PERSON, "x-guidance": {"whitespace_flexible": False}}))
+    matcher.accept(TEXTS.index("{"))
+    allowed = np.flatnonzero(np.unpackbits(matcher.mask().view(np.uint8), bitorder="little"))
+    assert allowed.size and all(TEXTS[token].startswith('"') for token in allowed)
+
+
 def test_answers_follow_one_grammar_apart(compiler: GrammarCompiler) -> None:
     spec = StructuredOutputsParams(regex="ab")
     first, second = compiler.compile(spec), compiler.compile(spec)
