@@ -145,6 +145,7 @@ def llm(folder: Path, ranks: int, name: str, document: str) -> tuple[str, Any]:
         return output.outputs[0].text, one.get_metrics()
 
 
+@pytest.mark.slow
 def test_two_ranks_find_what_both_have_kept_and_no_other_number_does(
     document: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
