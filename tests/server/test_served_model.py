@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import http_requests
@@ -166,3 +167,28 @@ def test_forty_mixed_requests_at_once_and_nothing_is_left(server: Server, tool_t
     cases = Maker(lambda text: tool_texts.encode(text).tolist(), 5).cases(40, 1, 3000)
     with LLM(str(CHECKPOINT), max_model_len=8192, sparse_threshold=1500, enable_prefix_caching=False) as alone:
         http_requests.check(server, cases, alone)
+
+
+def test_a_server_that_is_started_again_finds_the_document_in_its_store(tool_texts: Texts, tmp_path: Path) -> None:
+    text = "The sky is wide and blue. " * 150 + DOCUMENT
+    told = []
+    for name in ("jade", "ruby"):
+        with serve_needle(
+            tool_texts, max_model_len=8192, kv_cache_memory_bytes=300_000_000, prefix_store=tmp_path / "store",
+            prefix_store_min_tokens=512,
+        ) as one:  # fmt: skip
+            client = openai.OpenAI(base_url=f"{one.url}/v1", api_key="none", max_retries=0)
+            question = [{"role": "user", "content": f"{text}What is the access code for {name}?"}]
+            answer = client.chat.completions.create(messages=question, **GREEDY)
+            told.append((answer.choices[0].message.content, answer.usage.prompt_tokens_details.cached_tokens))
+            metrics = one.client.get("/metrics").text
+    assert told[0] == (JADE, 0) and told[1][0] == "The access code for ruby is 20518."
+    labels, cached = '{engine="0",model_name="needle"}', told[1][1]
+    assert cached > 512
+    for line in (
+        f"vllm:external_prefix_cache_hits_total{labels} {cached}.0",
+        f"prefix_store_hits_total{labels} 1.0",
+        'vllm:prompt_tokens_by_source_total{engine="0",model_name="needle",source="external_kv_transfer"} '
+        + f"{cached}.0",
+    ):
+        assert line in metrics.splitlines()
