@@ -16,8 +16,8 @@ from paddle_qwen1m.cache.segment_file import Header, SegmentError
 from paddle_qwen1m.cache.store import PrefixStore
 from paddle_qwen1m.fileio.staging import Staging
 
-BLOCK_BYTES = 4 << 20
-"""Of a file, read or written and checked at once."""
+BLOCK_BYTES = 1 << 20
+"""Of a file, read or written and checked at once: few enough that a core's cache holds them between these."""
 UNFINISHED = -1
 
 logger = logging.getLogger(__name__)
