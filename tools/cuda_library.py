@@ -19,7 +19,15 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 HEADERS = ROOT / "custom_ops" / "include" / "qwen1m"
-FAMILIES = ("pages", "keys", "attention", "step", "sampling", "post")  # one may use structs of those before it
+FAMILIES = (
+    "pages",
+    "keys",
+    "attention",
+    "step",
+    "sampling",
+    "post",
+    "pieces",
+)  # one may use structs of those before it
 LIBRARY = ROOT / "build" / "libqwen1m_cuda.so"
 REFERENCE = ROOT / "build" / "libqwen1m_cuda_sm80.so"
 sys.path.insert(0, str(ROOT / "custom_ops" / "cuda"))

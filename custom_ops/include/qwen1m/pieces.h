@@ -6,7 +6,7 @@
 
 // `count` pieces of `bytes` each, one behind the other in the parcel from `offset` on; null ones are left out.
 typedef struct {
-  void* const* pieces;
+  void** pieces;
   int64_t count, bytes;
   qwen1m_parcel* parcel;
   int64_t offset;
