@@ -170,7 +170,8 @@ def test_no_page_is_touched_behind_giving_up(
         monkeypatch.setattr(ops.PieceBuffer, direction, noted)
     gate = Gate(monkeypatch, SegmentWriter if writes else SegmentReader, "write" if writes else "read")
     moving.begin(1, transfer(what, range(8, 16), writes=writes))
-    moving.begin(2, transfer(segments(1) if writes else what, range(16, 24), writes=writes))
+    other = segments(1) if writes else what
+    moving.begin(2, transfer(other, range(16, 24), writes=writes, ready=lambda: used.append("begun")))
     assert gate.reached.wait(20)
     before = list(used)
     moving.give_up(1)
