@@ -515,9 +515,7 @@ def _store(arguments: argparse.Namespace) -> int:
     from paddle_qwen1m.cache import store
 
     if (arguments.action == "prune") != (arguments.size is not None):
-        raise InputError(
-            "--size says how many bytes may stay: prune needs it, list and verify have no use for it"
-        )
+        raise InputError("--size says how many bytes may stay: prune needs it, list and verify have no use for it")
     folder, name = Path(file_argument("DIR", arguments.directory)), shown(arguments.directory)
     if not folder.is_dir():
         raise InputError(f"{name} is no folder")

@@ -389,22 +389,25 @@ class Engine:
         return True
 
     def finish_writes(self) -> None:
-        """Returns when what is being written to the prefix store is there. No request may run."""
-        if self._keeper is not None:
-            self._keeper.close()
+        """Returns when what this rank is writing to the prefix store is there; so does the end of the process."""
+        if self._store is not None and self._cache_pages is not None:
+            self.runner.transfers.finish()
 
     def release_cache(self) -> None:
         """Gives the memory of the KV cache back; the next request makes one anew."""
         if not self.is_idle:
             raise ValueError(f"the cache is in use by requests: {', '.join(self._requests)}")
         if self._cache_pages is not None:
-            self.finish_writes()
             self._tell({"cache": 0})
             self._make_cache(0)
 
     def close(self) -> None:
-        """Drops every request and gives the cache back; once more does nothing."""
+        """Drops every request and gives the cache back, when all ranks have written what goes into the prefix store;
+        once more does nothing.
+        """
         self._drop_all()
+        if self._keeper is not None:
+            self._keeper.finish()
         self.release_cache()
 
     # --- ranks that follow ---
@@ -416,7 +419,6 @@ class Engine:
 
     def dismiss(self) -> None:
         """Lets the ranks that follow return."""
-        self.finish_writes()
         self._tell({"dismiss": True})
 
     # --- inside ---
@@ -685,7 +687,8 @@ class Engine:
             wanted = cache_pages(needed, spare, self._budget(longest, available), page_size=self.page_size)
         if self._cache_pages is not None and wanted <= self._cache_pages:
             return
-        self.finish_writes()
+        if self._keeper is not None:
+            self._keeper.finish()
         if self._pool is not None and self._pool.in_use:
             raise CacheFull("the KV cache is too small for this call, and a prefilled document holds a part of it")
         self._tell({"cache": wanted})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from bisect import bisect_right
 from collections import deque
@@ -11,7 +12,7 @@ from itertools import count
 from typing import Callable, NamedTuple
 
 from paddle_qwen1m.cache import M2Range, PagePool, PrefixIndex, PrefixStore, StoredSegment, Transfers
-from paddle_qwen1m.cache.store import m2_of, segment_name, token_digests
+from paddle_qwen1m.cache.store import NAME_BYTES, m2_of, segment_name, token_digests
 from paddle_qwen1m.cache.transfers import UNFINISHED
 from paddle_qwen1m.engine.core import Sequence
 from paddle_qwen1m.engine.orders import GiveUp, Order, Restore, Save
@@ -169,8 +170,8 @@ class Keeper:
         """Returns when there is something to poll, or after so many seconds."""
         self._transfers().wait(seconds)
 
-    def close(self) -> None:
-        """Returns when everything is written."""
+    def finish(self) -> None:
+        """Returns when every rank has written everything."""
         assert not self._restoring, "requests wait for what is being restored"
         self._transfers().finish()
         while self._saving:
@@ -232,7 +233,8 @@ class Keeper:
         kept = bisect_right(borders, limit)
         names = token_digests(sequence.prompt, borders[:kept], sequence.request.cache_salt)
         begins = (0, *borders[:kept])
-        return [_Cut(*cut) for cut in zip(begins, borders, names, (digest.hex()[:32] for digest in digests))]
+        chains = (_digest(*of_cut, size) for of_cut in zip(digests, begins))
+        return [_Cut(*cut) for cut in zip(begins, borders, names, chains)]
 
     def _closest(self, cut: _Cut, m2: float) -> str | None:
         """The stored segment whose m^2 differs least, if not by too much."""
@@ -246,3 +248,8 @@ class Keeper:
         reason = None if missing is None else self._store.why_not(missing.tokens, sequence.made_under)
         if reason is not None:
             self._store.say(f"the beginning of a prompt is kept, but was made differently: {reason}")
+
+
+def _digest(chain: bytes, begin: int, page_size: int) -> str:
+    """Names what a file holds of the prefix that `chain` stands for: other options cut it otherwise."""
+    return hashlib.blake2b(chain + f"{begin} {page_size}".encode(), digest_size=NAME_BYTES).hexdigest()

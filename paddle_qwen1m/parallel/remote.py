@@ -120,10 +120,8 @@ class RemoteEngine:
 
     def close(self) -> None:
         if self._writes and self._end.alive:
-            for request_id in list(self._running):
-                self.abort(request_id)
             with contextlib.suppress(RuntimeError):  # a rank has ended
-                self._ask("finish_writes")
+                self._ask("close")
         self._end()
 
     def _tell(self, method: str, *arguments: Any) -> None:
