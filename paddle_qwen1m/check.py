@@ -14,7 +14,7 @@ from paddle_qwen1m.memory import available_gpu_memory, available_host_memory
 from paddle_qwen1m.plan import MemoryPlan, longest_context, parameters, plan_memory
 
 if TYPE_CHECKING:
-    from paddle_qwen1m.config import ModelConfig
+    from paddle_qwen1m.config import ModelConfig, SparseBudgets
     from paddle_qwen1m.paddlenlp.hub import Checkpoint
 
 OK, WARN, FAIL = "OK", "WARN", "FAIL"
@@ -289,6 +289,16 @@ def _memory(checkpoint: Checkpoint, options: CheckOptions) -> Iterator[Finding]:
         yield Finding(FAIL, "memory", f"{text}: the weights alone do not fit")
     else:
         yield Finding(WARN, "memory", f"{text}: give --max-model-len {longest} or less")
+
+
+def read_shapes(name: str) -> tuple[ModelConfig, SparseBudgets | None]:
+    """The shapes and sparse budgets of a checkpoint, a directory or a hub name, of which no weights are fetched."""
+    from paddle_qwen1m.paddlenlp import look_up_budgets
+    from paddle_qwen1m.paddlenlp.hub import locate
+
+    checkpoint = locate(name)
+    config = _read_config(checkpoint)
+    return config, look_up_budgets(checkpoint, config, None)[0]
 
 
 def _read_config(checkpoint: Checkpoint) -> ModelConfig:

@@ -153,15 +153,65 @@ def _check_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", nargs="?", metavar="MODEL", help="checkpoint directory, or a hub name; without it the machine alone"
     )
-    parser.add_argument(
-        "--table",
-        action="store_true",
-        help="print instead which card holds how many tokens of the published models, in chunks of "
-        "--max-num-batched-tokens",
-    )
     store = [name for name in options_of(Face.COMMAND) if name.startswith("prefix_store")]
     _add_model_options(parser, without=["sparse_threshold", *store])
     _add_debug(parser)
+
+
+def _plan_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", metavar="MODEL", help="7B, 14B, a checkpoint directory, or a hub name")
+    card = parser.add_mutually_exclusive_group()
+    card.add_argument("--gpu", metavar="NAME", help="a card, such as H100-80GB, H200 or RTX-4090")
+    card.add_argument("--gpu-memory", type=_size, metavar="SIZE", help="bytes that may be used of each, such as 141GB")
+    parser.add_argument("--table", action="store_true", help="instead: cards and lengths of the published models")
+    parser.add_argument("--json", action="store_true", help="a JSON object in place of lines")
+    for name in ("tensor_parallel_size", "max_num_seqs", "max_num_batched_tokens"):
+        parser.add_argument(f"--{name.replace('_', '-')}", type=_at_least(1), metavar="N", help=_llm_help(name))
+    parser.add_argument("--max-model-len", type=_length, metavar="N", help=f"{_llm_help('max_model_len')}, or auto")
+    _add_debug(parser)
+
+
+def _llm_help(name: str) -> str:
+    return options_of(Face.LLM)[name].flag_help.replace("%", "%%")
+
+
+def _length(text: str) -> int | None:
+    return None if text == "auto" else _at_least(1)(text)
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from paddle_qwen1m.config import published_budgets
+    from paddle_qwen1m.engine.admission import LEFT_TO_THE_DRIVER
+    from paddle_qwen1m.options import GPU_BATCHED_TOKENS, EngineOptions
+    from paddle_qwen1m.planning import GPUS, plan, published, table
+
+    chunk = arguments.max_num_batched_tokens or GPU_BATCHED_TOKENS
+    if arguments.table:
+        for line in table(chunk):
+            say(line)
+        return 0
+    if arguments.model is None or (arguments.gpu is None and arguments.gpu_memory is None):
+        raise InputError("plan needs --model and --gpu or --gpu-memory, or --table")
+    if arguments.gpu is not None and arguments.gpu.upper() not in GPUS:
+        raise InputError(f"--gpu {arguments.gpu}: give its --gpu-memory, or one of {', '.join(GPUS)}")
+    memory = arguments.gpu_memory or GPUS[arguments.gpu.upper()] - LEFT_TO_THE_DRIVER
+    with as_input():
+        config = published(arguments.model)
+        budgets = None if config is None else published_budgets(config)
+        if config is None:
+            from paddle_qwen1m.check import read_shapes
+
+            config, budgets = read_shapes(name_argument("--model", arguments.model))
+        given = {"max_num_seqs": arguments.max_num_seqs} if arguments.max_num_seqs else {}
+        options = EngineOptions(max_num_batched_tokens=chunk, **given)
+        ranks = arguments.tensor_parallel_size or 1
+        made = plan(config, memory, ranks=ranks, length=arguments.max_model_len, options=options, budgets=budgets)
+    if arguments.json:
+        say(json.dumps(made.as_json()))
+    else:
+        for line in made.lines():
+            say(line)
+    return 0 if made.fits else FAILED
 
 
 def _add_debug(parser: argparse.ArgumentParser) -> None:
@@ -169,12 +219,6 @@ def _add_debug(parser: argparse.ArgumentParser) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    if arguments.table:
-        from paddle_qwen1m.cards import CHUNK, table
-
-        for line in table(arguments.max_num_batched_tokens or CHUNK):
-            say(line)
-        return 0
     from paddle_qwen1m.check import FAIL, CheckOptions, check_checkpoint, check_machine
 
     findings = check_machine()
@@ -561,6 +605,7 @@ def _described(document: StoredDocument) -> str:
 COMMANDS = (
     Command("generate", "answer a question about a document, or continue a text", _generate_arguments, _generate),
     Command("check", "tell whether this machine and a checkpoint will work", _check_arguments, _check, logging.ERROR),
+    Command("plan", "tell what fits on which GPUs, and what to change where it does not", _plan_arguments, _plan),
     Command("serve", "answer requests over HTTP, as OpenAI's interface does", _serve_arguments, _serve),
     Command("convert", "write a checkpoint in another format", _convert_arguments, _convert),
     Command("store", "show, check or cut down the prefixes that are kept in a folder", _store_arguments, _store),

@@ -26,11 +26,11 @@ fileio             ops
 parallel           config ops
 weights            config dtypes fileio parallel progress
 plan               config dtypes weights
-cards              config dtypes parallel plan weights
 cache              config fileio ops
 attention          cache config ops
 model              attention cache config dtypes ops parallel weights
-engine             attention cache config memory model ops options parallel plan
+engine             attention cache config dtypes memory model ops options parallel plan
+planning           config engine options parallel
 parallel.wire      engine
 parallel.failure   cache engine parallel weights
 parallel.workers   parallel parallel.failure parallel.wire
@@ -42,7 +42,7 @@ server             engine options outputs streams text
 llm                engine options outputs paddlenlp parallel.remote progress text
 check              config config_keys dtypes memory model ops options paddlenlp parallel plan weights
 server.command     config llm options paddlenlp server streams
-cli                cache cards check dtypes engine ops options paddlenlp parallel progress server server.command streams text weights
+cli                cache check config dtypes engine ops options paddlenlp parallel planning progress server server.command streams text weights
 __main__           cli
 __init__           engine llm paddlenlp threads
 """  # noqa: E501

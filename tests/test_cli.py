@@ -498,8 +498,8 @@ def test_check_counts_what_each_rank_of_a_set_needs(tmp_path: Path, capsys: pyte
     assert re.search(r"memory: .* on each of 2 ranks .* available to all of them on this machine", out)
 
 
-def test_check_prints_the_table_of_the_readme(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["check", "--table"]) == 0
+def test_plan_prints_the_table_of_the_readme(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "--table"]) == 0
     assert capsys.readouterr().out in (ROOT / "README.md").read_text(encoding="utf-8")
 
 

@@ -6,9 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Callable
 
+from paddle_qwen1m.cache import choose_page_size
+from paddle_qwen1m.config import ModelConfig, SparseBudgets
+from paddle_qwen1m.dtypes import itemsize
 from paddle_qwen1m.engine.core import Request
-from paddle_qwen1m.options import AUTO
-from paddle_qwen1m.plan import longest_context
+from paddle_qwen1m.options import AUTO, EngineOptions, default_batched_tokens, default_pause_tokens
+from paddle_qwen1m.parallel.split import local_config
+from paddle_qwen1m.plan import cache_bytes_per_token, longest_context, parameters, workspace_bytes
 
 LEFT_TO_THE_DRIVER = 1_500_000_000
 """Bytes of a GPU that nobody asked for share of it: libraries' buffers, and what allocators round up."""
@@ -104,6 +108,43 @@ class Need:
     longest: int
     chunk: int
 
+    @classmethod
+    def of(
+        cls,
+        shapes: ModelConfig,
+        degree: int,
+        options: EngineOptions,
+        budgets: SparseBudgets | None,
+        *,
+        kept: str,
+        computed: str,
+        on_gpu: bool,
+    ) -> Need:
+        """Of one rank of `degree`. kept: the type of the weights; computed: what is computed in."""
+        local = local_config(shapes, degree)
+        chunk = options.max_num_batched_tokens or default_batched_tokens(on_gpu)
+        page_size = choose_page_size(shapes.dual_chunk.chunk_len, options.page_size)
+
+        def workspace(length: int) -> int:
+            return workspace_bytes(
+                local,
+                length,
+                max_num_batched_tokens=chunk,
+                max_pause_tokens=options.max_pause_tokens or default_pause_tokens(on_gpu),
+                max_num_seqs=options.max_num_seqs,
+                budgets=budgets if length > options.sparse_threshold else None,
+                dtype=computed,
+            )
+
+        return cls(
+            weights=parameters(local) * itemsize(kept),
+            page_bytes=page_size * cache_bytes_per_token(local, options.kv_cache_dtype or computed),
+            page_size=page_size,
+            workspace=workspace,
+            longest=shapes.max_position_embeddings,
+            chunk=chunk,
+        )
+
     def cache(self, length: int) -> int:
         """Bytes of the pages of one context."""
         return -(-length // self.page_size) * self.page_bytes
@@ -122,7 +163,7 @@ def choose_capacity(need: Need, allowance: Allowance, max_model_len: int | None)
 
     NotEnoughMemory when weights and workspace leave nothing; ValueError when the cache would not hold one context.
     """
-    fitting = _longest_fitting(need, allowance)
+    fitting = longest_fitting(need, allowance)
     length = need.longest if max_model_len is None else max_model_len
     if length > need.longest:
         raise ValueError(f"max_model_len must be at most max_position_embeddings, {need.longest}, got {length}")
@@ -164,7 +205,7 @@ def _cache_room(need: Need, allowance: Allowance, length: int) -> int | None:
     return left if allowance.cache is None else min(left, allowance.cache)
 
 
-def _longest_fitting(need: Need, allowance: Allowance) -> int | None:
+def longest_fitting(need: Need, allowance: Allowance) -> int | None:
     """The longest context that one cache can hold; None when not one token does."""
 
     def fits(length: int) -> bool:

@@ -12,9 +12,7 @@ from paddlenlp.transformers import AutoTokenizer
 from paddlenlp.utils.log import logger
 
 from paddle_qwen1m import ops
-from paddle_qwen1m.cache import choose_page_size
-from paddle_qwen1m.config import ModelConfig, SparseBudgets
-from paddle_qwen1m.dtypes import itemsize
+from paddle_qwen1m.config import ModelConfig
 from paddle_qwen1m.engine import Engine, SamplingParams
 from paddle_qwen1m.engine.admission import Allowance, Capacity, Need, choose_capacity
 from paddle_qwen1m.engine.grammar import GrammarCompiler
@@ -22,7 +20,7 @@ from paddle_qwen1m.engine.params import StructuredOutputsParams
 from paddle_qwen1m.engine.rules import Grammar
 from paddle_qwen1m.memory import available_host_memory, driver_memory
 from paddle_qwen1m.model import Qwen2OneM, device_dtypes
-from paddle_qwen1m.options import AUTO, EngineOptions, default_batched_tokens, default_pause_tokens
+from paddle_qwen1m.options import AUTO
 from paddle_qwen1m.paddlenlp.generation_keys import token_ids
 from paddle_qwen1m.paddlenlp.hub import Checkpoint, read_json
 from paddle_qwen1m.paddlenlp.loading import (
@@ -36,8 +34,7 @@ from paddle_qwen1m.paddlenlp.loading import (
     read_weights,
 )
 from paddle_qwen1m.parallel.group import Group
-from paddle_qwen1m.parallel.split import check_degree, local_config
-from paddle_qwen1m.plan import cache_bytes_per_token, parameters, workspace_bytes
+from paddle_qwen1m.parallel.split import check_degree
 from paddle_qwen1m.weights.digest import checkpoint_digest
 
 MEGABYTE = 1 << 20
@@ -88,7 +85,8 @@ def load_engine(model: str, options: Mapping[str, Any]) -> Engine:
     group = join_ranks(checkpoint, described, shapes, given.get("tensor_parallel_size", 1), None)
     budgets = find_budgets(checkpoint, shapes, given.get("sparse_budgets"), chosen) if chosen.sparse else None
     dtype = given.get("dtype") or shapes.dtype
-    need = _need(shapes, group, chosen, budgets, dtype)
+    kept, computed = device_dtypes(dtype)
+    need = Need.of(shapes, group.degree, chosen, budgets, kept=kept, computed=computed, on_gpu=ops.on_gpu())
     capacity = choose_capacity(need, _allowance(group, given), asked_length)
     if group.rank == 0:
         _tell(capacity, need, asked_length)
@@ -102,35 +100,6 @@ def load_engine(model: str, options: Mapping[str, Any]) -> Engine:
     read_weights(engine.model, checkpoint, described, group)
     engine.reserve()
     return engine
-
-
-def _need(shapes: ModelConfig, group: Group, chosen: EngineOptions, budgets: SparseBudgets | None, dtype: str) -> Need:
-    """What a rank needs, by arithmetic."""
-    local = local_config(shapes, group.degree)
-    kept, computed = device_dtypes(dtype)
-    on_gpu = ops.on_gpu()
-    chunk = chosen.max_num_batched_tokens or default_batched_tokens(on_gpu)
-    page_size = choose_page_size(shapes.dual_chunk.chunk_len, chosen.page_size)
-
-    def workspace(length: int) -> int:
-        return workspace_bytes(
-            local,
-            length,
-            max_num_batched_tokens=chunk,
-            max_pause_tokens=chosen.max_pause_tokens or default_pause_tokens(on_gpu),
-            max_num_seqs=chosen.max_num_seqs,
-            budgets=budgets if length > chosen.sparse_threshold else None,
-            dtype=computed,
-        )
-
-    return Need(
-        weights=parameters(local) * itemsize(kept),
-        page_bytes=page_size * cache_bytes_per_token(local, chosen.kv_cache_dtype or computed),
-        page_size=page_size,
-        workspace=workspace,
-        longest=shapes.max_position_embeddings,
-        chunk=chunk,
-    )
 
 
 def _allowance(group: Group, given: Mapping[str, Any]) -> Allowance:

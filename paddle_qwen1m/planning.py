@@ -1,0 +1,206 @@
+"""What fits on which GPUs, by the arithmetic that the engine admits by: the plan of one configuration, and a table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from paddle_qwen1m.config import ModelConfig, SparseBudgets, published_budgets
+from paddle_qwen1m.engine.admission import LEFT_TO_THE_DRIVER, Allowance, Need, longest_fitting
+from paddle_qwen1m.options import GPU_BATCHED_TOKENS, MAX_NUM_SEQS, EngineOptions
+from paddle_qwen1m.parallel.split import check_degree, degrees
+
+GPUS = {
+    "RTX-3090": 25_769_803_776,
+    "RTX-4090": 25_757_220_864,
+    "RTX-5090": 34_190_917_632,
+    "A100-40GB": 42_949_672_960,
+    "L40S": 48_305_799_168,
+    "RTX-A6000": 51_527_024_640,
+    "H100-80GB": 85_520_809_984,
+    "A100-80GB": 85_899_345_920,
+    "H20": 102_625_181_696,
+    "H200": 150_754_820_096,
+    "B200": 192_265_846_784,
+}
+"""Bytes that the driver reports of cards."""
+MEMORIES = (24, 40, 48, 80, 141)
+"""Memory of common cards in GB, counted as 10^9 bytes."""
+TABLE_RANKS = (1, 2, 4, 8)
+SMALLEST_CHUNK = 2048
+
+_BOTH: dict[str, Any] = {
+    "vocab_size": 152_064,
+    "max_position_embeddings": 1_010_000,
+    "torch_dtype": "bfloat16",
+    "dual_chunk_attention_config": {
+        "chunk_size": 262_144,
+        "local_size": 8_192,
+        "original_max_position_embeddings": 262_144,
+    },
+}
+_SHAPES = {
+    "7B": {
+        "hidden_size": 3_584,
+        "intermediate_size": 18_944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+    },
+    "14B": {
+        "hidden_size": 5_120,
+        "intermediate_size": 13_824,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 8,
+    },
+}
+PUBLISHED = {name: ModelConfig.from_dict({**_BOTH, **shapes}) for name, shapes in _SHAPES.items()}
+"""By size; a hub's name of one is it too."""
+
+
+def published(name: str) -> ModelConfig | None:
+    """The shapes of a published model by its size, "7B" or "14B", or its name on a hub."""
+    sizes = {f"qwen2.5-{size.lower()}-instruct-1m": size for size in PUBLISHED}
+    return PUBLISHED.get(sizes.get(name.rpartition("/")[2].lower(), name.upper()))
+
+
+@dataclass(frozen=True)
+class Way:
+    """Something that makes more fit. option: how it is written. length: the longest context with it alone."""
+
+    option: str
+    costs: str
+    length: int | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes on each of `ranks` GPUs, of which the engine may take `allowed`, for contexts of `length` tokens; `longest`
+    is the most that fit, None where the weights and the workspace do not.
+    """
+
+    ranks: int
+    allowed: int
+    length: int
+    weights: int
+    cache: int
+    workspace: int
+    longest: int | None
+    ways: tuple[Way, ...] = ()
+
+    @property
+    def left(self) -> int:
+        """What is not needed; less than 0 where that much is missing."""
+        return self.allowed - self.weights - self.cache - self.workspace
+
+    @property
+    def fits(self) -> bool:
+        return self.longest is not None and self.longest >= self.length
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "left": self.left, "fits": self.fits}
+
+    def lines(self) -> Iterator[str]:
+        """For people to read."""
+        each = "" if self.ranks == 1 else f" of each of {self.ranks} GPUs"
+        for name, size in (
+            ("may be used", self.allowed),
+            ("weights", self.weights),
+            ("keys and values", self.cache),
+            ("workspace", self.workspace),
+            ("left" if self.left >= 0 else "missing", abs(self.left)),
+        ):
+            yield f"{name:<16}{size / 1e9:>8.2f} GB{each if name == 'may be used' else ''}"
+        longest = "no length" if self.longest is None else f"{self.longest:,} tokens"
+        yield f"{self.length:,} tokens {'fit' if self.fits else 'do not fit'}; the longest that fits: {longest}"
+        for way in self.ways:
+            with_it = "still none" if way.length is None else f"{way.length:,} tokens"
+            yield f"  {way.option}: {with_it}; {way.costs}"
+
+
+def plan(
+    config: ModelConfig,
+    memory: int,
+    *,
+    ranks: int = 1,
+    length: int | None = None,
+    options: EngineOptions | None = None,
+    budgets: SparseBudgets | None = None,
+) -> Plan:
+    """What a context of `length` tokens takes, the model's longest by default, where the engine may use `memory` bytes
+    of each GPU. budgets: of sparse prefill. ValueError for ranks or a length that the model does not have.
+
+    Where it does not fit, the ways out come in the order of what they cost.
+    """
+    check_degree(config, ranks, "tensor_parallel_size")
+    options = options or EngineOptions(max_num_batched_tokens=GPU_BATCHED_TOKENS)
+    wanted = config.max_position_embeddings if length is None else length
+    if not 1 <= wanted <= config.max_position_embeddings:
+        raise ValueError(
+            f"max_model_len must be 1 to max_position_embeddings, {config.max_position_embeddings}, got {wanted}"
+        )
+
+    def need(ranks: int, options: EngineOptions) -> Need:
+        computed = "bfloat16" if config.dtype == "float32" else config.dtype
+        return Need.of(config, ranks, options, budgets, kept=computed, computed=computed, on_gpu=True)
+
+    def longest(ranks: int, options: EngineOptions) -> int | None:
+        return longest_fitting(need(ranks, options), Allowance(memory))
+
+    own = need(ranks, options)
+    made = Plan(ranks, memory, wanted, own.weights, own.cache(wanted), own.workspace(wanted), longest(ranks, options))
+    if made.fits:
+        return made
+    ways = []
+    if options.max_num_seqs > 1:
+        ways.append(Way("--max-num-seqs 1", "one answer at a time", longest(ranks, replace(options, max_num_seqs=1))))
+    chunks = [own.chunk >> shift for shift in range(1, own.chunk.bit_length()) if own.chunk >> shift >= SMALLEST_CHUNK]
+    ways += _enough(
+        wanted,
+        (
+            Way(
+                f"--max-num-batched-tokens {chunk}",
+                "a little slower, and sparse keys are chosen for smaller chunks",
+                longest(ranks, replace(options, max_num_batched_tokens=chunk)),
+            )
+            for chunk in chunks
+        ),
+    )
+    more = [degree for degree in degrees(config) if degree > ranks and degree in TABLE_RANKS]
+    ways += _enough(
+        wanted, (Way(f"--tensor-parallel-size {degree}", "more GPUs", longest(degree, options)) for degree in more)
+    )
+    if made.longest is not None:
+        ways.append(Way(f"--max-model-len {made.longest}", "shorter contexts", made.longest))
+    return replace(made, ways=tuple(ways))
+
+
+def _enough(wanted: int, ways: Iterable[Way]) -> list[Way]:
+    """The first of these that lets `wanted` tokens fit, or the last where none does."""
+    last = None
+    for last in ways:
+        if last.length is not None and last.length >= wanted:
+            break
+    return [] if last is None else [last]
+
+
+def table(chunk: int = GPU_BATCHED_TOKENS) -> Iterator[str]:
+    """Lines of a Markdown table: a row a model and number of cards, a column a card, thousands of tokens in a cell."""
+    yield f"| | cards | {' | '.join(f'{memory} GB' for memory in MEMORIES)} |"
+    yield "|---" * (2 + len(MEMORIES)) + "|"
+    options = EngineOptions(max_num_batched_tokens=chunk, max_num_seqs=MAX_NUM_SEQS)
+    for name, config in PUBLISHED.items():
+        for ranks in degrees(config):
+            if ranks in TABLE_RANKS:
+                allowed = (memory * 10**9 - LEFT_TO_THE_DRIVER for memory in MEMORIES)
+                budgets = published_budgets(config)
+                cells = (
+                    _cell(plan(config, size, ranks=ranks, options=options, budgets=budgets).longest) for size in allowed
+                )
+                yield f"| {name} | {ranks} | {' | '.join(cells)} |"
+
+
+def _cell(tokens: int | None) -> str:
+    return "-" if tokens is None or tokens < 1000 else f"{tokens // 1000:,}K"

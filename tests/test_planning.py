@@ -1,0 +1,124 @@
+"""What fits on which GPUs is what the engine admits, and every way out is what it says."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from paddle_qwen1m import cli
+from paddle_qwen1m.config import ModelConfig, published_budgets
+from paddle_qwen1m.engine.admission import LEFT_TO_THE_DRIVER, Allowance, Need, choose_capacity
+from paddle_qwen1m.options import EngineOptions
+from paddle_qwen1m.planning import GPUS, MEMORIES, PUBLISHED, Plan, plan, published
+
+NEEDLE = Path(__file__).parents[1] / "checkpoints" / "needle"
+WHOLE = 1_010_000
+
+
+def planned(name: str, memory: int, **given: Any) -> Plan:
+    config = PUBLISHED[name]
+    return plan(config, memory, budgets=published_budgets(config), **given)
+
+
+def admitted(name: str, memory: int, ranks: int, options: EngineOptions, length: int) -> bool:
+    """Whether an engine with so much memory would start."""
+    config = PUBLISHED[name]
+    budgets = published_budgets(config)
+    need = Need.of(config, ranks, options, budgets, kept="bfloat16", computed="bfloat16", on_gpu=True)
+    try:
+        return choose_capacity(need, Allowance(memory), length).max_model_len == length
+    except (MemoryError, ValueError):
+        return False
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("memory", [memory * 10**9 for memory in MEMORIES])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_the_longest_that_fits_is_what_an_engine_would_take_and_no_page_more(
+    name: str, memory: int, ranks: int
+) -> None:
+    made, options = planned(name, memory, ranks=ranks), EngineOptions(max_num_batched_tokens=32_768)
+    if made.longest is None:
+        assert not admitted(name, memory, ranks, options, 1)
+        return
+    assert admitted(name, memory, ranks, options, made.longest)
+    assert made.longest == WHOLE or not admitted(name, memory, ranks, options, made.longest + 256)
+
+
+def test_bytes_add_up_and_what_is_missing_is_less_than_nothing_left() -> None:
+    made = planned("14B", 149 * 10**9)
+    assert (made.weights, made.cache) == (2 * 14_770_033_664, -(-WHOLE // 256) * 256 * 196_608)
+    assert made.left == made.allowed - made.weights - made.cache - made.workspace < 0 and not made.fits
+    fitting = planned("14B", 149 * 10**9, ranks=2)
+    assert fitting.fits and fitting.left > 0 and fitting.ways == ()
+    assert fitting.weights < 0.51 * made.weights and fitting.cache == made.cache // 2
+
+
+@pytest.mark.parametrize(("name", "memory"), [("7B", 24), ("7B", 48), ("14B", 40), ("14B", 141)])
+def test_every_way_out_lets_as_much_fit_as_it_says(name: str, memory: int) -> None:
+    made = planned(name, memory * 10**9)
+    assert not made.fits and made.ways
+    options = {"max_num_batched_tokens": 32_768}
+    for way in made.ways:
+        flag, number = way.option.split()
+        changed: dict[str, Any] = dict(options)
+        ranks, length = 1, way.length
+        if flag == "--tensor-parallel-size":
+            ranks = int(number)
+        elif flag == "--max-model-len":
+            length = int(number)
+        else:
+            changed[flag[2:].replace("-", "_")] = int(number)
+        assert length is None or admitted(name, memory * 10**9, ranks, EngineOptions(**changed), length), way
+    assert [way.option.split()[0] for way in made.ways] == sorted(
+        (way.option.split()[0] for way in made.ways),
+        key=["--max-num-seqs", "--max-num-batched-tokens", "--tensor-parallel-size", "--max-model-len"].index,
+    )
+
+
+def test_a_published_model_is_known_by_its_size_and_its_name() -> None:
+    for name in ("7b", "Qwen/Qwen2.5-7B-Instruct-1M", "qwen2.5-7b-instruct-1m"):
+        assert published(name) is PUBLISHED["7B"]
+    assert published("Qwen/Qwen2.5-7B-Instruct") is None and published("checkpoints/needle") is None
+
+
+def test_the_command_says_what_it_says_in_json_and_by_its_status(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["plan", "--model", "14B", "--gpu", "h200", "--max-num-batched-tokens", "16384"]
+    assert cli.main([*command, "--json"]) == 1
+    told = json.loads(capsys.readouterr().out)
+    made = planned("14B", GPUS["H200"] - LEFT_TO_THE_DRIVER, options=EngineOptions(max_num_batched_tokens=16_384))
+    assert told == json.loads(json.dumps(made.as_json()))
+    assert cli.main([*command, "--tensor-parallel-size", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "may be used       149.25 GB of each of 2 GPUs"
+    assert lines[-1] == "1,010,000 tokens fit; the longest that fits: 1,010,000 tokens"
+    assert cli.main(["plan", "--model", "7B", "--gpu-memory", "24GB", "--max-model-len", "20000"]) == 0
+    assert "may be used        24.00 GB\n" in capsys.readouterr().out
+
+
+def test_a_directory_is_planned_by_its_own_shapes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "--model", str(NEEDLE), "--gpu-memory", "40GB", "--max-model-len", "auto", "--json"]) == 0
+    config = ModelConfig.from_dict(json.loads((NEEDLE / "config.json").read_text()), "config.json")
+    assert json.loads(capsys.readouterr().out)["length"] == config.max_position_embeddings
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--model", "7B"], "plan needs --model and --gpu or --gpu-memory, or --table"),
+        (["--model", "7B", "--gpu", "GTX-970"], "--gpu GTX-970: give its --gpu-memory, or one of RTX-3090, "),
+        (["--model", "7B", "--gpu", "H200", "--tensor-parallel-size", "3"], "tensor_parallel_size"),
+        (["--model", "7B", "--gpu", "H200", "--max-model-len", "2000000"], "max_model_len must be 1 to .*1010000"),
+    ],
+)
+def test_wrong_use_is_refused_in_one_line(
+    arguments: list[str], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["plan", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith("error: ")
+    assert re.search(reason, captured.err)
