@@ -6,7 +6,8 @@ import argparse
 import hashlib
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -42,9 +43,10 @@ def evaluate(arguments: argparse.Namespace) -> int:
         tokenizer = serving.load_tokenizer(options.get("tokenizer") or arguments.model, options)
         jobs = _jobs(arguments, tokenizer)
         _check_lengths(arguments, options)
+        given = _given(arguments, options)
     except (FileNotFoundError, NotADirectoryError, PermissionError, TypeError, ValueError) as error:
         raise InputError(str(error)) from error
-    given = _given(arguments, options)
+    _tell_what_is_dense(arguments, configurations, given)
     out, runs = Path(arguments.out), dict[str, list[Record]]()
     for name in configurations:
         with Journal(out / name, given) as journal:
@@ -156,7 +158,21 @@ def _given(arguments: argparse.Namespace, options: dict[str, Any]) -> dict[str, 
         given |= {"base_url": arguments.base_url, "served_model": arguments.served_model}
     else:
         given["options"] = {name: str(value) for name, value in sorted(options.items()) if name not in NO_EFFECT}
+        given |= asdict(serving.identify(arguments.model, options))
     return given
+
+
+def _tell_what_is_dense(arguments: argparse.Namespace, configurations: Sequence[str], given: dict[str, Any]) -> None:
+    """A line where `sparse` would be dense at some lengths, or at all."""
+    if "sparse" not in configurations:
+        return
+    above = given["sparse_above"]
+    if above is None:
+        note(f"note: {arguments.model} has no sparse budgets: `sparse` is dense here; give --sparse-budgets FILE")
+        return
+    dense = [f"{length:,}" for length in given["lengths"] if length <= above]
+    if dense:
+        note(f"note: `sparse` is dense at {', '.join(dense)} tokens: it begins above --sparse-threshold, {above:,}")
 
 
 def _sha256(text: str) -> str:

@@ -13,11 +13,12 @@ import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from paddle_qwen1m import __version__
-from paddle_qwen1m.evaluate import perplexity
+from paddle_qwen1m.evaluate import perplexity, statistics
 from paddle_qwen1m.evaluate.statistics import paired_difference, standard_error
 from paddle_qwen1m.streams import InputError, shown
 
@@ -261,10 +262,9 @@ def tables(runs: Mapping[str, Sequence[Record]]) -> str:
     for name in configurations[1:]:
         rows = _differences(tasks[name], first, lengths)
         unit = "nats a token" if is_perplexity else "points of 100"
-        parts.append(
-            f"### {name} less {configurations[0]}: {unit}, with 95 % interval\n\n"
-            + _table(["task", *(f"{length:,}" for length in lengths)], rows)
-        )
+        head = ["task", *(f"{length:,}" for length in lengths), "all lengths"]
+        about = f"{unit}, with 95 % interval from {statistics.FEWEST} documents on"
+        parts.append(f"### {name} less {configurations[0]}: {about}\n\n" + _table(head, rows))
     return "\n\n".join(parts) + "\n"
 
 
@@ -276,15 +276,15 @@ def _differences(
     """A row a task, and one of all; questions that only one configuration has been asked are left out."""
     rows = []
     for title, chosen in [*((task, [task]) for task in one), *([("all", list(one))] if len(one) > 1 else [])]:
-        row = [title]
-        for length in lengths:
-            pairs = [
-                (mine, theirs)
+        pairs = {
+            length: [
+                pair
                 for task in chosen
-                for mine, theirs in _paired(one[task].get(length, ()), other.get(task, {}).get(length, ()))
+                for pair in _paired(one[task].get(length, ()), other.get(task, {}).get(length, ()))
             ]
-            row.append(_difference(pairs))
-        rows.append(row)
+            for length in lengths
+        }
+        rows.append([title, *map(_difference, pairs.values()), _difference([*chain(*pairs.values())])])
     return rows
 
 
@@ -305,7 +305,7 @@ def _difference(pairs: Sequence[tuple[Record, Record]]) -> str:
     )
     scale, digits = (1, 4) if in_nats else (100, 1)
     mean, low, high = (f"{scale * value:+.{digits}f}" for value in (interval.mean, interval.low, interval.high))
-    return f"{mean} [{low}, {high}]"
+    return mean if math.isnan(interval.low) else f"{mean} [{low}, {high}]"
 
 
 def _mean_of_tasks(tasks: Mapping[str, Mapping[int, Sequence[Record]]], length: int) -> float | None:
@@ -319,7 +319,7 @@ def _position_table(name: str, lengths: Mapping[int, Sequence[Record]]) -> str:
     rows = []
     for begin, end in ranges:
         found = [
-            next((f"{one['perplexity']:.3f}" for one in ones if (one["begin"], one["end"]) == (begin, end)), "")
+            next((_rounded(one["perplexity"]) for one in ones if (one["begin"], one["end"]) == (begin, end)), "")
             for ones in by_length.values()
         ]
         rows.append([f"{begin:,} to {end - 1:,}", *found])
@@ -331,7 +331,12 @@ def _position_table(name: str, lengths: Mapping[int, Sequence[Record]]) -> str:
 def _shown(value: float | None, is_perplexity: bool) -> str:
     if value is None:
         return ""
-    return f"{perplexity.perplexity(value, 1):.3f}" if is_perplexity else f"{100 * value:.1f}"
+    return _rounded(perplexity.perplexity(value, 1)) if is_perplexity else f"{100 * value:.1f}"
+
+
+def _rounded(value: float) -> str:
+    """Of a perplexity: three places, or of a large one four digits."""
+    return f"{value:.3f}" if value < 10_000 else f"{value:.3e}"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

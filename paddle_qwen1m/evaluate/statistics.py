@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
@@ -10,20 +11,19 @@ import numpy.typing as npt
 
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
+FEWEST = 8
+"""Documents of which an interval can be given."""
 UNSEEN = 3.0
 """With n documents, a kind that none of them is has a share of at most UNSEEN / n, with 95 % confidence."""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate with its interval of CONFIDENCE."""
+    """An estimate with its interval of CONFIDENCE; nan where there are fewer than FEWEST documents."""
 
     mean: float
     low: float
     high: float
-
-    def __str__(self) -> str:
-        return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
 
 
 def paired_difference(
@@ -39,6 +39,8 @@ def paired_difference(
         raise ValueError(f"pairs must be as many, and some: got {len(one)}, {len(other)}, {len(documents)}")
     sums, counts = _by_document(np.asarray(one, np.float64) - np.asarray(other, np.float64), documents)
     mean = float(sums.sum() / counts.sum())
+    if len(sums) < FEWEST:
+        return Interval(mean, math.nan, math.nan)
     shares = sums / counts
     if np.ptp(shares) == 0.0:
         most = 0.0 if width is None else min(width, UNSEEN / len(sums) * width)
@@ -54,7 +56,7 @@ def standard_error(scores: Sequence[float], documents: Sequence[Hashable]) -> fl
     sums, counts = _by_document(np.asarray(scores, np.float64), documents)
     n = len(sums)
     if n < 2:
-        return float("nan")
+        return math.nan
     mean = sums.sum() / counts.sum()
     return float(np.sqrt(((sums - mean * counts) ** 2).sum() * n / (n - 1)) / counts.sum())
 

@@ -44,13 +44,13 @@ NAMES: tuple[str, ...] = (
 """What its access codes are for."""
 
 ADJECTIVES: tuple[str, ...] = (
-    *("agile", "ancient", "austere", "bitter", "blunt", "brave", "brittle", "calm", "careful", "cheap"),
+    *("amiable", "ancient", "austere", "bitter", "blunt", "brave", "brittle", "calm", "careful", "cheap"),
     *("clever", "crooked", "curious", "damp", "distant", "dusty", "eager", "early", "empty", "exact"),
     *("faint", "famous", "fierce", "foreign", "formal", "fragile", "frozen", "gentle", "giant", "golden"),
     *("graceful", "grim", "hasty", "hollow", "honest", "humble", "idle", "jolly", "keen", "lazy"),
     *("lively", "lonely", "loyal", "lucky", "mellow", "modest", "muddy", "narrow", "noble", "noisy"),
     *("obscure", "orange", "patient", "plain", "polite", "proud", "purple", "quick", "quiet", "rapid"),
-    *("remote", "rough", "royal", "rustic", "secret", "severe", "shallow", "silent", "simple", "sleepy"),
+    *("remote", "rough", "royal", "rustic", "scarlet", "severe", "shallow", "silent", "simple", "sleepy"),
     *("slender", "smooth", "solemn", "spare", "steep", "sturdy", "subtle", "tender", "useful", "vivid"),
 )
 
@@ -111,7 +111,7 @@ def filler(rng: np.random.Generator) -> Iterator[str]:
 
 
 def names(rng: np.random.Generator, at_most: int) -> Iterator[str]:
-    """Up to `at_most` different names such as "agile-anchor", none of them part of another one."""
+    """Up to `at_most` different names such as "amiable-anchor", none of them part of another one."""
     pairs = len(ADJECTIVES) * len(NOUNS)
     tripled = at_most > pairs
     if at_most > pairs * len(NOUNS):
