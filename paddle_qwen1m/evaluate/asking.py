@@ -9,7 +9,7 @@ from typing import Callable
 from paddle_qwen1m.evaluate import perplexity
 from paddle_qwen1m.evaluate.results import Journal, Record, digest, shortened
 from paddle_qwen1m.evaluate.samples import Prompter, Sample, score
-from paddle_qwen1m.evaluate.subject import Prompt, Subject
+from paddle_qwen1m.evaluate.subject import Prompt, Reading, Subject
 from paddle_qwen1m.progress import Progress
 
 
@@ -61,6 +61,30 @@ def about_sample(task: str, length: int, number: int, questions: int, make: Call
                 task, length, number, one, len(prompt.ids), score(answer.text, question.expected),
                 list(question.expected), answer.text, answer.finish_reason, answer.cached_tokens, prompt.max_tokens,
                 shortened(text), digest(text), dict(question.facts),
+            )  # fmt: skip
+
+    return Job(task, length, number, questions, run)
+
+
+def about_reading(task: str, length: int, number: int, questions: int, make: Callable[[], Sample], by: Prompter) -> Job:
+    """A job whose right answers stand in the prompt, and count where each of their tokens is the likeliest one.
+
+    A generated answer is written by dense decode, which can hide what sparse prefill lost of the question's own rows.
+    """
+
+    def run(subject: Subject, numbers: Sequence[int]) -> Iterator[Record]:
+        sample = make()
+        for one in numbers:
+            question = sample.questions[one]
+            assert question.answer is not None, task
+            text = by.text(question)
+            asked, whole = by.encode(text), by.encode(text + question.answer)
+            assert len(whole) <= length, (task, length, number)
+            begin = next((place for place, pair in enumerate(zip(asked, whole)) if pair[0] != pair[1]), len(asked))
+            found = subject.likeliest(Reading(whole, len(whole) - begin)).tolist()
+            yield Record(
+                task, length, number, one, len(whole), float(found == whole[begin:]), [question.answer],
+                by.decode(found), None, None, len(whole) - begin, shortened(text), digest(text), dict(question.facts),
             )  # fmt: skip
 
     return Job(task, length, number, questions, run)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from paddle_qwen1m.evaluate import needle, perplexity, report, ruler
-from paddle_qwen1m.evaluate.asking import Job, about_sample, about_window, ask
+from paddle_qwen1m.evaluate.asking import Job, about_reading, about_sample, about_window, ask
 from paddle_qwen1m.evaluate.results import Journal, Record, tables, write_harness_files
 from paddle_qwen1m.evaluate.samples import Prompter
 from paddle_qwen1m.evaluate.subject import CONFIGURATIONS, Endpoint, InProcess, Subject
@@ -85,12 +85,17 @@ def _jobs(arguments: argparse.Namespace, tokenizer: Any) -> list[Job]:
     prompter = Prompter(tokenizer, raw=arguments.raw)
     source = _haystack(arguments.haystack)
     numbers = range(arguments.samples)
+    about = about_sample
+    if arguments.score == "logits":
+        if arguments.base_url is not None:
+            raise ValueError("--score logits needs a model in process: leave out --base-url")
+        about = about_reading
     common: dict[str, Any] = {"seed": arguments.seed, "haystack": source}
     if arguments.kind == needle.TASK:
         depths = len(needle.depths(arguments.depths))
         needle.make(lengths[0], 0, prompter, depths, **common)
         return [
-            about_sample(
+            about(
                 needle.TASK, length, number, depths,
                 partial(needle.make, length, number, prompter, depths, **common), prompter,
             )
@@ -99,9 +104,11 @@ def _jobs(arguments: argparse.Namespace, tokenizer: Any) -> list[Job]:
         ]  # fmt: skip
     tasks = _tasks(arguments)
     for task in tasks:
-        ruler.make(task, lengths[0], 0, prompter, **common)
+        (question,) = ruler.make(task, lengths[0], 0, prompter, **common).questions
+        if arguments.score == "logits" and question.answer is None:
+            raise ValueError(f"--score logits: {task} has no one right answer; leave it out of --tasks")
     return [
-        about_sample(task, length, number, 1, partial(ruler.make, task, length, number, prompter, **common), prompter)
+        about(task, length, number, 1, partial(ruler.make, task, length, number, prompter, **common), prompter)
         for length in lengths
         for task in tasks
         for number in numbers
@@ -148,7 +155,12 @@ def _given(arguments: argparse.Namespace, options: dict[str, Any]) -> dict[str, 
         given["text_sha256"] = _sha256(read_document(arguments.text, "--text"))
     else:
         own = arguments.haystack not in HAYSTACKS
-        given |= {"seed": arguments.seed, "raw": arguments.raw, "haystack": arguments.haystack}
+        given |= {
+            "seed": arguments.seed,
+            "raw": arguments.raw,
+            "score": arguments.score,
+            "haystack": arguments.haystack,
+        }
         given |= {"haystack_sha256": _sha256(read_document(arguments.haystack, "--haystack"))} if own else {}
     if arguments.kind == needle.TASK:
         given["depths"] = arguments.depths

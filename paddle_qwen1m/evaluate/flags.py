@@ -51,6 +51,11 @@ def _kind(kinds: argparse._SubParsersAction, name: str, summary: str, samples: i
         parser.add_argument(
             "--seed", type=whole, default=0, metavar="N", help="of the documents (default: %(default)s)"
         )
+        parser.add_argument(
+            "--score", choices=["generation", "logits"], default="generation",
+            help="by the text of answers, or by whether each token of the right answer, behind the question in the "
+            "prompt, is the likeliest one (default: %(default)s)",
+        )  # fmt: skip
         parser.add_argument("--raw", action="store_true", help="prompts are plain text, without the chat template")
     endpoint = parser.add_argument_group("endpoint", "a server is asked, and MODEL gives the tokenizer alone")
     endpoint.add_argument("--base-url", metavar="URL", help="such as http://127.0.0.1:8000/v1; key: OPENAI_API_KEY")

@@ -98,6 +98,7 @@ class Needles:
                 f"In the text, the secret {what} of {names_asked} {verb}",
                 tuple(value for _, value in asked),
                 NEEDLE_TOKENS,
+                None if self.values > 1 else f" {_listed([value for _, value in asked])}.",
                 {"depths": [round(100 * float(place), 1) for place in places[: len(asked)]]},
             )
 

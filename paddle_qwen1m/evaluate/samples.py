@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Callable, TypeVar
 
+from paddle_qwen1m.text import decoder
+
 
 class TooShort(ValueError):
     """A length that the smallest sample of a task does not fit."""
@@ -15,13 +17,15 @@ class TooShort(ValueError):
 class Question:
     """prompt: what the user says, document and question. answer_prefix: how the answer begins, given with the prompt.
 
-    expected: texts that the answer must have. max_tokens: of the answer. facts: what else a reader of results wants.
+    expected: texts that the answer must have. max_tokens: of the answer. answer: how a right one goes on, where there
+    is one way to write it. facts: what else a reader of results wants.
     """
 
     prompt: str
     answer_prefix: str
     expected: tuple[str, ...]
     max_tokens: int
+    answer: str | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -43,9 +47,13 @@ class Prompter:
         if not raw and not tokenizer.chat_template:
             raise ValueError("the tokenizer has no chat template: give --raw, and prompts are plain text")
         self._tokenizer, self._raw = tokenizer, raw
+        self._decode = decoder(tokenizer, skip_special_tokens=False)
 
     def encode(self, text: str) -> list[int]:
         return list(self._tokenizer(text, verbose=False)["input_ids"])
+
+    def decode(self, ids: list[int]) -> str:
+        return self._decode(ids)
 
     def text(self, question: Question) -> str:
         """The whole prompt, the beginning of the answer included."""

@@ -34,6 +34,14 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class Reading:
+    """Token ids of question and right answer, which has the last `answer_tokens` of them."""
+
+    ids: Sequence[int]
+    answer_tokens: int
+
+
+@dataclass(frozen=True)
 class Answer:
     """cached_tokens: of the prompt, which were not computed for this question; None where nobody says."""
 
@@ -52,6 +60,9 @@ class Subject(Protocol):
 
     def logprobs(self, ids: Sequence[int]) -> npt.NDArray[np.float64]:
         """Of each token but the first, [n - 1], after those before it."""
+
+    def likeliest(self, reading: Reading) -> npt.NDArray[np.int64]:
+        """The likeliest token in the place of each token of the answer, [answer_tokens], after those before it."""
 
     def close(self) -> None:
         """Gives back memory, or the connection."""
@@ -78,6 +89,11 @@ class InProcess:
         (output,) = self._llm.generate([list(ids)], params, use_tqdm=False)
         entries = (output.prompt_logprobs or [])[1:]
         return np.array([entry[token].logprob for entry, token in zip(entries, ids[1:]) if entry is not None])
+
+    def likeliest(self, reading: Reading) -> npt.NDArray[np.int64]:
+        end = len(reading.ids) - 1
+        logits = self._llm.logits(reading.ids, range(end - reading.answer_tokens, end))
+        return np.asarray(logits.argmax(-1), np.int64)
 
     def close(self) -> None:
         self._llm.shutdown()
@@ -114,6 +130,9 @@ class Endpoint:
         if len(told) < len(ids):
             raise SubjectError(f"{self._url} told {len(told):,} log-probabilities of {len(ids):,} tokens")
         return np.array(told[1 : len(ids)], np.float64)
+
+    def likeliest(self, reading: Reading) -> npt.NDArray[np.int64]:
+        raise SubjectError(f"{self._url}: --score logits needs a model in process")
 
     def close(self) -> None:
         self._client.close()

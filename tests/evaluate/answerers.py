@@ -8,7 +8,7 @@ from typing import Any, Callable
 import numpy as np
 import numpy.typing as npt
 
-from paddle_qwen1m.evaluate.subject import Answer, Prompt, SubjectError
+from paddle_qwen1m.evaluate.subject import Answer, Prompt, Reading, SubjectError
 
 
 class Answerer:
@@ -31,6 +31,13 @@ class Answerer:
     def logprobs(self, ids: Sequence[int]) -> npt.NDArray[np.float64]:
         """Of the token at position p: -p."""
         return -np.arange(1, len(ids), dtype=np.float64)
+
+    def likeliest(self, reading: Reading) -> npt.NDArray[np.int64]:
+        """The right answer where `say` says anything, else one whose last token is another."""
+        self.asked.append(self._tokenizer.decode(list(reading.ids)))
+        tokens = np.array(reading.ids[len(reading.ids) - reading.answer_tokens :], np.int64)
+        tokens[-1] += not self._say(self.asked[-1])
+        return tokens
 
     def close(self) -> None:
         self.closed = True

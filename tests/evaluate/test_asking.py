@@ -12,7 +12,7 @@ import pytest
 from answerers import Answerer
 
 from paddle_qwen1m.evaluate import needle, perplexity, report, ruler
-from paddle_qwen1m.evaluate.asking import Job, about_sample, about_window, ask
+from paddle_qwen1m.evaluate.asking import Job, about_reading, about_sample, about_window, ask
 from paddle_qwen1m.evaluate.results import JOURNAL, Journal, Record, grouped, mean, tables, write_harness_files
 from paddle_qwen1m.evaluate.samples import Prompter
 from paddle_qwen1m.evaluate.subject import SubjectError
@@ -55,6 +55,20 @@ def test_right_answers_score_1_and_wrong_ones_0(
 ) -> None:
     records = run(tmp_path, jobs, Answerer(tokenizer, say))
     assert [record.score for record in records] == [share] * DEPTHS * len(LENGTHS)
+
+
+@pytest.mark.parametrize(("say", "share"), [(read, 1.0), (lambda _prompt: "", 0.0)])
+def test_an_answer_in_the_prompt_counts_where_each_of_its_tokens_is_the_likeliest(
+    say: Any, share: float, tmp_path: Path, prompter: Prompter, tokenizer: Any
+) -> None:
+    sample = needle.make(512, 0, prompter, DEPTHS)
+    subject = Answerer(tokenizer, say)
+    records = run(tmp_path, [about_reading("needle", 512, 0, DEPTHS, lambda: sample, prompter)], subject)
+    assert [record.score for record in records] == [share] * DEPTHS
+    for record, question, asked in zip(records, sample.questions, subject.asked):
+        assert asked == prompter.text(question) + question.facts["needle"], "question and answer, and nothing else"
+        assert record.max_tokens == len(tokenizer(question.facts["needle"])["input_ids"])
+        assert (record.response == question.facts["needle"]) == bool(share)
 
 
 @pytest.mark.parametrize("task", ruler.TASKS)

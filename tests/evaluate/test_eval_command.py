@@ -7,10 +7,12 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from paddle_qwen1m import cli
-from paddle_qwen1m.evaluate import subject
+from paddle_qwen1m.evaluate import needle, subject
+from paddle_qwen1m.evaluate.samples import Prompter
 
 SPARSE_FROM = ("--sparse-threshold", "700")
 
@@ -37,6 +39,31 @@ def test_the_needle_map_dense_and_sparse(
         assert all(one["cached_tokens"] > 500 for one in asked[1:]), "the document is read once for all its questions"
         assert all(one["tokens"] + one["max_tokens"] <= 1024 for one in asked)
     assert (tmp_path / "report.html").exists()
+
+
+def test_the_prompts_own_logits_can_be_the_score(
+    needle_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--lengths", 1024, "--depths", 3, "--score", "logits", *SPARSE_FROM)
+    assert run("needle", needle_checkpoint, tmp_path, *options) == 0
+    for one in records(tmp_path / "sparse"):
+        assert one["score"] == 1.0
+        assert one["response"] == one["expected"][0] == one["facts"]["needle"]
+
+
+def test_likeliest_tokens_are_those_of_the_whole_prompt_read_at_once(
+    needle_checkpoint: Path, prompter: Prompter
+) -> None:
+    from paddlenlp.transformers import AutoModelForCausalLM
+
+    sample = needle.make(900, 1, prompter, 2)
+    asked = [prompter.encode(prompter.text(one) + str(one.facts["needle"])) for one in sample.questions]
+    engine = AutoModelForCausalLM.from_pretrained(str(needle_checkpoint)).engine
+    here = subject.InProcess(str(needle_checkpoint), "dense", {"max_model_len": 1024})
+    for ids in asked:
+        logits = engine.logits(np.asarray(ids, np.int64), range(len(ids) - 41, len(ids) - 1))
+        assert here.likeliest(subject.Reading(ids, 40)).tolist() == logits.argmax(-1).tolist()
+    here.close()
 
 
 def test_an_endpoint_says_what_the_model_says_in_process(
@@ -104,6 +131,8 @@ def test_an_endpoint_that_is_not_there_is_named(
         ("needle", ["--lengths", "512", "--samples", "0"], "--samples must be at least 1, got 0"),
         ("needle", ["--lengths", "512", "--max-model-len", "256"], "512 tokens are more than --max-model-len, 256"),
         ("ruler", ["--lengths", "512", "--tasks", "qa_3"], "--tasks: there is no 'qa_3', but niah_single_1, "),
+        ("ruler", ["--lengths", "8192", "--score", "logits"], "niah_multivalue has no one right answer"),
+        ("needle", ["--lengths", "512", "--score", "logits", "--base-url", "http://127.0.0.1:9"], "a model in process"),
         ("ruler", ["--lengths", "512", "--haystack", "nowhere.txt"], "--haystack: cannot read nowhere.txt"),
         ("perplexity", ["--lengths", "512", "--text", "nowhere.txt"], "--text: cannot read nowhere.txt"),
     ],
