@@ -40,10 +40,11 @@ def evaluate(arguments: argparse.Namespace) -> int:
     configurations = _configurations(arguments)
     try:
         options = read_llm_options(model_options(arguments))
+        identity = None if arguments.base_url is not None else serving.identify(arguments.model, options)
+        _check_lengths(arguments, options, identity)
         tokenizer = serving.load_tokenizer(options.get("tokenizer") or arguments.model, options)
         jobs = _jobs(arguments, tokenizer)
-        _check_lengths(arguments, options)
-        given = _given(arguments, options)
+        given = _given(arguments, options, identity)
     except (FileNotFoundError, NotADirectoryError, PermissionError, TypeError, ValueError) as error:
         raise InputError(str(error)) from error
     _tell_what_is_dense(arguments, configurations, given)
@@ -53,8 +54,9 @@ def evaluate(arguments: argparse.Namespace) -> int:
             try:
                 ask(jobs, journal, partial(_open, arguments, name, options))
             except BaseException:
-                kept = f"{len(journal.records):,} answers are kept in {shown(str(journal.folder))}"
-                note(f"{kept}: the same command goes on from there")
+                if journal.records:
+                    kept = f"{len(journal.records):,} answers are kept in {shown(str(journal.folder))}"
+                    note(f"{kept}: the same command goes on from there")
                 raise
             order = {(job.task, job.length, job.number): place for place, job in enumerate(jobs)}
             runs[name] = sorted(journal.records.values(), key=lambda one: (order[one.document], one.question))
@@ -134,15 +136,20 @@ def _haystack(name: str) -> ruler.Haystack:
     return own
 
 
-def _check_lengths(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
-    """Makes room for the longest document; one that LLM's own limit does not hold is refused by LLM itself."""
-    needed = max(arguments.lengths) + (arguments.kind == perplexity.TASK)
+def _check_lengths(arguments: argparse.Namespace, options: dict[str, Any], identity: serving.Identity | None) -> None:
+    """Makes room for the longest document. ValueError where the model, or the user's own limit, has not enough."""
+    needed = max(arguments.lengths) + (arguments.kind == perplexity.TASK)  # which asks for a token it has no use for
+    if identity is not None and needed > identity.longest:
+        raise ValueError(
+            f"--lengths: {needed:,} tokens are more than {arguments.model} can have, max_position_embeddings "
+            f"{identity.longest:,}"
+        )
     limit = options.setdefault("max_model_len", needed)
     if 0 < limit < needed:
         raise ValueError(f"--lengths: {needed:,} tokens are more than --max-model-len, {limit:,}")
 
 
-def _given(arguments: argparse.Namespace, options: dict[str, Any]) -> dict[str, Any]:
+def _given(arguments: argparse.Namespace, options: dict[str, Any], identity: serving.Identity | None) -> dict[str, Any]:
     """All that answers depend on, but for the configuration."""
     given: dict[str, Any] = {
         "kind": arguments.kind,
@@ -166,11 +173,11 @@ def _given(arguments: argparse.Namespace, options: dict[str, Any]) -> dict[str, 
         given["depths"] = arguments.depths
     if arguments.kind == "ruler":
         given["tasks"] = _tasks(arguments)
-    if arguments.base_url is not None:
+    if identity is None:
         given |= {"base_url": arguments.base_url, "served_model": arguments.served_model}
     else:
         given["options"] = {name: str(value) for name, value in sorted(options.items()) if name not in NO_EFFECT}
-        given |= asdict(serving.identify(arguments.model, options))
+        given |= asdict(identity)
     return given
 
 
@@ -211,6 +218,8 @@ def _write(out: Path, arguments: argparse.Namespace, given: dict[str, Any], runs
     title = f"{arguments.kind}: {Path(arguments.model).name}"
     (out / "results.md").write_text(f"# {title}\n\n{markdown}", encoding="utf-8")
     pictures = report.pictures(runs)
+    if not pictures:
+        note("note: there are no pictures without matplotlib: pip install 'paddle-qwen1m[eval]'")
     for file, content in pictures.items():
         (out / file).write_bytes(content)
     (out / "report.html").write_text(report.page(title, given, markdown, pictures), encoding="utf-8")

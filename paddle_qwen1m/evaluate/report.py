@@ -7,6 +7,7 @@ import html
 import io
 import json
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import Any
 
 from paddle_qwen1m.evaluate import needle, perplexity
@@ -14,6 +15,8 @@ from paddle_qwen1m.evaluate.results import Record, grouped, mean, positions
 
 LOST, PARTLY, FOUND = "#F0496E", "#EBB839", "#0CD79F"
 """Colours of a needle map, as others draw it."""
+LINES = ("-", "--", ":", "-.")
+"""Of configurations, in turn: those that lie on each other are both seen."""
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 table { border-collapse: collapse; margin: 1rem 0; } th, td { padding: .25rem .75rem; text-align: right; }
@@ -100,15 +103,15 @@ def _scores(figure_type: Any, runs: Mapping[str, Sequence[Record]]) -> bytes:
     tasks = list(grouped(next(iter(runs.values()))))
     columns = min(4, len(tasks))
     rows = -(-len(tasks) // columns)
-    figure = figure_type(figsize=(3.2 * columns, 2.4 * rows + 0.4))
+    figure = figure_type(figsize=(3.2 * columns, 2.4 * rows + 0.4), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
     for place, axes in enumerate(grid.flat):
         if place >= len(tasks):
             axes.set_axis_off()
             continue
-        for name, records in runs.items():
+        for (name, records), line in zip(runs.items(), cycle(LINES)):
             lengths = grouped(records)[tasks[place]]
-            axes.plot(list(lengths), [100 * mean(ones) for ones in lengths.values()], marker="o", label=name)
+            axes.plot(list(lengths), [100 * mean(ones) for ones in lengths.values()], line, marker=".", label=name)
         axes.set_xscale("log", base=2)
         axes.set_xticks(list(lengths), [f"{length:,}" for length in lengths], rotation=45, ha="right", fontsize=7)
         axes.set_ylim(-5, 105)
@@ -121,11 +124,13 @@ def _perplexities(figure_type: Any, runs: Mapping[str, Sequence[Record]]) -> byt
     """Of the longest windows: a line a configuration, perplexity over the end of each range of positions."""
     figure = figure_type(figsize=(6.4, 3.6))
     axes = figure.subplots()
-    for name, records in runs.items():
+    for (name, records), line in zip(runs.items(), cycle(LINES)):
         lengths = grouped(records)[perplexity.TASK]
         ranges = positions(lengths[max(lengths)])
-        axes.plot([one["end"] for one in ranges], [one["perplexity"] for one in ranges], marker="o", label=name)
+        ends = [one["end"] for one in ranges]
+        axes.plot(ends, [one["perplexity"] for one in ranges], line, marker=".", label=name)
     axes.set_xscale("log", base=2)
+    axes.set_xticks(ends, [f"{end:,}" for end in ends], rotation=45, ha="right")
     axes.set_xlabel("tokens read")
     axes.set_ylabel("perplexity")
     axes.legend()

@@ -71,11 +71,13 @@ def check(name: str, options: Mapping[str, Any]) -> Checked:
 
 @dataclass(frozen=True)
 class Identity:
-    """What answers depend on beside options. sparse_above: only prompts with more tokens are prefilled sparsely; None:
-    none, for want of budgets. weights, budgets: digests.
+    """What answers depend on beside options. longest: tokens of prompt and answer that the model was made for.
+    sparse_above: only prompts with more tokens are prefilled sparsely; None: none, for want of budgets. weights,
+    budgets: digests.
     """
 
     weights: str
+    longest: int
     sparse_above: int | None
     budgets: str | None
 
@@ -88,6 +90,7 @@ def identify(name: str, options: Mapping[str, Any]) -> Identity:
     budgets, _ = look_up_budgets(checkpoint, shapes, given.get("sparse_budgets"))
     return Identity(
         checkpoint_digest(checkpoint.fetch_weights()),
+        shapes.max_position_embeddings,
         None if budgets is None else choose_engine_options(shapes, given).sparse_threshold,
         None if budgets is None else sha256(budgets.vertical.tobytes() + budgets.slash.tobytes()).hexdigest(),
     )

@@ -130,6 +130,7 @@ def test_an_endpoint_that_is_not_there_is_named(
         ("needle", ["--lengths", "512", "--compare", "dense,int8"], "--compare: there is no 'int8', but dense, sparse"),
         ("needle", ["--lengths", "512", "--samples", "0"], "--samples must be at least 1, got 0"),
         ("needle", ["--lengths", "512", "--max-model-len", "256"], "512 tokens are more than --max-model-len, 256"),
+        ("needle", ["--lengths", "2M"], "2,097,152 tokens are more than"),
         ("ruler", ["--lengths", "512", "--tasks", "qa_3"], "--tasks: there is no 'qa_3', but niah_single_1, "),
         ("ruler", ["--lengths", "8192", "--score", "logits"], "niah_multivalue has no one right answer"),
         ("needle", ["--lengths", "512", "--score", "logits", "--base-url", "http://127.0.0.1:9"], "a model in process"),
