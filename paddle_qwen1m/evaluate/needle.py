@@ -52,7 +52,7 @@ def make(
             sample,
             tuple(
                 Question(
-                    f"{document}\nWhat is the access code for {name}?",
+                    f"{document}\n{_question(name)}",
                     "",
                     (code,),
                     ANSWER_TOKENS,
@@ -63,9 +63,13 @@ def make(
             ),
         )
 
-    widest = max(range(count), key=lambda one: len(prompter.encode(named[one])))
+    widest = max(range(count), key=lambda one: len(prompter.encode(_question(named[one]))))
     try:
         made = largest(build, lambda tried: prompter.tokens(tried.questions[widest]), length, 1)
     except TooShort as error:
         raise TooShort(f"{TASK}: a length of {length:,} tokens is too short for {count} needles, {error}") from None
     return made
+
+
+def _question(name: str) -> str:
+    return f"What is the access code for {name}?"

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from paddle_qwen1m.evaluate import ruler
-from paddle_qwen1m.evaluate.samples import Prompter, Question, TooShort
+from paddle_qwen1m.evaluate.samples import Prompter, Question, TooShort, score
 from paddle_qwen1m.evaluate.words import ADJECTIVES, NAMES, NOUNS, names
 
 LENGTH = 6144
@@ -67,6 +67,17 @@ def test_the_needles_asked_for_are_in_the_document_once(task: str, prompter: Pro
         assert len({name for name, _ in facts}) == len(facts)
     else:
         assert len(facts) == hidden.get(task, 1)
+
+
+@pytest.mark.parametrize("task", ruler.TASKS)
+def test_a_right_answer_is_written_out_where_there_is_one_way_to_write_it(
+    task: str, prompter: Prompter, tokenizer: Any
+) -> None:
+    made = question(task, prompter)
+    assert (made.answer is None) == (task in ("niah_multivalue", "vt", "cwe", "fwe"))
+    if made.answer is not None:
+        assert score(made.answer, made.expected) == 1.0
+        assert len(tokenizer(made.answer)["input_ids"]) <= made.max_tokens
 
 
 def test_single_1_hides_in_noise_and_the_others_in_text(prompter: Prompter) -> None:
