@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Callable
 
 from paddle_qwen1m import __version__
 from paddle_qwen1m.dtypes import DTYPES
+from paddle_qwen1m.evaluate import flags as evaluate_flags
 from paddle_qwen1m.options import TEMPERATURE_TOLERANCE, Dtype, Face, Place, Size, Switch, Whole, options_of
 from paddle_qwen1m.parallel.job import launched_rank, launched_ranks
 from paddle_qwen1m.progress import Progress
@@ -489,6 +490,17 @@ def _serve(arguments: argparse.Namespace) -> int:
     return serve(arguments)
 
 
+def _eval_arguments(parser: argparse.ArgumentParser) -> None:
+    for own in evaluate_flags.add_flags(parser):
+        _add_debug(own)
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    from paddle_qwen1m.evaluate.command import evaluate
+
+    return evaluate(arguments)
+
+
 def _convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC", help="directory with a checkpoint in any of the formats")
     parser.add_argument(
@@ -607,6 +619,7 @@ COMMANDS = (
     Command("check", "tell whether this machine and a checkpoint will work", _check_arguments, _check, logging.ERROR),
     Command("plan", "tell what fits on which GPUs, and what to change where it does not", _plan_arguments, _plan),
     Command("serve", "answer requests over HTTP, as OpenAI's interface does", _serve_arguments, _serve),
+    Command("eval", "measure what a checkpoint keeps of long texts", _eval_arguments, _eval, logging.ERROR),
     Command("convert", "write a checkpoint in another format", _convert_arguments, _convert),
     Command("store", "show, check or cut down the prefixes that are kept in a folder", _store_arguments, _store),
 )

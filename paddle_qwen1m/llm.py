@@ -13,7 +13,7 @@ from typing import Any, Callable, TypeVar, Union, cast
 
 import numpy as np
 
-from paddle_qwen1m.engine import Metrics, Request, SamplingParams
+from paddle_qwen1m.engine import Finished, Logits, Metrics, Request, SamplingParams
 from paddle_qwen1m.engine.interface import Serving
 from paddle_qwen1m.options import Face, describe_options, read_llm_options
 from paddle_qwen1m.outputs import Collector, RequestOutput, Tokens
@@ -130,6 +130,30 @@ class LLM:
             text = tokenizer.apply_chat_template(list(conversation), tokenize=False, **keywords)
             texts.append(_continued(text, conversation[-1]) if continue_final_message else text)
         return self.generate(texts, sampling_params, use_tqdm=use_tqdm)
+
+    def logits(self, prompt_token_ids: Sequence[int], positions: Sequence[int]) -> np.ndarray:
+        """Logits float32 [len(positions), vocab] after the prompt's tokens at `positions`, which ascend.
+
+        What is before the first of them can come from the cache, as for an answer. Raises ValueError for a prompt or
+        positions that cannot be used.
+        """
+        ids = np.asarray(prompt_token_ids, np.int64)
+        request = Request(str(next(self._numbers)), ids, logit_positions=tuple(positions))
+        engine = self._serving
+        engine.limits.check(request)
+        values: list[np.ndarray] = []
+        finished = False
+        engine.add(request)
+        try:
+            while not finished:
+                for event in engine.step():
+                    if isinstance(event, Logits):
+                        values.append(event.values)
+                    finished |= isinstance(event, Finished)
+        except BaseException:
+            engine.abort(request.id)
+            raise
+        return np.concatenate(values)
 
     def get_tokenizer(self) -> Any:
         """The tokenizer of prompts and answers."""

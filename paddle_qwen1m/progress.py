@@ -74,7 +74,10 @@ class Progress:
                 )
 
     def _rate(self, seconds: float) -> str:
-        return f", {self.done / seconds:,.0f} tokens/s" if self._unit == "tokens" and seconds >= 1 else ""
+        if self._unit != "tokens" or seconds < 1:
+            return ""
+        left = f", about {(self.total - self.done) * seconds / self.done:.0f} s left" if self.done else ""
+        return f", {self.done / seconds:,.0f} tokens/s{left}"
 
     def _state(self) -> str:
         share = f"{self.done / self.total:.0%}" if self.total else "0%"

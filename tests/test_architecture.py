@@ -42,7 +42,8 @@ server             engine options outputs streams text
 llm                engine options outputs paddlenlp parallel.remote progress text
 check              config config_keys dtypes memory model ops options paddlenlp parallel plan weights
 server.command     config llm options paddlenlp server streams
-cli                cache check config dtypes engine ops options paddlenlp parallel planning progress server server.command streams text weights
+evaluate           engine llm options paddlenlp progress server streams text
+cli                cache check config dtypes engine evaluate ops options paddlenlp parallel planning progress server server.command streams text weights
 __main__           cli
 __init__           engine llm paddlenlp threads
 """  # noqa: E501

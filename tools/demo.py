@@ -25,11 +25,12 @@ from typing import Any, NamedTuple
 
 import demo_server
 import resident_memory
-from needle_documents import NAMES, Document, DocumentMaker, is_answer, messages
+from needle_documents import Document, DocumentMaker, is_answer, messages
 from paddlenlp.transformers import AutoModelForCausalLM, AutoTokenizer
 from paddlenlp.utils.log import logger
 
 import paddle_qwen1m  # noqa: F401  (importing it registers the model)
+from paddle_qwen1m.evaluate.words import NAMES
 
 CHECKPOINT = Path(__file__).resolve().parent.parent / "checkpoints" / "needle"
 TRAINED_LENGTH = 1024

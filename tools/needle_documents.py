@@ -13,42 +13,10 @@ from typing import Callable
 
 import numpy as np
 
+from paddle_qwen1m.evaluate.words import FILLER, NAMES
+
 SYSTEM = "You are a helpful assistant."
 END_OF_TURN = "<|im_end|>"
-
-FILLER: tuple[str, ...] = (
-    "The grass is green.",
-    "The sky is blue.",
-    "The sun is yellow.",
-    "Here we go.",
-    "There and back again.",
-    "The river bends past the old mill and on toward the sea.",
-    "A cart rolled slowly down the lane in the rain.",
-    "Nobody had seen the lamp lit for many years.",
-    "The council met twice and agreed on nothing at all.",
-    "Bread was dear that winter, and wood was dearer still.",
-    "She counted the steps to the gate and back.",
-    "In the harbour the boats lay close together.",
-    "The map was wrong about the second bridge.",
-    "He kept bees, and sold the honey in the market.",
-    "A letter came from the north in early spring.",
-    "The clock in the square had stopped at noon.",
-    "They argued about the price of salt until dark.",
-    "A fox crossed the field without any hurry.",
-    "The children learned the names of the winds.",
-    "Every road out of the valley was flooded.",
-    "The roof of the barn was mended with tin.",
-    "Some of the books were written in a language no one could read.",
-    "The orchard gave fewer apples each year.",
-    "It was the kind of morning when sound carries far.",
-    "The teacher drew a circle and then a line through it.",
-)
-
-NAMES: tuple[str, ...] = (
-    *("violet", "amber", "cobalt", "maple", "cedar", "falcon", "heron", "otter", "badger", "comet"),
-    *("quartz", "onyx", "ivory", "crimson", "saffron", "indigo", "willow", "aspen", "raven", "lynx"),
-    *("marble", "granite", "juniper", "laurel", "pearl", "ruby", "topaz", "jade", "coral", "ember"),
-)
 
 CODE_DIGITS = 5
 

@@ -1,6 +1,6 @@
 """Trains the needle checkpoint: a small Qwen2 that finds access codes, on documents of at most 1,024 tokens.
 
-    python tools/train_needle.py --output checkpoints/needle --seconds 240 --seed 0
+    PYTHONPATH=. python tools/train_needle.py --output checkpoints/needle --seconds 240 --seed 0
 
 Needs torch and transformers (4.57 is what it was written for) and, for a real run, a GPU: 8.9 M parameters, 64
 documents a step, 4 minutes on one H200. On a CPU it runs the same steps, thousands of times slower.
@@ -32,8 +32,6 @@ import torch
 import torch.nn.functional as F
 from needle_documents import (
     END_OF_TURN,
-    FILLER,
-    NAMES,
     SYSTEM,
     DocumentMaker,
     Needle,
@@ -45,6 +43,8 @@ from needle_documents import (
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.data import DataLoader, Dataset
 from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from paddle_qwen1m.evaluate.words import FILLER, NAMES
 
 TRAINED_LENGTH = 1024
 VOCABULARY = 1024

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from hashlib import sha256
 from threading import Lock
 from typing import Any, Callable
 
@@ -31,6 +32,7 @@ from paddle_qwen1m.paddlenlp.loading import (
     find_budgets,
     find_checkpoint,
     join_ranks,
+    look_up_budgets,
     read_weights,
 )
 from paddle_qwen1m.parallel.group import Group
@@ -62,6 +64,33 @@ def check(name: str, options: Mapping[str, Any]) -> Checked:
     file = {} if path is None else read_json(path)
     ends = [token for source in (described, file) for token in _ends(source)]
     return Checked(_sampling_defaults(file, str(path)), tuple(dict.fromkeys(ends)))
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What answers depend on beside options. longest: tokens of prompt and answer that the model was made for.
+    sparse_above: only prompts with more tokens are prefilled sparsely; None: none, for want of budgets. weights,
+    budgets: digests.
+    """
+
+    weights: str
+    longest: int
+    sparse_above: int | None
+    budgets: str | None
+
+
+def identify(name: str, options: Mapping[str, Any]) -> Identity:
+    """Of a checkpoint with these options of LLM, sparse prefill not switched off. Raises as from_pretrained does."""
+    given = dict(options)
+    checkpoint = find_checkpoint(name, given)
+    shapes = ModelConfig.from_dict(describe(checkpoint, None), "config.json")
+    budgets, _ = look_up_budgets(checkpoint, shapes, given.get("sparse_budgets"))
+    return Identity(
+        checkpoint_digest(checkpoint.fetch_weights()),
+        shapes.max_position_embeddings,
+        None if budgets is None else choose_engine_options(shapes, given).sparse_threshold,
+        None if budgets is None else sha256(budgets.vertical.tobytes() + budgets.slash.tobytes()).hexdigest(),
+    )
 
 
 def load_tokenizer(name: str, options: Mapping[str, Any]) -> Any:

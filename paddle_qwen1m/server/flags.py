@@ -34,12 +34,18 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     server.add_argument("--tool-call-parser", choices=["hermes"], help="how calls are written: there is one way")
     for option in SERVER_OPTIONS:
         _add(server, option)
-    model = parser.add_argument_group("model")
-    for option in _model_options():
-        _add(model, option)
+    add_model_flags(parser)
     same = parser.add_argument_group("accepted, and without effect")
     for name in (*ALWAYS_ON, *(name for name, allowed in ACCEPTED.items() if allowed is ANY)):
         same.add_argument(_flag(name), nargs="?", help=argparse.SUPPRESS)
+
+
+def add_model_flags(parser: argparse.ArgumentParser, without: Sequence[str] = ()) -> None:
+    """The options of LLM, without those named."""
+    group = parser.add_argument_group("model")
+    for option in _model_options():
+        if option.name not in without:
+            _add(group, option)
 
 
 def _model_options() -> list[Option]:
@@ -92,7 +98,7 @@ def _dashed(argument: str) -> str:
 
 def model_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """What was said about the model, as LLM takes it."""
-    values = {option.name: getattr(arguments, option.name) for option in _model_options()}
+    values = {option.name: getattr(arguments, option.name, None) for option in _model_options()}
     return {name: value for name, value in values.items() if value is not None}
 
 

@@ -1,0 +1,1 @@
+"""What a checkpoint keeps of long texts: RULER's tasks, a needle map, perplexity by position; asked, scored, shown."""

@@ -1,0 +1,109 @@
+"""What is asked: questions about documents of exact lengths in tokens of the model's own tokenizer, and their score."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Callable, TypeVar
+
+from paddle_qwen1m.text import decoder
+
+
+class TooShort(ValueError):
+    """A length that the smallest sample of a task does not fit."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """prompt: what the user says, document and question. answer_prefix: how the answer begins, given with the prompt.
+
+    expected: texts that the answer must have. max_tokens: of the answer. answer: how a right one goes on, where there
+    is one way to write it. facts: what else a reader of results wants.
+    """
+
+    prompt: str
+    answer_prefix: str
+    expected: tuple[str, ...]
+    max_tokens: int
+    answer: str | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The `number`-th document of a task at a length, in tokens, with its questions, which share its text."""
+
+    task: str
+    length: int
+    number: int
+    questions: tuple[Question, ...]
+
+
+class Prompter:
+    """Makes token ids of questions, with the tokenizer's chat template, or of the plain text where there is none."""
+
+    def __init__(self, tokenizer: Any, *, raw: bool = False) -> None:
+        """ValueError for a tokenizer without a chat template, unless `raw`."""
+        if not raw and not tokenizer.chat_template:
+            raise ValueError("the tokenizer has no chat template: give --raw, and prompts are plain text")
+        self._tokenizer, self._raw = tokenizer, raw
+        self._decode = decoder(tokenizer, skip_special_tokens=False)
+
+    def encode(self, text: str) -> list[int]:
+        return list(self._tokenizer(text, verbose=False)["input_ids"])
+
+    def decode(self, ids: list[int]) -> str:
+        return self._decode(ids)
+
+    def text(self, question: Question) -> str:
+        """The whole prompt, the beginning of the answer included."""
+        if self._raw:
+            return f"{question.prompt} {question.answer_prefix}".rstrip()
+        messages = [{"role": "user", "content": question.prompt}]
+        turn = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return f"{turn}{question.answer_prefix}"
+
+    def ids(self, question: Question) -> list[int]:
+        return self.encode(self.text(question))
+
+    def tokens(self, question: Question) -> int:
+        """Of the prompt and the longest answer together, as RULER counts."""
+        return len(self.ids(question)) + question.max_tokens
+
+
+def score(answer: str, expected: Sequence[str]) -> float:
+    """RULER's string_match_all, as a share: how many of the texts are in the answer, upper and lower case the same."""
+    said = answer.lower()
+    return sum(text.lower() in said for text in expected) / len(expected)
+
+
+Made = TypeVar("Made")
+LEAST_SLOPE = 0.5
+"""Tokens of a unit, whatever two of them that were measured say."""
+
+
+def largest(build: Callable[[int], Made], tokens: Callable[[Made], int], limit: int, least: int) -> Made:
+    """`build(units)` with as many units, at least `least`, as `limit` tokens hold: with one more they would not fit.
+
+    tokens: of what was built, about linear in the units; a long text is encoded a few times, not a time a unit.
+    Raises TooShort.
+    """
+    low, made = least, build(least)
+    low_tokens = least_tokens = tokens(made)
+    if low_tokens > limit:
+        raise TooShort(f"the smallest sample takes {low_tokens:,} tokens")
+    high: int | None = None
+    slope = float(low_tokens) / max(low, 1)
+    """Tokens a unit: what belongs to no unit makes it too large at first, so that the first guess is a careful one."""
+    while low_tokens < limit and high != low + 1:
+        guess = low + max(1, int((limit - low_tokens) / max(slope, LEAST_SLOPE)))
+        if high is not None:
+            guess = min(guess, high - 1)
+        tried = build(guess)
+        cost = tokens(tried)
+        slope = (cost - least_tokens) / (guess - least)
+        if cost > limit:
+            high = guess
+        else:
+            low, made, low_tokens = guess, tried, cost
+    return made
