@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +13,10 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="session", autouse=True)
-def interrupts() -> Iterator[None]:
-    """Ctrl-C is Python's own here and in what tests start; a shell has its jobs in the background ignore it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
+def interrupts() -> None:
+    """Ctrl-C is Python's own, also where a shell has put the tests into the background, which makes them ignore it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
