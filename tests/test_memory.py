@@ -73,7 +73,7 @@ def test_a_host_leaves_what_its_cgroup_does_divided_by_the_ranks(
 @pytest.mark.parametrize(
     ("tokens", "mode"),
     [
-        pytest.param(65536, "sparse"),
+        pytest.param(65536, "sparse", marks=pytest.mark.slow),
         pytest.param(65536, "dense", marks=pytest.mark.slow),
         pytest.param(262144, "sparse", marks=pytest.mark.slow),
     ],
