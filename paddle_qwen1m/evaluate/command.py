@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -17,7 +16,7 @@ import numpy as np
 
 from paddle_qwen1m.evaluate import needle, perplexity, report, ruler
 from paddle_qwen1m.evaluate.asking import Job, about_reading, about_sample, about_window, ask
-from paddle_qwen1m.evaluate.results import Journal, Record, tables, write_harness_files
+from paddle_qwen1m.evaluate.results import Journal, Record, digest, tables, write_harness_files
 from paddle_qwen1m.evaluate.samples import Prompter
 from paddle_qwen1m.evaluate.subject import CONFIGURATIONS, Endpoint, InProcess, Subject
 from paddle_qwen1m.evaluate.words import filler, prose
@@ -43,8 +42,9 @@ def evaluate(arguments: argparse.Namespace) -> int:
         identity = None if arguments.base_url is not None else serving.identify(arguments.model, options)
         _check_lengths(arguments, options, identity)
         tokenizer = serving.load_tokenizer(options.get("tokenizer") or arguments.model, options)
-        jobs = _jobs(arguments, tokenizer)
-        given = _given(arguments, options, identity)
+        text = _own_text(arguments)
+        jobs = _jobs(arguments, tokenizer, text)
+        given = _given(arguments, options, identity, text)
     except (FileNotFoundError, NotADirectoryError, PermissionError, TypeError, ValueError) as error:
         raise InputError(str(error)) from error
     _tell_what_is_dense(arguments, configurations, given)
@@ -74,18 +74,29 @@ def _configurations(arguments: argparse.Namespace) -> list[str]:
     return names
 
 
-def _jobs(arguments: argparse.Namespace, tokenizer: Any) -> list[Job]:
-    """What is asked of every configuration, shortest documents first. Raises TooShort before any work is done."""
+def _own_text(arguments: argparse.Namespace) -> str | None:
+    """What the user gave to read, perplexity's text or a haystack; None where the package's own words do. It is read
+    once: standard input has nothing more to say then.
+    """
+    if arguments.kind == perplexity.TASK:
+        return read_document(arguments.text, "--text")
+    return None if arguments.haystack in HAYSTACKS else read_document(arguments.haystack, "--haystack")
+
+
+def _jobs(arguments: argparse.Namespace, tokenizer: Any, text: str | None) -> list[Job]:
+    """What is asked of every configuration, shortest documents first; text: _own_text. Raises TooShort before any work
+    is done.
+    """
     if arguments.samples < 1:
         raise ValueError(f"--samples must be at least 1, got {arguments.samples}")
     lengths = sorted(set(arguments.lengths))
     if arguments.kind == perplexity.TASK:
-        ids = list(tokenizer(read_document(arguments.text, "--text"), verbose=False)["input_ids"])
+        ids = list(tokenizer(text, verbose=False)["input_ids"])
         decode = decoder(tokenizer, skip_special_tokens=False)
         cut = [one for length in lengths for one in perplexity.windows(ids, length, arguments.samples)]
         return [about_window(one, decode(list(one.ids))) for one in cut]
     prompter = Prompter(tokenizer, raw=arguments.raw)
-    source = _haystack(arguments.haystack)
+    source = HAYSTACKS[arguments.haystack] if text is None else _haystack(text)
     numbers = range(arguments.samples)
     about = about_sample
     if arguments.score == "logits":
@@ -125,10 +136,9 @@ def _tasks(arguments: argparse.Namespace) -> list[str]:
     return tasks
 
 
-def _haystack(name: str) -> ruler.Haystack:
-    if name in HAYSTACKS:
-        return HAYSTACKS[name]
-    sentences = [one for one in SENTENCE_END.split(read_document(name, "--haystack")) if one.strip()]
+def _haystack(text: str) -> ruler.Haystack:
+    """The sentences of a text, again and again."""
+    sentences = [one for one in SENTENCE_END.split(text) if one.strip()]
 
     def own(_rng: np.random.Generator) -> Iterator[str]:
         return cycle(sentences)
@@ -149,8 +159,10 @@ def _check_lengths(arguments: argparse.Namespace, options: dict[str, Any], ident
         raise ValueError(f"--lengths: {needed:,} tokens are more than --max-model-len, {limit:,}")
 
 
-def _given(arguments: argparse.Namespace, options: dict[str, Any], identity: serving.Identity | None) -> dict[str, Any]:
-    """All that answers depend on, but for the configuration."""
+def _given(
+    arguments: argparse.Namespace, options: dict[str, Any], identity: serving.Identity | None, text: str | None
+) -> dict[str, Any]:
+    """All that answers depend on, but for the configuration; text: _own_text."""
     given: dict[str, Any] = {
         "kind": arguments.kind,
         "model": arguments.model,
@@ -158,17 +170,15 @@ def _given(arguments: argparse.Namespace, options: dict[str, Any], identity: ser
         "lengths": sorted(set(arguments.lengths)),
         "samples": arguments.samples,
     }
-    if arguments.kind == perplexity.TASK:
-        given["text_sha256"] = _sha256(read_document(arguments.text, "--text"))
-    else:
-        own = arguments.haystack not in HAYSTACKS
+    if text is not None:
+        given["text_sha256" if arguments.kind == perplexity.TASK else "haystack_sha256"] = digest(text)
+    if arguments.kind != perplexity.TASK:
         given |= {
             "seed": arguments.seed,
             "raw": arguments.raw,
             "score": arguments.score,
             "haystack": arguments.haystack,
         }
-        given |= {"haystack_sha256": _sha256(read_document(arguments.haystack, "--haystack"))} if own else {}
     if arguments.kind == needle.TASK:
         given["depths"] = arguments.depths
     if arguments.kind == "ruler":
@@ -192,10 +202,6 @@ def _tell_what_is_dense(arguments: argparse.Namespace, configurations: Sequence[
     dense = [f"{length:,}" for length in given["lengths"] if length <= above]
     if dense:
         note(f"note: `sparse` is dense at {', '.join(dense)} tokens: it begins above --sparse-threshold, {above:,}")
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _open(arguments: argparse.Namespace, name: str, options: dict[str, Any]) -> Subject:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 from pathlib import Path
@@ -49,6 +50,17 @@ def test_the_prompts_own_logits_can_be_the_score(
     for one in records(tmp_path / "sparse"):
         assert one["score"] == 1.0
         assert one["response"] == one["expected"][0] == one["facts"]["needle"]
+
+
+def test_a_text_may_come_from_standard_input(
+    needle_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "The grass is green. The sky is blue. " * 40
+    (tmp_path / "text").write_text(text, encoding="utf-8")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+    for name, source in (("file", tmp_path / "text"), ("stdin", "-")):
+        assert run("perplexity", needle_checkpoint, tmp_path / name, "--lengths", 128, "--text", source) == 0
+    assert records(tmp_path / "stdin" / "sparse") == records(tmp_path / "file" / "sparse")
 
 
 def test_likeliest_tokens_are_those_of_the_whole_prompt_read_at_once(
