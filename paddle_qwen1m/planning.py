@@ -32,6 +32,7 @@ SMALLEST_CHUNK = 2048
 
 _BOTH: dict[str, Any] = {
     "vocab_size": 152_064,
+    "rope_theta": 1e7,
     "max_position_embeddings": 1_010_000,
     "torch_dtype": "bfloat16",
     "dual_chunk_attention_config": {
@@ -136,20 +137,17 @@ def plan(
     """
     check_degree(config, ranks, "tensor_parallel_size")
     options = options or EngineOptions(max_num_batched_tokens=GPU_BATCHED_TOKENS)
+
+    def longest(ranks: int, options: EngineOptions) -> int | None:
+        return longest_fitting(_need(config, ranks, options, budgets), Allowance(memory))
+
     wanted = config.max_position_embeddings if length is None else length
     if not 1 <= wanted <= config.max_position_embeddings:
         raise ValueError(
             f"max_model_len must be 1 to max_position_embeddings, {config.max_position_embeddings}, got {wanted}"
         )
 
-    def need(ranks: int, options: EngineOptions) -> Need:
-        computed = "bfloat16" if config.dtype == "float32" else config.dtype
-        return Need.of(config, ranks, options, budgets, kept=computed, computed=computed, on_gpu=True)
-
-    def longest(ranks: int, options: EngineOptions) -> int | None:
-        return longest_fitting(need(ranks, options), Allowance(memory))
-
-    own = need(ranks, options)
+    own = _need(config, ranks, options, budgets)
     made = Plan(ranks, memory, wanted, own.weights, own.cache(wanted), own.workspace(wanted), longest(ranks, options))
     if made.fits:
         return made
@@ -177,6 +175,12 @@ def plan(
     return replace(made, ways=tuple(ways))
 
 
+def _need(config: ModelConfig, ranks: int, options: EngineOptions, budgets: SparseBudgets | None) -> Need:
+    """Of a GPU, which keeps and computes in 16 bits."""
+    computed = "bfloat16" if config.dtype == "float32" else config.dtype
+    return Need.of(config, ranks, options, budgets, kept=computed, computed=computed, on_gpu=True)
+
+
 def _enough(wanted: int, ways: Iterable[Way]) -> list[Way]:
     """The first of these that lets `wanted` tokens fit, or the last where none does."""
     last = None
@@ -194,12 +198,9 @@ def table(chunk: int = GPU_BATCHED_TOKENS) -> Iterator[str]:
     for name, config in PUBLISHED.items():
         for ranks in degrees(config):
             if ranks in TABLE_RANKS:
-                allowed = (memory * 10**9 - LEFT_TO_THE_DRIVER for memory in MEMORIES)
-                budgets = published_budgets(config)
-                cells = (
-                    _cell(plan(config, size, ranks=ranks, options=options, budgets=budgets).longest) for size in allowed
-                )
-                yield f"| {name} | {ranks} | {' | '.join(cells)} |"
+                need = _need(config, ranks, options, published_budgets(config))
+                allowed = (Allowance(memory * 10**9 - LEFT_TO_THE_DRIVER) for memory in MEMORIES)
+                yield f"| {name} | {ranks} | {' | '.join(_cell(longest_fitting(need, one)) for one in allowed)} |"
 
 
 def _cell(tokens: int | None) -> str:

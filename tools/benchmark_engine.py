@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import paddle
-from benchmark_gpu_model import SHAPES, copy_bandwidth, random_model, seeded_selection
+from benchmark_gpu_model import copy_bandwidth, random_model, seeded_selection
 from paddlenlp.transformers import AutoModelForCausalLM
 from paddlenlp.utils.log import logger
 
@@ -33,6 +33,7 @@ from paddle_qwen1m.engine import Engine, Finished, Prefilled, Request, SamplingP
 from paddle_qwen1m.model import Qwen2OneM
 from paddle_qwen1m.options import EngineOptions
 from paddle_qwen1m.plan import cache_bytes_per_token, parameters
+from paddle_qwen1m.planning import PUBLISHED
 
 WARM_TOKENS = 1024
 ANSWER = 64
@@ -262,7 +263,7 @@ def _p99(seconds: np.ndarray) -> float:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=list(SHAPES), default="7B", help="of random weights (default: %(default)s)")
+    parser.add_argument("--model", choices=[*PUBLISHED], default="7B", help="of random weights (default: %(default)s)")
     parser.add_argument("--checkpoint", metavar="DIR", help="in place of random weights")
     commands = parser.add_subparsers(dest="what", required=True)
     one = commands.add_parser("throughput")

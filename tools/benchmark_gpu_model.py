@@ -31,34 +31,15 @@ from paddle_qwen1m.engine import Engine, PrefillProgress, SamplingParams
 from paddle_qwen1m.model import Qwen2OneM
 from paddle_qwen1m.options import EngineOptions
 from paddle_qwen1m.plan import parameters, plan_memory
+from paddle_qwen1m.planning import PUBLISHED
 
-SHAPES: dict[str, dict[str, int]] = {
-    "7B": {"num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4, "hidden_size": 3584}
-    | {"intermediate_size": 18944},
-    "14B": {"num_hidden_layers": 48, "num_attention_heads": 40, "num_key_value_heads": 8, "hidden_size": 5120}
-    | {"intermediate_size": 13824},
-}
 SEEDED = "published:21"
 NOISE = 1 << 26
 
 
 def random_model(name: str) -> Qwen2OneM:
     """A model of the published shape whose weights are normal(0, 0.02) and whose norms are 1, in bfloat16."""
-    config = ModelConfig.from_dict(
-        {
-            **SHAPES[name],
-            "vocab_size": 152064,
-            "rope_theta": 1e7,
-            "max_position_embeddings": 1010000,
-            "torch_dtype": "bfloat16",
-            "dual_chunk_attention_config": {
-                "chunk_size": 262144,
-                "local_size": 8192,
-                "original_max_position_embeddings": 262144,
-            },
-        }
-    )
-    model = Qwen2OneM(config, "bfloat16")
+    model = Qwen2OneM(PUBLISHED[name], "bfloat16")
     noise = np.random.default_rng(0).standard_normal(NOISE, np.float32) * np.float32(0.02)
     bits = (noise.view(np.uint32) >> 16).astype(np.uint16)
     for name, slot in model.slots().items():
@@ -223,7 +204,7 @@ def decode(name: str, tokens: int, new_tokens: int) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("prefill", "decode"))
-    parser.add_argument("--model", choices=list(SHAPES))
+    parser.add_argument("--model", choices=list(PUBLISHED))
     parser.add_argument("--tokens", type=int)
     parser.add_argument("--decode", type=int, default=64, help="new tokens (default: %(default)s)")
     arguments = parser.parse_args()

@@ -19,24 +19,10 @@ import paddle
 
 from paddle_qwen1m.cache import M2Range, PagedCache, PrefixStore, StoredSegment, Transfer, Transfers
 from paddle_qwen1m.cache.store import segment_name, stored_files
-from paddle_qwen1m.config import DualChunkConfig, ModelConfig
+from paddle_qwen1m.planning import PUBLISHED
 
 SEGMENT_TOKENS, PAGE_SIZE = 8192, 256
-MODEL = ModelConfig(
-    num_layers=28,
-    num_heads=28,
-    num_kv_heads=4,
-    head_dim=128,
-    hidden_size=3584,
-    intermediate_size=18944,
-    vocab_size=152064,
-    rms_norm_eps=1e-5,
-    rope_theta=1e7,
-    max_position_embeddings=1 << 20,
-    tie_word_embeddings=False,
-    dtype="bfloat16",
-    dual_chunk=DualChunkConfig(chunk_size=262144, local_size=8192, original_max_position_embeddings=262144),
-)
+MODEL = PUBLISHED["7B"]
 SEGMENT_BYTES = SEGMENT_TOKENS * 2 * 2 * MODEL.num_layers * MODEL.num_kv_heads * MODEL.head_dim
 
 

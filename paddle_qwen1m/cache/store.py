@@ -67,6 +67,13 @@ def token_digests(tokens: np.ndarray, borders: Iterable[int], salt: str) -> Iter
         yield running.hexdigest()
 
 
+def time_of_use(when: float, number: int) -> float:
+    """What the `number`-th segment of a prefix that is used at `when`, in seconds since 1970, gets as its time: where
+    there is no more room, the end of a prefix goes before its beginning.
+    """
+    return when - 1e-3 * number
+
+
 class StoredFile(NamedTuple):
     """A file of the store: its path, bytes, and when it was used last, seconds since 1970."""
 
@@ -144,13 +151,11 @@ class PrefixStore:
             return SegmentWriter(path, header)
 
     def touch(self, names: Iterable[str], when: float | None = None) -> None:
-        """This rank's files of a prefix, from its beginning on, were used now, or `when`: where there is no more room,
-        its end goes before its beginning.
-        """
+        """This rank's files of a prefix, from its beginning on, were used now, or `when`."""
         used = time.time() if when is None else when
         for number, name in enumerate(names):
             with suppress(OSError):  # whoever may not write here reads all the same
-                os.utime(self.path(name), (used, used - 1e-3 * number), follow_symlinks=False)
+                os.utime(self.path(name), (used, time_of_use(used, number)), follow_symlinks=False)
 
     def ignore(self, name: str, reason: SegmentError) -> None:
         """Says what was wrong with this rank's file of a segment; a damaged one goes, so that it is written again."""
@@ -242,7 +247,6 @@ class StoredDocument:
     made_under: dict[str, Any]
     ranks: int
     tokens: int = 0
-    segments: int = 0
     files: int = 0
     nbytes: int = 0
     used: float = 0.0
@@ -251,7 +255,6 @@ class StoredDocument:
 def documents(directory: Path) -> tuple[list[StoredDocument], list[tuple[Path, str]]]:
     """What is in a store, the least recently used first; and files whose headers are no good, with the reason."""
     found: dict[tuple[str, str, int], StoredDocument] = {}
-    segments: dict[tuple[str, str, int], set[str]] = {}
     bad: list[tuple[Path, str]] = []
     for file in stored_files(directory):
         if file.is_unfinished:
@@ -265,9 +268,7 @@ def documents(directory: Path) -> tuple[list[StoredDocument], list[tuple[Path, s
         except (SegmentError, KeyError, ValueError, TypeError) as error:
             bad.append((file.path, str(error) if isinstance(error, SegmentError) else "its header is damaged"))
             continue
-        segments.setdefault(key, set()).add(file.segment)
-        one.segments, one.files = len(segments[key]), one.files + 1
-        one.nbytes, one.used = one.nbytes + file.nbytes, max(one.used, file.used)
+        one.files, one.nbytes, one.used = one.files + 1, one.nbytes + file.nbytes, max(one.used, file.used)
     return sorted(found.values(), key=lambda one: one.used), bad
 
 

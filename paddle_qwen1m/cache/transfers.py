@@ -13,7 +13,7 @@ import numpy as np
 
 from paddle_qwen1m.cache.layer_cache import PagedCache
 from paddle_qwen1m.cache.segment_file import Header, SegmentError
-from paddle_qwen1m.cache.store import PrefixStore
+from paddle_qwen1m.cache.store import PrefixStore, time_of_use
 from paddle_qwen1m.fileio.staging import Staging
 
 BLOCK_BYTES = 1 << 20
@@ -172,7 +172,7 @@ class Transfers:
 
     def _write(self, transfer: Transfer) -> None:
         for number, segment in enumerate(transfer.segments):
-            used = transfer.queued - 1e-3 * number
+            used = time_of_use(transfer.queued, number)
             try:
                 if not self._write_segment(transfer, segment, used):
                     return

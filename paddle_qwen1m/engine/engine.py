@@ -194,18 +194,13 @@ class Engine:
     @property
     def metrics(self) -> Metrics:
         """The numbers now."""
-        scheduler, pool, prefixes = self._scheduler, self._pool, self._prefixes
+        scheduler, pool = self._scheduler, self._pool
         values = replace(self._metrics)
         if scheduler is not None and pool is not None:
             values.waiting = scheduler.num_waiting
             values.running = len(scheduler.requests) - scheduler.num_waiting
             values.pages, values.pages_held = pool.num_pages, pool.num_pages - pool.available
-        if prefixes is not None:
-            values.prefix_queried_tokens += prefixes.counters.queried_tokens
-            values.prefix_reused_tokens += prefixes.counters.reused_tokens
-            values.prefix_recut_tokens += prefixes.counters.recut_tokens
-        if self._keeper is not None:
-            self._add_store_counters(values, self._keeper)
+        self._add_counters(values)
         return values
 
     @property
@@ -755,13 +750,7 @@ class Engine:
 
     def _forget_cache(self) -> None:
         self._posts.clear()
-        if self._prefixes is not None:
-            counters = self._prefixes.counters
-            self._metrics.prefix_queried_tokens += counters.queried_tokens
-            self._metrics.prefix_reused_tokens += counters.reused_tokens
-            self._metrics.prefix_recut_tokens += counters.recut_tokens
-        if self._keeper is not None:
-            self._add_store_counters(self._metrics, self._keeper)
+        self._add_counters(self._metrics)
         self._scheduler = self._pool = self._prefixes = self._keeper = self._chooser = self._cache_pages = None
         self.runner.cache.release()
         self.runner.use(None)
@@ -776,11 +765,17 @@ class Engine:
         self._tell_orders(order)
         self.runner.run(order)
 
-    @staticmethod
-    def _add_store_counters(metrics: Metrics, keeper: Keeper) -> None:
-        for one in fields(keeper.counters):
-            name = f"store_{one.name}"
-            setattr(metrics, name, getattr(metrics, name) + getattr(keeper.counters, one.name))
+    def _add_counters(self, metrics: Metrics) -> None:
+        """Adds what the prefix index and the keeper of the store have counted."""
+        if self._prefixes is not None:
+            counters = self._prefixes.counters
+            metrics.prefix_queried_tokens += counters.queried_tokens
+            metrics.prefix_reused_tokens += counters.reused_tokens
+            metrics.prefix_recut_tokens += counters.recut_tokens
+        if self._keeper is not None:
+            for one in fields(self._keeper.counters):
+                name = f"store_{one.name}"
+                setattr(metrics, name, getattr(metrics, name) + getattr(self._keeper.counters, one.name))
 
 
 class PrefilledContext:

@@ -140,8 +140,10 @@ def _schema(schema: str | dict[str, Any]) -> str:
 def _leaves_blanks_open(schema: str) -> bool:
     """Whether a schema has no word of its own on blanks; true, which is one too, can have none."""
     read = json.loads(schema)
-    own = read.get("x-guidance") if isinstance(read, dict) else {"whitespace_flexible": True}
-    return not isinstance(own, dict) or not any(name.startswith("whitespace") for name in own)
+    if not isinstance(read, dict):
+        return False
+    own = read.get("x-guidance")
+    return not (isinstance(own, dict) and any(name.startswith("whitespace") for name in own))
 
 
 def _import_llguidance() -> Any:

@@ -12,7 +12,7 @@ from itertools import count
 from typing import Callable, NamedTuple
 
 from paddle_qwen1m.cache import M2Range, PagePool, PrefixIndex, PrefixStore, StoredSegment, Transfers
-from paddle_qwen1m.cache.store import NAME_BYTES, m2_of, segment_name, token_digests
+from paddle_qwen1m.cache.store import NAME_BYTES, m2_of, segment_name, time_of_use, token_digests
 from paddle_qwen1m.cache.transfers import UNFINISHED
 from paddle_qwen1m.engine.core import Sequence
 from paddle_qwen1m.engine.orders import GiveUp, Order, Restore, Save
@@ -90,9 +90,9 @@ class Keeper:
 
     def restore(self, sequence: Sequence) -> bool:
         """Whether more of an admitted sequence's prompt than it found in the cache is on its way into its pages."""
-        limit = len(sequence.prompt) - 1 if sequence.reuse_limit is None else sequence.reuse_limit
+        last = len(sequence.prompt) - 1
         wanted, begin = [], sequence.num_cached
-        cuts = self._cuts(sequence, min(limit, len(sequence.prompt) - 1))
+        cuts = self._cuts(sequence, last if sequence.reuse_limit is None else min(last, sequence.reuse_limit))
         for cut in cuts:
             if cut.end <= begin:
                 continue
@@ -134,7 +134,7 @@ class Keeper:
             first, last = bisect_right(borders, cut.begin), bisect_right(borders, cut.end)
             of_cut = [entry for _, entry in entries[first:last]]
             name = segment_name(cut.tokens, cut.chain, of_cut[-1].m2)
-            when = queued - 1e-3 * number  # the end of a prefix goes before its beginning
+            when = time_of_use(queued, number)
             if self._store.path(name).exists() and name not in self._incomplete:
                 self._store.touch([name], when)  # so that what follows cannot take its room
                 continue

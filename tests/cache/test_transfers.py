@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gate import Gate
 from small_model import CONFIG
 
 from paddle_qwen1m import ops
@@ -77,24 +78,6 @@ def saved(moving: Transfers, count: int, number: int = 1000) -> list[StoredSegme
     moving.finish()
     assert moving.state(number) == count
     return what
-
-
-class Gate:
-    """Stands before every block of one kind, until it is opened."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, kind: type, method: str) -> None:
-        self.reached, self._open = threading.Event(), threading.Event()
-        original = getattr(kind, method)
-
-        def waiting(this: Any, *arguments: Any) -> Any:
-            self.reached.set()
-            assert self._open.wait(20)
-            return original(this, *arguments)
-
-        monkeypatch.setattr(kind, method, waiting)
-
-    def open(self) -> None:
-        self._open.set()
 
 
 def test_other_pages_hold_what_was_saved(moving: Transfers, cache: PagedCache) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gate import Gate
 from small_model import BUDGETS, CONFIG, random_model
 
 from paddle_qwen1m.cache import PrefixStore, segment_file
@@ -98,35 +99,16 @@ def run(one: Engine) -> dict[str, Completion]:
     return done
 
 
-class Gate:
-    """Stands before every block that is read from or written to files, until it is opened."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, writes: bool) -> None:
-        self.reached, self._open = threading.Event(), threading.Event()
-        kind, name = (segment_file.SegmentWriter, "write") if writes else (segment_file.SegmentReader, "read")
-        original = getattr(kind, name)
-
-        def waiting(this: Any, *arguments: Any) -> Any:
-            self.reached.set()
-            assert self._open.wait(20)
-            return original(this, *arguments)
-
-        monkeypatch.setattr(kind, name, waiting)
-
-    def open(self) -> None:
-        self._open.set()
-
-
 @pytest.fixture
 def reading(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
-    gate = Gate(monkeypatch, writes=False)
+    gate = Gate(monkeypatch, segment_file.SegmentReader, "read")
     yield gate
     gate.open()
 
 
 @pytest.fixture
 def writing(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
-    gate = Gate(monkeypatch, writes=True)
+    gate = Gate(monkeypatch, segment_file.SegmentWriter, "write")
     yield gate
     gate.open()
 
