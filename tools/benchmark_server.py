@@ -8,8 +8,9 @@
 Prints for each concurrency what `vllm bench serve` prints, under its names, in JSON, for the loop ("engine") and the
 server ("server"), and how much longer the server took. Requests are streamed completions of token ids; as many as the
 concurrency are under way until all are done; a round of as many goes before, for what is made once. Prompts are random,
-so that none finds another's keys. Needs nothing but what the server needs. A DIR of a published shape, with random
-weights: tools/random_checkpoint.py.
+so that none finds another's keys. With --long and several ranks, the last one is killed at the end while requests run:
+what their clients get is printed, and how the server ends. Needs nothing but what the server needs. A DIR of a
+published shape, with random weights: tools/random_checkpoint.py.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -27,6 +30,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
+from benchmark_llm import worker_of_rank
 from demo_server import serving
 
 NEEDLE = Path(__file__).resolve().parent.parent / "checkpoints" / "needle"
@@ -241,6 +245,18 @@ async def run_long(url: str, tokens: int, output: int, vocabulary: int) -> dict[
     }
 
 
+async def run_killed(url: str, rank: int, tokens: int, vocabulary: int) -> dict[str, Any]:
+    """What the clients of a long and a short request get when a rank is killed while theirs run."""
+    random = np.random.default_rng(2)
+    long, short = (random.integers(0, vocabulary, length).tolist() for length in (tokens, 64))
+    running = [asyncio.ensure_future(ask(url, long, 16)), asyncio.ensure_future(ask(url, short, 4096))]
+    await asyncio.sleep(1.0)
+    os.kill(worker_of_rank(rank), signal.SIGKILL)
+    killed = time.perf_counter()
+    errors = [(await one).error for one in running]
+    return {"killed_rank": rank, "told_after_s": time.perf_counter() - killed, "errors": errors}
+
+
 # --- both ---
 
 
@@ -274,9 +290,18 @@ def main() -> int:
     length = (arguments.long or arguments.input) + arguments.output
     flags = ["--max-model-len", str(max(32768, length)), "--max-num-seqs", str(max(arguments.concurrency)), *flags]
     if arguments.long:
-        with serving(arguments.checkpoint, *flags) as url:
-            told = asyncio.run(run_long(url, arguments.long, arguments.output, arguments.vocabulary))
-        print(json.dumps(told, indent=2))
+        ranks = _options(flags).get("tensor_parallel_size", 1)
+        try:
+            with serving(arguments.checkpoint, *flags) as url:
+                told = asyncio.run(run_long(url, arguments.long, arguments.output, arguments.vocabulary))
+                print(json.dumps(told, indent=2), flush=True)
+                if ranks > 1:
+                    told = asyncio.run(run_killed(url, ranks - 1, arguments.long, arguments.vocabulary))
+                    print(json.dumps(told, indent=2), flush=True)
+        except RuntimeError as error:
+            if ranks == 1:
+                raise
+            print(error)
         return 0
     loads = loads_of(arguments)
     if arguments.bare:
