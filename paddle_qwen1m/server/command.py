@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import logging
 import resource
 import signal
 from pathlib import Path
@@ -28,6 +27,16 @@ from paddle_qwen1m.server.texts import Texts
 from paddle_qwen1m.streams import InputError, note
 
 KEEP_ALIVE_SECONDS = 75
+LOGGING: dict[str, Any] = {
+    "version": 1,
+    "disable_existing_loggers": False,
+    "formatters": {"line": {"format": "%(asctime)s %(levelname)s %(message)s"}},
+    "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line"}},
+    "loggers": {
+        name: {"handlers": ["stderr"], "level": "INFO", "propagate": False} for name in ("uvicorn", "paddle_qwen1m")
+    },
+}
+"""Loggers of their own: what a library has made of the root logger does not hide where the server listens."""
 
 
 def serve(arguments: argparse.Namespace) -> int:
@@ -45,10 +54,9 @@ def serve(arguments: argparse.Namespace) -> int:
     for line in exposure(settings):
         note(line)
     _allow_many_connections()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     config = uvicorn.Config(
         app, host=settings.host, port=settings.port, http=protocol(settings.header_seconds), ws="none", lifespan="on",
-        log_config=None, access_log=False, server_header=False, timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        log_config=LOGGING, access_log=False, server_header=False, timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=max(1, round(settings.drain_seconds)),
     )  # fmt: skip
     server = uvicorn.Server(config)

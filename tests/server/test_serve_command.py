@@ -111,6 +111,12 @@ def test_sigterm_drains_and_ends_and_a_failed_engine_ends_with_an_error() -> Non
         assert "rank 1 has ended" in "".join(failing.lines)
 
 
+def test_it_says_where_it_listens_whatever_a_library_did_to_the_root_logger() -> None:
+    quiet = "import logging; logging.basicConfig(level=logging.CRITICAL); from paddle_qwen1m.cli import main; main()"
+    with running(str(CHECKPOINT), "--max-model-len", "256", arguments=("-c", quiet, "serve")) as served:
+        assert served.url.startswith("http://127.0.0.1:")
+
+
 FLAGS = (
     ("--host", "127.0.0.1", "where it listens"),
     ("--served-model-name", "MODEL", "names of the model, the first one is told"),
