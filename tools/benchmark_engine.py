@@ -85,7 +85,7 @@ class Subject:
 
     def selection(self, tokens: int) -> AbstractContextManager[None]:
         """What prefill of so many tokens visits."""
-        return seeded_selection(self.model.config, tokens) if self.is_random else nullcontext()
+        return seeded_selection(tokens) if self.is_random else nullcontext()
 
 
 def params(new_tokens: int) -> SamplingParams:

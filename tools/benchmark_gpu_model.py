@@ -1,11 +1,12 @@
-"""The whole model at its real shape on one GPU, with random weights: speed, memory, and where the time goes.
+"""The whole model at its real shape with random weights, on one GPU or several: speed, memory, where the time goes.
 
-    python tools/benchmark_gpu_model.py prefill [--model 7B] [--tokens 262144] [--decode 64]
+    python tools/benchmark_gpu_model.py prefill [--model 7B] [--tokens 262144] [--decode 64] [--lines published:21]
     python tools/benchmark_gpu_model.py decode [--model 14B] [--tokens 4096]
+    python -m paddle.distributed.launch --devices 0,1 tools/benchmark_gpu_model.py prefill ...   each rank prints its own
 
-Random weights have no structure, and the diagonals that they would choose scatter. So the prefill runs probe, top-k and
-conversion for real, with the published budgets, and then attends to the columns and diagonals of sparse_workload.py
-("published:21", seeded, the same in every layer), which cost what a real selection costs.
+Random weights have no structure, and the diagonals that they would choose scatter. So the prefill runs probe and top-k
+for real, and goes on with columns and diagonals of sparse_workload.py, seeded for each layer and head and as many as
+its published budgets say ("published:21": those of one layer in all of them), which cost what a real selection costs.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from statistics import median
@@ -26,20 +27,21 @@ import sparse_workload
 from paddle_qwen1m import ops
 from paddle_qwen1m.attention.selector import Selector
 from paddle_qwen1m.attention.step import SparsePiece
-from paddle_qwen1m.config import ModelConfig, published_budgets
+from paddle_qwen1m.config import ModelConfig, SparseBudgets, published_budgets
 from paddle_qwen1m.engine import Engine, PrefillProgress, SamplingParams
 from paddle_qwen1m.model import Qwen2OneM
 from paddle_qwen1m.options import EngineOptions
+from paddle_qwen1m.parallel.group import ALONE, Group, ProcessGroup, start
+from paddle_qwen1m.parallel.job import launched_ranks
 from paddle_qwen1m.plan import parameters, plan_memory
 from paddle_qwen1m.planning import PUBLISHED
 
-SEEDED = "published:21"
 NOISE = 1 << 26
 
 
-def random_model(name: str) -> Qwen2OneM:
-    """A model of the published shape whose weights are normal(0, 0.02) and whose norms are 1, in bfloat16."""
-    model = Qwen2OneM(PUBLISHED[name], "bfloat16")
+def random_model(name: str, group: Group = ALONE) -> Qwen2OneM:
+    """A rank's share of a model of the published shape; weights normal(0, 0.02), norms 1, in bfloat16."""
+    model = Qwen2OneM(PUBLISHED[name], "bfloat16", group)
     noise = np.random.default_rng(0).standard_normal(NOISE, np.float32) * np.float32(0.02)
     bits = (noise.view(np.uint32) >> 16).astype(np.uint16)
     for name, slot in model.slots().items():
@@ -55,30 +57,61 @@ def random_model(name: str) -> Qwen2OneM:
     return model
 
 
+class SeededLines:
+    """Columns and diagonals of every layer for prompts of `tokens`, made when a layer first asks."""
+
+    def __init__(self, tokens: int, rank: int) -> None:
+        self._workload = sparse_workload.Workload(min(tokens, 32768), tokens, "a layer's", 64)
+        self._rank = rank
+        self._layers: dict[int, sparse_workload.Lines] = {}
+        self._underway: deque[paddle.Tensor] = deque(maxlen=256)
+
+    def of(self, selector: Selector, keys: int) -> tuple[paddle.Tensor, paddle.Tensor]:
+        """What select_critical would return for the layer's heads and so many keys."""
+        if selector.layer not in self._layers:
+            budgets = zip(selector.budgets.vertical.numpy().tolist(), selector.budgets.slash.numpy().tolist())
+            seed = 64 * selector.layer + self._rank
+            self._layers[selector.layer] = sparse_workload.make(self._workload, list(budgets), seed)
+        lines = self._layers[selector.layer]
+        return self._sent(lines.columns_before(keys)), self._sent(lines.slashes(keys))
+
+    def _sent(self, values: np.ndarray) -> paddle.Tensor:
+        """On the GPU, without waiting for it; what it is copied from stays for as long as that can take."""
+        pinned = paddle.to_tensor(values.astype(np.int32), place=paddle.CUDAPinnedPlace())
+        self._underway.append(pinned)
+        return pinned._copy_to(paddle.framework._current_expected_place(), False)
+
+
 @contextmanager
-def seeded_selection(config: ModelConfig, tokens: int) -> Iterator[None]:
-    """Selectors do their work and then return the tables of the seeded lines, made once for each piece."""
-    original = Selector.choose
-    workload = sparse_workload.Workload(min(tokens, 32768), tokens, SEEDED, 64)
-    lines = sparse_workload.make(workload, sparse_workload.budgets_of(SEEDED, config.num_heads))
-    columns = np.where(lines.columns < tokens, lines.columns, sparse_workload.NO_COLUMN)
-    tables: dict[int, ops.SparseIndex] = {}
+def seeded_selection(tokens: int, rank: int = 0) -> Iterator[None]:
+    """Selectors probe and rank their keys, and go on with seeded lines instead of those that they found."""
+    choose, select = Selector.choose, ops.select_critical
+    lines, asking = SeededLines(tokens, rank), list[tuple[Selector, int]]()
 
-    def seeded(selector: Selector, sparse: SparsePiece, *arguments: Any, **options: Any) -> ops.SparseIndex:
-        original(selector, sparse, *arguments, **options)
-        piece = sparse.piece
-        if piece.begin not in tables:
-            tables.clear()
-            within = np.sort(np.where(columns < piece.end, columns, sparse_workload.NO_COLUMN), axis=1)
-            selected = (paddle.to_tensor(part.astype(np.int32)) for part in (within, lines.slashes(piece.end)))
-            tables[piece.begin] = ops.sparse_index(*selected, piece.begin, piece.rows, config.dual_chunk.chunk_len)
-        return tables[piece.begin]
+    def choose_seeded(selector: Selector, sparse: SparsePiece, *arguments: Any, **options: Any) -> ops.SparseIndex:
+        asking[:] = [(selector, sparse.piece.end)]
+        return choose(selector, sparse, *arguments, **options)
 
-    Selector.choose = seeded  # type: ignore[method-assign]
+    def select_seeded(*arguments: Any) -> tuple[paddle.Tensor, paddle.Tensor]:
+        select(*arguments)
+        return lines.of(*asking[0])
+
+    Selector.choose = choose_seeded  # type: ignore[method-assign]
+    ops.select_critical = select_seeded  # type: ignore[assignment]
     try:
         yield
     finally:
-        Selector.choose = original  # type: ignore[method-assign]
+        Selector.choose, ops.select_critical = choose, select  # type: ignore[method-assign, assignment]
+
+
+def budgets_of(config: ModelConfig, lines: str) -> SparseBudgets:
+    """The published budgets, or those of one layer in every layer."""
+    budgets = published_budgets(config)
+    assert budgets is not None
+    if lines == "published":
+        return budgets
+    layer = int(lines.partition(":")[2])
+    return SparseBudgets(*(np.repeat(one[layer : layer + 1], len(one), 0) for one in (budgets.vertical, budgets.slash)))
 
 
 class OpTimes:
@@ -90,26 +123,27 @@ class OpTimes:
     @contextmanager
     def watch(self) -> Iterator[None]:
         names = [name for name in ops.__all__ if name[0].islower() and name not in ("gpu_obstacle", "load", "on_gpu")]
-        originals = {name: getattr(ops, name) for name in names}
+        timed_calls = [(ops, name) for name in names] + [(ProcessGroup, "all_reduce")]
+        originals = {call: getattr(*call) for call in timed_calls}
 
-        def timed(name: str) -> Any:
+        def timed(owner: Any, name: str) -> Any:
             def call(*arguments: Any, **options: Any) -> Any:
                 paddle.device.cuda.synchronize()
                 start = time.perf_counter()
-                result = originals[name](*arguments, **options)
+                result = originals[owner, name](*arguments, **options)
                 paddle.device.cuda.synchronize()
                 self._totals[name] += (time.perf_counter() - start) * 1e3
                 return result
 
             return call
 
-        for name in names:
-            setattr(ops, name, timed(name))
+        for owner, name in timed_calls:
+            setattr(owner, name, timed(owner, name))
         try:
             yield
         finally:
-            for name, original in originals.items():
-                setattr(ops, name, original)
+            for (owner, name), original in originals.items():
+                setattr(owner, name, original)
 
     def totals(self) -> dict[str, float]:
         return dict(sorted(self._totals.items(), key=lambda item: -item[1]))
@@ -131,37 +165,44 @@ def token_seconds(engine: Engine, prompt: np.ndarray, new_tokens: int, **hooks: 
     return times
 
 
-def prefill(name: str, tokens: int, new_tokens: int) -> None:
-    model = random_model(name)
-    config = model.config
-    engine = Engine(model, EngineOptions(cache_tokens=tokens + new_tokens), published_budgets(config))
+def prefill(name: str, tokens: int, new_tokens: int, lines: str, group: Group) -> None:
+    model = random_model(name, group)
+    config, local = model.config, model.local
+    budgets = budgets_of(config, lines)
+    engine = Engine(model, EngineOptions(cache_tokens=tokens + new_tokens), budgets)
     rows = engine.max_num_batched_tokens
     plan = plan_memory(
-        config,
+        local,
         tokens + new_tokens,
         max_num_batched_tokens=rows,
         cache_dtype="bfloat16",
-        weight_bytes=2 * parameters(config),
-        budgets=published_budgets(config),
+        weight_bytes=2 * parameters(local),
+        budgets=budgets,
         dtype="bfloat16",
     )
+    ranks = "" if group.degree == 1 else f" (rank {group.rank} of {group.degree})"
+    print(f"{name}, random weights, bf16{ranks}: the plan takes {plan.total / 1e9:.2f} GB", flush=True)
     prompt = random_prompt(model, tokens)
     progress: list[PrefillProgress] = []
-    with seeded_selection(config, tokens):
+    with seeded_selection(tokens, group.rank):
         token_seconds(engine, prompt[: rows + 1000], 3)  # libraries and memory
+        group.meet()
         start = time.perf_counter()
         times = token_seconds(engine, prompt, new_tokens, on_prefill=progress.append)
+        peak = paddle.device.cuda.max_memory_allocated() / 1e9
         watch = OpTimes()
         with watch.watch():
             engine.logits(prompt)
     first = times[0] - start
-    print(f"{name}, random weights, bf16: {tokens:,} tokens in chunks of {rows:,}, sparse with the published budgets;")
-    print(f"attention over the seeded lines {SEEDED} of sparse_workload.py after a real probe, top-k and conversion")
+    print(f"{tokens:,} tokens in chunks of {rows:,}, sparse with the budgets {lines}, attention over seeded lines;")
     print(f"first token after {first:.2f} s ({tokens / first:,.0f} tokens/s); chunk by chunk, tokens and seconds:")
     print("  " + ", ".join(f"{step.done_tokens:,} {step.seconds:.2f}" for step in progress))
     steps = np.diff(times) * 1e3
-    print(f"decode after {tokens:,}: {median(steps):.2f} ms a token, median of {len(steps)}")
-    peak = paddle.device.cuda.max_memory_allocated() / 1e9
+    quarter = max(1, len(steps) // 4)
+    print(
+        f"decode after {tokens:,}: {median(steps):.2f} ms a token, median of {len(steps)}; the first and last "
+        f"{quarter}: {median(steps[:quarter]):.2f} and {median(steps[-quarter:]):.2f}"
+    )
     print(
         f"memory: peak {peak:.2f} GB allocated; arithmetic {plan.total / 1e9:.2f} GB "
         f"(weights {plan.weights / 1e9:.2f}, cache {plan.cache / 1e9:.2f}, activations {plan.activations / 1e9:.2f})"
@@ -206,11 +247,13 @@ def main() -> int:
     parser.add_argument("what", choices=("prefill", "decode"))
     parser.add_argument("--model", choices=list(PUBLISHED))
     parser.add_argument("--tokens", type=int)
+    parser.add_argument("--lines", default="published", help='or "published:LAYER" (default: %(default)s)')
     parser.add_argument("--decode", type=int, default=64, help="new tokens (default: %(default)s)")
     arguments = parser.parse_args()
     paddle.device.set_device("gpu")
     if arguments.what == "prefill":
-        prefill(arguments.model or "7B", arguments.tokens or 262144, arguments.decode)
+        group = start(launched_ranks())
+        prefill(arguments.model or "7B", arguments.tokens or 262144, arguments.decode, arguments.lines, group)
     else:
         decode(arguments.model or "14B", arguments.tokens or 4096, arguments.decode)
     return 0

@@ -53,6 +53,10 @@ class Lines(NamedTuple):
         valid = (self.offsets != NO_OFFSET) & (self.offsets < keys)
         return np.sort(np.where(valid, keys - 1 - self.offsets, NO_COLUMN), axis=1).astype(np.int32)
 
+    def columns_before(self, keys: int) -> np.ndarray:
+        """The columns that `keys` keys have, ascending, padded with 2^31 - 1."""
+        return np.where(self.columns < keys, self.columns, NO_COLUMN)
+
 
 def budgets_of(name: str, heads: int) -> list[tuple[int, int]]:
     """(columns, diagonals) of each head."""
@@ -77,8 +81,11 @@ def make(workload: Workload, budgets: Sequence[tuple[int, int]], seed: int = 0) 
         columns[head, :vertical] = np.sort(rng.choice(max(shared_keys, vertical), vertical, replace=False))
         chosen = np.zeros(workload.keys, bool)
         chosen[: min(near, slash)] = True
-        while chosen.sum() < slash:
+        count = min(near, slash)
+        while count < slash:
             start = rng.integers(min(near, slash), workload.keys - workload.run)
-            chosen[start : start + workload.run] = True
+            run = chosen[start : start + workload.run]
+            count += len(run) - int(run.sum())
+            run[:] = True
         offsets[head, :slash] = np.flatnonzero(chosen)[:slash][::-1]
     return Lines(columns, offsets, column_counts, offset_counts)
