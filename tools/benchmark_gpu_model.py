@@ -2,7 +2,7 @@
 
     python tools/benchmark_gpu_model.py prefill [--model 7B] [--tokens 262144] [--decode 64] [--lines published:21]
     python tools/benchmark_gpu_model.py decode [--model 14B] [--tokens 4096]
-    python -m paddle.distributed.launch --devices 0,1 tools/benchmark_gpu_model.py prefill ...   each rank prints its own
+    python -m paddle.distributed.launch --devices 0,1 tools/benchmark_gpu_model.py prefill ...  for each rank
 
 Random weights have no structure, and the diagonals that they would choose scatter. So the prefill runs probe and top-k
 for real, and goes on with columns and diagonals of sparse_workload.py, seeded for each layer and head and as many as

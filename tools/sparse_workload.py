@@ -50,8 +50,11 @@ class Lines(NamedTuple):
 
     def slashes(self, keys: int) -> np.ndarray:
         """The diagonals by the key they meet on a last row that sees `keys` keys, ascending, padded with 2^31 - 1."""
-        valid = (self.offsets != NO_OFFSET) & (self.offsets < keys)
-        return np.sort(np.where(valid, keys - 1 - self.offsets, NO_COLUMN), axis=1).astype(np.int32)
+        met = np.full_like(self.offsets, NO_COLUMN)
+        for row, offsets, count in zip(met, self.offsets, self.offset_counts):
+            first = np.count_nonzero(offsets[:count] >= keys)
+            row[: count - first] = keys - 1 - offsets[first:count]
+        return met
 
     def columns_before(self, keys: int) -> np.ndarray:
         """The columns that `keys` keys have, ascending, padded with 2^31 - 1."""
