@@ -12,11 +12,13 @@ its published budgets say ("published:21": those of one layer in all of them), w
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -165,7 +167,8 @@ def token_seconds(engine: Engine, prompt: np.ndarray, new_tokens: int, **hooks: 
     return times
 
 
-def prefill(name: str, tokens: int, new_tokens: int, lines: str, group: Group) -> None:
+def prefill(name: str, tokens: int, new_tokens: int, lines: str, group: Group) -> dict[str, Any]:
+    """What is printed, as numbers of this rank."""
     model = random_model(name, group)
     config, local = model.config, model.local
     budgets = budgets_of(config, lines)
@@ -212,6 +215,27 @@ def prefill(name: str, tokens: int, new_tokens: int, lines: str, group: Group) -
     print(f"by op, a prefill of its own ({whole / 1e3:.2f} s on the device):")
     for op, milliseconds in totals.items():
         print(f"  {op:20} {milliseconds:10.1f} ms {milliseconds / whole:6.1%}")
+    return {
+        "rank": group.rank,
+        "first_token_s": first,
+        "decode_ms": median(steps),
+        "peak_gb": peak,
+        "plan_gb": plan.total / 1e9,
+        "ops_ms": totals,
+        "all_reduce_ms": {rows: all_reduce_ms(group, config.hidden_size, rows) for rows in (1, rows)},
+    }
+
+
+def all_reduce_ms(group: Group, hidden: int, rows: int, calls: int = 20) -> float:
+    """Of `rows` rows of bfloat16, call after call; 0 for one rank alone."""
+    values = paddle.empty([rows, hidden], "bfloat16")
+    group.all_reduce(values)
+    paddle.device.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(calls):
+        group.all_reduce(values)
+    paddle.device.cuda.synchronize()
+    return (time.perf_counter() - start) * 1e3 / calls
 
 
 def copy_bandwidth() -> float:
@@ -249,11 +273,15 @@ def main() -> int:
     parser.add_argument("--tokens", type=int)
     parser.add_argument("--lines", default="published", help='or "published:LAYER" (default: %(default)s)')
     parser.add_argument("--decode", type=int, default=64, help="new tokens (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also as numbers; FILE.RANK.json for several ranks")
     arguments = parser.parse_args()
     paddle.device.set_device("gpu")
     if arguments.what == "prefill":
         group = start(launched_ranks())
-        prefill(arguments.model or "7B", arguments.tokens or 262144, arguments.decode, arguments.lines, group)
+        told = prefill(arguments.model or "7B", arguments.tokens or 262144, arguments.decode, arguments.lines, group)
+        if arguments.json is not None:
+            path = arguments.json.with_suffix(f".{group.rank}.json") if group.degree > 1 else arguments.json
+            path.write_text(json.dumps(told), encoding="utf-8")
     else:
         decode(arguments.model or "14B", arguments.tokens or 4096, arguments.decode)
     return 0

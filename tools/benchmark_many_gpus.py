@@ -1,0 +1,213 @@
+"""Everything that several GPUs of one machine owe, in one command and one table, with a prediction beside each figure.
+
+    python tools/benchmark_many_gpus.py [--models 7B 14B] [--tokens 131072 1009936] [--ranks 1 2 4 8] [--out DIR]
+        [--only model answers failures]
+
+model: benchmark_gpu_model.py, random weights of the published shapes, at each number of ranks that the machine has and
+the memory allows; each is predicted from the smallest: what the ranks share out takes its part of the time, the norms
+take all of theirs, and collectives what they took when they were measured alone. answers: the needle checkpoint's
+tokens of several ranks and of one, dense and sparse. failures: benchmark_llm.py, a rank killed while it works.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import paddle
+
+from paddle_qwen1m.config import published_budgets
+from paddle_qwen1m.engine.admission import Allowance, Need, longest_fitting
+from paddle_qwen1m.options import GPU_BATCHED_TOKENS, EngineOptions
+from paddle_qwen1m.parallel.split import degrees
+from paddle_qwen1m.planning import PUBLISHED
+
+TOOLS = Path(__file__).resolve().parent
+NEEDLE = TOOLS.parent / "checkpoints" / "needle"
+NOT_SHARED = ("add_rms_norm", "rms_norm", "embedding", "gather_rows")
+"""Ops that every rank does for all rows and the whole width."""
+NEW_TOKENS = 64
+DOCUMENTS = (2_000, 16_000, 60_000)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the ranks told of one prefill; the slowest counts."""
+
+    ranks: list[dict[str, Any]]
+
+    def __getitem__(self, name: str) -> float:
+        return max(one[name] for one in self.ranks)
+
+    @property
+    def degree(self) -> int:
+        return len(self.ranks)
+
+    def op(self, name: str) -> float:
+        """Seconds of the slowest rank."""
+        return max(one["ops_ms"].get(name, 0.0) for one in self.ranks) / 1e3
+
+    def imbalance(self) -> float:
+        """Sparse attention of the slowest rank over the mean."""
+        times = [one["ops_ms"].get("dca_sparse_prefill", 0.0) for one in self.ranks]
+        return max(times) / (sum(times) / len(times)) if sum(times) else 1.0
+
+
+def launched(degree: int, script: str, *arguments: str) -> list[str]:
+    """The command of a script of this folder on so many GPUs."""
+    if degree == 1:
+        return [sys.executable, "-W", "ignore", str(TOOLS / script), *arguments]
+    devices = ",".join(map(str, range(degree)))
+    launch = [sys.executable, "-W", "ignore", "-m", "paddle.distributed.launch", "--devices", devices]
+    return [*launch, "--log_dir", tempfile.mkdtemp(), str(TOOLS / script), *arguments]
+
+
+def fits(model: str, degree: int, tokens: int, memory: int) -> bool:
+    shapes = PUBLISHED[model]
+    options = EngineOptions(max_num_batched_tokens=GPU_BATCHED_TOKENS, max_num_seqs=1)
+    need = Need.of(
+        shapes, degree, options, published_budgets(shapes), kept="bfloat16", computed="bfloat16", on_gpu=True
+    )
+    return (longest_fitting(need, Allowance(memory)) or 0) >= tokens + NEW_TOKENS
+
+
+def run_model(model: str, degree: int, tokens: int, out: Path) -> Run | None:
+    """None, with the reason printed, where it did not come to its end."""
+    name = out / f"{model}-{tokens}-{degree}.json"
+    arguments = ["prefill", "--model", model, "--tokens", str(tokens), "--decode", str(NEW_TOKENS), "--json", str(name)]
+    began = time.perf_counter()
+    with name.with_suffix(".log").open("w") as log:
+        status = subprocess.run(
+            launched(degree, "benchmark_gpu_model.py", *arguments), stdout=log, stderr=log
+        ).returncode
+    if status:
+        print(f"{model}, {tokens:,} tokens, {degree} ranks: exit status {status}, see {name.with_suffix('.log')}")
+        return None
+    paths = [name] if degree == 1 else [name.with_suffix(f".{rank}.json") for rank in range(degree)]
+    print(f"({model}, {tokens:,} tokens, {degree} ranks: {time.perf_counter() - began:.0f} s in all)", flush=True)
+    return Run([json.loads(path.read_text(encoding="utf-8")) for path in paths])
+
+
+def predicted(base: Run, degree: int, measured: Run, layers: int, chunks: float) -> tuple[float, float]:
+    """First token in seconds and decode in milliseconds of `degree` ranks from the base's, with the collectives that
+    were measured there and the imbalance that the placement has."""
+    share = base.degree / degree
+    of_all = sum(base.op(name) for name in NOT_SHARED)
+    attention = base.op("dca_sparse_prefill")
+    collectives = {rows: 2 * layers * 1e-3 * float(ms) for rows, ms in measured.ranks[0]["all_reduce_ms"].items()}
+    before = {rows: 2 * layers * 1e-3 * float(ms) for rows, ms in base.ranks[0]["all_reduce_ms"].items()}
+    one, chunk = sorted(collectives, key=int)
+    shared = base["first_token_s"] - of_all - attention - chunks * before[chunk]
+    first = shared * share + attention * share * measured.imbalance() / base.imbalance() + of_all
+    step = (base["decode_ms"] - 1e3 * before[one]) * share + 1e3 * collectives[one]
+    return first + chunks * collectives[chunk], step
+
+
+def measure_models(models: list[str], lengths: list[int], ranks: list[int], memory: int, out: Path) -> None:
+    print("model  tokens     ranks  first token s (predicted)  of the smallest's speed a card  decode ms (predicted)  "
+          "peak GB (plan)  slowest rank's sparse attention over the mean")  # fmt: skip
+    for model in models:
+        layers = PUBLISHED[model].num_layers
+        for tokens in lengths:
+            base: Run | None = None
+            for degree in ranks:
+                if degree not in degrees(PUBLISHED[model]) or not fits(model, degree, tokens, memory):
+                    continue
+                run = run_model(model, degree, tokens, out)
+                if run is None:
+                    continue
+                base = base or run
+                first, step = predicted(base, degree, run, layers, tokens / GPU_BATCHED_TOKENS)
+                speed = base["first_token_s"] * base.degree / (run["first_token_s"] * degree)
+                print(
+                    f"{model:5} {tokens:10,} {degree:6} {run['first_token_s']:10.2f} ({first:.2f})"
+                    f"{speed:22.0%} {run['decode_ms']:22.2f} ({step:.2f}) {run['peak_gb']:12.2f} ({run['plan_gb']:.2f})"
+                    f"{run.imbalance():10.3f}",
+                    flush=True,
+                )
+                for one in run.ranks:
+                    largest = sorted(one["ops_ms"].items(), key=lambda item: -item[1])[:8]
+                    print(f"    rank {one['rank']}: " + ", ".join(f"{op} {ms / 1e3:.2f} s" for op, ms in largest))
+
+
+def compare_answers(degree: int) -> bool:
+    """Whether so many ranks choose the needle checkpoint's tokens that one does; documents dense and sparse."""
+    told = {}
+    for ranks in (1, degree):
+        command = [sys.executable, "-W", "ignore", __file__, "--answer-with", str(ranks)]
+        said = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+        told[ranks] = json.loads(said.splitlines()[-1])
+    equal = told[1] == told[degree]
+    print(
+        f"needle checkpoint, documents of {DOCUMENTS}, dense and sparse: {degree} ranks choose the tokens of one: {equal}"
+    )
+    return equal
+
+
+def answer(ranks: int) -> list[list[int]]:
+    """Tokens that the needle checkpoint chooses behind documents of random tokens."""
+    from paddle_qwen1m import LLM, SamplingParams
+
+    answers = []
+    for threshold in (4096, 1 << 20):
+        options: dict[str, Any] = {"tensor_parallel_size": ranks, "sparse_threshold": threshold}
+        with LLM(str(NEEDLE), max_model_len=65536, **options) as llm:
+            vocabulary = len(llm.get_tokenizer())
+            prompts = [np.random.default_rng(size).integers(0, vocabulary, size).tolist() for size in DOCUMENTS]
+            greedy = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
+            outputs = llm.generate(prompts, greedy, use_tqdm=False)
+            answers += [list(one.outputs[0].token_ids) for one in outputs]
+    return answers
+
+
+def check_failures(degree: int) -> int:
+    """The exit status of benchmark_llm.py, on a checkpoint of the 7B's shape with random weights."""
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = str(Path(folder) / "7B")
+        subprocess.run([sys.executable, str(TOOLS / "random_checkpoint.py"), "7B", checkpoint], check=True)
+        command = [sys.executable, "-W", "ignore", str(TOOLS / "benchmark_llm.py"), checkpoint, "-tp", str(degree)]
+        return subprocess.run(command).returncode
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(PUBLISHED), choices=list(PUBLISHED))
+    parser.add_argument("--tokens", nargs="+", type=int, default=[131_072, 1_009_936])
+    parser.add_argument("--ranks", nargs="+", type=int, help="(default: 1, 2, 4, 8 as far as there are GPUs)")
+    parser.add_argument("--only", nargs="+", choices=("model", "answers", "failures"))
+    parser.add_argument("--out", type=Path, help="where logs and numbers go (default: a folder under /tmp)")
+    parser.add_argument("--answer-with", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.answer_with:
+        print(json.dumps(answer(arguments.answer_with)))
+        return 0
+    cards = paddle.device.cuda.device_count()
+    if not cards:
+        raise SystemExit("no GPU was found")
+    ranks = [one for one in arguments.ranks or (1, 2, 4, 8) if one <= cards]
+    names = {paddle.device.cuda.get_device_name(card) for card in range(cards)}
+    memory = min(paddle.device.cuda.get_device_properties(card).total_memory for card in range(cards))
+    out = arguments.out or Path(tempfile.mkdtemp(prefix="many_gpus-"))
+    out.mkdir(parents=True, exist_ok=True)
+    print(f"{cards} x {', '.join(names)}, {memory / 1e9:.1f} GB each; logs in {out}", flush=True)
+    parts = arguments.only or ("model", "answers", "failures")
+    good = True
+    if "model" in parts:
+        measure_models(arguments.models, arguments.tokens, ranks, memory, out)
+    if "answers" in parts and max(ranks) > 1:
+        good &= all([compare_answers(degree) for degree in ranks if degree in (2, 4)])
+    if "failures" in parts and max(ranks) > 1:
+        good &= check_failures(max(one for one in ranks if one <= 4)) == 0
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
