@@ -146,9 +146,7 @@ def compare_answers(degree: int) -> bool:
         said = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
         told[ranks] = json.loads(said.splitlines()[-1])
     equal = told[1] == told[degree]
-    print(
-        f"needle checkpoint, documents of {DOCUMENTS}, dense and sparse: {degree} ranks choose the tokens of one: {equal}"
-    )
+    print(f"needle checkpoint, {DOCUMENTS} tokens, dense and sparse: {degree} ranks choose those of one: {equal}")
     return equal
 
 
