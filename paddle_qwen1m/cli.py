@@ -18,7 +18,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable
 
 from paddle_qwen1m import __version__
+from paddle_qwen1m.calibrate import flags as calibrate_flags
 from paddle_qwen1m.dtypes import DTYPES
 from paddle_qwen1m.evaluate import flags as evaluate_flags
 from paddle_qwen1m.options import TEMPERATURE_TOLERANCE, Dtype, Face, Place, Size, Switch, Whole, options_of
@@ -93,7 +94,7 @@ def _at_least(lowest: int, highest: int = 2**31 - 1) -> Callable[[str], int]:
     return parse
 
 
-def _add_model_options(parser: argparse.ArgumentParser, without: Sequence[str] = ()) -> None:
+def _add_model_options(parser: argparse.ArgumentParser, without: Collection[str] = ()) -> None:
     """The options of from_pretrained that the command has, without those named."""
     group = parser.add_argument_group("model")
     for option in options_of(Face.COMMAND).values():
@@ -501,6 +502,18 @@ def _eval(arguments: argparse.Namespace) -> int:
     return evaluate(arguments)
 
 
+def _calibrate_arguments(parser: argparse.ArgumentParser) -> None:
+    calibrate_flags.add_flags(parser)
+    _add_model_options(parser, without=options_of(Face.COMMAND).keys() - set(calibrate_flags.MODEL_OPTIONS))
+    _add_debug(parser)
+
+
+def _calibrate(arguments: argparse.Namespace) -> int:
+    from paddle_qwen1m.calibrate.command import calibrate
+
+    return calibrate(arguments)
+
+
 def _convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC", help="directory with a checkpoint in any of the formats")
     parser.add_argument(
@@ -620,6 +633,7 @@ COMMANDS = (
     Command("plan", "tell what fits on which GPUs, and what to change where it does not", _plan_arguments, _plan),
     Command("serve", "answer requests over HTTP, as OpenAI's interface does", _serve_arguments, _serve),
     Command("eval", "measure what a checkpoint keeps of long texts", _eval_arguments, _eval, logging.ERROR),
+    Command("calibrate", "find sparse budgets for a checkpoint", _calibrate_arguments, _calibrate, logging.ERROR),
     Command("convert", "write a checkpoint in another format", _convert_arguments, _convert),
     Command("store", "show, check or cut down the prefixes that are kept in a folder", _store_arguments, _store),
 )

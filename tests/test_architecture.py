@@ -43,7 +43,8 @@ llm                engine options outputs paddlenlp parallel.remote progress tex
 check              config config_keys dtypes memory model ops options paddlenlp parallel plan weights
 server.command     config llm options paddlenlp server streams
 evaluate           engine llm options paddlenlp progress server streams text
-cli                cache check config dtypes engine evaluate ops options paddlenlp parallel planning progress server server.command streams text weights
+calibrate          attention cache config fileio model ops options paddlenlp parallel progress server streams weights
+cli                cache calibrate check config dtypes engine evaluate ops options paddlenlp parallel planning progress server server.command streams text weights
 __main__           cli
 __init__           engine llm paddlenlp threads
 """  # noqa: E501

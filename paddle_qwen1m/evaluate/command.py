@@ -197,7 +197,10 @@ def _tell_what_is_dense(arguments: argparse.Namespace, configurations: Sequence[
         return
     above = given["sparse_above"]
     if above is None:
-        note(f"note: {arguments.model} has no sparse budgets: `sparse` is dense here; give --sparse-budgets FILE")
+        note(
+            f"note: {arguments.model} has no sparse budgets: `sparse` is dense here; give --sparse-budgets FILE, or "
+            "find some with `paddle-qwen1m calibrate`"
+        )
         return
     dense = [f"{length:,}" for length in given["lengths"] if length <= above]
     if dense:

@@ -146,7 +146,8 @@ def find_budgets(
     if budgets is None:
         logger.warning(
             f"{checkpoint.name} has no {SPARSE_CONFIG}: prompts longer than {options.sparse_threshold:,} tokens are "
-            "prefilled densely; give sparse_budgets=FILE (--sparse-budgets FILE) for sparse prefill"
+            "prefilled densely; give sparse_budgets=FILE (--sparse-budgets FILE) for sparse prefill, or find some with "
+            f"`paddle-qwen1m calibrate {checkpoint.name} --text FILE... --out {SPARSE_CONFIG}`"
         )
     elif source == PUBLISHED:
         logger.info(f"{checkpoint.name} has no {SPARSE_CONFIG}: using the budgets published for this shape")

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from hashlib import sha256
+from pathlib import Path
 from threading import Lock
 from typing import Any, Callable
 
@@ -13,7 +14,7 @@ from paddlenlp.transformers import AutoTokenizer
 from paddlenlp.utils.log import logger
 
 from paddle_qwen1m import ops
-from paddle_qwen1m.config import ModelConfig
+from paddle_qwen1m.config import ModelConfig, SparseBudgets
 from paddle_qwen1m.engine import Engine, SamplingParams
 from paddle_qwen1m.engine.admission import Allowance, Capacity, Need, choose_capacity
 from paddle_qwen1m.engine.grammar import GrammarCompiler
@@ -38,6 +39,7 @@ from paddle_qwen1m.paddlenlp.loading import (
 from paddle_qwen1m.parallel.group import Group
 from paddle_qwen1m.parallel.split import check_degree
 from paddle_qwen1m.weights.digest import checkpoint_digest
+from paddle_qwen1m.weights.sharding import rank_sets
 
 MEGABYTE = 1 << 20
 UNKNOWN = 1 << 40
@@ -91,6 +93,36 @@ def identify(name: str, options: Mapping[str, Any]) -> Identity:
         None if budgets is None else choose_engine_options(shapes, given).sparse_threshold,
         None if budgets is None else sha256(budgets.vertical.tobytes() + budgets.slash.tobytes()).hexdigest(),
     )
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint whose weights can be read layer by layer. dtype: how they are kept. weights: their digest.
+    sparse_threshold: only prompts with more tokens are prefilled sparsely, where there are budgets.
+    """
+
+    directory: Path
+    config: ModelConfig
+    dtype: str
+    weights: str
+    sparse_threshold: int
+    budgets: SparseBudgets | None
+    budgets_source: str
+
+
+def open_weights(name: str, options: Mapping[str, Any]) -> Opened:
+    """Finds a checkpoint, fetches its files and reads no weights. Raises as from_pretrained does."""
+    given = dict(options)
+    checkpoint = find_checkpoint(name, given)
+    described = describe(checkpoint, None)
+    if rank_sets(described) is not None:
+        raise ValueError(f"{checkpoint.name} is a set of weights for tensor parallel ranks: convert it back first")
+    shapes = ModelConfig.from_dict(described, "config.json")
+    budgets, source = look_up_budgets(checkpoint, shapes, given.get("sparse_budgets"))
+    directory = checkpoint.fetch_weights()
+    threshold = choose_engine_options(shapes, given).sparse_threshold
+    dtype = given.get("dtype") or shapes.dtype
+    return Opened(directory, shapes, dtype, checkpoint_digest(directory), threshold, budgets, source)
 
 
 def load_tokenizer(name: str, options: Mapping[str, Any]) -> Any:

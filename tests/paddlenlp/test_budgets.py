@@ -72,6 +72,7 @@ def test_without_any_the_prefill_is_dense_and_the_option_is_named(
     assert not model.engine.is_sparse(1_000_000)
     (line,) = (line for line in logged if SPARSE_CONFIG in line)
     assert "prompts longer than 32,768 tokens are prefilled densely; give sparse_budgets=FILE" in line
+    assert line.endswith(f"--text FILE... --out {SPARSE_CONFIG}`")
 
 
 def test_sparse_can_be_switched_off(copied_needle: Callable[..., Path], logged: list[str]) -> None:

@@ -1,0 +1,1 @@
+"""Sparse budgets for a checkpoint: how much of its attention columns and diagonals keep, and which are enough."""

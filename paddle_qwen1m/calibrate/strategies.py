@@ -1,0 +1,187 @@
+"""How a pair (columns, diagonals) is found for each head of a layer, given a way to measure pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Callable, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+RECALL, COST = 0.9, 0.25
+COLUMNS = (130, 250, 500, 1000, 2000, 4000, 8000, 16000)
+DIAGONALS = (100, 200, 400, 800, 1600, 3200, 6400, 12800)
+"""The grid of `least`; it begins with what is visited in any case."""
+BASES = ((30, 800), (100, 800), (500, 700), (3500, 100), (1000, 6096))
+"""Columns and diagonals that the published budgets are made of."""
+INCREMENTS = ((0.9, 0), (0.8, 2048), (0.7, 4096), (0.6, 8192), (0.0, 12244))
+"""What both of a pair grow by, from which recall on (found in the 1,920 entries of the 14B's file)."""
+LEAST_COST = 1e-6
+"""A step that costs nothing more is worth this one's price."""
+RAISED, RAISED_TO = 30, 130
+"""Columns of a file, and what whoever reads it makes of them: see SparseBudgets."""
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+
+class Pairs(NamedTuple):
+    """Columns and diagonals of each head of a layer, [H] each, as they stand in a file."""
+
+    columns: Ints
+    diagonals: Ints
+
+    @property
+    def visited(self) -> Pairs:
+        """As they are used."""
+        return Pairs(np.where(self.columns == RAISED, RAISED_TO, self.columns), self.diagonals)
+
+
+class Kept(NamedTuple):
+    """What pairs keep of the attention of each head, [H] each.
+
+    mean: the share exp(lse_sparse - lse_full), over all rows measured. last: over the last rows of the texts, where a
+    question stands. cost: keys visited, as a share of all.
+    """
+
+    mean: Floats
+    last: Floats
+    cost: Floats
+
+    @property
+    def recall(self) -> Floats:
+        """The lower of both."""
+        return np.minimum(self.mean, self.last)
+
+
+class Measure(Protocol):
+    """Measures a pair a head; `first_alone`: on the first text, which takes a part of the time."""
+
+    def __call__(self, pairs: Pairs, *, first_alone: bool = False) -> Kept: ...
+
+
+@dataclass(frozen=True)
+class Goal:
+    """The share of the attention to keep, and the share of the keys that a head may visit for it."""
+
+    recall: float = RECALL
+    cost: float = COST
+
+    def __post_init__(self) -> None:
+        for name in ("recall", "cost"):
+            value = getattr(self, name)
+            if not 0.0 < value <= 1.0:
+                raise ValueError(f"--{name} must be above 0 and at most 1, got {value:g}")
+
+
+class Chosen(NamedTuple):
+    """Pairs, and the score that goes into the file, [H]."""
+
+    pairs: Pairs
+    score: Floats
+
+
+Strategy = Callable[[Measure, int, Goal], Chosen]
+"""Of how to measure, the number of heads and the goal."""
+
+
+def least(measure: Measure, heads: int, goal: Goal) -> Chosen:
+    """The cheapest pair of the grid that keeps the goal's recall, or at its cost the one that keeps most.
+
+    More columns or diagonals never keep less, so that on the first text each head walks along the border between pairs
+    that hold and pairs that do not, from all columns and the fewest diagonals on: at most len(COLUMNS) +
+    len(DIAGONALS) measurements. What was found is measured on all texts, and grows until it holds there.
+    """
+    column = np.full(heads, len(COLUMNS) - 1)
+    diagonal = np.zeros(heads, np.int64)
+    seen: list[dict[tuple[int, int], tuple[float, float]]] = [{} for _ in range(heads)]
+    walking = np.ones(heads, np.bool_)
+    while walking.any():
+        kept = measure(_grid(np.where(walking, column, 0), np.where(walking, diagonal, 0)), first_alone=True)
+        for head in np.flatnonzero(walking):
+            recall, cost = float(kept.recall[head]), float(kept.cost[head])
+            seen[head][int(column[head]), int(diagonal[head])] = recall, cost
+            if recall >= goal.recall:
+                column[head] -= 1
+            else:
+                diagonal[head] += 1
+            walking[head] = column[head] >= 0 and diagonal[head] < len(DIAGONALS)
+    places = np.array([_best(found, goal) for found in seen], np.int64).T
+    return _grown(measure, places, goal)
+
+
+def published(measure: Measure, heads: int, goal: Goal) -> Chosen:
+    """As in the published files: a pair of BASES, and an increment of both by its recall on all texts.
+
+    Which of the five a head got is not published: here it is the first that keeps the goal's recall, else the one that
+    keeps most, on the first text.
+    """
+    kept = np.stack([measure(_same(base, heads), first_alone=True).recall for base in BASES])
+    holds = kept >= goal.recall
+    base = np.where(holds.any(0), holds.argmax(0), kept.argmax(0))
+    pairs = Pairs(*np.array(BASES, np.int64)[base].T)
+    score = measure(pairs.visited).recall
+    return Chosen(refined(pairs, score), score)
+
+
+def refined(bases: Pairs, score: Floats) -> Pairs:
+    """Both sizes of each pair, grown by what its recall asks for."""
+    by_recall = np.array([increment for _, increment in INCREMENTS])
+    place = np.argmax(score[:, None] >= np.array([recall for recall, _ in INCREMENTS]), axis=1)
+    return Pairs(bases.columns + by_recall[place], bases.diagonals + by_recall[place])
+
+
+STRATEGIES: dict[str, Strategy] = {"least": least, "published": published}
+
+
+def _same(pair: Sequence[int], heads: int) -> Pairs:
+    return Pairs(*(np.full(heads, size, np.int64) for size in pair)).visited
+
+
+def _grid(column: Ints, diagonal: Ints) -> Pairs:
+    return Pairs(np.array(COLUMNS, np.int64)[column], np.array(DIAGONALS, np.int64)[diagonal])
+
+
+def _best(found: dict[tuple[int, int], tuple[float, float]], goal: Goal) -> tuple[int, int]:
+    """Of what a head was measured with."""
+    allowed = {pair: kept for pair, kept in found.items() if kept[1] <= goal.cost}
+    holding = {pair: kept[1] for pair, kept in allowed.items() if kept[0] >= goal.recall}
+    if holding:
+        return min(holding, key=holding.__getitem__)
+    return max(allowed, key=lambda pair: (allowed[pair][0], -allowed[pair][1])) if allowed else (0, 0)
+
+
+def _grown(measure: Measure, places: Ints, goal: Goal) -> Chosen:
+    """Places on the grid, moved until they hold on all texts, as far as the goal's cost allows: each time to the next
+    number of columns or of diagonals, whichever of the two gains more for what it costs more.
+    """
+    limits = np.array([[len(COLUMNS) - 1], [len(DIAGONALS) - 1]])
+    kept = measure(_grid(*places))
+    growing = kept.recall < goal.recall
+    while growing.any():
+        steps = [places + np.where(growing, way, 0) for way in (np.array([[1], [0]]), np.array([[0], [1]]))]
+        tried = [measure(_grid(*np.minimum(step, limits))) for step in steps]
+        worth = np.array(
+            [
+                np.where(
+                    (step <= limits).all(0) & (more.cost <= goal.cost),
+                    (more.recall - kept.recall) / np.maximum(more.cost - kept.cost, LEAST_COST),
+                    -np.inf,
+                )
+                for step, more in zip(steps, tried)
+            ]
+        )
+        growing &= worth.max(0) > -np.inf
+        columns_first = worth[0] >= worth[1]
+        step, more = np.where(columns_first, *steps), _either(columns_first, *tried)
+        places = np.where(growing, step, places)
+        kept = _either(growing, more, kept)
+        growing &= kept.recall < goal.recall
+    return Chosen(_grid(*places), kept.recall)
+
+
+def _either(which: npt.NDArray[np.bool_], one: Kept, other: Kept) -> Kept:
+    """`one` of the heads for which it holds, `other` of the rest."""
+    chosen: list[Floats] = [np.where(which, *both) for both in zip(one, other)]
+    return Kept(*chosen)

@@ -1,0 +1,117 @@
+"""What pairs keep of a layer's attention, against float64; texts go through the layers as through the model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import oracle
+import pytest
+from small_model import CONFIG, random_model
+
+from paddle_qwen1m.cache import PagedCache
+from paddle_qwen1m.calibrate import reading
+from paddle_qwen1m.calibrate.reading import Layer, Text
+from paddle_qwen1m.calibrate.strategies import Kept, Pairs
+from paddle_qwen1m.engine import Engine
+from paddle_qwen1m.model import DecoderLayer, Qwen2OneM
+from paddle_qwen1m.options import EngineOptions
+
+CHUNK, PAGE = 96, 32
+PAIRS = Pairs(np.array([31, 50, 90, 31]), np.array([100, 130, 100, 101]))
+
+
+def make_text(rng: np.random.Generator, tokens: int) -> Text:
+    residual = rng.standard_normal([tokens, CONFIG.hidden_size]).astype(np.float32)
+    return Text(rng.integers(0, CONFIG.vocab_size, tokens), residual)
+
+
+def layer_of(layer: DecoderLayer, texts: list[Text]) -> Layer:
+    pages = max(-(-len(text.ids) // PAGE) for text in texts)
+    return Layer(layer, CONFIG, texts, PagedCache(replace(CONFIG, num_layers=1), pages, PAGE, "float32"), CHUNK)
+
+
+def kept_in_float64(layer: DecoderLayer, text: Text, pairs: Pairs, *, last_blocks: bool = False) -> Kept:
+    """Piece by piece of the second half: all rows, or those of each one's last block."""
+    dual_chunk, tokens = CONFIG.dual_chunk, len(text.ids)
+    length, size = dual_chunk.chunk_len, dual_chunk.chunk_size
+    scale = CONFIG.head_dim**-0.5 * oracle.temperature(tokens, dual_chunk.original_max_position_embeddings) ** 2
+    inv_freq = oracle.inverse_frequencies(CONFIG.head_dim, CONFIG.rope_theta)
+    qkv = oracle.linear(
+        oracle.rms_norm(text.residual, layer.input_norm.numpy(), CONFIG.rms_norm_eps), layer.qkv_weight.numpy()
+    )
+    bias, where = layer.qkv_bias.numpy(), np.arange(tokens)
+    keys, values = np.zeros([2, tokens, 1, CONFIG.num_kv_heads, CONFIG.head_dim])
+    table = oracle.rotary_table(oracle.query_positions(where, length, size), inv_freq)
+    q = oracle.rotate_and_cache(qkv, bias, table, where, keys, values)
+    critical = oracle.rotary_table(oracle.critical_positions(where, length, size), inv_freq)
+    shares, rows_kept, visited, causal = [], [], np.zeros(CONFIG.num_heads), 0
+    cuts = sorted({*range(0, tokens, CHUNK), *range(0, tokens, length), tokens})
+    for begin, end in zip(cuts, cuts[1:]):
+        if end - begin <= 64 or end <= tokens / 2:
+            continue
+        probe = oracle.rotate_queries(qkv, bias, critical[:, end - 64 : end], end - 64, CONFIG.num_heads)
+        sums = oracle.dca_probe(probe, keys, where, end, length, scale)
+        chosen = oracle.select_critical(*sums, *pairs, int(pairs.columns.max()), int(pairs.diagonals.max()))
+        index = oracle.sparse_index(*chosen, begin, end - begin, length)
+        own = q[:, begin:end]
+        _, sparse = oracle.sparse_piece(own, keys, values, where, index, begin, length, scale)
+        _, dense = oracle.dense_piece(own, keys, values, where, begin, length, scale)
+        measured = range((end - begin - 1) // 64 * 64 if last_blocks else 0, end - begin)
+        shares.append(np.exp(sparse - dense)[:, measured])
+        rows_kept += [begin + row for row in measured]
+        for first in range(measured.start, measured.stop, 64):
+            counts, ends = index.counts[:, first // 64], range(begin + first, min(begin + first + 64, end))
+            pairs_seen = sum(end + 1 for end in ends)
+            visited += np.minimum(len(ends) * (64 * counts[:, :3].sum(-1) + counts[:, 3:].sum(-1)), pairs_seen)
+            causal += pairs_seen
+    share = np.concatenate(shares, axis=1)
+    last = share[:, np.array(rows_kept) >= tokens - 64]
+    mean = share.mean(1)
+    return Kept(mean, last.mean(1) if last.size else np.ones_like(mean), visited / causal)
+
+
+@pytest.fixture
+def model(rng: np.random.Generator) -> Qwen2OneM:
+    return random_model(rng)
+
+
+@pytest.mark.parametrize("tokens", [530, 480])
+def test_kept_is_what_float64_says(model: Qwen2OneM, rng: np.random.Generator, tokens: int) -> None:
+    """530: the last piece has few rows and keeps all."""
+    text, other = make_text(rng, tokens), make_text(rng, 400)
+    layer = layer_of(model.layers[1], [text, other])
+    expected = [kept_in_float64(model.layers[1], one, PAIRS) for one in (text, other)]
+    assert expected[0].mean.min() < 0.9 and expected[0].cost.min() < 0.9
+    for kept, wanted in (
+        (layer.measure(PAIRS, first_alone=True), expected[0]),
+        (layer.measure(PAIRS), Kept(*(np.mean(two, axis=0) for two in zip(*expected)))),
+        (layer.measure(PAIRS, first_alone=True), expected[0]),
+    ):
+        np.testing.assert_allclose(kept, wanted, rtol=1e-4)
+
+
+def test_with_fewer_blocks_the_last_of_each_piece_is_measured(
+    model: Qwen2OneM, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "BLOCKS_A_PIECE", 1)
+    text = make_text(rng, 530)
+    expected = kept_in_float64(model.layers[0], text, PAIRS, last_blocks=True)
+    np.testing.assert_allclose(layer_of(model.layers[0], [text]).measure(PAIRS), expected, rtol=1e-4)
+
+
+def test_texts_that_went_through_all_layers_are_where_the_model_takes_them(
+    model: Qwen2OneM, rng: np.random.Generator
+) -> None:
+    texts = [make_text(rng, tokens) for tokens in (300, 530)]
+    for text in texts:
+        text.residual = model.embedding.numpy()[text.ids]
+    for layer in model.layers:
+        done = list(layer_of(layer, texts).advance())
+        assert sum(done) == 830
+    engine = Engine(model, EngineOptions(max_num_batched_tokens=CHUNK, sparse=False))
+    for text in texts:
+        normed = oracle.rms_norm(text.residual, model.norm.numpy(), CONFIG.rms_norm_eps)
+        logits = oracle.linear(normed, model.head.numpy())
+        expected = engine.logits(text.ids, range(len(text.ids)))
+        np.testing.assert_allclose(logits, expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max())
