@@ -2,6 +2,8 @@
 
     python tools/cuda_library.py && python tools/benchmark_gpu_step.py [OP ...] [--models 7B 14B]
 
+Last, or for OP `step` alone, whole decode steps as the model launches them, beside the time to read what they read.
+
 Needs PyTorch. Prefill is 32,768 rows; decode is one row and eight, and sixteen for the linears, which stand beside
 PyTorch's (cuBLAS). Every launch works on other buffers than the last, several times what L2 holds in turn; where that
 takes more than MAX_COPIES, on so many. Two times are printed: inside a CUDA graph of many launches, and alone between
@@ -19,46 +21,21 @@ from typing import Any, Callable
 
 import numpy as np
 from cuda_library import CudaLibrary
+from decode_step import HEAD_DIM, MODELS, VOCABULARY, DecodeStep
 
 Launch = Callable[[], Any]
 
 PREFILL_ROWS = 32768
 DECODE_ROWS = (1, 8)
 LINEAR_ROWS = (1, 8, 16)
-VOCABULARY = 152064
-HEAD_DIM = 128
 PAGE_SIZE = 64
 DECODE_LENGTH = 1_000_000
 MAX_COPIES = 64
 GRAPH_LAUNCHES = 32
 REPEATS = 15
+WHOLE_STEPS = ((1, 4096), (8, 2048), (16, 2048))
+"""Sequences, and keys of each."""
 L2_TIMES = 4
-
-
-@dataclass(frozen=True)
-class Model:
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-
-    @property
-    def qkv(self) -> int:
-        return (self.heads + 2 * self.kv_heads) * HEAD_DIM
-
-    @property
-    def linears(self) -> dict[str, tuple[int, int]]:
-        """(in, out) features of each."""
-        return {
-            "qkv": (self.hidden, self.qkv),
-            "o": (self.heads * HEAD_DIM, self.hidden),
-            "gate_up": (self.hidden, 2 * self.intermediate),
-            "down": (self.intermediate, self.hidden),
-            "head": (self.hidden, VOCABULARY),
-        }
-
-
-MODELS = {"7B": Model(3584, 18944, 28, 4), "14B": Model(5120, 13824, 40, 8)}
 
 
 @dataclass(frozen=True)
@@ -321,11 +298,10 @@ def inverse_frequencies() -> Any:
     return torch.tensor(1e7 ** (-np.arange(0, HEAD_DIM, 2) / HEAD_DIM), dtype=torch.float32, device="cuda")
 
 
-def microseconds_in_graph(launches: list[Launch]) -> float:
-    """Of one launch, when a CUDA graph runs them all in turn, as often as makes many; median over replays."""
+def microseconds_in_graph(launches: list[Launch], rounds: int) -> float:
+    """Of one launch, when a CUDA graph runs them all in turn so many times; median over replays."""
     import torch
 
-    rounds = -(-GRAPH_LAUNCHES // len(launches))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(rounds):
@@ -359,13 +335,15 @@ def microseconds_alone(launches: list[Launch]) -> float:
     return 1e3 * float(np.median([begin.elapsed_time(end) for begin, end in events]))
 
 
-def time_launches(launches: list[Launch]) -> Timing:
+def time_launches(launches: list[Launch], rounds: int | None = None) -> Timing:
+    """rounds: in the graph; default: as many as make GRAPH_LAUNCHES."""
     import torch
 
     for launch in launches:  # cuBLAS chooses and allocates before a graph is captured
         launch()
     torch.cuda.synchronize()
-    return Timing(microseconds_in_graph(launches), microseconds_alone(launches))
+    rounds = rounds or -(-GRAPH_LAUNCHES // len(launches))
+    return Timing(microseconds_in_graph(launches, rounds), microseconds_alone(launches))
 
 
 def copy_bandwidth() -> float:
@@ -380,11 +358,27 @@ def measure(case: Case, copies: int) -> list[Timing]:
     return [time_launches(list(launches)) for launches in zip(*made)]
 
 
+def whole_steps(cuda: CudaLibrary, name: str, bandwidth: float) -> Iterator[str]:
+    """Decode steps in a graph: the time to read weights and cache at the speed of a copy, and the step's beside it."""
+    import torch
+
+    for batch, keys in WHOLE_STEPS:
+        step = DecodeStep(cuda, MODELS[name], batch, keys)
+        time = time_launches([step], rounds=1).graph
+        weights, cache = (1e6 * read / bandwidth for read in (step.weight_bytes, step.cache_bytes))
+        yield (
+            f"{name} step of {batch} sequences, {keys:,} keys each: {time:8.1f} us; weights {weights:.1f} us "
+            f"({time / weights:.3f}x), and cache {cache:.1f} us ({time / (weights + cache):.3f}x)"
+        )
+        del step
+        torch.cuda.empty_cache()
+
+
 def main() -> int:
     import torch
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("ops", nargs="*", help="such as linear or silu_mul; default: all")
+    parser.add_argument("ops", nargs="*", help="such as linear, silu_mul or step; default: all")
     parser.add_argument("--models", nargs="+", choices=sorted(MODELS), default=sorted(MODELS))
     arguments = parser.parse_args()
     cuda = CudaLibrary()
@@ -405,6 +399,9 @@ def main() -> int:
         line += f"{rate / 1e9:8.0f}{100 * rate / bandwidth:8.0f}%"
         lines.append(line + "".join(f"{other.graph:11.1f}{other.alone:10.1f}" for other in others))
         print(lines[-1], file=sys.stderr)
+    if not arguments.ops or "step" in arguments.ops:
+        for name in arguments.models:
+            lines += whole_steps(cuda, name, bandwidth)
     print("\n".join(lines))
     return 0
 

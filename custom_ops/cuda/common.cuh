@@ -69,6 +69,15 @@ __device__ inline float warp_sum(float x) {
   return x;
 }
 
+// Whether the current device is a Hopper, whose own machine code (sm_90a) runs there and nowhere else.
+inline bool is_hopper() {
+  int device = 0, major = 0, minor = 0;
+  return cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess && major == 9 &&
+         minor == 0;
+}
+
 inline cudaStream_t as_stream(qwen1m_stream stream) { return static_cast<cudaStream_t>(stream); }
 
 }  // namespace cuda

@@ -21,16 +21,11 @@ int with_shape(qwen1m_dtype dtype, int head_dim, F&& f) {
   });
 }
 
-// Whether the current device is a Hopper, whose own kernels are machine code for it alone.
 bool on_hopper() {
 #ifdef QWEN1M_SM80_ATTENTION
   return false;
 #else
-  int device = 0, major = 0, minor = 0;
-  return cudaGetDevice(&device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess && major == 9 &&
-         minor == 0;
+  return is_hopper();
 #endif
 }
 

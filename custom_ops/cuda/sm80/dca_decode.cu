@@ -2,13 +2,18 @@
 //
 // A block takes a share of one sequence's keys for one KV head: tiles of 64 keys, of which each warp scores and attends
 // to 16 with the query heads of the group as the rows of its tile. Every warp keeps a softmax of its own; they are
-// merged at the end of the block, and the blocks' shares by a second kernel. The time is that of reading K and V once:
-// a ring of tiles keeps the reads under way. The grid does not depend on the lengths, which stay on the device.
+// merged at the end of the block, and the blocks' shares by the last block of a KV head to end. The time is that of
+// reading K and V once: a ring of tiles keeps the reads under way, the first of them already while the launch before,
+// which makes the queries and the newest key, still runs. The grid does not depend on the lengths, which stay on the
+// device.
 #include <algorithm>
 
 #include "attention.cuh"
+#include "block_scan.cuh"
+#include "overlap.cuh"
 #include "qwen1m/dca_stages.h"
 #include "row_loads.cuh"
+#include "vectors.cuh"
 
 namespace qwen1m {
 namespace cuda {
@@ -20,6 +25,14 @@ constexpr int kWarps = 4, kThreads = kWarps * kWarp;
 constexpr int kGroupRows = 16;  // query heads of one KV head that share a block
 constexpr int kDecodeRing = 3;
 constexpr int kBlocksPerProcessor = 2;
+constexpr int kFewestTiles = 4;    // of a share
+constexpr int kMergedAtOnce = 16;  // shares whose values a warp reads together
+
+// How many shares of a (sequence, part of a KV head's group) are done: 0 between launches. There are fewer of these
+// than a device has processors wherever there are shares to merge. Launches of one device follow each other, as those
+// of one stream do.
+constexpr int kMostMerged = 1024;
+__device__ int32_t shares_done[kMostMerged];
 
 struct DecodeArguments : qwen1m_dca_decode {
   float* partial;     // [B, H, splits, D], not normalised
@@ -100,6 +113,50 @@ struct DecodeRows {
   }
 };
 
+// Adds one and returns what was there. What this block wrote becomes visible to who adds later, and the other way
+// round.
+__device__ inline int32_t add_and_synchronize(int32_t* to) {
+  int32_t before;
+  asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], 1;" : "=r"(before) : "l"(to) : "memory");
+  return before;
+}
+
+// Merges what `count` shares made of a block's rows, the first of them `line` of [B, H]: a warp a row.
+template <typename T, int D>
+__device__ void merge_rows(const DecodeArguments& a, int64_t line, int rows, int count) {
+  constexpr int kEach = D / kWarp;
+  const int lane = threadIdx.x % kWarp;
+  for (int row = threadIdx.x / kWarp; row < rows; row += kWarps) {
+    const int64_t place = (line + row) * a.splits;
+    float top = kNegativeInfinity, total = 0, out[kEach] = {};
+    for (int first = 0; first < count; first += kMergedAtOnce) {
+      Vector<float, kEach> values[kMergedAtOnce];
+#pragma unroll
+      for (int i = 0; i < kMergedAtOnce; ++i) {
+        values[i] = load_vector<kEach>(a.partial + (place + min(first + i, count - 1)) * D + lane * kEach);
+      }
+      const bool valid = lane < kMergedAtOnce && first + lane < count;
+      const float2 own = valid ? a.statistic[place + first + lane] : make_float2(kNegativeInfinity, 0);
+      const float higher = fmaxf(top, warp_largest(own.x)), origin = higher == kNegativeInfinity ? 0.0f : higher;
+      const float shrink = exp2_fast(top - origin), weight = exp2_fast(own.x - origin);
+      total = total * shrink + warp_sum(own.y * weight);
+#pragma unroll
+      for (float& value : out) value *= shrink;
+#pragma unroll
+      for (int i = 0; i < kMergedAtOnce; ++i) {
+        const float share_weight = __shfl_sync(kAllLanes, weight, i);
+#pragma unroll
+        for (int n = 0; n < kEach; ++n) out[n] += values[i].values[n] * share_weight;
+      }
+      top = higher;
+    }
+    const float inverse = total > 0 ? 1.0f / total : 0.0f;
+#pragma unroll
+    for (float& value : out) value *= inverse;
+    store_narrowed(out, static_cast<T*>(a.out) + (line + row) * D + lane * kEach);
+  }
+}
+
 template <typename T, int D>
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
     decode_kernel(const __grid_constant__ DecodeArguments a) {
@@ -115,8 +172,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
   const int rows = min(kGroupRows, (kv_head + 1) * group - first_head);
 
   const int32_t length = a.lengths[sequence];
-  const int tiles = (length + kTileKeys - 1) / kTileKeys, share = (tiles + a.splits - 1) / a.splits;
-  const int first = min(split * share, tiles), last = min(first + share, tiles);
+  const int tiles = (length + kTileKeys - 1) / kTileKeys, share = max((tiles + a.splits - 1) / a.splits, kFewestTiles);
+  const int first = split * share, last = min(first + share, tiles), shares = max((tiles + share - 1) / share, 1);
+  if (split >= shares) {
+    await_previous();
+    return;
+  }
   const float scale = a.scale[sequence] * kLog2E;
   const Pages pages(a.block_tables + static_cast<int64_t>(sequence) * a.table_width, a.cache.page_size);
   const int64_t cache_row = static_cast<int64_t>(a.cache.kv_heads) * D;
@@ -135,10 +196,15 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
       load_rows<T, D, kTileKeys, kThreads>(place + kTileBytes, values + offset, cache_row, 0, count);
       if (tile + 1 < last) slot = pages.slot((tile + 1) * kTileKeys);
     }
-    copy_commit();
     fill = fill == kDecodeRing - 1 ? 0 : fill + 1;
   };
 
+  // The newest key, and q, are what the launch before writes.
+  const bool has_newest = last == tiles;
+  if (has_newest) await_previous();
+#pragma unroll
+  for (int i = 0; i < kDecodeRing - 1; ++i) load(first + i);
+  if (!has_newest) await_previous();
   const T* q = static_cast<const T*>(a.q) + (static_cast<int64_t>(sequence) * a.heads + first_head) * D;
   const int64_t variant = static_cast<int64_t>(a.batch) * a.heads * D;
   const Stage latest = length > 2 * a.chunk_len ? kInter : length > a.chunk_len ? kSucc : kIntra;
@@ -146,8 +212,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
     load_rows<T, D, kGroupRows, kThreads>(queries + stage * kGroupRows * SharedRows<D>::kRowBytes, q + stage * variant,
                                           D, 0, rows);
   }
-#pragma unroll
-  for (int i = 0; i < kDecodeRing - 1; ++i) load(first + i);
+  copy_commit();
+  load(first + kDecodeRing - 1);
+  copy_commit();
 
   DecodeRows<T, D> state;
   state.start();
@@ -157,7 +224,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
   for (int tile = first; tile < last; ++tile) {
     copy_wait<kDecodeRing - 2>();
     __syncthreads();
-    load(tile + kDecodeRing - 1);
+    if (tile > first) {
+      load(tile + kDecodeRing - 1);
+      copy_commit();
+    }
     const int32_t key = tile * kTileKeys;
     const Stage stage = key >= chunk ? kIntra : key >= chunk - a.chunk_len ? kSucc : kInter;
     if (stage != current) {
@@ -177,6 +247,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
   // The warps' softmaxes become the block's.
   float* warp_out = reinterpret_cast<float*>(shared);                                      // [kWarps, kGroupRows, D]
   float2* warp_statistic = reinterpret_cast<float2*>(warp_out + kWarps * kGroupRows * D);  // [kWarps, kGroupRows]
+  bool& is_last = *reinterpret_cast<bool*>(warp_statistic + kWarps * kGroupRows);
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const int row = 8 * h + lane / 4;
@@ -191,6 +262,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
     }
   }
   __syncthreads();
+  const int64_t line = static_cast<int64_t>(sequence) * a.heads + first_head;
   for (int i = threadIdx.x; i < rows * D; i += kThreads) {
     const int row = i / D;
     float top = kNegativeInfinity, total = 0, out = 0;
@@ -204,63 +276,25 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
       total += part.y * weight;
       out += warp_out[(w * kGroupRows + row) * D + i % D] * weight;
     }
-    const int64_t place = (static_cast<int64_t>(sequence) * a.heads + first_head + row) * a.splits + split;
+    if (shares == 1) {
+      static_cast<T*>(a.out)[line * D + i] = narrow<T>(total > 0 ? out / total : 0.0f);
+      continue;
+    }
+    const int64_t place = (line + row) * a.splits + split;
     a.partial[place * D + i % D] = out;
     if (i % D == 0) a.statistic[place] = make_float2(top, total);
   }
-}
+  if (shares == 1) return;
 
-// One block a (sequence, head): kMergeParts threads a value, each with every kMergeParts-th share and a softmax of its
-// own, and all that it reads of kMergeAtOnce shares under way together.
-constexpr int kMergeParts = 8, kMergeAtOnce = 9;
-
-template <typename T, int D>
-__global__ void __launch_bounds__(kMergeParts* D) merge_kernel(const __grid_constant__ DecodeArguments a) {
-  __shared__ float outs[kMergeParts][D];
-  __shared__ float2 statistics[kMergeParts];
-  const int value = threadIdx.x % D, part = threadIdx.x / D;
-  const int64_t row = static_cast<int64_t>(blockIdx.y) * a.heads + blockIdx.x;
-  const float2* statistic = a.statistic + row * a.splits;
-  const float* partial = a.partial + row * a.splits * D + value;
-  float top = kNegativeInfinity, total = 0, out = 0;
-  for (int first = part; first < a.splits; first += kMergeParts * kMergeAtOnce) {
-    float2 shares[kMergeAtOnce];
-    float values[kMergeAtOnce];
-#pragma unroll
-    for (int i = 0; i < kMergeAtOnce; ++i) {
-      const int s = first + i * kMergeParts;
-      shares[i] = s < a.splits ? statistic[s] : make_float2(kNegativeInfinity, 0);
-      values[i] = s < a.splits ? partial[static_cast<int64_t>(s) * D] : 0;
-    }
-    float higher = top;
-#pragma unroll
-    for (int i = 0; i < kMergeAtOnce; ++i) higher = fmaxf(higher, shares[i].x);
-    const float origin = higher == kNegativeInfinity ? 0.0f : higher, shrink = exp2_fast(top - origin);
-    total *= shrink;
-    out *= shrink;
-#pragma unroll
-    for (int i = 0; i < kMergeAtOnce; ++i) {
-      const float weight = exp2_fast(shares[i].x - origin);
-      total += shares[i].y * weight;
-      out += values[i] * weight;
-    }
-    top = higher;
-  }
-  outs[part][value] = out;
-  if (value == 0) statistics[part] = make_float2(top, total);
+  // The last share to be done merges all of them, in their order.
   __syncthreads();
-  if (part != 0) return;
-#pragma unroll
-  for (int p = 1; p < kMergeParts; ++p) top = fmaxf(top, statistics[p].x);
-  const float origin = top == kNegativeInfinity ? 0.0f : top;
-  total = out = 0;
-#pragma unroll
-  for (int p = 0; p < kMergeParts; ++p) {
-    const float weight = exp2_fast(statistics[p].x - origin);
-    total += statistics[p].y * weight;
-    out += outs[p][value] * weight;
+  if (threadIdx.x == 0) {
+    int32_t* done = shares_done + sequence * gridDim.y + blockIdx.y;
+    is_last = add_and_synchronize(done) == shares - 1;
+    if (is_last) *done = 0;
   }
-  static_cast<T*>(a.out)[row * D + value] = narrow<T>(total > 0 ? out / total : 0.0f);
+  __syncthreads();
+  if (is_last) merge_rows<T, D>(a, line, rows, shares);
 }
 
 // Shares a sequence: enough for the whole device, whatever the lengths are.
@@ -269,7 +303,8 @@ int32_t decode_splits(const qwen1m_dca_decode& a) {
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   const int64_t parts = ceil_div(a.heads / a.cache.kv_heads, kGroupRows);
-  const int64_t fill = kBlocksPerProcessor * processors / (a.cache.kv_heads * parts * a.batch);
+  const int64_t merged = a.cache.kv_heads * parts * a.batch;
+  const int64_t fill = merged > kMostMerged ? 1 : kBlocksPerProcessor * processors / merged;
   const int64_t most = ceil_div(static_cast<int64_t>(a.table_width) * a.cache.page_size, kTileKeys);
   return static_cast<int32_t>(std::max<int64_t>(1, std::min(fill, most)));
 }
@@ -287,9 +322,8 @@ int dca_decode(const qwen1m_dca_decode& decode, void* workspace, qwen1m_stream s
   const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (status != cudaSuccess) return status;
   const int parts = static_cast<int>(ceil_div(a.heads / a.cache.kv_heads, kGroupRows));
-  kernel<<<dim3(a.splits, a.cache.kv_heads * parts, a.batch), kThreads, kBytes, as_stream(stream)>>>(a);
-  merge_kernel<T, D><<<dim3(a.heads, a.batch), kMergeParts * D, 0, as_stream(stream)>>>(a);
-  return cudaGetLastError();
+  return launch_overlapping(kernel, dim3(a.splits, a.cache.kv_heads * parts, a.batch), kThreads, kBytes,
+                            as_stream(stream), a);
 }
 
 QWEN1M_INSTANTIATE(dca_decode, (const qwen1m_dca_decode&, void*, qwen1m_stream));

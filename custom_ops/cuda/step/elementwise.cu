@@ -1,4 +1,5 @@
 // Embedding and row gathering, casts, RMSNorm and SiLU: all bound by memory, each value read and written once.
+#include "overlap.cuh"
 #include "qwen1m/step.h"
 #include "vectors.cuh"
 
@@ -29,6 +30,8 @@ constexpr int kEmbeddingVectors = 4;
 
 template <typename T, typename Out, int N>
 __global__ void __launch_bounds__(kThreads) embedding_kernel(const qwen1m_embedding a) {
+  await_previous();
+  admit_next();
   for (int64_t t = blockIdx.y; t < a.tokens; t += gridDim.y) {
     const int64_t row = a.ids[t] - a.first;
     const bool held = row >= 0 && row < a.rows;
@@ -50,13 +53,15 @@ __global__ void __launch_bounds__(kThreads) embedding_kernel(const qwen1m_embedd
 
 template <typename T, typename Out, int N>
 int launch_embedding(const qwen1m_embedding& a, cudaStream_t stream) {
-  embedding_kernel<T, Out, N><<<row_grid<N>(a.tokens, a.width, kEmbeddingVectors), kThreads, 0, stream>>>(a);
-  return cudaGetLastError();
+  return launch_overlapping(embedding_kernel<T, Out, N>, row_grid<N>(a.tokens, a.width, kEmbeddingVectors), kThreads, 0,
+                            stream, a);
 }
 
 constexpr int kJoinValues = 4;  // of a thread
 
 __global__ void __launch_bounds__(kThreads) join_columns_kernel(const qwen1m_join_columns a) {
+  await_previous();
+  admit_next();
   const auto share = static_cast<uint32_t>(a.share);
   for (int64_t r = blockIdx.y; r < a.rows; r += gridDim.y) {
     float values[kJoinValues];
@@ -79,6 +84,8 @@ constexpr int kCastValues = 4 * kCastVectors;  // of a thread
 
 template <typename T, typename Out>
 __global__ void __launch_bounds__(kThreads) cast_kernel(const T* from, Out* to, int64_t count) {
+  await_previous();
+  admit_next();
   constexpr int N = 4;
   const int64_t first = (static_cast<int64_t>(blockIdx.x) * kCastVectors * kThreads + threadIdx.x) * N;
   Vector<T, N> values[kCastVectors];
@@ -99,7 +106,8 @@ __global__ void __launch_bounds__(kThreads) cast_kernel(const T* from, Out* to, 
   }
 }
 
-// A block a row. Everything is loaded before the sum, the weight too: a decode step waits for memory once.
+// A block a row. Everything is loaded before the sum: a decode step waits for memory once, and for the weight while the
+// launch before still runs.
 template <typename T>
 __global__ void __launch_bounds__(kNormThreads) rms_norm_kernel(const qwen1m_rms_norm a) {
   constexpr int N = 4, kVectors = kNormValues / N;
@@ -114,10 +122,14 @@ __global__ void __launch_bounds__(kNormThreads) rms_norm_kernel(const qwen1m_rms
 #pragma unroll
   for (int j = 0; j < kVectors; ++j) {
     const int i = first + j * stride;
-    if (i < width) {
-      load_widened(residual + i, values[j]);
-      weight[j] = load_vector<N>(static_cast<const T*>(a.weight) + i);
-    }
+    if (i < width) weight[j] = load_vector<N>(static_cast<const T*>(a.weight) + i);
+  }
+  await_previous();
+  admit_next();
+#pragma unroll
+  for (int j = 0; j < kVectors; ++j) {
+    const int i = first + j * stride;
+    if (i < width) load_widened(residual + i, values[j]);
   }
   if (a.delta) {
     Vector<T, N> delta[kVectors];
@@ -164,6 +176,8 @@ constexpr int kSiluVectors = 2;
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads) silu_mul_kernel(const qwen1m_silu_mul a) {
+  await_previous();
+  admit_next();
   constexpr int N = kPack;
   for (int64_t t = blockIdx.y; t < a.tokens; t += gridDim.y) {
     const T* from = static_cast<const T*>(a.gate_up) + t * 2 * a.width;
@@ -201,8 +215,8 @@ using namespace qwen1m::cuda;
 // Of any width, so that a vocabulary of any size can be shared among ranks.
 int qwen1m_cuda_join_columns(const qwen1m_join_columns* a, qwen1m_stream stream) {
   if (a->rows == 0 || a->columns == 0) return cudaSuccess;
-  join_columns_kernel<<<row_grid<1>(a->rows, a->columns, kJoinValues), kThreads, 0, as_stream(stream)>>>(*a);
-  return cudaGetLastError();
+  return launch_overlapping(join_columns_kernel, row_grid<1>(a->rows, a->columns, kJoinValues), kThreads, 0,
+                            as_stream(stream), *a);
 }
 
 // In all that follow a width is a multiple of 8 and addresses are multiples of 16.
@@ -227,9 +241,8 @@ int qwen1m_cuda_cast(const qwen1m_cast* a, qwen1m_stream stream) {
     return with_type(a->out_dtype, [&](auto to) -> int {
       using T = decltype(from);
       using Out = decltype(to);
-      cast_kernel<<<blocks, kThreads, 0, as_stream(stream)>>>(static_cast<const T*>(a->values),
-                                                              static_cast<Out*>(a->out), a->count);
-      return cudaGetLastError();
+      return launch_overlapping(cast_kernel<T, Out>, blocks, kThreads, 0, as_stream(stream),
+                                static_cast<const T*>(a->values), static_cast<Out*>(a->out), a->count);
     });
   });
 }
@@ -243,8 +256,8 @@ int qwen1m_cuda_rms_norm(const qwen1m_rms_norm* a, qwen1m_stream stream) {
   if (a->tokens == 0 || a->width == 0) return cudaSuccess;
   const auto threads = static_cast<unsigned>(ceil_div(a->width, kNormValues * kWarp) * kWarp);
   return with_half_type(a->activation, [&](auto type) -> int {
-    rms_norm_kernel<decltype(type)><<<static_cast<unsigned>(a->tokens), threads, 0, as_stream(stream)>>>(*a);
-    return cudaGetLastError();
+    return launch_overlapping(rms_norm_kernel<decltype(type)>, static_cast<unsigned>(a->tokens), threads, 0,
+                              as_stream(stream), *a);
   });
 }
 
@@ -252,8 +265,7 @@ int qwen1m_cuda_silu_mul(const qwen1m_silu_mul* a, qwen1m_stream stream) {
   if (a->width % kPack != 0 || !aligned(a->gate_up, a->out)) return cudaErrorInvalidValue;
   if (a->tokens == 0 || a->width == 0) return cudaSuccess;
   return with_half_type(a->activation, [&](auto type) -> int {
-    silu_mul_kernel<decltype(type)>
-        <<<row_grid<kPack>(a->tokens, a->width, kSiluVectors), kThreads, 0, as_stream(stream)>>>(*a);
-    return cudaGetLastError();
+    return launch_overlapping(silu_mul_kernel<decltype(type)>, row_grid<kPack>(a->tokens, a->width, kSiluVectors),
+                              kThreads, 0, as_stream(stream), *a);
   });
 }

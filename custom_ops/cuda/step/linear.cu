@@ -4,7 +4,9 @@
 // the end. An mma adds its products over k in any order as long as both operands agree on it. So lane 4g + p, which
 // should hold pairs of k from all over a row, holds 8p to 8p + 7 of it: 16 bytes as they lie in memory, of the weight's
 // rows g and g + 8 and of x's row g. Nothing passes through shared memory, and what is under way is kept in registers.
+// The first weights are already under way while the launch before, which makes x, still runs.
 #include "mma.cuh"
+#include "overlap.cuh"
 #include "qwen1m/step.h"
 #include "vectors.cuh"
 
@@ -39,13 +41,13 @@ constexpr int kProcessorWarps = 16;   // as many as the registers of a processor
 // What nobody reads again, and with it the rest of the line.
 __device__ inline uint4 load_once(const void* at, bool valid) {
   uint4 v;
-  QWEN1M_LOAD("ld.global.nc.L1::no_allocate.L2::128B", v, at, valid);
+  QWEN1M_LOAD("ld.global.L1::no_allocate.L2::128B", v, at, valid);
   return v;
 }
 
 __device__ inline uint4 load_cached(const void* at, bool valid) {
   uint4 v;
-  QWEN1M_LOAD("ld.global.nc", v, at, valid);
+  QWEN1M_LOAD("ld.global", v, at, valid);
   return v;
 }
 #undef QWEN1M_LOAD
@@ -85,18 +87,27 @@ __global__ void __launch_bounds__(WARPS* kWarp, kProcessorWarps / WARPS) linear_
     x[t] = static_cast<const T*>(a.x) + static_cast<int64_t>(t * kTokenGroup + group) * depth + k;
   }
 
-  const auto load = [&](Operands<GROUPS>& to, int steps_ahead) {
+  // f(half, values ahead of k, whether they are in the row) for the halves of a step.
+  const auto each_half = [&](int steps_ahead, auto&& f) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int ahead = steps_ahead * WARPS * kStep + half * kHalfStep;
-      const bool in_row = k + ahead < depth;
+      f(half, ahead, k + ahead < depth);
+    }
+  };
+  const auto load_weight = [&](Operands<GROUPS>& to, int steps_ahead) {
+    each_half(steps_ahead, [&](int half, int ahead, bool in_row) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) to.weight[r][half] = load_once(weight[r] + ahead, in_row);
+    });
+  };
+  const auto load_x = [&](Operands<GROUPS>& to, int steps_ahead) {
+    each_half(steps_ahead, [&](int half, int ahead, bool in_row) {
 #pragma unroll
       for (int t = 0; t < GROUPS; ++t) {
         to.x[t][half] = load_cached(x[t] + ahead, in_row && t * kTokenGroup + group < tokens);
       }
-    }
+    });
   };
   float sums[GROUPS][4] = {};
   const auto multiply = [&](const Operands<GROUPS>& from) {
@@ -114,12 +125,16 @@ __global__ void __launch_bounds__(WARPS* kWarp, kProcessorWarps / WARPS) linear_
 
   Operands<GROUPS> stages[STAGES];
 #pragma unroll
-  for (int s = 0; s < STAGES; ++s) load(stages[s], s);
+  for (int s = 0; s < STAGES; ++s) load_weight(stages[s], s);
+  await_previous();
+#pragma unroll
+  for (int s = 0; s < STAGES; ++s) load_x(stages[s], s);
   while (k - part * kPack < depth) {
 #pragma unroll
     for (int s = 0; s < STAGES; ++s) {
       multiply(stages[s]);
-      load(stages[s], s + STAGES);
+      load_weight(stages[s], s + STAGES);
+      load_x(stages[s], s + STAGES);
     }
     constexpr int kAdvance = STAGES * WARPS * kStep;
     k += kAdvance;
@@ -134,6 +149,7 @@ __global__ void __launch_bounds__(WARPS* kWarp, kProcessorWarps / WARPS) linear_
 #pragma unroll
     for (int i = 0; i < 4; ++i) partial[warp][t * kTokenGroup + part * 2 + i % 2][group + i / 2 * 8] = sums[t][i];
   }
+  admit_next();  // blocks that began among these would crowd the processors whose blocks end first
   __syncthreads();
   if (!inside) return;
   for (int t = threadIdx.x / kFeatures; t < tokens; t += WARPS * kWarp / kFeatures) {
@@ -147,12 +163,8 @@ __global__ void __launch_bounds__(WARPS* kWarp, kProcessorWarps / WARPS) linear_
 template <typename T, typename Out, int WARPS>
 int launch_linear(const qwen1m_linear& a, cudaStream_t stream) {
   const auto blocks = static_cast<unsigned>(ceil_div(a.out_features, kFeatures));
-  if (a.tokens <= kTokenGroup) {
-    linear_kernel<T, Out, WARPS, 1, 4><<<blocks, WARPS * kWarp, 0, stream>>>(a);
-  } else {
-    linear_kernel<T, Out, WARPS, 2, 2><<<blocks, WARPS * kWarp, 0, stream>>>(a);
-  }
-  return cudaGetLastError();
+  const auto kernel = a.tokens <= kTokenGroup ? linear_kernel<T, Out, WARPS, 1, 4> : linear_kernel<T, Out, WARPS, 2, 2>;
+  return launch_overlapping(kernel, blocks, WARPS * kWarp, 0, stream, a);
 }
 
 // Where all blocks of eight warps run at once, they keep more of the weights under way than blocks of four; where they

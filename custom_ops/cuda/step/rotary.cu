@@ -1,4 +1,5 @@
 // Rotary tables, the rotations of queries and keys, the cache write, and where a decode step's tokens go.
+#include "overlap.cuh"
 #include "qwen1m/dca_stages.h"
 #include "qwen1m/step.h"
 #include "vectors.cuh"
@@ -22,6 +23,8 @@ constexpr int kAngles = 4;  // neighbouring angles of a thread
 
 // Threads (D / 2 / kAngles, rows of a block).
 __global__ void __launch_bounds__(kTableThreads) rotary_table_kernel(const qwen1m_rotary_table a) {
+  await_previous();
+  admit_next();
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   if (row >= a.rows) return;
   const int angle = threadIdx.x * kAngles;
@@ -37,6 +40,8 @@ __global__ void __launch_bounds__(kTableThreads) rotary_table_kernel(const qwen1
 
 // A block a sequence; threads (D / 2, kStages), one angle each.
 __global__ void decode_inputs_kernel(const qwen1m_decode_inputs a) {
+  await_previous();
+  admit_next();
   const int b = blockIdx.x, angle = threadIdx.x, stage = threadIdx.y;
   const int32_t position = a.lengths[b], length = position + 1, offset = position % a.chunk_len;
   const int32_t rotary_position = stage == kIntra  ? offset
@@ -120,6 +125,8 @@ struct Place {
 
 template <typename T, int D, int V>
 __global__ void __launch_bounds__(kHeadThreads, 4) rotate_and_cache_kernel(const qwen1m_rotate_and_cache a) {
+  await_previous();
+  admit_next();
   const Place<D> at;
   const int kv_heads = a.cache.kv_heads, all_heads = a.heads + 2 * kv_heads;
   if (at.head >= all_heads) return;
@@ -147,6 +154,8 @@ __global__ void __launch_bounds__(kHeadThreads, 4) rotate_and_cache_kernel(const
 
 template <typename T, int D, int V>
 __global__ void __launch_bounds__(kHeadThreads, 4) rotate_queries_kernel(const qwen1m_rotate_queries a) {
+  await_previous();
+  admit_next();
   const Place<D> at;
   if (at.head >= a.heads) return;
   const int64_t t = blockIdx.x, all_heads = a.heads + 2 * a.kv_heads;
@@ -196,15 +205,14 @@ int qwen1m_cuda_rotary_table(const qwen1m_rotary_table* a, qwen1m_stream stream)
   if (a->rows == 0) return cudaSuccess;
   const dim3 threads(row_threads, kTableThreads / row_threads);
   const auto blocks = static_cast<unsigned>(ceil_div(a->rows, threads.y));
-  rotary_table_kernel<<<blocks, threads, 0, as_stream(stream)>>>(*a);
-  return cudaGetLastError();
+  return launch_overlapping(rotary_table_kernel, blocks, threads, 0, as_stream(stream), *a);
 }
 
 int qwen1m_cuda_decode_inputs(const qwen1m_decode_inputs* a, qwen1m_stream stream) {
   if (a->head_dim % 2 != 0 || a->head_dim < 2 || qwen1m::kStages * a->head_dim / 2 > 1024) return cudaErrorInvalidValue;
   if (a->batch == 0) return cudaSuccess;
-  decode_inputs_kernel<<<a->batch, dim3(a->head_dim / 2, qwen1m::kStages), 0, as_stream(stream)>>>(*a);
-  return cudaGetLastError();
+  return launch_overlapping(decode_inputs_kernel, a->batch, dim3(a->head_dim / 2, qwen1m::kStages), 0,
+                            as_stream(stream), *a);
 }
 
 // The bias and the cache are of the activation's type.
@@ -214,9 +222,8 @@ int qwen1m_cuda_rotate_and_cache(const qwen1m_rotate_and_cache* a, qwen1m_stream
   const int heads = a->heads + 2 * a->cache.kv_heads;
   return with_heads(a->activation, a->cache.head_dim, a->variants, [&](auto type, auto dim, auto variants) -> int {
     using On = Place<dim.value>;
-    rotate_and_cache_kernel<decltype(type), dim.value, variants.value>
-        <<<On::grid(a->tokens, heads), On::threads(heads), 0, as_stream(stream)>>>(*a);
-    return cudaGetLastError();
+    return launch_overlapping(rotate_and_cache_kernel<decltype(type), dim.value, variants.value>,
+                              On::grid(a->tokens, heads), On::threads(heads), 0, as_stream(stream), *a);
   });
 }
 
@@ -226,8 +233,7 @@ int qwen1m_cuda_rotate_queries(const qwen1m_rotate_queries* a, qwen1m_stream str
   if (a->rows == 0) return cudaSuccess;
   return with_heads(a->activation, a->head_dim, a->variants, [&](auto type, auto dim, auto variants) -> int {
     using On = Place<dim.value>;
-    rotate_queries_kernel<decltype(type), dim.value, variants.value>
-        <<<On::grid(a->rows, a->heads), On::threads(a->heads), 0, as_stream(stream)>>>(*a);
-    return cudaGetLastError();
+    return launch_overlapping(rotate_queries_kernel<decltype(type), dim.value, variants.value>,
+                              On::grid(a->rows, a->heads), On::threads(a->heads), 0, as_stream(stream), *a);
   });
 }

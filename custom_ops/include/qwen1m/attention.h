@@ -25,7 +25,8 @@ typedef struct {
   int32_t tokens, heads, table_width, num_pieces, chunk_len;
 } qwen1m_dca_prefill;
 
-// One query a sequence against all of its cached keys; zeros for a sequence of length 0.
+// One query a sequence against all of its cached keys; zeros for a sequence of length 0. What the launch right before
+// writes may be q and the newest key and value alone. Launches of a device follow each other.
 typedef struct {
   const void* q;  // [V, B, H, D]
   void* out;      // [B, H, D]

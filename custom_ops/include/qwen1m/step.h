@@ -56,7 +56,7 @@ typedef struct {
   qwen1m_dtype dtype, out_dtype;
 } qwen1m_embedding;
 
-// y[T, N] = x[T, K] * weight[N, K]^T + bias[N]
+// y[T, N] = x[T, K] * weight[N, K]^T + bias[N]. Weight and bias must not be what the launch right before writes.
 typedef struct {
   const void* x;
   const void* weight;
@@ -66,7 +66,8 @@ typedef struct {
   qwen1m_dtype activation, out_dtype, dtype;  // of x, of y, of the weight and bias
 } qwen1m_linear;
 
-// residual += delta (when delta is not null); out = residual / rms(residual) * weight
+// residual += delta (when delta is not null); out = residual / rms(residual) * weight. The weight must not be what the
+// launch right before writes.
 typedef struct {
   const void* delta;
   float* residual;

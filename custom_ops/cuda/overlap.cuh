@@ -1,0 +1,53 @@
+// Launches that overlap: on Hopper the blocks of a kernel may start while the launch before it in the stream still runs
+// (programmatic dependent launch), so that a decode step of some 500 short kernels does not wait for each to drain.
+//
+// A kernel launched so may, before await_previous(), only read what was written before the launch that precedes it;
+// every block calls that, and writes nothing before. After it, where blocks of the next launch may share the
+// processors, all call admit_next(). So two launches at most are under way at a time.
+#pragma once
+
+#include <utility>
+
+#include "common.cuh"
+
+namespace qwen1m {
+namespace cuda {
+
+// Waits until all launches before are complete and what they wrote is visible.
+__device__ inline void await_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Lets the blocks of the next launch begin where there is room, once all blocks of this one have called it or ended.
+__device__ inline void admit_next() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Whether this device runs the code above, by a driver that captures such launches into graphs.
+inline bool launches_overlap() {
+  int driver = 0;
+  return is_hopper() && cudaDriverGetVersion(&driver) == cudaSuccess && driver >= 12030;
+}
+
+template <typename... Parameters, typename... Arguments>
+int launch_overlapping(void (*kernel)(Parameters...), dim3 grid, dim3 threads, size_t shared_bytes, cudaStream_t stream,
+                       Arguments&&... arguments) {
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t launch{};
+  launch.gridDim = grid;
+  launch.blockDim = threads;
+  launch.dynamicSmemBytes = shared_bytes;
+  launch.stream = stream;
+  launch.attrs = &overlap;
+  launch.numAttrs = launches_overlap() ? 1 : 0;
+  return cudaLaunchKernelEx(&launch, kernel, std::forward<Arguments>(arguments)...);
+}
+
+}  // namespace cuda
+}  // namespace qwen1m
