@@ -10,8 +10,8 @@ BUFFERS = 4
 class Staging:
     """Buffers of `nbytes` each, pinned where a GPU copies from and to them. Its maker's device is the one."""
 
-    def __init__(self, nbytes: int, *, gpu: bool) -> None:
-        self._buffers = [ops.PieceBuffer(nbytes, gpu=gpu) for _ in range(BUFFERS)]
+    def __init__(self, nbytes: int, *, gpu: bool, buffers: int = BUFFERS) -> None:
+        self._buffers = [ops.PieceBuffer(nbytes, gpu=gpu) for _ in range(buffers)]
         self._next = 0
 
     def next(self) -> ops.PieceBuffer:

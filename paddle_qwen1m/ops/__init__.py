@@ -18,6 +18,7 @@ kernels and does not wait.
 """
 
 from paddle_qwen1m.ops.attention import Stage, dca_decode, dca_prefill, dca_sparse_prefill
+from paddle_qwen1m.ops.files import read_rows
 from paddle_qwen1m.ops.keys import PROBE_ROWS, SparseIndex, dca_probe, select_critical, sparse_index
 from paddle_qwen1m.ops.library import LIBRARY, cpu_isa, gpu_obstacle, load, on_gpu, set_num_threads
 from paddle_qwen1m.ops.pages import copy_page
@@ -68,6 +69,7 @@ __all__ = [
     "load",
     "mark_progress",
     "on_gpu",
+    "read_rows",
     "rms_norm",
     "rotary_table",
     "rotate_and_cache",

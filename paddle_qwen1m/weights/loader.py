@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import ctypes
-import io
 import logging
 import math
 import os
-from collections import defaultdict
-from collections.abc import Collection, Mapping
+import threading
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Callable
 
 import numpy as np
 import paddle
 
+from paddle_qwen1m import ops
 from paddle_qwen1m.dtypes import SAFETENSORS, STORAGE, dtype_name
+from paddle_qwen1m.fileio.rows import RowFile
+from paddle_qwen1m.fileio.staging import Staging
 from paddle_qwen1m.parallel.split import COLUMNS, ROWS, Part
 from paddle_qwen1m.progress import Progress
 
@@ -25,7 +29,10 @@ from .safetensors import DTYPE_BYTES, Array, TensorInfo
 from .tensors import EMBEDDING, HEAD
 from .window import read_matrix
 
-STAGING_BYTES = 64 << 20  # what is read before it is copied to a GPU
+READERS = 8  # threads that read
+UNIT_BYTES = 32 << 20  # of a parameter, read by one of them in one go
+BUFFERS = 2  # of so many bytes that a reader has, where it reads for a GPU: one is filled while the other is copied
+AHEAD = 8  # units that the kernel is asked for before a reader takes them
 COMPARED_BYTES = 4 << 20  # of two tensors at once
 
 logger = logging.getLogger(__name__)
@@ -63,10 +70,75 @@ class Slot:
         """The slot for a tensor that is already cut to the rank's part."""
         return Slot(self.tensor, self.row, self.held_shape)
 
-    def write(self, rows: paddle.Tensor, first: int = 0) -> None:
-        """Copies rows of what goes here from host memory, in the parameter's type, from its row `first` on."""
-        begin = self.row + first
-        self.tensor[begin : begin + rows.shape[0]].copy_(rows, True)
+    @property
+    def dtype(self) -> str:
+        """How safetensors spells the parameter's type."""
+        return SAFETENSORS[dtype_name(self.tensor.dtype)]
+
+    @property
+    def address(self) -> int:
+        """Of the first byte of what goes here, on the parameter's device."""
+        width = math.prod(self.held_shape[1:])
+        return int(self.tensor.data_ptr()) + self.row * width * STORAGE[self.dtype].itemsize
+
+    def write(self, values: paddle.Tensor) -> None:
+        """Copies what goes here from host memory, in the parameter's type."""
+        self.tensor[self.row : self.row + values.shape[0]].copy_(values, True)
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """Rows [begin, end) of what goes to a slot: what a reader reads in one go."""
+
+    name: str
+    info: TensorInfo
+    slot: Slot
+    begin: int
+    end: int
+
+    @property
+    def count(self) -> int:
+        return (self.end - self.begin) * math.prod(self.slot.held_shape[1:])
+
+    @property
+    def nbytes(self) -> int:
+        """As the parameter holds them."""
+        return self.count * STORAGE[self.slot.dtype].itemsize
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """Of the published tensor."""
+        part = self.slot.part
+        first = part.begin if part is not None and part.axis == ROWS else 0
+        return first + self.begin, first + self.end
+
+    @property
+    def columns(self) -> tuple[int, int] | None:
+        """Of the published tensor; None for all."""
+        part = self.slot.part
+        return (part.begin, part.end) if part is not None and part.axis == COLUMNS else None
+
+    @property
+    def bytes_in_file(self) -> tuple[int, int]:
+        """From where to where they lie there, others among them."""
+        info = self.info
+        begin, end = (0, info.shape[0]) if info.transposed else self.rows
+        row_bytes = info.nbytes // max(1, info.shape[0])
+        return info.offset + begin * row_bytes, info.offset + end * row_bytes
+
+    def read(self, file: RowFile, staging: Staging | None, on_bytes: Callable[[int], Any]) -> None:
+        """From the file to where they belong, on a GPU through a buffer whose copy is then under way."""
+        dtype, where = self.slot.dtype, self.slot.address
+        where += self.begin * math.prod(self.slot.held_shape[1:]) * STORAGE[dtype].itemsize
+        if _is_in_host_memory(self.slot.tensor):
+            out = _memory(where, self.count, dtype)
+            read_matrix(file, self.name, self.info, out, dtype, self.rows, self.columns, on_bytes)
+            return
+        assert staging is not None
+        buffer = staging.next()
+        out = buffer.memory[: self.nbytes].view(STORAGE[dtype])
+        read_matrix(file, self.name, self.info, out, dtype, self.rows, self.columns, on_bytes)
+        buffer.scatter(np.array([where]), self.nbytes)
 
 
 def load_checkpoint(
@@ -83,30 +155,18 @@ def load_checkpoint(
     Files hold float32, float16 or bfloat16; a parameter of another of the three gets the value rounded to nearest even.
     Tensors in `ignore` and rotary tables may be in the checkpoint and are skipped. A head among them is compared with
     the embedding, which is used in its place; one line in the log says when they differ. Host memory beyond the
-    parameters is a few MB, for parameters on a GPU STAGING_BYTES more; nothing is written to the directory. With
+    parameters is a few MB a reader, for parameters on a GPU its buffers more; nothing is written to the directory. With
     `progress`, stderr tells how far it is.
     Raises CheckpointError, before anything is read, when files, names or shapes do not fit: see Checkpoint.
     """
     checkpoint = Checkpoint(directory)
     check_fit(checkpoint.directory, checkpoint.tensors, {name: slot.shape for name, slot in slots.items()}, ignore)
     _speak_of_another_head(checkpoint, slots)
-    by_file: dict[os.PathLike[str], list[str]] = defaultdict(list)
-    for name in sorted(slots, key=lambda name: (checkpoint.tensors[name].file, checkpoint.tensors[name].offset)):
-        by_file[checkpoint.tensors[name].file].append(name)
-    asked = 0
-
-    def count(nbytes: int) -> None:
-        nonlocal asked
-        asked += nbytes
-        bar.update(nbytes)
-
+    by_place = sorted(slots, key=lambda name: (checkpoint.tensors[name].file, checkpoint.tensors[name].offset))
+    units = [unit for name in by_place for unit in _units(name, checkpoint.tensors[name], slots[name])]
     total = sum(_held_bytes(checkpoint.tensors[name], slot) for name, slot in slots.items())
     with Progress("Loading weights", total, "bytes", visible=progress) as bar:
-        for path, names in by_file.items():
-            with open(path, "rb", buffering=0) as file:
-                for name in names:
-                    _read(file, name, checkpoint.tensors[name], slots[name], count)
-    return asked
+        return _Loading(units, bar.update).run()
 
 
 def _speak_of_another_head(checkpoint: Checkpoint, slots: Mapping[str, Slot]) -> None:
@@ -146,34 +206,79 @@ def _held_bytes(info: TensorInfo, slot: Slot) -> int:
     return math.prod(slot.held_shape) * DTYPE_BYTES[info.dtype]
 
 
-def _read(file: io.RawIOBase, name: str, info: TensorInfo, slot: Slot, on_bytes: Callable[[int], Any]) -> None:
-    """Reads a tensor where it belongs: into a parameter in host memory itself, to a GPU through a buffer."""
-    held, part = slot.held_shape, slot.part
-    first = part.begin if part is not None and part.axis == ROWS else 0
-    columns = (part.begin, part.end) if part is not None and part.axis == COLUMNS else None
-    if _is_in_host_memory(slot.tensor):
-        out, dtype = _destination(slot)
-        read_matrix(file, name, info, out, dtype, (first, first + held[0]), columns, on_bytes)
-        return
-    dtype = SAFETENSORS[dtype_name(slot.tensor.dtype)]
-    width = math.prod(held[1:])
-    step = max(1, STAGING_BYTES // (width * STORAGE[dtype].itemsize))
-    for begin in range(0, held[0], step):
-        end = min(begin + step, held[0])
-        staged = np.empty((end - begin) * width, STORAGE[dtype])
-        read_matrix(file, name, info, staged, dtype, (first + begin, first + end), columns, on_bytes)
-        # Paddle reads uint16 as bfloat16
-        slot.write(paddle.to_tensor(staged.reshape(-1, *held[1:]), place=paddle.CPUPlace()), begin)
+def _units(name: str, info: TensorInfo, slot: Slot) -> Iterator[_Unit]:
+    """A tensor in parts for readers. In host memory one that lies transposed is one: each part is a pass over it."""
+    height, row_bytes = slot.held_shape[0], math.prod(slot.held_shape[1:]) * STORAGE[slot.dtype].itemsize
+    step = max(1, UNIT_BYTES // max(1, row_bytes))
+    if info.transposed and _is_in_host_memory(slot.tensor):
+        step = height
+    for begin in range(0, height, max(1, step)):
+        yield _Unit(name, info, slot, begin, min(begin + step, height))
+
+
+class _Loading:
+    """Threads that take units one after the other and read them where they belong."""
+
+    def __init__(self, units: Sequence[_Unit], on_bytes: Callable[[int], Any]) -> None:
+        self._units, self._on_bytes = units, on_bytes
+        self._taken = self._asked = 0
+        self._is_over = False
+        self._lock = threading.Lock()
+
+    def run(self) -> int:
+        """Returns, when all is where it belongs, the bytes that were asked of files. Raises what a reader raises."""
+        staged = [unit for unit in self._units if not _is_in_host_memory(unit.slot.tensor)]
+        readers = min(READERS, len(os.sched_getaffinity(0)), len(self._units))
+        stagings: list[Staging | None] = [None] * readers
+        if staged:
+            size, on_gpu = max(unit.nbytes for unit in staged), staged[0].slot.tensor.place.is_gpu_place()
+            stagings = [Staging(size, gpu=on_gpu, buffers=BUFFERS) for _ in stagings]
+            # Copies run on a stream of their own: what had the parameters' memory before is to be done with it.
+            ops.Post([ops.tensor(np.zeros(1, np.float32))]).wait()
+        with ThreadPoolExecutor(max(1, readers), "load weights") as pool:
+            try:
+                for reader in as_completed([pool.submit(self._read, staging) for staging in stagings]):
+                    reader.result()
+            finally:
+                self._is_over = True
+        return self._asked
+
+    def _read(self, staging: Staging | None) -> None:
+        """A reader's life."""
+        with ExitStack() as stack:
+            if staging is not None:
+                stack.callback(staging.wait)
+            files: dict[Path, RowFile] = {}
+
+            def open_file(path: Path) -> RowFile:
+                if path not in files:
+                    files[path] = stack.enter_context(RowFile(path))
+                return files[path]
+
+            while (number := self._take()) is not None:
+                for ahead in self._units[number + AHEAD : number + AHEAD + 1]:
+                    open_file(ahead.info.file).fetch(*ahead.bytes_in_file)
+                unit = self._units[number]
+                unit.read(open_file(unit.info.file), staging, self._count)
+
+    def _take(self) -> int | None:
+        with self._lock:
+            if self._is_over or self._taken == len(self._units):
+                return None
+            self._taken += 1
+            return self._taken - 1
+
+    def _count(self, nbytes: int) -> None:
+        with self._lock:
+            self._asked += nbytes
+            self._on_bytes(nbytes)
 
 
 def _is_in_host_memory(tensor: paddle.Tensor) -> bool:
     return bool(tensor.place.is_cpu_place())
 
 
-def _destination(slot: Slot) -> tuple[Array, str]:
-    """The slot's memory as a flat writable array, and its dtype."""
-    dtype = SAFETENSORS[dtype_name(slot.tensor.dtype)]
-    count, width = math.prod(slot.held_shape), math.prod(slot.held_shape[1:])
-    address = slot.tensor.data_ptr() + slot.row * width * STORAGE[dtype].itemsize
+def _memory(address: int, count: int, dtype: str) -> Array:
+    """`count` values in host memory as a flat writable array."""
     memory: Any = (ctypes.c_char * (count * STORAGE[dtype].itemsize)).from_address(address)
-    return np.frombuffer(memory, STORAGE[dtype]), dtype
+    return np.frombuffer(memory, STORAGE[dtype])

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from paddle_qwen1m.dtypes import STORAGE
+from paddle_qwen1m.fileio.rows import RowFile
 
 DTYPE_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
@@ -215,19 +216,39 @@ def read_rows(
         raise ValueError(f"tensor {name!r} needs a flat {STORAGE[dtype]} array of {count}, got {out.dtype} {out.shape}")
     where = f"{info.file}: tensor {name!r}"
     source_type = STORAGE[info.dtype]
-    # Runs of elements that are neighbours in the file, and how far it is from one to the next.
-    run, pitch = (min(count, TILE_ELEMENTS), TILE_ELEMENTS) if width == whole else (width, whole)
-    buffer = np.empty(0 if info.dtype == dtype else run, source_type)
+    # Neighbours in the file are read as they come; of rows with others between them as many at once as a tile holds.
+    run = width if width < whole else count
+    step = TILE_ELEMENTS if run == count else max(1, TILE_ELEMENTS // max(1, run)) * run
+    buffer = np.empty(0 if info.dtype == dtype else min(step, count), source_type)
     position = info.offset + (begin * whole + left) * source_type.itemsize
-    for start in range(0, count, max(1, run)):
-        target = out[start : start + run]
+    for start in range(0, count, max(1, step)):
+        target = out[start : start + step]
         source = target if info.dtype == dtype else buffer[: target.size]
-        _read_exact(file, source.data.cast("B"), position, where)
+        if run == count:
+            _read_exact(file, source.data.cast("B"), position + start * source_type.itemsize, where)
+        else:
+            pitch = whole * source_type.itemsize
+            rows_of_bytes = source.view(np.uint8).reshape(-1, run * source_type.itemsize)
+            _read_runs(file, rows_of_bytes, position + start // run * pitch, pitch, where)
         if info.dtype != dtype:
             _convert(source, info.dtype, target, dtype, where)
-        position += pitch * source_type.itemsize
         if on_bytes is not None:
             on_bytes(source.nbytes)
+
+
+def _read_runs(file: io.RawIOBase, rows: Array, position: int, pitch: int, where: str) -> None:
+    """Fills rows of bytes that lie at a distance of `pitch` in the file."""
+    if not isinstance(file, RowFile):
+        for number, row in enumerate(rows):
+            _read_exact(file, row.data, position + number * pitch, where)
+        return
+    try:
+        done = file.read_rows(position, pitch, rows)
+    except OSError as error:
+        raise CheckpointError(f"{where}: reading rows from byte {position} on failed: {error.strerror}") from error
+    if done < rows.nbytes:
+        row, byte = divmod(done, rows.shape[1])
+        raise _ended(where, position + row * pitch + byte)
 
 
 def _read_exact(file: io.RawIOBase, view: memoryview, position: int, where: str) -> None:
@@ -239,10 +260,12 @@ def _read_exact(file: io.RawIOBase, view: memoryview, position: int, where: str)
         except OSError as error:
             raise CheckpointError(f"{where}: reading byte {position + done} failed: {error.strerror}") from error
         if not got:
-            raise CheckpointError(
-                f"{where}: the file ended at byte {position + done} while it was read; download it again"
-            )
+            raise _ended(where, position + done)
         done += got
+
+
+def _ended(where: str, position: int) -> CheckpointError:
+    return CheckpointError(f"{where}: the file ended at byte {position} while it was read; download it again")
 
 
 def _convert(source: Array, source_dtype: str, target: Array, target_dtype: str, where: str) -> None:

@@ -65,7 +65,7 @@ def test_fused_parameters_are_filled_row_range_by_row_range(checkpoint, dtype, t
 def test_the_way_to_a_gpu_goes_through_a_buffer(checkpoint, monkeypatch, dtype, tolerance, staging_bytes):
     """Rows are read into a buffer and copied, whether it holds one row, some or a whole tensor."""
     monkeypatch.setattr("paddle_qwen1m.weights.loader._is_in_host_memory", lambda _: False)
-    monkeypatch.setattr("paddle_qwen1m.weights.loader.STAGING_BYTES", staging_bytes)
+    monkeypatch.setattr("paddle_qwen1m.weights.loader.UNIT_BYTES", staging_bytes)
     directory, expected = checkpoint
     qkv, norm, slots = fused_slots(dtype)
     load_checkpoint(directory, slots)
@@ -81,7 +81,7 @@ def test_a_part_is_read_and_nothing_else(checkpoint, monkeypatch, part, dtype, o
     """Only its bytes are asked of the file, and only its place is written."""
     if on_gpu:
         monkeypatch.setattr("paddle_qwen1m.weights.loader._is_in_host_memory", lambda _: False)
-        monkeypatch.setattr("paddle_qwen1m.weights.loader.STAGING_BYTES", 16)
+        monkeypatch.setattr("paddle_qwen1m.weights.loader.UNIT_BYTES", 16)
     directory, expected = checkpoint
     held = expected["q"].take(range(part.begin, part.end), part.axis)
     table = parameter([8, held.shape[1]], dtype)
