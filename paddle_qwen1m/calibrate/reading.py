@@ -10,6 +10,8 @@ import numpy.typing as npt
 import paddle
 
 from paddle_qwen1m import ops
+from paddle_qwen1m.attention.positions import Piece
+from paddle_qwen1m.attention.positions import pieces as cut
 from paddle_qwen1m.attention.selector import LayerBudgets, Projected
 from paddle_qwen1m.attention.step import SequenceRows, SparsePiece, Step, StepBuilder
 from paddle_qwen1m.cache import PagedCache
@@ -19,8 +21,8 @@ from paddle_qwen1m.model import DecoderLayer
 
 MEASURED_FROM = 0.5
 """Of a text: what is behind it has the most keys to choose from, and three quarters of the work."""
-BLOCKS_A_PIECE = 8
-"""Row blocks of a piece that are measured, spread evenly, its last one among them."""
+BLOCKS_A_TEXT = 128
+"""Row blocks that are measured, as many in each piece, spread evenly, the piece's last one among them."""
 LAST_ROWS = 64
 """Of a text, which count on their own."""
 
@@ -59,6 +61,10 @@ class Layer:
         self._layer, self._config, self._texts, self._cache, self._chunk = layer, config, texts, cache, chunk
         self._builder = StepBuilder(config)
         self._at_hand: tuple[int, list[_Piece]] | None = None
+        self._lse: dict[tuple[int, int], npt.NDArray[np.float64]] = {}
+        """Of the full attention of rows measured, by the number of the text and the begin of the piece: what costs most
+        is computed once.
+        """
 
     def measure(self, pairs: Pairs, *, first_alone: bool = False) -> Kept:
         """What the pairs keep of the attention to all texts, or to the first one."""
@@ -100,11 +106,12 @@ class Layer:
         """Of a text, whose keys are in the cache afterwards."""
         if self._at_hand is None or self._at_hand[0] != number:
             self._at_hand = None  # its memory is free again while the next one's is taken
-            self._at_hand = number, list(self._read(self._texts[number]))
+            self._at_hand = number, list(self._read(number))
         return self._at_hand[1]
 
-    def _read(self, text: Text) -> Iterator[_Piece]:
-        layer, cache = self._layer, self._cache.layers[0]
+    def _read(self, number: int) -> Iterator[_Piece]:
+        text, layer, cache = self._texts[number], self._layer, self._cache.layers[0]
+        blocks_a_piece = max(1, BLOCKS_A_TEXT // max(1, self._count_pieces(len(text.ids))))
         for begin, step in self._steps(text, sparse=True):
             normed = ops.rms_norm(
                 ops.tensor(text.residual[begin : begin + self._chunk]), layer.input_norm, self._config.rms_norm_eps
@@ -112,26 +119,34 @@ class Layer:
             projected = Projected(ops.linear(normed, layer.qkv_weight), layer.qkv_bias)
             q = ops.rotate_and_cache(*projected, step.rotary, step.slots, cache.keys, cache.values)
             for sparse in step.sparse_pieces:
-                if sparse.piece.end > MEASURED_FROM * len(text.ids):
-                    yield self._piece(sparse, step, q, projected)
+                if _is_measured(sparse.piece, len(text.ids)):
+                    yield self._piece(number, sparse, step, q, projected, blocks_a_piece)
 
-    def _piece(self, sparse: SparsePiece, step: Step, q: paddle.Tensor, projected: Projected) -> _Piece:
+    def _count_pieces(self, length: int) -> int:
+        chunk_len = self._config.dual_chunk.chunk_len
+        begins = range(0, length, self._chunk)
+        pieces = [one for begin in begins for one in cut(begin, min(begin + self._chunk, length), chunk_len)]
+        return sum(piece.worth_choosing and _is_measured(piece, length) for piece in pieces)
+
+    def _piece(
+        self, number: int, sparse: SparsePiece, step: Step, q: paddle.Tensor, projected: Projected, blocks_a_piece: int
+    ) -> _Piece:
         piece, cache = sparse.piece, self._cache.layers[0]
         critical = ops.rotate_queries(
             *projected, sparse.critical_rotary, piece.row + piece.rows - piece.probe_rows, q.shape[2]
         )
         sums = ops.dca_probe(critical, cache.keys, sparse.block_table, piece.end, cache.chunk_len, sparse.scale)
-        count = min(BLOCKS_A_PIECE, piece.row_blocks)
-        blocks = piece.row_blocks - 1 - np.arange(count, dtype=np.int64)[::-1] * piece.row_blocks // count
-        parts = [(0, piece.row + first, rows, piece.begin + first) for first, rows in _rows(sparse, blocks)]
-        out, lse = paddle.empty(q.shape[1:], q.dtype), paddle.empty(q.shape[1:3], "float32")
-        pieces = paddle.to_tensor(np.asarray(parts, np.int32), place=paddle.CPUPlace())
-        ops.dca_prefill(
-            q, out, cache.keys, cache.values, step.block_tables, pieces, step.scale, cache.chunk_len, lse
-        )  # fmt: skip
-        positions = np.concatenate([np.arange(begin, begin + rows) for _, _, rows, begin in parts])
-        rows = piece.row - piece.begin + positions
-        return _Piece(sparse, q, sums, blocks, lse.numpy()[rows].astype(np.float64), positions)
+        blocks = _spread(piece, blocks_a_piece, ends_text=piece.end > len(self._texts[number].ids) - LAST_ROWS)
+        positions = np.concatenate([np.arange(rows) + piece.begin + first for first, rows in _rows(piece, blocks)])
+        if (number, piece.begin) not in self._lse:
+            parts = [(0, piece.row + first, rows, piece.begin + first) for first, rows in _rows(piece, blocks)]
+            out, lse = paddle.empty(q.shape[1:], q.dtype), paddle.empty(q.shape[1:3], "float32")
+            pieces = paddle.to_tensor(np.asarray(parts, np.int32), place=paddle.CPUPlace())
+            ops.dca_prefill(
+                q, out, cache.keys, cache.values, step.block_tables, pieces, step.scale, cache.chunk_len, lse
+            )  # fmt: skip
+            self._lse[number, piece.begin] = lse.numpy()[piece.row - piece.begin + positions].astype(np.float64)
+        return _Piece(sparse, q, sums, blocks, self._lse[number, piece.begin], positions)
 
     def _measure(self, number: int, pairs: Pairs) -> Kept:
         budgets = LayerBudgets(*(sizes.astype(np.int32) for sizes in pairs))
@@ -166,12 +181,23 @@ class Layer:
             )  # fmt: skip
         counts = np.asarray(index.counts.numpy(), np.int64)[:, measured.blocks]
         keys = BLOCK * counts[..., :3].sum(-1) + counts[..., 3:].sum(-1)
-        heights = np.array([rows for _, rows in _rows(measured.sparse, measured.blocks)])
+        heights = np.array([rows for _, rows in _rows(piece, measured.blocks)])
         causal = np.add.reduceat(measured.positions + 1, np.cumsum(heights) - heights)
         rows = piece.row - piece.begin + measured.positions
         return lse.numpy()[rows].astype(np.float64), np.minimum(keys * heights, causal).sum(-1).astype(np.float64)
 
 
-def _rows(sparse: SparsePiece, blocks: npt.NDArray[np.int64]) -> list[tuple[int, int]]:
+def _is_measured(piece: Piece, length: int) -> bool:
+    return piece.end > MEASURED_FROM * length
+
+
+def _spread(piece: Piece, count: int, *, ends_text: bool) -> npt.NDArray[np.int64]:
+    """Row blocks of a piece, `count` at most, its last one among them; the last two where the text ends in them."""
+    many = piece.row_blocks
+    blocks = many - 1 - np.arange(min(count, many), dtype=np.int64) * many // min(count, many)
+    return np.unique([*blocks, max(0, many - 2)] if ends_text else blocks)
+
+
+def _rows(piece: Piece, blocks: npt.NDArray[np.int64]) -> list[tuple[int, int]]:
     """Of row blocks: the first row in the piece, and how many."""
-    return [(int(block) * BLOCK, min(BLOCK, sparse.piece.rows - int(block) * BLOCK)) for block in blocks]
+    return [(int(block) * BLOCK, min(BLOCK, piece.rows - int(block) * BLOCK)) for block in blocks]

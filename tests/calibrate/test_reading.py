@@ -57,7 +57,8 @@ def kept_in_float64(layer: DecoderLayer, text: Text, pairs: Pairs, *, last_block
         own = q[:, begin:end]
         _, sparse = oracle.sparse_piece(own, keys, values, where, index, begin, length, scale)
         _, dense = oracle.dense_piece(own, keys, values, where, begin, length, scale)
-        measured = range((end - begin - 1) // 64 * 64 if last_blocks else 0, end - begin)
+        last = 0 if end > tokens - 64 else (end - begin - 1) // 64 * 64
+        measured = range(last if last_blocks else 0, end - begin)
         shares.append(np.exp(sparse - dense)[:, measured])
         rows_kept += [begin + row for row in measured]
         for first in range(measured.start, measured.stop, 64):
@@ -66,9 +67,9 @@ def kept_in_float64(layer: DecoderLayer, text: Text, pairs: Pairs, *, last_block
             visited += np.minimum(len(ends) * (64 * counts[:, :3].sum(-1) + counts[:, 3:].sum(-1)), pairs_seen)
             causal += pairs_seen
     share = np.concatenate(shares, axis=1)
-    last = share[:, np.array(rows_kept) >= tokens - 64]
+    behind = share[:, np.array(rows_kept) >= tokens - 64]
     mean = share.mean(1)
-    return Kept(mean, last.mean(1) if last.size else np.ones_like(mean), visited / causal)
+    return Kept(mean, behind.mean(1) if behind.size else np.ones_like(mean), visited / causal)
 
 
 @pytest.fixture
@@ -91,10 +92,10 @@ def test_kept_is_what_float64_says(model: Qwen2OneM, rng: np.random.Generator, t
         np.testing.assert_allclose(kept, wanted, rtol=1e-4)
 
 
-def test_with_fewer_blocks_the_last_of_each_piece_is_measured(
+def test_with_fewer_blocks_the_last_of_each_piece_is_measured_and_all_at_the_end(
     model: Qwen2OneM, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reading, "BLOCKS_A_PIECE", 1)
+    monkeypatch.setattr(reading, "BLOCKS_A_TEXT", 1)
     text = make_text(rng, 530)
     expected = kept_in_float64(model.layers[0], text, PAIRS, last_blocks=True)
     np.testing.assert_allclose(layer_of(model.layers[0], [text]).measure(PAIRS), expected, rtol=1e-4)
