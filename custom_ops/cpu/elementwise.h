@@ -2,6 +2,7 @@
 #pragma once
 
 #include "parallel.h"
+#include "qwen1m/pages.h"
 #include "qwen1m/step.h"
 #include "simd.h"
 
@@ -114,6 +115,81 @@ inline void rotate_head(const float* x, const B* bias, const float* table, int h
   }
 }
 
+constexpr int kMaxHeadDim = 128;
+
+// The numbers of an int8 cache and their scale: x / scale to the nearest, for the float16 scale nearest to max|x| / 127.
+inline void quantise(const float* x, int head_dim, int8_t* number, Float16* scale) {
+  float largest = 0;
+  for (int i = 0; i < head_dim; ++i) largest = __builtin_fmaxf(largest, __builtin_fabsf(x[i]));
+  narrow(largest / 127.0f, scale);
+  const float inverse = widen(*scale) > 0 ? 1.0f / widen(*scale) : 0.0f;
+  for (int i = 0; i < head_dim; ++i) {
+    const float rounded = __builtin_rintf(x[i] * inverse);
+    number[i] = static_cast<int8_t>(__builtin_fminf(__builtin_fmaxf(rounded, -127.0f), 127.0f));
+  }
+}
+
+// Where one token's keys and values of a KV head go, in the type of the cache.
+template <typename T>
+struct HeadSlot {
+  const qwen1m_cache& cache;
+  int head;
+  int64_t row;  // of the cache's [slots * G]
+
+  void keep_key(const float* key) const { keep(key, cache.key); }
+  void keep_value(const float* value) const { keep(value, cache.value); }
+
+ private:
+  void keep(const float* from, void* pool) const {
+    T* to = static_cast<T*>(pool) + row * cache.head_dim;
+    for (int i = 0; i < cache.head_dim; ++i) narrow(from[i], to + i);
+  }
+};
+
+template <>
+struct HeadSlot<int8_t> {
+  const qwen1m_cache& cache;
+  int head;
+  int64_t row;
+
+  void keep_key(const float* key) const {
+    const float* power = cache.frame.power + head * cache.head_dim;
+    const float* centre = cache.frame.centre + head * cache.head_dim;
+    float centred[kMaxHeadDim];
+    for (int i = 0; i < cache.head_dim; ++i) centred[i] = key[i] / power[i] - centre[i];
+    keep(centred, cache.key, cache.frame.key_scale);
+  }
+  void keep_value(const float* value) const { keep(value, cache.value, cache.frame.value_scale); }
+
+ private:
+  void keep(const float* from, void* pool, void* scales) const {
+    quantise(from, cache.head_dim, static_cast<int8_t*>(pool) + row * cache.head_dim,
+             static_cast<Float16*>(scales) + row);
+  }
+};
+
+template <typename T>
+void dequantize_pages(const qwen1m_dequantize_pages& a) {
+  const qwen1m_cache& cache = a.cache;
+  const int d = cache.head_dim, kv_heads = cache.kv_heads;
+  const int64_t page_rows = static_cast<int64_t>(cache.page_size) * kv_heads;
+  parallel_ranges(a.count * page_rows, kGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t to = begin; to < end; ++to) {
+      const int64_t from = a.pages[to / page_rows] * page_rows + to % page_rows;
+      const float* power = cache.frame.power + from % kv_heads * d;
+      const float* centre = cache.frame.centre + from % kv_heads * d;
+      const float key_scale = widen(static_cast<const Float16*>(cache.frame.key_scale)[from]);
+      const float value_scale = widen(static_cast<const Float16*>(cache.frame.value_scale)[from]);
+      const int8_t* key = static_cast<const int8_t*>(cache.key) + from * d;
+      const int8_t* value = static_cast<const int8_t*>(cache.value) + from * d;
+      for (int i = 0; i < d; ++i) {
+        narrow((static_cast<float>(key[i]) * key_scale + centre[i]) * power[i], static_cast<T*>(a.key) + to * d + i);
+        narrow(static_cast<float>(value[i]) * value_scale, static_cast<T*>(a.value) + to * d + i);
+      }
+    }
+  });
+}
+
 template <typename B, typename T>
 void rotate_and_cache(const qwen1m_rotate_and_cache& a) {
   const int d = a.cache.head_dim, kv_heads = a.cache.kv_heads;
@@ -129,13 +205,15 @@ void rotate_and_cache(const qwen1m_rotate_and_cache& a) {
         }
       }
       if (a.slots[t] < 0) continue;
-      T* key = static_cast<T*>(a.cache.key) + a.slots[t] * kv_heads * d;
-      T* value = static_cast<T*>(a.cache.value) + a.slots[t] * kv_heads * d;
-      const int64_t key_at = static_cast<int64_t>(a.heads) * d, value_at = key_at + static_cast<int64_t>(kv_heads) * d;
       for (int h = 0; h < kv_heads; ++h) {
-        rotate_head(x + key_at + h * d, bias + key_at + h * d, a.table + t * d, d, key + h * d);
+        const int64_t key_at = static_cast<int64_t>(a.heads + h) * d, value_at = key_at + kv_heads * d;
+        const HeadSlot<T> slot{a.cache, h, a.slots[t] * kv_heads + h};
+        float key[kMaxHeadDim], value[kMaxHeadDim];
+        rotate_head(x + key_at, bias + key_at, a.table + t * d, d, key);
+        for (int i = 0; i < d; ++i) value[i] = x[value_at + i] + widen(bias[value_at + i]);
+        slot.keep_key(key);
+        slot.keep_value(value);
       }
-      for (int i = 0; i < kv_heads * d; ++i) narrow(x[value_at + i] + widen(bias[value_at + i]), value + i);
     }
   });
 }

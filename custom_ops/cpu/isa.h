@@ -28,8 +28,13 @@ QWEN1M_ATTENTION(dca_sparse_prefill)
 
 inline void rotate_and_cache_any(const qwen1m_rotate_and_cache& a) {
   with_type(a.bias_dtype, [&](auto bias) {
+    if (a.cache.dtype == QWEN1M_INT8) return rotate_and_cache<decltype(bias), int8_t>(a);
     with_type(a.cache.dtype, [&](auto cache) { rotate_and_cache<decltype(bias), decltype(cache)>(a); });
   });
+}
+
+inline void dequantize_pages_any(const qwen1m_dequantize_pages& a) {
+  with_type(a.dtype, [&](auto type) { dequantize_pages<decltype(type)>(a); });
 }
 
 inline void rotate_queries_any(const qwen1m_rotate_queries& a) {
@@ -45,7 +50,7 @@ constexpr Kernels table(const char* isa) {
   return {
       isa,           rotary_table,           rotate_and_cache_any, rotate_queries_any, dca_prefill_any, dca_decode_any,
       dca_probe_any, dca_sparse_prefill_any, linear_any,           embedding_any,      rms_norm_any,    silu_mul,
-      cast_any,      decode_inputs};
+      cast_any,      decode_inputs,          dequantize_pages_any};
 }
 
 }  // namespace QWEN1M_ISA

@@ -22,6 +22,7 @@ struct Kernels {
   void (*silu_mul)(const qwen1m_silu_mul&);
   void (*cast)(const qwen1m_cast&);
   void (*decode_inputs)(const qwen1m_decode_inputs&);
+  void (*dequantize_pages)(const qwen1m_dequantize_pages&);
 };
 
 extern const Kernels kGeneric;

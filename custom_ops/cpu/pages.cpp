@@ -3,14 +3,24 @@
 
 #include <string.h>
 
-#include <initializer_list>
+namespace {
+
+// The first `rows` rows of a page, of any tensor [pages, page_size, ...].
+void copy_rows(const qwen1m_copy_page& a, void* pool, size_t row_bytes) {
+  char* pages = static_cast<char*>(pool);
+  const size_t page_bytes = row_bytes * a.cache.page_size;
+  memcpy(pages + a.target * page_bytes, pages + a.source * page_bytes, row_bytes * a.rows);
+}
+
+}  // namespace
 
 void qwen1m_cpu_copy_page(const qwen1m_copy_page* a) {
-  const size_t value_bytes = a->cache.dtype == QWEN1M_FLOAT32 ? 4 : 2;
-  const size_t row_bytes = value_bytes * a->cache.kv_heads * a->cache.head_dim;
-  const size_t page_bytes = row_bytes * a->cache.page_size;
-  for (void* pool : {a->cache.key, a->cache.value}) {
-    char* pages = static_cast<char*>(pool);
-    memcpy(pages + a->target * page_bytes, pages + a->source * page_bytes, row_bytes * a->rows);
-  }
+  const qwen1m_cache& cache = a->cache;
+  const size_t row_bytes = static_cast<size_t>(cache.kv_heads) * cache.head_dim * qwen1m_bytes_of(cache.dtype);
+  copy_rows(*a, cache.key, row_bytes);
+  copy_rows(*a, cache.value, row_bytes);
+  if (cache.dtype != QWEN1M_INT8) return;
+  const size_t scale_bytes = cache.kv_heads * sizeof(uint16_t);
+  copy_rows(*a, cache.frame.key_scale, scale_bytes);
+  copy_rows(*a, cache.frame.value_scale, scale_bytes);
 }

@@ -27,6 +27,7 @@ typedef float Floats __attribute__((vector_size(QWEN1M_VECTOR_BYTES)));
 typedef int32_t Ints __attribute__((vector_size(QWEN1M_VECTOR_BYTES)));
 typedef uint32_t Words __attribute__((vector_size(QWEN1M_VECTOR_BYTES)));
 typedef uint16_t Halves __attribute__((vector_size(QWEN1M_VECTOR_BYTES / 2)));
+typedef int8_t Bytes __attribute__((vector_size(QWEN1M_VECTOR_BYTES / 4)));
 
 struct BFloat16 {
   uint16_t bits;
@@ -35,13 +36,14 @@ struct Float16 {
   uint16_t bits;
 };
 
-// Calls f with a value of the type that a tensor is stored in.
+// Calls f with a value of the floating type that a tensor is stored in; int8 numbers mean nothing by themselves.
 template <typename F>
 void with_type(qwen1m_dtype dtype, const F& f) {
   switch (dtype) {
     case QWEN1M_FLOAT32: return f(float{});
     case QWEN1M_BFLOAT16: return f(BFloat16{});
     case QWEN1M_FLOAT16: return f(Float16{});
+    case QWEN1M_INT8: return;
   }
 }
 
@@ -69,6 +71,12 @@ QWEN1M_INLINE Floats load(const BFloat16* p) {
   Halves h;
   memcpy(&h, p, sizeof(h));
   return bits_to_floats(__builtin_convertvector(h, Words) << 16);
+}
+
+QWEN1M_INLINE Floats load(const int8_t* p) {
+  Bytes b;
+  memcpy(&b, p, sizeof(b));
+  return __builtin_convertvector(b, Floats);
 }
 
 QWEN1M_INLINE float widen(float x) { return x; }

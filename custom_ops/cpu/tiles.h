@@ -63,11 +63,16 @@ inline void multiply(const float* a, int a_stride, int rows, const float* b, int
   }
 }
 
-// The keys of one tile: where each row of K and V lies. Lanes past `count` repeat the last key and are masked.
+// The keys of one tile: where each row of K and V lies. Lanes past `count` repeat the last key and are masked. The
+// scales and the frame of the KV head are those of an int8 cache.
 struct KeyTile {
   const char* key[kTileKeys];
   const char* value[kTileKeys];
   int32_t position[kTileKeys];
+  float key_scale[kTileKeys];
+  float value_scale[kTileKeys];
+  const float* power;
+  const float* centre;
   qwen1m_dtype dtype;
   int count = 0;
 
@@ -77,19 +82,47 @@ struct KeyTile {
     for (int i = count; i < padded(); ++i) {
       key[i] = key[count - 1];
       value[i] = value[count - 1];
+      key_scale[i] = key_scale[count - 1];
+      value_scale[i] = value_scale[count - 1];
     }
+  }
+
+  // f(row), where row(i, d) gives dims [d, d + kLanes) of key i.
+  template <typename F>
+  void with_keys(const F& f) const {
+    if (dtype == QWEN1M_INT8) {
+      return f([this](int i, int d) {
+        const Floats number = load(reinterpret_cast<const int8_t*>(key[i]) + d);
+        return (number * broadcast(key_scale[i]) + load(centre + d)) * load(power + d);
+      });
+    }
+    with_type(dtype, [&](auto type) {
+      f([this](int i, int d) { return load(reinterpret_cast<const decltype(type)*>(key[i]) + d); });
+    });
+  }
+
+  // The same for values.
+  template <typename F>
+  void with_values(const F& f) const {
+    if (dtype == QWEN1M_INT8) {
+      return f([this](int i, int d) {
+        return load(reinterpret_cast<const int8_t*>(value[i]) + d) * broadcast(value_scale[i]);
+      });
+    }
+    with_type(dtype, [&](auto type) {
+      f([this](int i, int d) { return load(reinterpret_cast<const decltype(type)*>(value[i]) + d); });
+    });
   }
 };
 
 // packed[panel][D][kPanel] = transposed keys
-template <typename T, int D>
-inline void pack_keys(const KeyTile& tile, float* packed) {
-  for (int panel = 0; panel < tile.padded(); panel += kPanel) {
+template <int D, typename Row>
+inline void pack_keys(int padded, const Row& row, float* packed) {
+  for (int panel = 0; panel < padded; panel += kPanel) {
     for (int half = 0; half < kPanel; half += kLanes) {
-      const char* const* rows = tile.key + panel + half;
       for (int d = 0; d < D; d += kLanes) {
         Floats square[kLanes];
-        for (int i = 0; i < kLanes; ++i) square[i] = load(reinterpret_cast<const T*>(rows[i]) + d);
+        for (int i = 0; i < kLanes; ++i) square[i] = row(panel + half + i, d);
         transpose(square);
         for (int i = 0; i < kLanes; ++i) store(packed + (d + i) * kPanel + half, square[i]);
       }
@@ -99,12 +132,11 @@ inline void pack_keys(const KeyTile& tile, float* packed) {
 }
 
 // packed[panel of D][key][kPanel]
-template <typename T, int D>
-inline void pack_values(const KeyTile& tile, float* packed) {
-  for (int i = 0; i < tile.padded(); ++i) {
-    const T* row = reinterpret_cast<const T*>(tile.value[i]);
+template <int D, typename Row>
+inline void pack_values(int padded, const Row& row, float* packed) {
+  for (int i = 0; i < padded; ++i) {
     for (int d = 0; d < D; d += kLanes) {
-      store(packed + (d / kPanel * kTileKeys + i) * kPanel + d % kPanel, load(row + d));
+      store(packed + (d / kPanel * kTileKeys + i) * kPanel + d % kPanel, row(i, d));
     }
   }
 }
@@ -151,7 +183,7 @@ struct Rows {
 
   void score(const KeyTile& tile) {
     advance();
-    with_type(tile.dtype, [&](auto type) { pack_keys<decltype(type), D>(tile, keys); });
+    tile.with_keys([&](const auto& row) { pack_keys<D>(tile.padded(), row, keys); });
     multiply(q, D, count, keys, D * kPanel, tile.padded() / kPanel, D, scores, kTileKeys, false);
     for (int r = 0; r < count; ++r) {
       for (int i = tile.count; i < tile.padded(); ++i) scores[r * kTileKeys + i] = kNegativeInfinity;
@@ -196,7 +228,7 @@ struct Rows {
         for (int d = 0; d < D; d += kLanes) store(out + r * D + d, load(out + r * D + d) * broadcast(shrink));
       }
     }
-    with_type(tile.dtype, [&](auto type) { pack_values<decltype(type), D>(tile, values); });
+    tile.with_values([&](const auto& row) { pack_values<D>(tile.padded(), row, values); });
     multiply(scores, kTileKeys, count, values, kTileKeys * kPanel, D / kPanel, tile.count, out, D, true);
   }
 
@@ -211,30 +243,27 @@ struct Rows {
 
 // Finds keys and values of one KV head in the pages of one sequence.
 struct PagedRows {
-  const char* key;
-  const char* value;
+  const qwen1m_cache& cache;
   const int32_t* block_table;
-  int64_t row_bytes;
-  int page_size;
-  qwen1m_dtype dtype;
+  int kv_head;
+  int64_t head_bytes;
 
-  PagedRows(const qwen1m_cache& cache, const int32_t* table, int kv_head) {
-    const int64_t head_bytes = cache.head_dim * (cache.dtype == QWEN1M_FLOAT32 ? 4 : 2);
-    key = static_cast<const char*>(cache.key) + kv_head * head_bytes;
-    value = static_cast<const char*>(cache.value) + kv_head * head_bytes;
-    block_table = table;
-    row_bytes = cache.kv_heads * head_bytes;
-    page_size = cache.page_size;
-    dtype = cache.dtype;
-  }
+  PagedRows(const qwen1m_cache& of, const int32_t* table, int head)
+      : cache(of), block_table(table), kv_head(head), head_bytes(of.head_dim * qwen1m_bytes_of(of.dtype)) {}
 
   void put(KeyTile* tile, int32_t position) const {
-    const int64_t slot = static_cast<int64_t>(block_table[position / page_size]) * page_size + position % page_size;
+    const int64_t page = block_table[position / cache.page_size];
+    const int64_t row = (page * cache.page_size + position % cache.page_size) * cache.kv_heads + kv_head;
     const int i = tile->count++;
-    tile->key[i] = key + slot * row_bytes;
-    tile->value[i] = value + slot * row_bytes;
+    tile->key[i] = static_cast<const char*>(cache.key) + row * head_bytes;
+    tile->value[i] = static_cast<const char*>(cache.value) + row * head_bytes;
     tile->position[i] = position;
-    tile->dtype = dtype;
+    tile->dtype = cache.dtype;
+    if (cache.dtype != QWEN1M_INT8) return;
+    tile->key_scale[i] = widen(static_cast<const Float16*>(cache.frame.key_scale)[row]);
+    tile->value_scale[i] = widen(static_cast<const Float16*>(cache.frame.value_scale)[row]);
+    tile->power = cache.frame.power + kv_head * cache.head_dim;
+    tile->centre = cache.frame.centre + kv_head * cache.head_dim;
   }
 };
 

@@ -9,7 +9,7 @@
 namespace qwen1m {
 namespace {
 
-float* optional_lse(const Call& call, const paddle::optional<Tensor>& lse, int64_t tokens, int64_t heads) {
+float* optional_lse(const Call& call, const OptionalTensor& lse, int64_t tokens, int64_t heads) {
   if (!lse) return nullptr;
   call.expect(*lse, "lse", DataType::FLOAT32, {tokens, heads});
   return pointer<float>(*lse);
@@ -17,10 +17,10 @@ float* optional_lse(const Call& call, const paddle::optional<Tensor>& lse, int64
 
 // `pieces` lie in host memory on every device: the launch depends on them.
 void dca_prefill(const Tensor& q, Tensor& out, const Tensor& key_cache, const Tensor& value_cache,
-                 const Tensor& block_tables, const Tensor& pieces, const Tensor& scale,
-                 const paddle::optional<Tensor>& lse, int64_t chunk_len) {
+                 const OptionalTensor& scales, const OptionalTensor& frame, const Tensor& block_tables,
+                 const Tensor& pieces, const Tensor& scale, const OptionalTensor& lse, int64_t chunk_len) {
   Call call(q);
-  const qwen1m_cache cache = call.expect_cache(key_cache, value_cache);
+  const qwen1m_cache cache = call.expect_readable_cache(key_cache, value_cache, scales, frame);
   expect_chunk(chunk_len, cache.page_size);
   call.expect(block_tables, "block_tables", DataType::INT32, {-1, -1});
   Call(pieces).expect(pieces, "pieces", DataType::INT32, {-1, 4});
@@ -63,11 +63,12 @@ void dca_prefill(const Tensor& q, Tensor& out, const Tensor& key_cache, const Te
 }
 
 void dca_sparse_prefill(const Tensor& q, Tensor& out, const Tensor& key_cache, const Tensor& value_cache,
-                        const Tensor& block_table, const Tensor& blocks, const Tensor& columns, const Tensor& counts,
-                        const paddle::optional<Tensor>& lse, int64_t row, int64_t begin, int64_t rows,
-                        int64_t first_block, int64_t num_blocks, int64_t chunk_len, float scale) {
+                        const OptionalTensor& scales, const OptionalTensor& frame, const Tensor& block_table,
+                        const Tensor& blocks, const Tensor& columns, const Tensor& counts, const OptionalTensor& lse,
+                        int64_t row, int64_t begin, int64_t rows, int64_t first_block, int64_t num_blocks,
+                        int64_t chunk_len, float scale) {
   Call call(q);
-  const qwen1m_cache cache = call.expect_cache(key_cache, value_cache);
+  const qwen1m_cache cache = call.expect_readable_cache(key_cache, value_cache, scales, frame);
   expect_chunk(chunk_len, cache.page_size);
   call.expect(block_table, "block_table", DataType::INT32, {-1});
   expect_piece(begin, rows, chunk_len);
@@ -107,10 +108,11 @@ void dca_sparse_prefill(const Tensor& q, Tensor& out, const Tensor& key_cache, c
       QWEN1M_WORKSPACE_KERNEL(dca_sparse_prefill));
 }
 
-Tensors dca_decode(const Tensor& q, const Tensor& key_cache, const Tensor& value_cache, const Tensor& block_tables,
-                   const Tensor& lengths, const Tensor& scale, int64_t chunk_len) {
+Tensors dca_decode(const Tensor& q, const Tensor& key_cache, const Tensor& value_cache, const OptionalTensor& scales,
+                   const OptionalTensor& frame, const Tensor& block_tables, const Tensor& lengths, const Tensor& scale,
+                   int64_t chunk_len) {
   Call call(q);
-  const qwen1m_cache cache = call.expect_cache(key_cache, value_cache);
+  const qwen1m_cache cache = call.expect_cache(key_cache, value_cache, scales, frame);
   expect_chunk(chunk_len, cache.page_size);
   call.expect(block_tables, "block_tables", DataType::INT32, {-1, -1});
   const int64_t batch = block_tables.shape()[0], width = block_tables.shape()[1];
@@ -147,15 +149,16 @@ Tensors dca_decode(const Tensor& q, const Tensor& key_cache, const Tensor& value
 }  // namespace qwen1m
 
 PD_BUILD_OP(qwen1m_dca_prefill)
-    .Inputs({"q", "out", "key_cache", "value_cache", "block_tables", "pieces", "scale", paddle::Optional("lse")})
+    .Inputs({"q", "out", "key_cache", "value_cache", paddle::Optional("scales"), paddle::Optional("frame"),
+             "block_tables", "pieces", "scale", paddle::Optional("lse")})
     .Outputs({"written"})
     .Attrs({"chunk_len: int64_t"})
     .SetInplaceMap({{"out", "written"}})
     .SetKernelFn(PD_KERNEL(qwen1m::dca_prefill));
 
 PD_BUILD_OP(qwen1m_dca_sparse_prefill)
-    .Inputs({"q", "out", "key_cache", "value_cache", "block_table", "blocks", "columns", "counts",
-             paddle::Optional("lse")})
+    .Inputs({"q", "out", "key_cache", "value_cache", paddle::Optional("scales"), paddle::Optional("frame"),
+             "block_table", "blocks", "columns", "counts", paddle::Optional("lse")})
     .Outputs({"written"})
     .Attrs({"row: int64_t", "begin: int64_t", "rows: int64_t", "first_block: int64_t", "num_blocks: int64_t",
             "chunk_len: int64_t", "scale: float"})
@@ -163,7 +166,8 @@ PD_BUILD_OP(qwen1m_dca_sparse_prefill)
     .SetKernelFn(PD_KERNEL(qwen1m::dca_sparse_prefill));
 
 PD_BUILD_OP(qwen1m_dca_decode)
-    .Inputs({"q", "key_cache", "value_cache", "block_tables", "lengths", "scale"})
+    .Inputs({"q", "key_cache", "value_cache", paddle::Optional("scales"), paddle::Optional("frame"), "block_tables",
+             "lengths", "scale"})
     .Outputs({"out"})
     .Attrs({"chunk_len: int64_t"})
     .SetKernelFn(PD_KERNEL(qwen1m::dca_decode));

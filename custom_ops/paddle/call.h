@@ -26,6 +26,7 @@ namespace qwen1m {
 
 using paddle::DataType;
 using paddle::Tensor;
+using OptionalTensor = paddle::optional<Tensor>;
 using Shape = std::vector<int64_t>;  // -1 stands for any size
 using Tensors = std::vector<Tensor>;
 
@@ -109,19 +110,44 @@ class Call {
     return type;
   }
 
-  // The pages of one layer; both caches are of one type and shape.
-  qwen1m_cache expect_cache(const Tensor& key, const Tensor& value) {
-    const qwen1m_dtype type = expect_stored(key, "key_cache", {-1, -1, -1, -1});
+  // The pages of one layer; both caches are of one type and shape. What their numbers stand for, scales float16
+  // [2, pages, page_size, G] of keys and values and frame float32 [2, G, D], powers and centre, comes with int8 alone.
+  qwen1m_cache expect_cache(const Tensor& key, const Tensor& value, const OptionalTensor& scales,
+                            const OptionalTensor& frame) {
+    const bool int8 = key.dtype() == DataType::INT8;
+    QWEN1M_REQUIRE(int8 == static_cast<bool>(scales) && int8 == static_cast<bool>(frame),
+                   "scales and frame belong to an int8 cache, and it to them; key_cache is " +
+                       phi::DataTypeToString(key.dtype()));
+    if (int8) expect_shape(key, "key_cache", {-1, -1, -1, -1});
+    const qwen1m_dtype type = int8 ? QWEN1M_INT8 : expect_stored(key, "key_cache", {-1, -1, -1, -1});
     expect(value, "value_cache", key.dtype(), key.shape());
     const Shape shape = key.shape();
     QWEN1M_REQUIRE(shape[3] == 64 || shape[3] == 128, "head_dim must be 64 or 128, got " + text(shape[3]));
     expect_page_size(shape[1]);
-    return {memory(key),
-            memory(value),
-            type,
-            static_cast<int32_t>(shape[1]),
-            static_cast<int32_t>(shape[2]),
-            static_cast<int32_t>(shape[3])};
+    qwen1m_cache cache{memory(key),
+                       memory(value),
+                       type,
+                       static_cast<int32_t>(shape[1]),
+                       static_cast<int32_t>(shape[2]),
+                       static_cast<int32_t>(shape[3]),
+                       {}};
+    if (int8) {
+      expect(*scales, "scales", DataType::FLOAT16, {2, shape[0], shape[1], shape[2]});
+      expect(*frame, "frame", DataType::FLOAT32, {2, shape[2], shape[3]});
+      auto* scale = static_cast<char*>(memory(*scales));
+      const auto* power = frame->data<float>();
+      cache.frame = {scale, scale + shape[0] * shape[1] * shape[2] * qwen1m_bytes_of(QWEN1M_FLOAT16), power,
+                     power + shape[2] * shape[3]};
+    }
+    return cache;
+  }
+
+  // One that the CUDA kernels of prefill read: int8 pages are dequantised first.
+  qwen1m_cache expect_readable_cache(const Tensor& key, const Tensor& value, const OptionalTensor& scales,
+                                     const OptionalTensor& frame) {
+    const qwen1m_cache cache = expect_cache(key, value, scales, frame);
+    QWEN1M_REQUIRE(!gpu_ || cache.dtype != QWEN1M_INT8, "key_cache must be dequantised first on a GPU, got int8");
+    return cache;
   }
 
   // The CUDA kernels move 8 values of a row at a time.

@@ -9,10 +9,10 @@
 namespace qwen1m {
 namespace {
 
-Tensors dca_probe(const Tensor& q, const Tensor& key_cache, const Tensor& block_table, int64_t end, int64_t chunk_len,
-                  float scale) {
+Tensors dca_probe(const Tensor& q, const Tensor& key_cache, const OptionalTensor& scales, const OptionalTensor& frame,
+                  const Tensor& block_table, int64_t end, int64_t chunk_len, float scale) {
   Call call(q);
-  const qwen1m_cache cache = call.expect_cache(key_cache, key_cache);
+  const qwen1m_cache cache = call.expect_readable_cache(key_cache, key_cache, scales, frame);
   expect_chunk(chunk_len, cache.page_size);
   call.expect(block_table, "block_table", DataType::INT32, {-1});
   call.expect_pages(block_table, 0, end, key_cache);
@@ -119,7 +119,7 @@ Tensors sparse_index(const Tensor& columns, const Tensor& slashes, int64_t begin
 }  // namespace qwen1m
 
 PD_BUILD_OP(qwen1m_dca_probe)
-    .Inputs({"q", "key_cache", "block_table"})
+    .Inputs({"q", "key_cache", paddle::Optional("scales"), paddle::Optional("frame"), "block_table"})
     .Outputs({"vertical", "slash"})
     .Attrs({"end: int64_t", "chunk_len: int64_t", "scale: float"})
     .SetKernelFn(PD_KERNEL(qwen1m::dca_probe));

@@ -27,9 +27,10 @@ Tensors rotary_table(const Tensor& positions, const Tensor& inv_freq) {
 }
 
 Tensors rotate_and_cache(const Tensor& qkv, const Tensor& bias, const Tensor& table, const Tensor& slots,
-                         Tensor& key_cache, Tensor& value_cache) {
+                         Tensor& key_cache, Tensor& value_cache, const OptionalTensor& scales,
+                         const OptionalTensor& frame) {
   Call call(qkv);
-  const qwen1m_cache cache = call.expect_cache(key_cache, value_cache);
+  const qwen1m_cache cache = call.expect_cache(key_cache, value_cache, scales, frame);
   const qwen1m_dtype activation = call.expect_activation(qkv, "qkv", {-1, -1});
   const int64_t tokens = qkv.shape()[0], width = qkv.shape()[1], d = cache.head_dim;
   const int64_t heads = width / d - 2 * cache.kv_heads;
@@ -322,7 +323,8 @@ PD_BUILD_OP(qwen1m_rotary_table)
     .SetKernelFn(PD_KERNEL(qwen1m::rotary_table));
 
 PD_BUILD_OP(qwen1m_rotate_and_cache)
-    .Inputs({"qkv", "bias", "table", "slots", "key_cache", "value_cache"})
+    .Inputs({"qkv", "bias", "table", "slots", "key_cache", "value_cache", paddle::Optional("scales"),
+             paddle::Optional("frame")})
     .Outputs({"written_keys", "written_values", "q"})
     .SetInplaceMap({{"key_cache", "written_keys"}, {"value_cache", "written_values"}})
     .SetKernelFn(PD_KERNEL(qwen1m::rotate_and_cache));

@@ -7,6 +7,9 @@ Attention reads a paged cache: `key_cache` and `value_cache` are [pages, page_si
 lists its pages in order. Cached keys are rotated at p mod L and never multiplied by the temperature: the caller puts
 m(n)^2 into `scale`. L is `chunk_len` = chunk_size - local_size, a multiple of page_size.
 
+A cache may be int8: what its numbers stand for is a `Quantised`, which the ops that read or write them take beside it.
+On a GPU rotate_and_cache, dca_decode and copy_page do; others read pages that `dequantize_pages` has widened.
+
 An op runs where its tensors lie, all on one device. Activations are float32 on a CPU, where weights and caches are
 float32, bfloat16 or float16; on a GPU activations, weights and caches are of one type, bfloat16 or float16, and a page
 holds a power of two of tokens, at least 64. The residual stream, rotary tables, scales, LSE, sums and logits are
@@ -21,7 +24,7 @@ from paddle_qwen1m.ops.attention import Stage, dca_decode, dca_prefill, dca_spar
 from paddle_qwen1m.ops.files import read_rows
 from paddle_qwen1m.ops.keys import PROBE_ROWS, SparseIndex, dca_probe, select_critical, sparse_index
 from paddle_qwen1m.ops.library import LIBRARY, cpu_isa, gpu_obstacle, load, on_gpu, set_num_threads
-from paddle_qwen1m.ops.pages import copy_page
+from paddle_qwen1m.ops.pages import Quantised, copy_page, dequantize_pages
 from paddle_qwen1m.ops.pieces import PieceBuffer
 from paddle_qwen1m.ops.post import Post, tensor, upload
 from paddle_qwen1m.ops.progress import mark_progress
@@ -50,6 +53,7 @@ __all__ = [
     "PROBE_ROWS",
     "PieceBuffer",
     "Post",
+    "Quantised",
     "SparseIndex",
     "Stage",
     "add_rms_norm",
@@ -61,6 +65,7 @@ __all__ = [
     "dca_probe",
     "dca_sparse_prefill",
     "decode_inputs",
+    "dequantize_pages",
     "embedding",
     "gather_rows",
     "gpu_obstacle",

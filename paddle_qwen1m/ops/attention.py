@@ -9,6 +9,7 @@ import paddle
 from paddle_qwen1m.config import BLOCK
 from paddle_qwen1m.ops.keys import SparseIndex
 from paddle_qwen1m.ops.library import call
+from paddle_qwen1m.ops.pages import NOT_QUANTISED, Quantised
 
 
 class Stage(IntEnum):
@@ -29,6 +30,8 @@ def dca_prefill(
     scale: paddle.Tensor,
     chunk_len: int,
     lse: paddle.Tensor | None = None,
+    *,
+    quantised: Quantised | None = None,
 ) -> None:
     """Dense dual chunk attention of a step's pieces; writes their rows of out [T, H, D] (spec section 4).
 
@@ -37,7 +40,8 @@ def dca_prefill(
     given, receives the natural log of the sum of exp(scaled logits). A range of a piece's rows is a piece as well; what
     a row gets does not depend on how its piece is cut.
     """
-    call("dca_prefill", q, out, key_cache, value_cache, block_tables, pieces, scale, lse, chunk_len)
+    cache = key_cache, value_cache, *(quantised or NOT_QUANTISED), block_tables
+    call("dca_prefill", q, out, *cache, pieces, scale, lse, chunk_len)
 
 
 def dca_sparse_prefill(
@@ -56,6 +60,7 @@ def dca_sparse_prefill(
     *,
     first_block: int = 0,
     num_blocks: int | None = None,
+    quantised: Quantised | None = None,
 ) -> None:
     """Dual chunk attention of one piece over the keys its index names; writes rows [row, row + rows) of out [T, H, D].
 
@@ -71,6 +76,7 @@ def dca_sparse_prefill(
         out,
         key_cache,
         value_cache,
+        *(quantised or NOT_QUANTISED),
         block_table,
         *index,
         lse,
@@ -92,10 +98,12 @@ def dca_decode(
     lengths: paddle.Tensor,
     scale: paddle.Tensor,
     chunk_len: int,
+    quantised: Quantised | None = None,
 ) -> paddle.Tensor:
     """The last token of each of B sequences against all its keys: q [V, B, H, D] to [B, H, D] (spec section 9).
 
     lengths int32 [B] count the token itself, whose key is in the cache; a row of length 0 gets zeros. block_tables
     int32 [B, W]; scale float32 [B].
     """
-    return call("dca_decode", q, key_cache, value_cache, block_tables, lengths, scale, chunk_len)[0]
+    cache = key_cache, value_cache, *(quantised or NOT_QUANTISED), block_tables
+    return call("dca_decode", q, *cache, lengths, scale, chunk_len)[0]

@@ -8,6 +8,7 @@ import paddle
 
 from paddle_qwen1m.config import BLOCK, LOCAL_DIAGONALS, SINK_COLUMNS
 from paddle_qwen1m.ops.library import call
+from paddle_qwen1m.ops.pages import NOT_QUANTISED, Quantised
 
 PROBE_ROWS = 64
 
@@ -27,14 +28,21 @@ class SparseIndex(NamedTuple):
 
 
 def dca_probe(
-    q: paddle.Tensor, key_cache: paddle.Tensor, block_table: paddle.Tensor, end: int, chunk_len: int, scale: float
+    q: paddle.Tensor,
+    key_cache: paddle.Tensor,
+    block_table: paddle.Tensor,
+    end: int,
+    chunk_len: int,
+    scale: float,
+    quantised: Quantised | None = None,
 ) -> tuple[paddle.Tensor, paddle.Tensor]:
     """Softmax of a piece's last critical queries over keys [0, end), summed by column and by diagonal (spec 5.1-5.3).
 
     q [V, n, H, D], n <= 64, are the critical rotations of the rows that end at position end - 1; block_table int32 [W].
     Returns vertical and slash, float32 [H, end]; slash is indexed by the column that a diagonal hits on the last row.
     """
-    vertical, slash = call("dca_probe", q, key_cache, block_table, end, chunk_len, scale)
+    cache = key_cache, *(quantised or NOT_QUANTISED), block_table
+    vertical, slash = call("dca_probe", q, *cache, end, chunk_len, scale)
     return vertical, slash
 
 

@@ -1,12 +1,50 @@
-"""Ops on the pages of a paged cache."""
+"""Ops on the pages of a paged cache, and what the numbers of int8 pages stand for."""
 
 from __future__ import annotations
+
+from typing import NamedTuple, Optional
 
 import paddle
 
 from paddle_qwen1m.ops.library import call
 
 
-def copy_page(key_cache: paddle.Tensor, value_cache: paddle.Tensor, source: int, target: int, rows: int) -> None:
+class Quantised(NamedTuple):
+    """What the numbers of int8 pages stand for: a key is (number * scale + centre) * power, a value number * scale.
+
+    scales: float16 [2, pages, page_size, G], of keys and of values. frame: float32 [2, G, D], powers of two, one of the
+    two dims d and d + D / 2 that a rotation mixes, and centres.
+    """
+
+    scales: paddle.Tensor
+    frame: paddle.Tensor
+
+
+NOT_QUANTISED: tuple[Optional[paddle.Tensor], Optional[paddle.Tensor]] = (None, None)
+"""In place of a Quantised, for pages of a floating type."""
+
+
+def copy_page(
+    key_cache: paddle.Tensor,
+    value_cache: paddle.Tensor,
+    source: int,
+    target: int,
+    rows: int,
+    quantised: Quantised | None = None,
+) -> None:
     """The first `rows` tokens of page `source` become those of page `target`, keys and values, in place."""
-    call("copy_page", key_cache, value_cache, source, target, rows)
+    call("copy_page", key_cache, value_cache, *(quantised or NOT_QUANTISED), source, target, rows)
+
+
+def dequantize_pages(
+    key_cache: paddle.Tensor,
+    value_cache: paddle.Tensor,
+    quantised: Quantised,
+    pages: paddle.Tensor,
+    keys: paddle.Tensor,
+    values: paddle.Tensor,
+) -> None:
+    """Page n of `keys` and `values`, [n or more, page_size, G, D] of a floating type, becomes what page pages[n] (int32
+    [n]) of an int8 cache stands for, rounded once.
+    """
+    call("dequantize_pages", key_cache, value_cache, *quantised, pages, keys, values)

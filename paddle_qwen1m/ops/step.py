@@ -5,6 +5,7 @@ from __future__ import annotations
 import paddle
 
 from paddle_qwen1m.ops.library import call
+from paddle_qwen1m.ops.pages import NOT_QUANTISED, Quantised
 
 FEW_ROWS = 16
 """Up to so many rows a linear layer on a GPU is a custom op, which reads the weights once; above, a GEMM of cuBLAS."""
@@ -77,13 +78,15 @@ def rotate_and_cache(
     slots: paddle.Tensor,
     key_cache: paddle.Tensor,
     value_cache: paddle.Tensor,
+    quantised: Quantised | None = None,
 ) -> paddle.Tensor:
     """Adds the bias to qkv [T, (H + 2G) D], writes keys rotated by table[0] and values, returns q [V, T, H, D].
 
     `table` is a `rotary_table` of V variants; slots (int64 [T]) are page * page_size + offset, -1 for a row that is not
-    cached. The caches are written in place, rounded once to their type.
+    cached. The caches are written in place, rounded once to their type; int8 with a scale for each token and KV head.
     """
-    return call("rotate_and_cache", qkv, bias, table, slots, key_cache, value_cache)[2]
+    cache = key_cache, value_cache, *(quantised or NOT_QUANTISED)
+    return call("rotate_and_cache", qkv, bias, table, slots, *cache)[2]
 
 
 def rotate_queries(
