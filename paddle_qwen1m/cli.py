@@ -104,7 +104,7 @@ def _add_model_options(parser: argparse.ArgumentParser, without: Collection[str]
         if isinstance(option.type, Switch):
             kind = {"action": "store_true"} if option.default == "off" else {"action": "store_false", "default": None}
         elif isinstance(option.type, Dtype):
-            kind = {"choices": DTYPES}
+            kind = {"choices": option.type.names}
         elif isinstance(option.type, Whole):
             kind = {"metavar": "N", "type": _at_least(option.type.lowest)}
         elif isinstance(option.type, Size):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,18 +26,21 @@ SAFETENSORS = {dtype.name: dtype.safetensors for dtype in TABLE}
 """The spelling in a safetensors header of a name."""
 STORAGE = {dtype.safetensors: dtype.storage for dtype in TABLE}
 """numpy's type of a spelling in a safetensors header."""
+INT8 = "int8"
+"""Of keys and values alone, with scales beside them."""
+CACHE_DTYPES = (*DTYPES, INT8)
 _SIZES = {dtype.name: dtype.storage.itemsize for dtype in TABLE}
 
 
-def dtype_name(dtype: Any, option: str = "dtype") -> str:
+def dtype_name(dtype: Any, option: str = "dtype", allowed: Sequence[str] = DTYPES) -> str:
     """The name of a type that is text or Paddle's or PyTorch's object. ValueError, naming the option, for any other."""
     name = str(dtype).rsplit(".", 1)[-1]
-    if name not in DTYPES:
+    if name not in allowed:
         given = repr(dtype) if isinstance(dtype, str) else dtype  # Paddle's repr of one is an enumerator's
-        raise ValueError(f"{option} must be one of {', '.join(DTYPES)}, got {given}")
+        raise ValueError(f"{option} must be one of {', '.join(allowed)}, got {given}")
     return name
 
 
 def itemsize(dtype: str) -> int:
-    """Bytes of one value; ValueError when weights and caches are never of that dtype."""
+    """Bytes of one value; ValueError when weights are never of that dtype."""
     return _SIZES[dtype_name(dtype)]

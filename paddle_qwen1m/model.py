@@ -75,7 +75,7 @@ class DecoderLayer(nn.Layer):
         self, hidden: paddle.Tensor, step: Step, cache: LayerCache, selector: Selector | None
     ) -> Generator[None, None, paddle.Tensor]:
         projected = Projected(ops.linear(hidden, self.qkv_weight), self.qkv_bias)
-        q = ops.rotate_and_cache(*projected, step.rotary, step.slots, cache.keys, cache.values)
+        q = ops.rotate_and_cache(*projected, step.rotary, step.slots, cache.keys, cache.values, cache.quantised)
         out = yield from attend(q, projected, cache, step, selector)
         return self.group.all_reduce(ops.linear(out.reshape([hidden.shape[0], -1]), self.output_weight))
 

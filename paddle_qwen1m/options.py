@@ -13,7 +13,7 @@ from textwrap import fill
 from typing import Any
 
 from paddle_qwen1m.config import SPARSE_THRESHOLD
-from paddle_qwen1m.dtypes import dtype_name
+from paddle_qwen1m.dtypes import CACHE_DTYPES, DTYPES, INT8, dtype_name
 
 CPU_BATCHED_TOKENS, GPU_BATCHED_TOKENS = 2048, 32768
 CPU_PAUSE_TOKENS, GPU_PAUSE_TOKENS = 256, 2048
@@ -78,23 +78,27 @@ class Number:
 
 @dataclass(frozen=True)
 class Dtype:
-    """The name of a floating point type, or Paddle's object for it; "auto" is not to choose one."""
+    """The name of one of these types, or Paddle's object for it; "auto" is not to choose one."""
+
+    names: tuple[str, ...] = DTYPES
 
     def read(self, name: str, value: Any) -> str | None:
         if isinstance(value, str) and value == "auto":
             return None
-        return dtype_name({"half": "float16", "float": "float32"}.get(str(value), value), name)
+        return dtype_name({"half": "float16", "float": "float32"}.get(str(value), value), name, self.names)
 
 
 @dataclass(frozen=True)
 class CacheDtype(Dtype):
-    """The same for keys and values, for which other engines have types of 8 bits and fewer."""
+    """The same for keys and values, for which other engines have more types."""
+
+    names: tuple[str, ...] = CACHE_DTYPES
 
     def read(self, name: str, value: Any) -> str | None:
-        if isinstance(value, str) and value.startswith(("fp8", "int8", "int4", "nvfp4")):
+        if isinstance(value, str) and value.startswith(("fp8", "int4", "nvfp4", "int8_")):
             raise ValueError(
-                f"{name}={value!r}: there are no kernels for keys and values of that type yet; leave it out, on a CPU "
-                "bfloat16 halves the cache"
+                f"{name}={value!r}: biases of these models put outliers into keys that such a type rounds away; "
+                f"{INT8} takes as little, and keeps the answers"
             )
         return super().read(name, value)
 
@@ -234,7 +238,15 @@ OPTIONS = (
         "kv_cache_dtype",
         CacheDtype(),
         "what is computed in",
-        "how keys and values are kept; on a CPU bfloat16 halves the cache, on a GPU there is no other",
+        "how keys and values are kept: int8 takes half of 16 bits, with scales a little more (see kv_scales); on a CPU "
+        "bfloat16 or float16, too",
+        EVERYWHERE,
+    ),
+    Option(
+        "kv_scales",
+        Given(),
+        "kv_scales.json beside the weights, else those made at the first load, kept in the user's cache folder",
+        "JSON file with what int8 keys are measured in, which `paddle-qwen1m calibrate-kv` makes",
         EVERYWHERE,
     ),
     Option(

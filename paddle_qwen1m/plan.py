@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Callable
 
 from paddle_qwen1m.config import BLOCK, ModelConfig, SparseBudgets
-from paddle_qwen1m.dtypes import itemsize
+from paddle_qwen1m.dtypes import INT8, itemsize
 from paddle_qwen1m.weights.tensors import published_shapes
 
 FEW_ROWS, SHARED_ROWS = 1024, 8192
@@ -34,8 +34,24 @@ def parameters(config: ModelConfig) -> int:
 
 
 def cache_bytes_per_token(config: ModelConfig, dtype: str) -> int:
-    """Bytes that the keys and values of one token take over all layers (spec section 1.1)."""
-    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * itemsize(dtype)
+    """Bytes that the keys and values of one token take over all layers (spec section 1.1), their scales included."""
+    size = 1 if dtype == INT8 else itemsize(dtype)
+    numbers = 2 * config.num_layers * config.num_kv_heads * config.head_dim * size
+    return numbers + scale_bytes_per_token(config, dtype)
+
+
+def scale_bytes_per_token(config: ModelConfig, dtype: str) -> int:
+    """Those of them that are scales: float16 numbers of an int8 cache, for the key and the value of each KV head."""
+    return 2 * config.num_layers * config.num_kv_heads * 2 if dtype == INT8 else 0
+
+
+def widened_bytes(config: ModelConfig, length: int, cache_dtype: str, dtype: str) -> int:
+    """Bytes of the room where one layer's int8 keys and values of a context are copied for kernels that read 16 bits; a
+    CPU, which computes in float32, has none.
+    """
+    if cache_dtype != INT8 or itemsize(dtype) != 2:
+        return 0
+    return 2 * length * config.num_kv_heads * config.head_dim * itemsize(dtype)
 
 
 def sparse_bytes(config: ModelConfig, rows: int, length: int, budgets: SparseBudgets) -> int:
@@ -145,7 +161,8 @@ def plan_memory(
         length=length,
         weights=weight_bytes,
         cache=length * cache_bytes_per_token(config, cache_dtype),
-        activations=prefill_bytes(config, min(length, max_num_batched_tokens), length, budgets, dtype),
+        activations=prefill_bytes(config, min(length, max_num_batched_tokens), length, budgets, dtype)
+        + widened_bytes(config, length, cache_dtype, dtype),
     )
 
 

@@ -26,7 +26,7 @@ fileio             ops
 parallel           config ops
 weights            config dtypes fileio ops parallel progress
 plan               config dtypes weights
-cache              config fileio ops
+cache              config dtypes fileio ops
 attention          cache config ops
 model              attention cache config dtypes ops parallel weights
 engine             attention cache config dtypes memory model ops options parallel plan

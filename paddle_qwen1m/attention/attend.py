@@ -20,19 +20,44 @@ def attend(
     `projected` is what the queries of sparse pieces are rotated from once more, to choose keys; `selector` does that.
     Pauses behind each group of row blocks that the step names.
     """
-    keys, values, chunk_len = cache
     if step.lengths is not None:
-        return ops.dca_decode(q, keys, values, step.block_tables, step.lengths, step.scale, chunk_len)
+        return ops.dca_decode(
+            q,
+            cache.keys,
+            cache.values,
+            step.block_tables,
+            step.lengths,
+            step.scale,
+            cache.chunk_len,
+            cache.quantised,
+        )
     out = paddle.empty(q.shape[1:], q.dtype)
-    for pieces in step.dense_pieces:
-        ops.dca_prefill(q, out, keys, values, step.block_tables, pieces, step.scale, chunk_len)
+    for dense in step.dense_pieces:
+        keys, values, chunk_len, quantised, _ = cache.readable(dense.pages)
+        where = dense.block_tables, dense.pieces, step.scale, chunk_len
+        ops.dca_prefill(q, out, keys, values, *where, quantised=quantised)
         yield
     for sparse in step.sparse_pieces:
         assert selector is not None
-        piece, table = sparse.piece, sparse.block_table
-        index = selector.choose(sparse, projected, cache, heads=q.shape[2])
-        where = piece.row, piece.begin, piece.rows, chunk_len, sparse.scale
+        piece = sparse.piece
+        index = selector.choose(sparse, projected, cache.readable(sparse.pages), heads=q.shape[2])
         for first, count in sparse.groups:
-            ops.dca_sparse_prefill(q, out, keys, values, table, index, *where, first_block=first, num_blocks=count)
+            keys, values, chunk_len, quantised, _ = cache.readable(sparse.pages)  # in a pause others read theirs
+            ops.dca_sparse_prefill(
+                q,
+                out,
+                keys,
+                values,
+                sparse.block_table,
+                index,
+                piece.row,
+                piece.begin,
+                piece.rows,
+                chunk_len,
+                sparse.scale,
+                first_block=first,
+                num_blocks=count,
+                quantised=quantised,
+            )
             yield
     return out

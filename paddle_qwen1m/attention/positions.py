@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from paddle_qwen1m.config import BLOCK, DualChunkConfig
+from paddle_qwen1m.config import BLOCK, DualChunkConfig, ModelConfig
 from paddle_qwen1m.ops import PROBE_ROWS
 
 
@@ -55,6 +55,12 @@ def pieces(begin: int, end: int, chunk_len: int, row: int = 0) -> Iterator[Piece
         yield Piece(row, begin, stop - begin)
         row += stop - begin
         begin = stop
+
+
+def inv_freq(config: ModelConfig) -> np.ndarray:
+    """Radians that a token turns each rotation pair by, float32 [D / 2]."""
+    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    return np.float32(1.0) / np.float32(config.rope_theta) ** exponents
 
 
 def num_variants(length: int, chunk_len: int) -> int:

@@ -47,7 +47,9 @@ class Selector:
         piece, budgets = sparse.piece, self.budgets
         first = piece.row + piece.rows - piece.probe_rows
         critical = ops.rotate_queries(*projected, sparse.critical_rotary, first, heads)
-        sums = ops.dca_probe(critical, cache.keys, sparse.block_table, piece.end, cache.chunk_len, sparse.scale)
+        sums = ops.dca_probe(
+            critical, cache.keys, sparse.block_table, piece.end, cache.chunk_len, sparse.scale, cache.quantised
+        )
         columns, slashes = ops.select_critical(
             *sums, budgets.vertical, budgets.slash, budgets.max_vertical, budgets.max_slash
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,7 +43,7 @@ class SequenceRows:
 class SparsePiece:
     """A piece that attends to chosen keys only. `critical_rotary` float32 [V, n, D] rotates its n probe rows.
 
-    groups: the first and the number of the row blocks that are computed between two pauses.
+    groups: the first and the number of the row blocks that are computed between two pauses. pages: as of DensePieces.
     """
 
     piece: Piece
@@ -51,6 +51,19 @@ class SparsePiece:
     scale: float
     critical_rotary: paddle.Tensor
     groups: Sequence[tuple[int, int]]
+    pages: paddle.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class DensePieces:
+    """Pieces that are computed between two pauses: int32 [P, 4] in host memory. block_tables: int32 [S, W].
+
+    pages: int32 [n], what a cache whose pages are copied for its readers is to copy; the tables then count in them.
+    """
+
+    pieces: paddle.Tensor
+    block_tables: paddle.Tensor
+    pages: paddle.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -59,7 +72,7 @@ class Step:
     (decode), or the rows are prefilled: densely where `dense_pieces` say so, sparsely in `sparse_pieces`.
 
     ids, slots: int64 [T]. rotary: float32 [V, T, D]. block_tables: int32 [S, W]. scale: float32 [S], D^-0.5 m(n)^2.
-    lengths: int32 [S]. dense_pieces: int32 [P, 4] in host memory each, those that are computed between two pauses.
+    lengths: int32 [S].
     logit_rows: int64 [n], the rows of a prefill whose logits are wanted; decode gives those of every row.
     """
 
@@ -70,7 +83,7 @@ class Step:
     scale: paddle.Tensor
     logit_rows: paddle.Tensor | None = None
     lengths: paddle.Tensor | None = None
-    dense_pieces: Sequence[paddle.Tensor] = ()
+    dense_pieces: Sequence[DensePieces] = ()
     sparse_pieces: Sequence[SparsePiece] = ()
 
 
@@ -80,6 +93,20 @@ def page_tables(pages: Sequence[Sequence[int]]) -> paddle.Tensor:
     for table, row in zip(tables, pages):
         table[: len(row)] = row
     return ops.tensor(tables)
+
+
+def copied_together(pieces: Sequence[tuple[int, Piece]], pages: Sequence[int], most: int) -> Iterator[list[int]]:
+    """The numbers of neighbouring sequences, of which each has so many `pages`, together at most `most`."""
+    together: list[int] = []
+    for number, _ in pieces:
+        if number in together:
+            continue
+        if together and sum(pages[one] for one in together) + pages[number] > most:
+            yield together
+            together = []
+        together.append(number)
+    if together:
+        yield together
 
 
 def groups(pieces: Iterable[tuple[int, Piece]], row_blocks: int) -> list[np.ndarray]:
@@ -98,14 +125,17 @@ def groups(pieces: Iterable[tuple[int, Piece]], row_blocks: int) -> list[np.ndar
     return [np.asarray(group, np.int32) for group in made]
 
 
+def _host(group: np.ndarray) -> paddle.Tensor:
+    return paddle.to_tensor(group, place=paddle.CPUPlace())
+
+
 class StepBuilder:
     """Makes steps for one model: knows its rotary frequencies and attention scale."""
 
     def __init__(self, config: ModelConfig) -> None:
         self._dual_chunk = config.dual_chunk
         self._head_dim = config.head_dim
-        exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
-        self._inv_freq = ops.tensor(np.float32(1.0) / np.float32(config.rope_theta) ** exponents)
+        self._inv_freq = ops.tensor(positions.inv_freq(config))
 
     def prefill(
         self, batch: Sequence[SequenceRows], cache: PagedCache, logit_rows: Sequence[int], row_blocks: int = 0
@@ -120,7 +150,7 @@ class StepBuilder:
         for number, rows in enumerate(batch):
             for piece in positions.pieces(rows.begin, rows.end, self._dual_chunk.chunk_len, row):
                 if rows.sparse and piece.worth_choosing:
-                    sparse.append(self._sparse_piece(piece, rows, row_blocks or piece.row_blocks))
+                    sparse.append(self._sparse_piece(piece, rows, cache, row_blocks or piece.row_blocks))
                 else:
                     dense.append((number, piece))
             row += len(rows.ids)
@@ -128,14 +158,15 @@ class StepBuilder:
         variants = positions.num_variants(int(where.max()) + 1, self._dual_chunk.chunk_len)
         rotary_positions = positions.query_positions(where, self._dual_chunk, variants)
         slots = [cache.slots(rows.pages, rows.begin, rows.end) for rows in batch]
+        pages = [list(rows.pages[: -(-rows.end // cache.page_size)]) for rows in batch]
         return Step(
             ids=ops.tensor(np.concatenate([rows.ids for rows in batch])),
             slots=ops.tensor(np.concatenate(slots)),
             rotary=ops.rotary_table(ops.tensor(rotary_positions), self._inv_freq),
-            block_tables=page_tables([rows.pages[: -(-rows.end // cache.page_size)] for rows in batch]),
+            block_tables=(tables := page_tables(pages)),
             scale=ops.tensor(np.asarray([self._scale(rows.length) for rows in batch], np.float32)),
             logit_rows=ops.tensor(np.asarray(logit_rows, np.int64)) if len(logit_rows) else None,
-            dense_pieces=[paddle.to_tensor(group, place=paddle.CPUPlace()) for group in groups(dense, row_blocks)],
+            dense_pieces=list(self._dense_pieces(dense, pages, tables, cache, row_blocks)),
             sparse_pieces=sparse,
         )
 
@@ -156,13 +187,36 @@ class StepBuilder:
         )
         return Step(ids, slots, rotary, block_tables, scale, lengths=lengths)
 
-    def _sparse_piece(self, piece: Piece, rows: SequenceRows, row_blocks: int) -> SparsePiece:
+    def _dense_pieces(
+        self,
+        pieces: Sequence[tuple[int, Piece]],
+        pages: Sequence[Sequence[int]],
+        tables: paddle.Tensor,
+        cache: PagedCache,
+        row_blocks: int,
+    ) -> Iterator[DensePieces]:
+        if cache.widened is None:
+            yield from (DensePieces(_host(group), tables) for group in groups(pieces, row_blocks))
+            return
+        for together in copied_together(pieces, [len(held) for held in pages], cache.widened.num_pages):
+            copied = [page for number in together for page in pages[number]]
+            firsts = dict(zip(together, np.cumsum([0, *(len(pages[number]) for number in together)]).tolist()))
+            own = [range(firsts[n], firsts[n] + len(held)) if n in firsts else [0] for n, held in enumerate(pages)]
+            where = page_tables(own), ops.tensor(np.asarray(copied, np.int32))
+            for group in groups([piece for piece in pieces if piece[0] in firsts], row_blocks):
+                yield DensePieces(_host(group), *where)
+
+    def _sparse_piece(self, piece: Piece, rows: SequenceRows, cache: PagedCache, row_blocks: int) -> SparsePiece:
+        pages, table = np.asarray(rows.pages[: -(-piece.end // cache.page_size)], np.int32), None
+        if cache.widened is not None:
+            table = np.arange(len(pages), dtype=np.int32)
         probe = np.arange(piece.end - piece.probe_rows, piece.end)
         variants = positions.num_variants(piece.end, self._dual_chunk.chunk_len)
         critical = positions.critical_positions(probe, self._dual_chunk, variants)
         return SparsePiece(
             piece=piece,
-            block_table=ops.tensor(np.asarray(rows.pages, np.int32)),
+            block_table=ops.tensor(pages if table is None else table),
+            pages=None if table is None else ops.tensor(pages),
             scale=self._scale(rows.length),
             critical_rotary=ops.rotary_table(ops.tensor(critical), self._inv_freq),
             groups=[

@@ -19,6 +19,9 @@ from paddle_qwen1m.fileio.staging import Staging
 BLOCK_BYTES = 1 << 20
 """Of a file, read or written and checked at once: few enough that a core's cache holds them between these."""
 UNFINISHED = -1
+Run = tuple[np.ndarray, int, int]
+"""Addresses int64 of pieces that follow each other in a block, 0 for those that are not wanted; the bytes of each, and
+where in the block the first begins."""
 
 logger = logging.getLogger(__name__)
 
@@ -158,13 +161,14 @@ class Transfers:
         staging = self._staging[False]
         try:
             with self._store.open(segment.name, self._header(transfer, segment)) as reader:
-                for number, addresses in enumerate(self._blocks(transfer, segment)):
+                for number, runs in enumerate(self._blocks(transfer, segment)):
                     buffer = staging.next()
                     block = reader.read(number, buffer.memory)
                     with transfer.lock:
                         if transfer.given_up:
                             return False
-                        buffer.scatter(addresses, self._cache.piece_bytes)
+                        for addresses, nbytes, offset in runs:
+                            buffer.scatter(addresses, nbytes, offset)
                     transfer.nbytes += block.nbytes
         finally:
             staging.wait()
@@ -189,14 +193,15 @@ class Transfers:
             return self._store.path(segment.name).exists()
         staging = self._staging[True]
         with writer:
-            for addresses in self._blocks(transfer, segment):
+            for runs in self._blocks(transfer, segment):
                 buffer = staging.next()
                 with transfer.lock:
                     if transfer.given_up:
                         return False
-                    buffer.gather(addresses, self._cache.piece_bytes)
+                    for addresses, nbytes, offset in runs:
+                        buffer.gather(addresses, nbytes, offset)
                     buffer.wait()
-                block = buffer.memory[: addresses.size * self._cache.piece_bytes]
+                block = buffer.memory[: offset + addresses.size * nbytes]
                 writer.write(block)
                 transfer.nbytes += block.nbytes
             writer.publish()
@@ -205,7 +210,6 @@ class Transfers:
     def _header(self, transfer: Transfer, segment: StoredSegment) -> Header:
         """What its file says of itself."""
         tokens = segment.end - segment.begin
-        pieces = 2 * len(self._cache.layers) * (tokens // self._cache.page_size)
         return {
             "document": transfer.document,
             "made_under": transfer.made_under,
@@ -213,16 +217,28 @@ class Transfers:
             "end": segment.end,
             "shape": self._shape,
             "dtype": self._dtype,
-            "data_bytes": pieces * self._cache.piece_bytes,
+            "data_bytes": tokens // self._cache.page_size * self._cache.page_bytes,
             "block_bytes": self._block_bytes,
         }
 
-    def _blocks(self, transfer: Transfer, segment: StoredSegment) -> Iterator[np.ndarray]:
-        """Addresses int64 of the pieces of each block, 0 for those of pages before `first`."""
+    def _blocks(self, transfer: Transfer, segment: StoredSegment) -> Iterator[list[Run]]:
+        """The pieces of each block; those of pages before `first` are not wanted. The scales of an int8 cache stand behind
+        all keys and values: a block holds a whole number of pieces of either size.
+        """
         size, layers = self._cache.page_size, 2 * len(self._cache.layers)
         begin, end = max(0, segment.begin - transfer.first) // size, (segment.end - transfer.first) // size
-        absent = max(0, transfer.first - segment.begin) // size
-        held = self._cache.addresses(transfer.pages[begin:end])
-        addresses = np.concatenate([np.zeros((layers, absent), np.int64), held], axis=1).reshape(-1)
-        step = self._block_bytes // self._cache.piece_bytes
-        return (addresses[place : place + step] for place in range(0, addresses.size, step))
+        absent = np.zeros((layers, max(0, transfer.first - segment.begin) // size), np.int64)
+        block: list[Run] = []
+        filled = 0
+        for held, nbytes in self._cache.addresses(transfer.pages[begin:end]):
+            addresses = np.concatenate([absent, held], axis=1).reshape(-1)
+            while addresses.size:
+                count = (self._block_bytes - filled) // nbytes
+                block.append((addresses[:count], nbytes, filled))
+                filled += block[-1][0].size * nbytes
+                addresses = addresses[count:]
+                if filled == self._block_bytes:
+                    yield block
+                    block, filled = [], 0
+        if block:
+            yield block

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Callable
 
 from paddle_qwen1m.cache import choose_page_size
 from paddle_qwen1m.config import ModelConfig, SparseBudgets
-from paddle_qwen1m.dtypes import itemsize
+from paddle_qwen1m.dtypes import INT8, itemsize
 from paddle_qwen1m.engine.core import Request
 from paddle_qwen1m.options import AUTO, EngineOptions, default_batched_tokens, default_pause_tokens
 from paddle_qwen1m.parallel.split import local_config
-from paddle_qwen1m.plan import cache_bytes_per_token, longest_context, parameters, workspace_bytes
+from paddle_qwen1m.plan import cache_bytes_per_token, longest_context, parameters, widened_bytes, workspace_bytes
 
 LEFT_TO_THE_DRIVER = 1_500_000_000
 """Bytes of a GPU that nobody asked for share of it: libraries' buffers, and what allocators round up."""
@@ -56,7 +56,7 @@ def cache_pages(needed: Sequence[int], spare: int, budget: Budget, *, page_size:
             f"{largest * page_size:,} tokens need {(wanted + budget.activations) / 1e9:.1f} GB beside the weights "
             f"({wanted / 1e9:.1f} GB of keys and values, {budget.activations / 1e9:.1f} GB of activations), and "
             f"{(budget.available or 0) / 1e9:.1f} GB are available: a shorter prompt or answer, fewer "
-            "max_num_batched_tokens, kv_cache_dtype bfloat16 on a CPU, or more ranks need less"
+            "max_num_batched_tokens, kv_cache_dtype int8, or more ranks need less"
         )
     return max(largest, min(together + spare * len(needed), fits))
 
@@ -122,11 +122,12 @@ class Need:
     ) -> Need:
         """Of one rank of `degree`. kept: the type of the weights; computed: what is computed in."""
         local = local_config(shapes, degree)
+        cached = options.kv_cache_dtype or computed
         chunk = options.max_num_batched_tokens or default_batched_tokens(on_gpu)
         page_size = choose_page_size(shapes.dual_chunk.chunk_len, options.page_size)
 
         def workspace(length: int) -> int:
-            return workspace_bytes(
+            return widened_bytes(local, length, cached, computed) + workspace_bytes(
                 local,
                 length,
                 max_num_batched_tokens=chunk,
@@ -138,7 +139,7 @@ class Need:
 
         return cls(
             weights=parameters(local) * itemsize(kept),
-            page_bytes=page_size * cache_bytes_per_token(local, options.kv_cache_dtype or computed),
+            page_bytes=page_size * cache_bytes_per_token(local, cached),
             page_size=page_size,
             workspace=workspace,
             longest=shapes.max_position_embeddings,
@@ -156,6 +157,33 @@ class Capacity:
 
     max_model_len: int
     cache_tokens: int
+
+
+def with_fitting_cache(
+    shapes: ModelConfig,
+    degree: int,
+    options: EngineOptions,
+    budgets: SparseBudgets | None,
+    allowance: Allowance,
+    max_model_len: int | None,
+    *,
+    kept: str,
+    computed: str,
+    on_gpu: bool,
+) -> EngineOptions:
+    """The options, with an int8 cache where nobody chose how keys and values are kept, contexts of max_model_len do not
+    fit as they are computed, and do fit in int8. The arguments are those of Need.of and choose_capacity.
+    """
+    if options.kv_cache_dtype is not None or max_model_len == AUTO:
+        return options
+    smaller = replace(options, kv_cache_dtype=INT8)
+    wanted = shapes.max_position_embeddings if max_model_len is None else max_model_len
+
+    def fits(options: EngineOptions) -> bool:
+        need = Need.of(shapes, degree, options, budgets, kept=kept, computed=computed, on_gpu=on_gpu)
+        return (longest_fitting(need, allowance) or 0) >= wanted
+
+    return smaller if not fits(options) and fits(smaller) else options
 
 
 def choose_capacity(need: Need, allowance: Allowance, max_model_len: int | None) -> Capacity:

@@ -33,8 +33,10 @@ from paddle_qwen1m.cache import (
     choose_page_size,
     salt_digest,
 )
+from paddle_qwen1m.cache.kv_scales import KVScales
 from paddle_qwen1m.cache.transfers import UNFINISHED
 from paddle_qwen1m.config import ModelConfig, SparseBudgets
+from paddle_qwen1m.dtypes import INT8
 from paddle_qwen1m.engine.admission import Budget, Limits, cache_pages
 from paddle_qwen1m.engine.borders import Chunking
 from paddle_qwen1m.engine.choosing import Chooser
@@ -69,8 +71,8 @@ from paddle_qwen1m.options import (
     default_inter_token_ms,
     default_pause_tokens,
 )
-from paddle_qwen1m.parallel.split import own_heads
-from paddle_qwen1m.plan import cache_bytes_per_token, workspace_bytes
+from paddle_qwen1m.parallel.split import own_heads, own_kv_heads
+from paddle_qwen1m.plan import cache_bytes_per_token, widened_bytes, workspace_bytes
 
 logger = logging.getLogger(__name__)
 MEGABYTE = 1 << 20
@@ -106,6 +108,7 @@ class Engine:
         self.model = model
         self.compile_grammar = compile_grammar
         self._weights = weights
+        self._scales = KVScales.none(model.config)
         self._scheduler: Scheduler | None = None
         self._pool: PagePool | None = None
         self._prefixes: PrefixIndex | None = None
@@ -133,9 +136,9 @@ class Engine:
                 f"max_model_len must be at most max_position_embeddings, {config.max_position_embeddings}, got "
                 f"{options.max_model_len}"
             )
-        if model.on_gpu and options.kv_cache_dtype not in (None, model.compute_dtype):
+        if model.on_gpu and options.kv_cache_dtype not in (None, model.compute_dtype, INT8):
             raise ValueError(
-                f"kv_cache_dtype on a GPU must be that of the computation, {model.compute_dtype}, got "
+                f"kv_cache_dtype on a GPU must be that of the computation, {model.compute_dtype}, or {INT8}, got "
                 f"{options.kv_cache_dtype}"
             )
         page_size = choose_page_size(config.dual_chunk.chunk_len, options.page_size)
@@ -185,6 +188,13 @@ class Engine:
                 budgets_digest(budgets.vertical, budgets.slash), chunking.chunk_tokens, chunking.part_tokens
             )
         )
+
+    def use_scales(self, scales: KVScales) -> None:
+        """From now on an int8 cache is kept in this frame, of the whole model. ValueError for another model's."""
+        assert self.is_idle, "what is cached belongs to the scales that it was made with"
+        scales.check_fit(self.model.config, self._weights, "scales of an int8 cache")
+        self.release_cache()
+        self._scales = scales
 
     @property
     def is_idle(self) -> bool:
@@ -635,9 +645,9 @@ class Engine:
         """What else than tokens and m decides about the keys of a request's prompt."""
         config, degree = self.model.config, self.model.group.degree
         heads = tuple((own.start, own.stop) for own in (own_heads(config.num_heads, degree, n) for n in range(degree)))
-        return MadeUnder(
-            self._weights, self.model.compute_dtype, self.kv_cache_dtype, heads, salt_digest(request.cache_salt), sparse
-        ).name
+        kept = f"{INT8}/{self._scales.digest}" if self.kv_cache_dtype == INT8 else self.kv_cache_dtype
+        salt = salt_digest(request.cache_salt)
+        return MadeUnder(self._weights, self.model.compute_dtype, kept, heads, salt, sparse).name
 
     def _new_id(self) -> str:
         return f"call-{next(self._numbers)}"
@@ -691,9 +701,9 @@ class Engine:
 
     def _budget(self, longest: int, available: int) -> Budget:
         """What a cache for requests of up to `longest` tokens depends on."""
-        return Budget(
-            self._page_bytes, self._workspace(longest), None if available == UNKNOWN * MEGABYTE else available
-        )
+        copied = widened_bytes(self.model.local, self.page_size, self.kv_cache_dtype, self.model.compute_dtype)
+        known = None if available == UNKNOWN * MEGABYTE else available
+        return Budget(self._page_bytes + copied, self._workspace(longest), known)
 
     def _workspace(self, longest: int) -> int:
         """Bytes that computing takes while requests of up to `longest` tokens are served."""
@@ -714,7 +724,12 @@ class Engine:
         if pages == 0:
             return
         model, options = self.model, self.options
-        cache = PagedCache(model.local, pages, self.page_size, self.kv_cache_dtype)
+        scales, widened = None, None
+        if self.kv_cache_dtype == INT8:
+            scales = self._scales.of_heads(own_kv_heads(model.config.num_kv_heads, model.group.degree, model.group.rank))
+            most = min(pages, self._pages_for(self.max_model_len))
+            widened = (most, model.compute_dtype) if model.on_gpu else None
+        cache = PagedCache(model.local, pages, self.page_size, self.kv_cache_dtype, scales, widened)
         if self._leads:
             self._pool = PagePool(pages, self.page_size, self._copy_page)
             self._chooser = Chooser(options.max_num_seqs, model.config.vocab_size)

@@ -35,23 +35,25 @@ class PieceBuffer:
         self.memory = self._parcel.array(0, (size,), np.dtype(np.uint8))
         """uint8 [size]"""
 
-    def gather(self, addresses: np.ndarray, nbytes: int) -> None:
-        """Fills the buffer with pieces of `nbytes` each at int64 addresses of the device, 0 for none; see `wait`."""
-        self._copy("gather", addresses, nbytes)
+    def gather(self, addresses: np.ndarray, nbytes: int, offset: int = 0) -> None:
+        """Fills the buffer, from `offset` on, with pieces of `nbytes` each at int64 addresses of the device, 0 for none;
+        see `wait`.
+        """
+        self._copy("gather", addresses, nbytes, offset)
 
-    def scatter(self, addresses: np.ndarray, nbytes: int) -> None:
-        """Copies what is in the buffer, piece by piece, to these addresses; see `wait`."""
-        self._copy("scatter", addresses, nbytes)
+    def scatter(self, addresses: np.ndarray, nbytes: int, offset: int = 0) -> None:
+        """Copies what is in the buffer, from `offset` on, piece by piece to these addresses; see `wait`."""
+        self._copy("scatter", addresses, nbytes, offset)
 
     def wait(self) -> None:
         """Returns when the copies are done."""
         while not self._parcel.arrived(SLICE_SECONDS):
             pass
 
-    def _copy(self, direction: str, addresses: np.ndarray, nbytes: int) -> None:
+    def _copy(self, direction: str, addresses: np.ndarray, nbytes: int, offset: int) -> None:
         where = np.ascontiguousarray(addresses, np.int64)
-        assert where.size * nbytes <= self.memory.size
-        pieces = _Pieces(where.ctypes.data, where.size, nbytes, self._parcel.address, 0)
+        assert offset + where.size * nbytes <= self.memory.size
+        pieces = _Pieces(where.ctypes.data, where.size, nbytes, self._parcel.address, offset)
         status = _function(self._device, direction)(ctypes.byref(pieces))
         if status:
             raise RuntimeError(f"copying between the host and the GPU failed with CUDA error {status}")

@@ -16,7 +16,7 @@ from paddlenlp.transformers.model_utils import no_init_weights
 from paddlenlp.utils.log import logger
 
 from paddle_qwen1m.config import SparseBudgets
-from paddle_qwen1m.dtypes import dtype_name
+from paddle_qwen1m.dtypes import INT8, dtype_name
 from paddle_qwen1m.engine import Engine, SamplingParams
 from paddle_qwen1m.model import Qwen2OneM
 from paddle_qwen1m.options import EngineOptions, Face, describe_options, read_loading_options
@@ -33,6 +33,7 @@ from paddle_qwen1m.paddlenlp.loading import (
     read_defaults,
     read_weights,
 )
+from paddle_qwen1m.paddlenlp.scales import find_scales, use_scales
 from paddle_qwen1m.parallel.group import ALONE, Group
 from paddle_qwen1m.text import decoder, stopper
 from paddle_qwen1m.weights.digest import checkpoint_digest
@@ -111,7 +112,10 @@ class Qwen2OneMForCausalLM(PretrainedModel):  # type: ignore[misc]
             else None
         )
         defaults = read_defaults(checkpoint, described)
-        weights = "" if engine_options.prefix_store is None else checkpoint_digest(checkpoint.fetch_weights())
+        int8 = engine_options.kv_cache_dtype == INT8
+        named = int8 or engine_options.prefix_store is not None
+        weights = checkpoint_digest(checkpoint.fetch_weights()) if named else ""
+        scales = find_scales(checkpoint, shapes, given.get("kv_scales"), weights) if int8 else None
         with no_init_weights(_enable=True):
             model = cls(
                 config,
@@ -123,6 +127,7 @@ class Qwen2OneMForCausalLM(PretrainedModel):  # type: ignore[misc]
             )
         model.use_defaults(defaults)
         read_weights(model.model, checkpoint, described, group)
+        use_scales(model.engine, checkpoint, scales, weights)
         return model
 
     @classmethod

@@ -15,8 +15,9 @@ from paddlenlp.utils.log import logger
 
 from paddle_qwen1m import ops
 from paddle_qwen1m.config import ModelConfig, SparseBudgets
+from paddle_qwen1m.dtypes import INT8
 from paddle_qwen1m.engine import Engine, SamplingParams
-from paddle_qwen1m.engine.admission import Allowance, Capacity, Need, choose_capacity
+from paddle_qwen1m.engine.admission import Allowance, Capacity, Need, choose_capacity, with_fitting_cache
 from paddle_qwen1m.engine.grammar import GrammarCompiler
 from paddle_qwen1m.engine.params import StructuredOutputsParams
 from paddle_qwen1m.engine.rules import Grammar
@@ -36,6 +37,7 @@ from paddle_qwen1m.paddlenlp.loading import (
     look_up_budgets,
     read_weights,
 )
+from paddle_qwen1m.paddlenlp.scales import find_scales, use_scales
 from paddle_qwen1m.parallel.group import Group
 from paddle_qwen1m.parallel.split import check_degree
 from paddle_qwen1m.weights.digest import checkpoint_digest
@@ -147,18 +149,27 @@ def load_engine(model: str, options: Mapping[str, Any]) -> Engine:
     budgets = find_budgets(checkpoint, shapes, given.get("sparse_budgets"), chosen) if chosen.sparse else None
     dtype = given.get("dtype") or shapes.dtype
     kept, computed = device_dtypes(dtype)
-    need = Need.of(shapes, group.degree, chosen, budgets, kept=kept, computed=computed, on_gpu=ops.on_gpu())
-    capacity = choose_capacity(need, _allowance(group, given), asked_length)
+    shape = {"kept": kept, "computed": computed, "on_gpu": ops.on_gpu()}
+    allowance = _allowance(group, given)
+    chosen = with_fitting_cache(shapes, group.degree, chosen, budgets, allowance, asked_length, **shape)
+    need = Need.of(shapes, group.degree, chosen, budgets, **shape)
+    capacity = choose_capacity(need, allowance, asked_length)
+    weights = checkpoint_digest(checkpoint.fetch_weights())
+    int8 = chosen.kv_cache_dtype == INT8
+    scales = find_scales(checkpoint, shapes, given.get("kv_scales"), weights) if int8 else None
     if group.rank == 0:
+        if int8 and "kv_cache_dtype" not in given:
+            logger.info("kv_cache_dtype: int8, since the context would not fit in 16 bits; another one can be asked for")
         _tell(capacity, need, asked_length)
     engine = Engine(
         Qwen2OneM(shapes, dtype, group),
         replace(chosen, max_model_len=capacity.max_model_len, cache_tokens=capacity.cache_tokens),
         budgets,
-        weights=checkpoint_digest(checkpoint.fetch_weights()),
+        weights=weights,
         compile_grammar=_grammars(checkpoint, shapes.vocab_size),
     )
     read_weights(engine.model, checkpoint, described, group)
+    use_scales(engine, checkpoint, scales, weights)
     engine.reserve()
     return engine
 

@@ -90,3 +90,9 @@ def local_config(config: ModelConfig, degree: int) -> ModelConfig:
 def own_heads(num_heads: int, degree: int, rank: int) -> slice:
     """Which of the model's query heads are a rank's."""
     return slice(rank * num_heads // degree, (rank + 1) * num_heads // degree)
+
+
+def own_kv_heads(num_kv_heads: int, degree: int, rank: int) -> slice:
+    """Which of the model's KV heads are a rank's; where there are more ranks, neighbours have the same one."""
+    part = Cut(ROWS, num_kv_heads).part(num_kv_heads, degree, rank)
+    return slice(part.begin, part.end)

@@ -17,6 +17,7 @@ from small_model import CONFIG
 
 from paddle_qwen1m import ops
 from paddle_qwen1m.cache import M2Range, PagedCache, PrefixStore, StoredSegment, Transfer, Transfers, transfers
+from paddle_qwen1m.cache.kv_scales import KVScales
 from paddle_qwen1m.cache.segment_file import SegmentReader, SegmentWriter
 from paddle_qwen1m.cache.store import segment_name
 from paddle_qwen1m.cache.transfers import UNFINISHED
@@ -27,17 +28,18 @@ BLOCK_PIECES = 3
 """Of a file's blocks: the 16 pieces of a segment are no multiple of it."""
 
 
-@pytest.fixture(params=["float32", "bfloat16"])
+@pytest.fixture(params=["float32", "bfloat16", "int8"])
 def dtype(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
 @pytest.fixture
 def cache(dtype: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> PagedCache:
-    made = PagedCache(CONFIG, PAGES, PAGE, dtype)
+    made = PagedCache(CONFIG, PAGES, PAGE, dtype, KVScales.none(CONFIG))
     for layer in made.layers:
-        for tensor in (layer.keys, layer.values):
-            tensor.copy_(ops.tensor(rng.standard_normal(tensor.shape).astype(np.float32)).astype(dtype), False)
+        for tensor in (layer.keys, layer.values, *(layer.quantised or ())[:1]):
+            random = ops.tensor((30 * rng.standard_normal(tensor.shape)).astype(np.float32))
+            tensor.copy_(random.astype(tensor.dtype), False)
     monkeypatch.setattr(transfers, "BLOCK_BYTES", BLOCK_PIECES * made.piece_bytes + 1)
     return made
 
@@ -55,8 +57,14 @@ def moving(kept: PrefixStore, cache: PagedCache) -> Iterator[Transfers]:
 
 
 def memory(cache: PagedCache) -> np.ndarray:
-    """What is in all pages: uint16 or float32 [2 * layers, pages, page_size, G, D]."""
-    return np.stack([tensor.numpy() for layer in cache.layers for tensor in (layer.keys, layer.values)])
+    """What is in all pages: uint8 [2 * layers, pages, bytes of a page], scales behind the numbers that they belong to."""
+    parts = []
+    for layer in cache.layers:
+        scales = [] if layer.quantised is None else [layer.quantised.scales.numpy()]
+        for side, numbers in enumerate((layer.keys.numpy(), layer.values.numpy())):
+            both = [numbers, *(scale[side] for scale in scales)]
+            parts.append(np.concatenate([one.reshape(PAGES, -1).view(np.uint8) for one in both], axis=1))
+    return np.stack(parts)
 
 
 def segments(count: int) -> list[StoredSegment]:
@@ -97,7 +105,8 @@ def test_the_file_holds_a_layers_keys_then_its_values(
 ) -> None:
     (segment,) = saved(moving, 1)
     data = kept.path(segment.name).read_bytes()[1 << 16 :]
-    assert data.startswith(memory(cache)[:, :PER_SEGMENT].tobytes())
+    numbers, scales = np.split(memory(cache)[:, :PER_SEGMENT], [cache.piece_bytes], axis=2)
+    assert data.startswith(numbers.tobytes() + scales.tobytes())
     with SegmentReader(kept.path(segment.name)) as reader:
         header = reader.header
     assert header["shape"] == [CONFIG.num_layers, 2, CONFIG.num_kv_heads, CONFIG.head_dim]

@@ -1,0 +1,88 @@
+"""Where the scales of an int8 cache come from: a file, or the model's own keys of a text that ships with the package."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from paddlenlp.transformers import AutoTokenizer
+from paddlenlp.utils.log import logger
+
+from paddle_qwen1m.cache.kv_scales import KVScales
+from paddle_qwen1m.config import CONFIGS, ModelConfig
+from paddle_qwen1m.dtypes import INT8
+from paddle_qwen1m.engine import Engine
+from paddle_qwen1m.engine.calibration import calibrate
+from paddle_qwen1m.paddlenlp.hub import Checkpoint
+
+KV_SCALES = "kv_scales.json"
+TEXT = CONFIGS / "kv_calibration.txt"
+MOST_TOKENS = 4096
+"""Of a text that scales are made from."""
+
+
+def kept_scales(weights: str) -> Path:
+    """Where scales are kept that were made for the weights of that digest."""
+    folder = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(folder) / "paddle_qwen1m" / "kv_scales" / f"{weights}.json"
+
+
+def find_scales(checkpoint: Checkpoint, config: ModelConfig, explicit: Any, weights: str) -> KVScales | None:
+    """`explicit`, a file or scales, else the file beside the weights, else those kept since an earlier load, else None.
+
+    weights: the checkpoint's digest. ValueError for scales of another model; OSError for a file that cannot be read.
+    """
+    if isinstance(explicit, KVScales):
+        explicit.check_fit(config, weights, "kv_scales")
+        return explicit
+    path = checkpoint.extra_file(KV_SCALES) if explicit is None else Path(explicit)
+    if path is None:
+        path = kept_scales(weights)
+        if not path.is_file():
+            return None
+    scales = KVScales.from_file(path)
+    scales.check_fit(config, weights, str(path))
+    return scales
+
+
+def use_scales(engine: Engine, checkpoint: Checkpoint, found: KVScales | None, weights: str) -> None:
+    """Gives an engine whose weights are read the scales that its cache needs; where there are none they are made, and
+    kept for the next load. Every rank calls it; what rank 0 has found counts.
+    """
+    if engine.kv_cache_dtype != INT8:
+        return
+    group = engine.model.group
+    if not group.share(found is not None):
+        text = TEXT.read_text(encoding="utf-8")
+        found = make_scales(engine, AutoTokenizer.from_pretrained(str(checkpoint.fetch_tokenizer())), text, weights)
+        if group.rank == 0:
+            _keep(found, kept_scales(weights))
+    elif group.degree > 1:
+        found = _shared(group, found)
+    assert found is not None
+    engine.use_scales(found)
+
+
+def make_scales(engine: Engine, tokenizer: Any, text: str, weights: str) -> KVScales:
+    """From the keys of the first MOST_TOKENS tokens of a text. ValueError for one that is too short."""
+    ids = np.asarray(tokenizer(text, verbose=False)["input_ids"], np.int64)
+    most = min(MOST_TOKENS, engine.model.config.dual_chunk.chunk_len)
+    made = calibrate(engine.model, ids[:most])
+    return KVScales(made.exponents, made.centres, weights)
+
+
+def _shared(group: Any, found: KVScales | None) -> KVScales:
+    """Rank 0's."""
+    numbers = group.share(None if found is None else [found.exponents.tolist(), found.centres.tolist(), found.weights])
+    return KVScales(np.asarray(numbers[0], np.int8), np.asarray(numbers[1], np.float32), numbers[2])
+
+
+def _keep(scales: KVScales, path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scales.write(path)
+        logger.info(f"the scales of the int8 cache are kept in {path}")
+    except OSError as error:
+        logger.warning(f"the scales of the int8 cache are made anew at each load: {path} {error.strerror}")
