@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Callable
 
 from paddle_qwen1m import __version__
 from paddle_qwen1m.calibrate import flags as calibrate_flags
-from paddle_qwen1m.dtypes import DTYPES
+from paddle_qwen1m.dtypes import DTYPES, INT8
 from paddle_qwen1m.evaluate import flags as evaluate_flags
 from paddle_qwen1m.options import TEMPERATURE_TOLERANCE, Dtype, Face, Place, Size, Switch, Whole, options_of
 from paddle_qwen1m.parallel.job import launched_rank, launched_ranks
@@ -170,6 +170,9 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
     for name in ("tensor_parallel_size", "max_num_seqs", "max_num_batched_tokens"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=_at_least(1), metavar="N", help=_llm_help(name))
     parser.add_argument("--max-model-len", type=_length, metavar="N", help=f"{_llm_help('max_model_len')}, or auto")
+    parser.add_argument(
+        "--kv-cache-dtype", choices=("bfloat16", INT8), help="default: int8 where a context fits no other way"
+    )
     _add_debug(parser)
 
 
@@ -187,9 +190,9 @@ def _plan(arguments: argparse.Namespace) -> int:
     from paddle_qwen1m.options import GPU_BATCHED_TOKENS, EngineOptions
     from paddle_qwen1m.planning import GPUS, plan, published, table
 
-    chunk = arguments.max_num_batched_tokens or GPU_BATCHED_TOKENS
+    chunk = arguments.max_num_batched_tokens
     if arguments.table:
-        for line in table(chunk):
+        for line in table(chunk or GPU_BATCHED_TOKENS, arguments.kv_cache_dtype):
             say(line)
         return 0
     if arguments.model is None or (arguments.gpu is None and arguments.gpu_memory is None):
@@ -205,7 +208,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 
             config, budgets = read_shapes(name_argument("--model", arguments.model))
         given = {"max_num_seqs": arguments.max_num_seqs} if arguments.max_num_seqs else {}
-        options = EngineOptions(max_num_batched_tokens=chunk, **given)
+        options = EngineOptions(max_num_batched_tokens=chunk, kv_cache_dtype=arguments.kv_cache_dtype, **given)
         ranks = arguments.tensor_parallel_size or 1
         made = plan(config, memory, ranks=ranks, length=arguments.max_model_len, options=options, budgets=budgets)
     if arguments.json:
@@ -573,6 +576,43 @@ def _convert(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _calibrate_kv_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="checkpoint directory, or a hub name")
+    parser.add_argument(
+        "--text", metavar="FILE", help="UTF-8, - for standard input (default: one of the package's own)"
+    )
+    parser.add_argument(
+        "--out",
+        metavar="FILE",
+        required=True,
+        help="where the scales go; as kv_scales.json beside the weights they are found",
+    )
+    parser.add_argument("--threads", type=_at_least(1), metavar="N", help="CPU threads (default: all)")
+    parser.add_argument("--from-hf-hub", action="store_true", help=options_of(Face.COMMAND)["from_hf_hub"].flag_help)
+    _add_debug(parser)
+
+
+def _calibrate_kv(arguments: argparse.Namespace) -> int:
+    from paddle_qwen1m import ops
+    from paddle_qwen1m.paddlenlp.scales import TEXT, calibrate_checkpoint
+
+    name_argument("MODEL", arguments.model)
+    target = Path(file_argument("--out", arguments.out))
+    text = read_document(arguments.text) if arguments.text is not None else TEXT.read_text(encoding="utf-8")
+    if arguments.threads is not None:
+        ops.set_num_threads(arguments.threads)
+    with as_input():
+        scales = calibrate_checkpoint(arguments.model, text, from_hf_hub=arguments.from_hf_hub)
+        scales.write(target)
+    exponents = scales.exponents
+    say(
+        f"{shown(arguments.out)}: {exponents.shape[0]} layers, {exponents.shape[1]} KV heads; "
+        f"{(exponents > 0).mean():.0%} of the rotation pairs divided, by up to {2 ** int(exponents.max())}; centres up to "
+        f"{scales.largest_centre:.4g}"
+    )
+    return 0
+
+
 def _store_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("action", choices=["list", "verify", "prune"], help="what to do")
     parser.add_argument("directory", metavar="DIR", help="folder that --prefix-store named")
@@ -635,6 +675,13 @@ COMMANDS = (
     Command("eval", "measure what a checkpoint keeps of long texts", _eval_arguments, _eval, logging.ERROR),
     Command("calibrate", "find sparse budgets for a checkpoint", _calibrate_arguments, _calibrate, logging.ERROR),
     Command("convert", "write a checkpoint in another format", _convert_arguments, _convert),
+    Command(
+        "calibrate-kv",
+        "make the scales of an int8 cache for a checkpoint",
+        _calibrate_kv_arguments,
+        _calibrate_kv,
+        logging.ERROR,
+    ),
     Command("store", "show, check or cut down the prefixes that are kept in a folder", _store_arguments, _store),
 )
 

@@ -7,9 +7,11 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from paddle_qwen1m.config import ModelConfig, SparseBudgets, published_budgets
-from paddle_qwen1m.engine.admission import LEFT_TO_THE_DRIVER, Allowance, Need, longest_fitting
+from paddle_qwen1m.dtypes import INT8
+from paddle_qwen1m.engine.admission import LEFT_TO_THE_DRIVER, Allowance, Need, fitting_options, longest_fitting
 from paddle_qwen1m.options import GPU_BATCHED_TOKENS, MAX_NUM_SEQS, EngineOptions
-from paddle_qwen1m.parallel.split import check_degree, degrees
+from paddle_qwen1m.parallel.split import check_degree, degrees, local_config
+from paddle_qwen1m.plan import scale_bytes_per_token
 
 GPUS = {
     "RTX-3090": 25_769_803_776,
@@ -79,14 +81,18 @@ class Way:
 @dataclass(frozen=True)
 class Plan:
     """Bytes on each of `ranks` GPUs, of which the engine may take `allowed`, for contexts of `length` tokens; `longest`
-    is the most that fit, None where the weights and the workspace do not.
+    is the most that fit, None where the weights and the workspace do not. chunk: tokens of a prefill chunk. cache: of keys
+    and values, kept as cache_dtype; scales: of int8 ones.
     """
 
     ranks: int
     allowed: int
     length: int
+    chunk: int
     weights: int
+    cache_dtype: str
     cache: int
+    scales: int
     workspace: int
     longest: int | None
     ways: tuple[Way, ...] = ()
@@ -94,7 +100,7 @@ class Plan:
     @property
     def left(self) -> int:
         """What is not needed; less than 0 where that much is missing."""
-        return self.allowed - self.weights - self.cache - self.workspace
+        return self.allowed - self.weights - self.cache - self.scales - self.workspace
 
     @property
     def fits(self) -> bool:
@@ -106,14 +112,17 @@ class Plan:
     def lines(self) -> Iterator[str]:
         """For people to read."""
         each = "" if self.ranks == 1 else f" of each of {self.ranks} GPUs"
-        for name, size in (
-            ("may be used", self.allowed),
-            ("weights", self.weights),
-            ("keys and values", self.cache),
-            ("workspace", self.workspace),
-            ("left" if self.left >= 0 else "missing", abs(self.left)),
-        ):
-            yield f"{name:<16}{size / 1e9:>8.2f} GB{each if name == 'may be used' else ''}"
+        rows = [("may be used", self.allowed), ("weights", self.weights), ("keys and values", self.cache)]
+        if self.scales:
+            rows.append(("their scales", self.scales))
+        rows += [("workspace", self.workspace), ("left" if self.left >= 0 else "missing", abs(self.left))]
+        remarks = {
+            "may be used": each,
+            "keys and values": f", {self.cache_dtype}",
+            "workspace": f", chunks of {self.chunk:,} tokens",
+        }
+        for name, size in rows:
+            yield f"{name:<16}{size / 1e9:>8.2f} GB{remarks.get(name, '')}"
         longest = "no length" if self.longest is None else f"{self.longest:,} tokens"
         yield f"{self.length:,} tokens {'fit' if self.fits else 'do not fit'}; the longest that fits: {longest}"
         for way in self.ways:
@@ -133,10 +142,11 @@ def plan(
     """What a context of `length` tokens takes, the model's longest by default, where the engine may use `memory` bytes
     of each GPU. budgets: of sparse prefill. ValueError for ranks or a length that the model does not have.
 
-    Where it does not fit, the ways out come in the order of what they cost.
+    Where nobody chose, chunks are smaller and keys and values int8 if it would not fit otherwise, as in the engine. Where
+    it does not fit even so, the ways out come in the order of what they cost.
     """
     check_degree(config, ranks, "tensor_parallel_size")
-    options = options or EngineOptions(max_num_batched_tokens=GPU_BATCHED_TOKENS)
+    options = options or EngineOptions()
 
     def longest(ranks: int, options: EngineOptions) -> int | None:
         return longest_fitting(_need(config, ranks, options, budgets), Allowance(memory))
@@ -147,8 +157,24 @@ def plan(
             f"max_model_len must be 1 to max_position_embeddings, {config.max_position_embeddings}, got {wanted}"
         )
 
+    computed = _computed(config)
+    shape = {"kept": computed, "computed": computed, "on_gpu": True}
+    options = fitting_options(config, ranks, options, budgets, Allowance(memory), wanted, **shape)
+    cache_dtype = options.kv_cache_dtype or computed
     own = _need(config, ranks, options, budgets)
-    made = Plan(ranks, memory, wanted, own.weights, own.cache(wanted), own.workspace(wanted), longest(ranks, options))
+    scales = -(-wanted // own.page_size) * own.page_size * scale_bytes_per_token(local_config(config, ranks), cache_dtype)
+    made = Plan(
+        ranks,
+        memory,
+        wanted,
+        own.chunk,
+        own.weights,
+        cache_dtype,
+        own.cache(wanted) - scales,
+        scales,
+        own.workspace(wanted),
+        longest(ranks, options),
+    )
     if made.fits:
         return made
     ways = []
@@ -166,6 +192,9 @@ def plan(
             for chunk in chunks
         ),
     )
+    if cache_dtype != INT8:
+        int8 = longest(ranks, replace(options, kv_cache_dtype=INT8))
+        ways.append(Way(f"--kv-cache-dtype {INT8}", "keys and values rounded to a byte, with scales", int8))
     more = [degree for degree in degrees(config) if degree > ranks and degree in TABLE_RANKS]
     ways += _enough(
         wanted, (Way(f"--tensor-parallel-size {degree}", "more GPUs", longest(degree, options)) for degree in more)
@@ -177,8 +206,12 @@ def plan(
 
 def _need(config: ModelConfig, ranks: int, options: EngineOptions, budgets: SparseBudgets | None) -> Need:
     """Of a GPU, which keeps and computes in 16 bits."""
-    computed = "bfloat16" if config.dtype == "float32" else config.dtype
+    computed = _computed(config)
     return Need.of(config, ranks, options, budgets, kept=computed, computed=computed, on_gpu=True)
+
+
+def _computed(config: ModelConfig) -> str:
+    return "bfloat16" if config.dtype == "float32" else config.dtype
 
 
 def _enough(wanted: int, ways: Iterable[Way]) -> list[Way]:
@@ -190,11 +223,13 @@ def _enough(wanted: int, ways: Iterable[Way]) -> list[Way]:
     return [] if last is None else [last]
 
 
-def table(chunk: int = GPU_BATCHED_TOKENS) -> Iterator[str]:
+def table(chunk: int = GPU_BATCHED_TOKENS, kv_cache_dtype: str | None = None) -> Iterator[str]:
     """Lines of a Markdown table: a row a model and number of cards, a column a card, thousands of tokens in a cell."""
     yield f"| | cards | {' | '.join(f'{memory} GB' for memory in MEMORIES)} |"
     yield "|---" * (2 + len(MEMORIES)) + "|"
-    options = EngineOptions(max_num_batched_tokens=chunk, max_num_seqs=MAX_NUM_SEQS)
+    options = EngineOptions(
+        max_num_batched_tokens=chunk, max_num_seqs=MAX_NUM_SEQS, kv_cache_dtype=kv_cache_dtype
+    )
     for name, config in PUBLISHED.items():
         for ranks in degrees(config):
             if ranks in TABLE_RANKS:

@@ -30,7 +30,7 @@ cache              config dtypes fileio ops
 attention          cache config ops
 model              attention cache config dtypes ops parallel weights
 engine             attention cache config dtypes memory model ops options parallel plan
-planning           config engine options parallel
+planning           config dtypes engine options parallel plan
 parallel.wire      engine
 parallel.failure   cache engine parallel weights
 parallel.workers   parallel parallel.failure parallel.wire

@@ -17,6 +17,7 @@ from paddle_qwen1m.planning import GPUS, MEMORIES, PUBLISHED, Plan, plan, publis
 
 NEEDLE = Path(__file__).parents[1] / "checkpoints" / "needle"
 WHOLE = 1_010_000
+SIXTEEN_BITS = EngineOptions(max_num_batched_tokens=32_768, kv_cache_dtype="bfloat16")
 
 
 def planned(name: str, memory: int, **given: Any) -> Plan:
@@ -38,10 +39,12 @@ def admitted(name: str, memory: int, ranks: int, options: EngineOptions, length:
 @pytest.mark.parametrize("name", PUBLISHED)
 @pytest.mark.parametrize("memory", [memory * 10**9 for memory in MEMORIES])
 @pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("kept", ["bfloat16", "int8"])
 def test_the_longest_that_fits_is_what_an_engine_would_take_and_no_page_more(
-    name: str, memory: int, ranks: int
+    name: str, memory: int, ranks: int, kept: str
 ) -> None:
-    made, options = planned(name, memory, ranks=ranks), EngineOptions(max_num_batched_tokens=32_768)
+    options = EngineOptions(max_num_batched_tokens=32_768, kv_cache_dtype=kept)
+    made = planned(name, memory, ranks=ranks, options=options)
     if made.longest is None:
         assert not admitted(name, memory, ranks, options, 1)
         return
@@ -50,7 +53,7 @@ def test_the_longest_that_fits_is_what_an_engine_would_take_and_no_page_more(
 
 
 def test_bytes_add_up_and_what_is_missing_is_less_than_nothing_left() -> None:
-    made = planned("14B", 149 * 10**9)
+    made = planned("14B", 149 * 10**9, options=SIXTEEN_BITS)
     assert (made.weights, made.cache) == (2 * 14_770_033_664, -(-WHOLE // 256) * 256 * 196_608)
     assert made.left == made.allowed - made.weights - made.cache - made.workspace < 0 and not made.fits
     fitting = planned("14B", 149 * 10**9, ranks=2)
@@ -58,11 +61,12 @@ def test_bytes_add_up_and_what_is_missing_is_less_than_nothing_left() -> None:
     assert fitting.weights < 0.51 * made.weights and fitting.cache == made.cache // 2
 
 
-@pytest.mark.parametrize(("name", "memory"), [("7B", 24), ("7B", 48), ("14B", 40), ("14B", 141)])
-def test_every_way_out_lets_as_much_fit_as_it_says(name: str, memory: int) -> None:
-    made = planned(name, memory * 10**9)
+@pytest.mark.parametrize("kept", ["bfloat16", "int8"])
+@pytest.mark.parametrize(("name", "memory"), [("7B", 24), ("7B", 40), ("14B", 40), ("14B", 130)])
+def test_every_way_out_lets_as_much_fit_as_it_says(name: str, memory: int, kept: str) -> None:
+    options = {"max_num_batched_tokens": 32_768, "kv_cache_dtype": kept}
+    made = planned(name, memory * 10**9, options=EngineOptions(**options))
     assert not made.fits and made.ways
-    options = {"max_num_batched_tokens": 32_768}
     for way in made.ways:
         flag, number = way.option.split()
         changed: dict[str, Any] = dict(options)
@@ -71,13 +75,36 @@ def test_every_way_out_lets_as_much_fit_as_it_says(name: str, memory: int) -> No
             ranks = int(number)
         elif flag == "--max-model-len":
             length = int(number)
+        elif flag == "--kv-cache-dtype":
+            changed["kv_cache_dtype"] = number
         else:
             changed[flag[2:].replace("-", "_")] = int(number)
         assert length is None or admitted(name, memory * 10**9, ranks, EngineOptions(**changed), length), way
     assert [way.option.split()[0] for way in made.ways] == sorted(
         (way.option.split()[0] for way in made.ways),
-        key=["--max-num-seqs", "--max-num-batched-tokens", "--tensor-parallel-size", "--max-model-len"].index,
+        key=[
+            "--max-num-seqs",
+            "--max-num-batched-tokens",
+            "--kv-cache-dtype",
+            "--tensor-parallel-size",
+            "--max-model-len",
+        ].index,
     )
+
+
+def test_int8_is_chosen_where_a_context_fits_no_other_way_and_nobody_chose() -> None:
+    memory, small = 141 * 10**9, {"max_num_batched_tokens": 16_384, "max_num_seqs": 1}
+    chosen = planned("14B", memory, options=EngineOptions(max_num_seqs=1))
+    assert chosen.chunk == 16_384, "of half a default chunk, since that is what fits"
+    assert chosen.weights + chosen.cache + chosen.scales + chosen.workspace < 140e9
+    asked = planned("14B", memory, options=EngineOptions(**small, kv_cache_dtype="bfloat16"))
+    assert (chosen.cache_dtype, chosen.fits) == ("int8", True) and (asked.cache_dtype, asked.fits) == ("bfloat16", False)
+    tokens = -(-WHOLE // 256) * 256
+    assert (asked.cache, chosen.cache, chosen.scales) == (tokens * 196_608, tokens * 98_304, tokens * 2 * 48 * 8 * 2)
+    assert "their scales" in "\n".join(chosen.lines()) and "their scales" not in "\n".join(asked.lines())
+    copied = 2 * WHOLE * 8 * 128 * 2
+    assert chosen.workspace - asked.workspace == copied, "one layer's keys and values in 16 bits"
+    assert planned("7B", memory).cache_dtype == "bfloat16", "what fits stays as it is computed"
 
 
 def test_a_published_model_is_known_by_its_size_and_its_name() -> None:
@@ -88,9 +115,11 @@ def test_a_published_model_is_known_by_its_size_and_its_name() -> None:
 
 def test_the_command_says_what_it_says_in_json_and_by_its_status(capsys: pytest.CaptureFixture[str]) -> None:
     command = ["plan", "--model", "14B", "--gpu", "h200", "--max-num-batched-tokens", "16384"]
+    command += ["--kv-cache-dtype", "bfloat16"]
     assert cli.main([*command, "--json"]) == 1
     told = json.loads(capsys.readouterr().out)
-    made = planned("14B", GPUS["H200"] - LEFT_TO_THE_DRIVER, options=EngineOptions(max_num_batched_tokens=16_384))
+    options = EngineOptions(max_num_batched_tokens=16_384, kv_cache_dtype="bfloat16")
+    made = planned("14B", GPUS["H200"] - LEFT_TO_THE_DRIVER, options=options)
     assert told == json.loads(json.dumps(made.as_json()))
     assert cli.main([*command, "--tensor-parallel-size", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()

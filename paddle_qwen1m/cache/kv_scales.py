@@ -68,6 +68,12 @@ class KVScales:
         powers = np.exp2(self.exponents[layer].astype(np.float32))
         return np.stack([np.concatenate([powers, powers], axis=-1), self.centres[layer]])
 
+    @property
+    def largest_centre(self) -> float:
+        """In units of the model's keys."""
+        powers = np.exp2(self.exponents.astype(np.float32))
+        return float(np.abs(self.centres * np.concatenate([powers, powers], axis=-1)).max())
+
     def of_heads(self, heads: slice) -> KVScales:
         """Those of some KV heads."""
         return KVScales(

@@ -159,7 +159,7 @@ class Capacity:
     cache_tokens: int
 
 
-def with_fitting_cache(
+def fitting_options(
     shapes: ModelConfig,
     degree: int,
     options: EngineOptions,
@@ -171,19 +171,24 @@ def with_fitting_cache(
     computed: str,
     on_gpu: bool,
 ) -> EngineOptions:
-    """The options, with an int8 cache where nobody chose how keys and values are kept, contexts of max_model_len do not
-    fit as they are computed, and do fit in int8. The arguments are those of Need.of and choose_capacity.
+    """The options, or where contexts of max_model_len do not fit with them, the first of those that let them: on a GPU
+    chunks of half the tokens, an int8 cache, both. What a user chose stays. The arguments are those of Need.of and
+    choose_capacity.
     """
-    if options.kv_cache_dtype is not None or max_model_len == AUTO:
+    if max_model_len == AUTO:
         return options
-    smaller = replace(options, kv_cache_dtype=INT8)
     wanted = shapes.max_position_embeddings if max_model_len is None else max_model_len
-
-    def fits(options: EngineOptions) -> bool:
-        need = Need.of(shapes, degree, options, budgets, kept=kept, computed=computed, on_gpu=on_gpu)
-        return (longest_fitting(need, allowance) or 0) >= wanted
-
-    return smaller if not fits(options) and fits(smaller) else options
+    chunks: list[int | None] = [options.max_num_batched_tokens]
+    if options.max_num_batched_tokens is None and on_gpu:
+        chunks.append(default_batched_tokens(on_gpu) // 2)
+    kinds = [None, INT8] if options.kv_cache_dtype is None else [options.kv_cache_dtype]
+    for kind in kinds:
+        for chunk in chunks:
+            one = replace(options, kv_cache_dtype=kind, max_num_batched_tokens=chunk)
+            need = Need.of(shapes, degree, one, budgets, kept=kept, computed=computed, on_gpu=on_gpu)
+            if (longest_fitting(need, allowance) or 0) >= wanted:
+                return one
+    return options
 
 
 def choose_capacity(need: Need, allowance: Allowance, max_model_len: int | None) -> Capacity:

@@ -190,9 +190,9 @@ class Engine:
         )
 
     def use_scales(self, scales: KVScales) -> None:
-        """From now on an int8 cache is kept in this frame, of the whole model. ValueError for another model's."""
+        """From now on an int8 cache is kept in this frame, of the whole model. ValueError for one of another shape."""
         assert self.is_idle, "what is cached belongs to the scales that it was made with"
-        scales.check_fit(self.model.config, self._weights, "scales of an int8 cache")
+        scales.check_fit(self.model.config, "", "scales of an int8 cache")
         self.release_cache()
         self._scales = scales
 

@@ -16,6 +16,8 @@ from paddle_qwen1m.dtypes import INT8
 from paddle_qwen1m.engine import Engine
 from paddle_qwen1m.engine.calibration import calibrate
 from paddle_qwen1m.paddlenlp.hub import Checkpoint
+from paddle_qwen1m.paddlenlp.loading import find_checkpoint
+from paddle_qwen1m.weights.digest import checkpoint_digest
 
 KV_SCALES = "kv_scales.json"
 TEXT = CONFIGS / "kv_calibration.txt"
@@ -71,6 +73,16 @@ def make_scales(engine: Engine, tokenizer: Any, text: str, weights: str) -> KVSc
     most = min(MOST_TOKENS, engine.model.config.dual_chunk.chunk_len)
     made = calibrate(engine.model, ids[:most])
     return KVScales(made.exponents, made.centres, weights)
+
+
+def calibrate_checkpoint(name: str, text: str, **options: Any) -> KVScales:
+    """Scales of a checkpoint from a text, in this process. options: of from_pretrained. Raises as that, and `make_scales`."""
+    from paddle_qwen1m.paddlenlp.causal_lm import Qwen2OneMForCausalLM
+
+    checkpoint = find_checkpoint(name, options)
+    model = Qwen2OneMForCausalLM.from_pretrained(checkpoint, **options)
+    tokenizer = AutoTokenizer.from_pretrained(str(checkpoint.fetch_tokenizer()))
+    return make_scales(model.engine, tokenizer, text, checkpoint_digest(checkpoint.fetch_weights()))
 
 
 def _shared(group: Any, found: KVScales | None) -> KVScales:

@@ -17,13 +17,13 @@ from paddle_qwen1m import ops
 from paddle_qwen1m.config import ModelConfig, SparseBudgets
 from paddle_qwen1m.dtypes import INT8
 from paddle_qwen1m.engine import Engine, SamplingParams
-from paddle_qwen1m.engine.admission import Allowance, Capacity, Need, choose_capacity, with_fitting_cache
+from paddle_qwen1m.engine.admission import Allowance, Capacity, Need, choose_capacity, fitting_options
 from paddle_qwen1m.engine.grammar import GrammarCompiler
 from paddle_qwen1m.engine.params import StructuredOutputsParams
 from paddle_qwen1m.engine.rules import Grammar
 from paddle_qwen1m.memory import available_host_memory, driver_memory
 from paddle_qwen1m.model import Qwen2OneM, device_dtypes
-from paddle_qwen1m.options import AUTO
+from paddle_qwen1m.options import AUTO, EngineOptions
 from paddle_qwen1m.paddlenlp.generation_keys import token_ids
 from paddle_qwen1m.paddlenlp.hub import Checkpoint, read_json
 from paddle_qwen1m.paddlenlp.loading import (
@@ -151,15 +151,14 @@ def load_engine(model: str, options: Mapping[str, Any]) -> Engine:
     kept, computed = device_dtypes(dtype)
     shape = {"kept": kept, "computed": computed, "on_gpu": ops.on_gpu()}
     allowance = _allowance(group, given)
-    chosen = with_fitting_cache(shapes, group.degree, chosen, budgets, allowance, asked_length, **shape)
+    chosen = fitting_options(shapes, group.degree, chosen, budgets, allowance, asked_length, **shape)
     need = Need.of(shapes, group.degree, chosen, budgets, **shape)
     capacity = choose_capacity(need, allowance, asked_length)
     weights = checkpoint_digest(checkpoint.fetch_weights())
     int8 = chosen.kv_cache_dtype == INT8
     scales = find_scales(checkpoint, shapes, given.get("kv_scales"), weights) if int8 else None
     if group.rank == 0:
-        if int8 and "kv_cache_dtype" not in given:
-            logger.info("kv_cache_dtype: int8, since the context would not fit in 16 bits; another one can be asked for")
+        _tell_choice(chosen, given)
         _tell(capacity, need, asked_length)
     engine = Engine(
         Qwen2OneM(shapes, dtype, group),
@@ -200,6 +199,14 @@ def _tell(capacity: Capacity, need: Need, asked_length: int | None) -> None:
         f"KV cache: {capacity.cache_tokens:,} tokens, {need.cache(capacity.cache_tokens) / 1e9:.1f} GB a rank, "
         f"{contexts:.2f} times max_model_len ({capacity.max_model_len:,})"
     )
+
+
+def _tell_choice(chosen: EngineOptions, given: Mapping[str, Any]) -> None:
+    """What was chosen so that a context fits, and how it is chosen otherwise."""
+    for name in ("kv_cache_dtype", "max_num_batched_tokens"):
+        value = getattr(chosen, name)
+        if name not in given and value is not None:
+            logger.info(f"{name}={value}, since max_model_len would not fit otherwise; what is given is kept to")
 
 
 def _grammars(checkpoint: Checkpoint, vocab_size: int) -> Callable[[StructuredOutputsParams], Grammar]:
