@@ -607,8 +607,8 @@ def _calibrate_kv(arguments: argparse.Namespace) -> int:
     exponents = scales.exponents
     say(
         f"{shown(arguments.out)}: {exponents.shape[0]} layers, {exponents.shape[1]} KV heads; "
-        f"{(exponents > 0).mean():.0%} of the rotation pairs divided, by up to {2 ** int(exponents.max())}; centres up to "
-        f"{scales.largest_centre:.4g}"
+        f"{(exponents > 0).mean():.0%} of the rotation pairs divided, by up to {2 ** int(exponents.max())}; "
+        f"centres up to {scales.largest_centre:.4g}"
     )
     return 0
 

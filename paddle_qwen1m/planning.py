@@ -81,8 +81,8 @@ class Way:
 @dataclass(frozen=True)
 class Plan:
     """Bytes on each of `ranks` GPUs, of which the engine may take `allowed`, for contexts of `length` tokens; `longest`
-    is the most that fit, None where the weights and the workspace do not. chunk: tokens of a prefill chunk. cache: of keys
-    and values, kept as cache_dtype; scales: of int8 ones.
+    is the most that fit, None where the weights and the workspace do not. chunk: tokens of a prefill chunk. cache: of
+    keys and values, kept as cache_dtype; scales: of int8 ones.
     """
 
     ranks: int
@@ -142,8 +142,8 @@ def plan(
     """What a context of `length` tokens takes, the model's longest by default, where the engine may use `memory` bytes
     of each GPU. budgets: of sparse prefill. ValueError for ranks or a length that the model does not have.
 
-    Where nobody chose, chunks are smaller and keys and values int8 if it would not fit otherwise, as in the engine. Where
-    it does not fit even so, the ways out come in the order of what they cost.
+    Where nobody chose, chunks are smaller and keys and values int8 if it would not fit otherwise, as in the engine.
+    Where it does not fit even so, the ways out come in the order of what they cost.
     """
     check_degree(config, ranks, "tensor_parallel_size")
     options = options or EngineOptions()
@@ -158,11 +158,13 @@ def plan(
         )
 
     computed = _computed(config)
-    shape = {"kept": computed, "computed": computed, "on_gpu": True}
+    shape: dict[str, Any] = {"kept": computed, "computed": computed, "on_gpu": True}
     options = fitting_options(config, ranks, options, budgets, Allowance(memory), wanted, **shape)
     cache_dtype = options.kv_cache_dtype or computed
     own = _need(config, ranks, options, budgets)
-    scales = -(-wanted // own.page_size) * own.page_size * scale_bytes_per_token(local_config(config, ranks), cache_dtype)
+    scales = (
+        -(-wanted // own.page_size) * own.page_size * scale_bytes_per_token(local_config(config, ranks), cache_dtype)
+    )
     made = Plan(
         ranks,
         memory,
@@ -227,9 +229,7 @@ def table(chunk: int = GPU_BATCHED_TOKENS, kv_cache_dtype: str | None = None) ->
     """Lines of a Markdown table: a row a model and number of cards, a column a card, thousands of tokens in a cell."""
     yield f"| | cards | {' | '.join(f'{memory} GB' for memory in MEMORIES)} |"
     yield "|---" * (2 + len(MEMORIES)) + "|"
-    options = EngineOptions(
-        max_num_batched_tokens=chunk, max_num_seqs=MAX_NUM_SEQS, kv_cache_dtype=kv_cache_dtype
-    )
+    options = EngineOptions(max_num_batched_tokens=chunk, max_num_seqs=MAX_NUM_SEQS, kv_cache_dtype=kv_cache_dtype)
     for name, config in PUBLISHED.items():
         for ranks in degrees(config):
             if ranks in TABLE_RANKS:

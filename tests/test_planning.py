@@ -98,7 +98,10 @@ def test_int8_is_chosen_where_a_context_fits_no_other_way_and_nobody_chose() -> 
     assert chosen.chunk == 16_384, "of half a default chunk, since that is what fits"
     assert chosen.weights + chosen.cache + chosen.scales + chosen.workspace < 140e9
     asked = planned("14B", memory, options=EngineOptions(**small, kv_cache_dtype="bfloat16"))
-    assert (chosen.cache_dtype, chosen.fits) == ("int8", True) and (asked.cache_dtype, asked.fits) == ("bfloat16", False)
+    assert (chosen.cache_dtype, chosen.fits) == ("int8", True) and (asked.cache_dtype, asked.fits) == (
+        "bfloat16",
+        False,
+    )
     tokens = -(-WHOLE // 256) * 256
     assert (asked.cache, chosen.cache, chosen.scales) == (tokens * 196_608, tokens * 98_304, tokens * 2 * 48 * 8 * 2)
     assert "their scales" in "\n".join(chosen.lines()) and "their scales" not in "\n".join(asked.lines())

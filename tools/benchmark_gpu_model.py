@@ -39,6 +39,7 @@ from paddle_qwen1m.plan import parameters, plan_memory
 from paddle_qwen1m.planning import PUBLISHED
 
 NOISE = 1 << 26
+ONE = 0x3F80
 
 
 def random_model(name: str, group: Group = ALONE) -> Qwen2OneM:
@@ -47,15 +48,9 @@ def random_model(name: str, group: Group = ALONE) -> Qwen2OneM:
     noise = np.random.default_rng(0).standard_normal(NOISE, np.float32) * np.float32(0.02)
     bits = (noise.view(np.uint32) >> 16).astype(np.uint16)
     for name, slot in model.slots().items():
-        width = int(np.prod(slot.shape[1:]))
-        if name.endswith("norm.weight"):
-            slot.write(paddle.to_tensor(np.full(slot.shape, 0x3F80, np.uint16), place=paddle.CPUPlace()))
-            continue
-        step = max(1, NOISE // width)
-        for first in range(0, slot.shape[0], step):
-            rows = min(step, slot.shape[0] - first)
-            part = bits[: rows * width].reshape(rows, *slot.shape[1:])
-            slot.write(paddle.to_tensor(part, place=paddle.CPUPlace()), first)
+        ones = name.endswith("norm.weight")
+        values = np.full(slot.held_shape, ONE, np.uint16) if ones else np.resize(bits, slot.held_shape)
+        slot.write(paddle.to_tensor(values, place=paddle.CPUPlace()))
     return model
 
 

@@ -1,11 +1,11 @@
-"""What keys of 8 bits lose where a model has outlying keys as Qwen2.5 has them: the trap that the needle checkpoint has not.
+"""What keys of 8 bits lose where a model has outlying keys, as Qwen2.5 has them and the needle checkpoint has not.
 
     python tools/outlying_keys.py [--tokens 8192 ... 262144] [--answers 1008] [--pairs 6] [--bias 600] [--only int8 ...]
     python tools/outlying_keys.py --write DIR [--pairs 6] [--bias 600]
 
 A copy of the checkpoint is rewritten: rotation pairs of K are made larger by factors up to 256 and those of Q smaller,
-which is exactly the same model; and a bias stands on the slow pairs, which nearly is. Every cell is paired over the same
-documents with the same copy's bfloat16 cache. On a CPU; the columns:
+which is exactly the same model; and a bias stands on the slow pairs, which nearly is. Every cell is paired, over the
+same documents, with the same copy's bfloat16 cache. On a CPU; the columns:
 
     int8              what the package does
     per token         int8 of keys as they are, a scale a token and head
@@ -39,7 +39,7 @@ import paddle_qwen1m  # noqa: F401  (importing it registers the model)
 from paddle_qwen1m import ops
 from paddle_qwen1m.attention.positions import inv_freq
 from paddle_qwen1m.cache.kv_scales import KVScales, centre_of, exponents_of
-from paddle_qwen1m.config import SparseBudgets
+from paddle_qwen1m.config import ModelConfig, SparseBudgets
 from paddle_qwen1m.engine import Engine
 from paddle_qwen1m.engine.calibration import keys_of
 from paddle_qwen1m.evaluate.statistics import paired_difference
@@ -55,8 +55,8 @@ LARGEST_E4M3 = 448.0
 
 
 def rewrite(source: Path, target: Path, pairs: int, bias: float, seed: int = 0) -> None:
-    """A copy of a bfloat16 checkpoint in which `pairs` rotation pairs of each KV head's keys are 16 to 256 times as large,
-    those of its query heads as much smaller, and SLOW_PAIRS slow pairs have a bias of `bias`, of either sign.
+    """A copy of a bfloat16 checkpoint in which `pairs` rotation pairs of each KV head's keys are 16 to 256 times as
+    large, those of its query heads as much smaller, and SLOW_PAIRS slow pairs have a bias of `bias`, of either sign.
     """
     shutil.copytree(source, target, dirs_exist_ok=True)
     config = json.loads((target / "config.json").read_text(encoding="utf-8"))
@@ -91,9 +91,8 @@ def _bfloat16(values: np.ndarray) -> np.ndarray:
 
 
 def load(checkpoint: Path, **options: Any) -> Engine:
-    engine: Engine = AutoModelForCausalLM.from_pretrained(
-        str(checkpoint), dtype="float32", sparse_threshold=4096, **options
-    ).engine
+    options = {"sparse_threshold": 4096, **options}
+    engine: Engine = AutoModelForCausalLM.from_pretrained(str(checkpoint), dtype="float32", **options).engine
     return engine
 
 
@@ -112,15 +111,15 @@ def scales_for(kind: str, engine: Engine, ids: np.ndarray) -> KVScales:
     return KVScales.of_layers(exponents, centres)
 
 
-def kinds_of_engine(checkpoint: Path, encode: Encode, kinds: list[str], sparse: bool) -> Iterator[tuple[str, Engine]]:
-    """An engine a kind, one after the other."""
-    yield REFERENCE, load(checkpoint, sparse=sparse, kv_cache_dtype="bfloat16")
+def kinds_of_engine(checkpoint: Path, encode: Encode, kinds: list[str], **options: Any) -> Iterator[tuple[str, Engine]]:
+    """An engine a kind, one after the other, each to be used before the next is asked for."""
+    yield REFERENCE, load(checkpoint, kv_cache_dtype="bfloat16", **options)
     for kind in kinds:
         if kind == "fp8":
             with rounding_to_fp8():
-                yield kind, load(checkpoint, sparse=sparse, kv_cache_dtype="float32")
+                yield kind, load(checkpoint, kv_cache_dtype="float32", **options)
             continue
-        engine = load(checkpoint, sparse=sparse, kv_cache_dtype="int8", kv_scales=_none(checkpoint))
+        engine = load(checkpoint, kv_cache_dtype="int8", kv_scales=_none(checkpoint), **options)
         ids = np.asarray(encode(TEXT.read_text(encoding="utf-8")), np.int64)
         most = min(MOST_TOKENS, engine.model.config.dual_chunk.chunk_len)
         engine.use_scales(scales_for(kind, engine, ids[:most]))
@@ -128,8 +127,6 @@ def kinds_of_engine(checkpoint: Path, encode: Encode, kinds: list[str], sparse: 
 
 
 def _none(checkpoint: Path) -> KVScales:
-    from paddle_qwen1m.config import ModelConfig
-
     return KVScales.none(ModelConfig.from_dict(json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))))
 
 
@@ -205,7 +202,7 @@ def main() -> int:
             file = checkpoint / BUDGETS[max(start for start in BUDGETS if start <= tokens)]
             for keys in arguments.keys:
                 reference: list[float] = []
-                for kind, engine in kinds_of_engine(checkpoint, encode, arguments.only, keys == "sparse"):
+                for kind, engine in kinds_of_engine(checkpoint, encode, arguments.only, sparse=keys == "sparse"):
                     config = engine.model.config
                     budgets = SparseBudgets.from_file(file, config.num_layers, config.num_heads)
                     engine.configure(engine.options, budgets)
@@ -222,7 +219,7 @@ def main() -> int:
         before, after = ([one for cell in cells for one in cell[side]] for side in (0, 1))
         loss = paired_difference(before, after, asked * len(cells))
         print(
-            f"{kind}: {100 * loss.mean:.2f} points lost over all cells ({100 * loss.low:.2f} to {100 * loss.high:.2f}), "
+            f"{kind}: {100 * loss.mean:.2f} points lost in all cells ({100 * loss.low:.2f} to {100 * loss.high:.2f}), "
             f"{len(after)} answers"
         )
     return 0

@@ -1,8 +1,8 @@
 """The frame that int8 keys are kept in: powers of two of rotation pairs and centres, made from keys, in a file.
 
-A key is divided by 2^exponent, one of the two dims that a rotation mixes, and the centre is taken off before it is
-rounded; whoever reads it puts both back, so that nothing else of the model changes. Pairs are of another size than others,
-and biases leave the slow ones an offset that all keys share: either alone would take the 127 steps that a token has.
+A key is divided by 2^exponent, one for the two dims that a rotation mixes, and the centre is taken off before it is
+rounded; whoever reads it puts both back, so that nothing else of the model changes. Some pairs are far larger than the
+others, and biases leave the slow ones an offset that all keys share: either would use up the 127 steps of a token.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from paddle_qwen1m.fileio.durable import write_whole
 
 FORMAT = 1
 PLACES = 32
-"""Positions, spread over a DCA chunk, that a frame is made for: texts of some thousand tokens see its beginning alone."""
+"""Positions over a DCA chunk that a frame is made for: a text of some thousand tokens sees its beginning alone."""
 DIGEST_BYTES = 8
 
 
 @dataclass(frozen=True, eq=False)
 class KVScales:
-    """exponents: int8 [layers, G, D / 2]; centres: float32 [layers, G, D] of keys divided by 2^exponent. weights: the digest
-    of the checkpoint that they were made for, "" for any.
+    """exponents: int8 [layers, G, D / 2]; centres: float32 [layers, G, D] of keys divided by 2^exponent. weights: the
+    digest of the checkpoint that they were made for, "" for any.
     """
 
     exponents: np.ndarray
@@ -81,17 +81,17 @@ class KVScales:
         )
 
     def check_fit(self, config: ModelConfig, weights: str, source: str) -> None:
-        """ValueError, naming `source`, for those of another shape or another checkpoint than the one of digest `weights`."""
+        """ValueError, naming `source`, for those of another shape or checkpoint than that of the digest `weights`."""
         expected = config.num_layers, config.num_kv_heads, config.head_dim
         if self.centres.shape != expected:
             raise ValueError(
-                f"{source}: scales of {self.centres.shape} (layers, KV heads, head size), the model has {expected}: they "
-                "are another model's; `paddle-qwen1m calibrate-kv` makes those of this one"
+                f"{source}: scales of {self.centres.shape} (layers, KV heads, head size), the model has {expected}: "
+                "they are another model's; `paddle-qwen1m calibrate-kv` makes those of this one"
             )
         if self.weights and weights and self.weights != weights:
             raise ValueError(
-                f"{source}: made for weights {self.weights[:12]}..., these are {weights[:12]}...: another checkpoint's; "
-                "`paddle-qwen1m calibrate-kv` makes those of this one"
+                f"{source}: made for weights {self.weights[:12]}..., these are {weights[:12]}...: another "
+                "checkpoint's; `paddle-qwen1m calibrate-kv` makes those of this one"
             )
 
     @classmethod
@@ -123,8 +123,8 @@ class KVScales:
 
 
 def centre_of(keys: np.ndarray, inv_freq: np.ndarray, chunk_len: int) -> np.ndarray:
-    """The mean over a DCA chunk of one layer's rotated keys, float32 [G, D], from unrotated ones float [tokens, G, D], each
-    of which is thought to stand everywhere in it.
+    """The mean over a DCA chunk of one layer's rotated keys, float32 [G, D], from unrotated ones float [tokens, G, D],
+    each of which is thought to stand everywhere in it.
     """
     pairs = _as_pairs(keys)
     turned = _turns(inv_freq, chunk_len).mean(axis=0) * pairs.mean(axis=0)
@@ -133,7 +133,7 @@ def centre_of(keys: np.ndarray, inv_freq: np.ndarray, chunk_len: int) -> np.ndar
 
 def exponents_of(keys: np.ndarray, centre: np.ndarray, inv_freq: np.ndarray, chunk_len: int) -> np.ndarray:
     """int8 [G, D / 2] of the same keys: how far they come from the centre at most, the two dims of a pair together, is
-    the pair's size. Those larger than the head's median are divided by the power of two nearest to what brings them there.
+    the pair's size. Those above the head's median are divided by the power of two that brings them nearest to it.
     """
     pairs, middle = _as_pairs(keys), _as_pairs(centre)
     size = np.zeros(middle.shape)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import numpy as np
 import paddle
@@ -24,12 +24,12 @@ class LayerCache(NamedTuple):
     keys: paddle.Tensor
     values: paddle.Tensor
     chunk_len: int
-    quantised: Optional[ops.Quantised] = None
-    widened: Optional[WidenedPages] = None
+    quantised: ops.Quantised | None = None
+    widened: WidenedPages | None = None
 
     def readable(self, pages: paddle.Tensor | None) -> LayerCache:
-        """What prefill reads: this, or a copy of its pages int32 [n], in that order, until another layer's or step's are
-        asked for.
+        """What prefill reads: this, or a copy of its pages int32 [n] in that order, until those of another layer or
+        step are asked for.
         """
         if self.widened is None:
             return self
@@ -43,8 +43,8 @@ class WidenedPages:
     def __init__(self, shape: Sequence[int], dtype: str) -> None:
         self._keys, self._values = paddle.empty(shape, dtype), paddle.empty(shape, dtype)
         self._held: tuple[paddle.Tensor, paddle.Tensor] | None = None
-        """Keys of the layer and pages whose copies are here. A step's own tensor of pages stands for what is in them: in
-        between the same layer is written by nobody else.
+        """Keys of the layer and pages whose copies are here. A step's own tensor of pages stands for what is in them:
+        while it is in a layer nobody else writes these pages of it.
         """
 
     @property
@@ -64,8 +64,8 @@ class WidenedPages:
 class PagedCache:
     """The memory of a pool of pages in all layers. It is reserved at once; on a CPU it is resident as it is written.
 
-    scales: of an int8 cache, for the KV heads that `config` has. widened: the room of an int8 cache whose readers want 16
-    bits, so many pages of that type.
+    scales: of an int8 cache, for the KV heads that `config` has. widened: how many pages of it are copied at a time, in
+    which type, for readers that take no int8.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class PagedCache:
 
     @property
     def scale_piece_bytes(self) -> int:
-        """Of the scales of a page's keys in one layer, or its values; 0 where there are none. A divisor of piece_bytes."""
+        """Of the scales of a page's keys in one layer, or its values; 0 without any. A divisor of piece_bytes."""
         quantised = self.layers[0].quantised
         return 0 if quantised is None else int(np.prod(quantised.scales.shape[2:])) * quantised.scales.element_size()
 
@@ -113,15 +113,17 @@ class PagedCache:
         return 2 * len(self.layers) * (self.piece_bytes + self.scale_piece_bytes)
 
     def addresses(self, pages: Sequence[int]) -> list[tuple[np.ndarray, int]]:
-        """Where pages lie, piece by piece: int64 [2 * layers, pages], a layer's keys before its values, and the bytes of
-        each piece; behind them the same of an int8 cache's scales.
+        """Where pages lie, piece by piece: int64 [2 * layers, pages], a layer's keys before its values, and the bytes
+        of each piece; behind them the same of an int8 cache's scales.
         """
         bases = [tensor.data_ptr() for layer in self.layers for tensor in (layer.keys, layer.values)]
         parts = [(bases, self.piece_bytes)]
         scales = [layer.quantised.scales for layer in self.layers if layer.quantised is not None]
         if scales:
             half = self.scale_piece_bytes * self.layers[0].keys.shape[0]
-            parts.append(([scale.data_ptr() + side * half for scale in scales for side in (0, 1)], self.scale_piece_bytes))
+            parts.append(
+                ([scale.data_ptr() + side * half for scale in scales for side in (0, 1)], self.scale_piece_bytes)
+            )
         numbers = np.asarray(pages, np.int64)
         return [(np.asarray(starts, np.int64)[:, None] + numbers * nbytes, nbytes) for starts, nbytes in parts]
 

@@ -222,8 +222,8 @@ class Transfers:
         }
 
     def _blocks(self, transfer: Transfer, segment: StoredSegment) -> Iterator[list[Run]]:
-        """The pieces of each block; those of pages before `first` are not wanted. The scales of an int8 cache stand behind
-        all keys and values: a block holds a whole number of pieces of either size.
+        """The pieces of each block; those of pages before `first` are not wanted. The scales of an int8 cache stand
+        behind all keys and values: a block holds a whole number of pieces of either size.
         """
         size, layers = self._cache.page_size, 2 * len(self._cache.layers)
         begin, end = max(0, segment.begin - transfer.first) // size, (segment.end - transfer.first) // size

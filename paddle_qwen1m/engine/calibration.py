@@ -20,7 +20,7 @@ CHUNK_TOKENS = 512
 
 
 def calibrate(model: Qwen2OneM, token_ids: np.ndarray) -> KVScales:
-    """Scales of the whole model from a text int64 [n]; every rank calls it and gets the same. ValueError as `keys_of`."""
+    """Scales of the whole model from a text int64 [n]; every rank calls it and gets the same. Raises as `keys_of`."""
     frequencies, chunk_len = inv_freq(model.config), model.config.dual_chunk.chunk_len
     exponents, centres = [], []
     for keys in keys_of(model, token_ids):
@@ -52,7 +52,7 @@ def keys_of(model: Qwen2OneM, token_ids: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def _unrotated(layer: LayerCache, length: int, frequencies: np.ndarray) -> np.ndarray:
-    """The first `length` keys of a layer as they were before the rotation to their positions: float32 [length, G, D]."""
+    """The first `length` keys of a layer as they were before they were rotated: float32 [length, G, D]."""
     keys = ops.cast(layer.keys, "float32").numpy().reshape(-1, *layer.keys.shape[2:])[:length]
     half = keys.shape[-1] // 2
     angles = np.arange(length, dtype=np.float64)[:, None, None] * frequencies

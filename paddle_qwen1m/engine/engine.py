@@ -726,7 +726,9 @@ class Engine:
         model, options = self.model, self.options
         scales, widened = None, None
         if self.kv_cache_dtype == INT8:
-            scales = self._scales.of_heads(own_kv_heads(model.config.num_kv_heads, model.group.degree, model.group.rank))
+            scales = self._scales.of_heads(
+                own_kv_heads(model.config.num_kv_heads, model.group.degree, model.group.rank)
+            )
             most = min(pages, self._pages_for(self.max_model_len))
             widened = (most, model.compute_dtype) if model.on_gpu else None
         cache = PagedCache(model.local, pages, self.page_size, self.kv_cache_dtype, scales, widened)

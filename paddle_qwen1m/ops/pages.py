@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import paddle
 
@@ -20,7 +20,7 @@ class Quantised(NamedTuple):
     frame: paddle.Tensor
 
 
-NOT_QUANTISED: tuple[Optional[paddle.Tensor], Optional[paddle.Tensor]] = (None, None)
+NOT_QUANTISED: tuple[paddle.Tensor | None, paddle.Tensor | None] = (None, None)
 """In place of a Quantised, for pages of a floating type."""
 
 

@@ -36,8 +36,8 @@ class PieceBuffer:
         """uint8 [size]"""
 
     def gather(self, addresses: np.ndarray, nbytes: int, offset: int = 0) -> None:
-        """Fills the buffer, from `offset` on, with pieces of `nbytes` each at int64 addresses of the device, 0 for none;
-        see `wait`.
+        """Fills the buffer, from `offset` on, with pieces of `nbytes` each at int64 addresses of the device, 0 for
+        none; see `wait`.
         """
         self._copy("gather", addresses, nbytes, offset)
 

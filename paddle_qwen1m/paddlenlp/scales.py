@@ -1,4 +1,4 @@
-"""Where the scales of an int8 cache come from: a file, or the model's own keys of a text that ships with the package."""
+"""Where the scales of an int8 cache come from: a file, or the model's own keys of a text of the package."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def make_scales(engine: Engine, tokenizer: Any, text: str, weights: str) -> KVSc
 
 
 def calibrate_checkpoint(name: str, text: str, **options: Any) -> KVScales:
-    """Scales of a checkpoint from a text, in this process. options: of from_pretrained. Raises as that, and `make_scales`."""
+    """Scales of a checkpoint from a text. options: of from_pretrained. Raises as that does, and `make_scales`."""
     from paddle_qwen1m.paddlenlp.causal_lm import Qwen2OneMForCausalLM
 
     checkpoint = find_checkpoint(name, options)

@@ -149,7 +149,7 @@ def load_engine(model: str, options: Mapping[str, Any]) -> Engine:
     budgets = find_budgets(checkpoint, shapes, given.get("sparse_budgets"), chosen) if chosen.sparse else None
     dtype = given.get("dtype") or shapes.dtype
     kept, computed = device_dtypes(dtype)
-    shape = {"kept": kept, "computed": computed, "on_gpu": ops.on_gpu()}
+    shape: dict[str, Any] = {"kept": kept, "computed": computed, "on_gpu": ops.on_gpu()}
     allowance = _allowance(group, given)
     chosen = fitting_options(shapes, group.degree, chosen, budgets, allowance, asked_length, **shape)
     need = Need.of(shapes, group.degree, chosen, budgets, **shape)

@@ -1,4 +1,4 @@
-"""Int8 keys and values: every op that reads them against the oracle on what they stand for, and how they are written."""
+"""Int8 keys and values: ops that read them against the oracle on what they stand for, and how they are written."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ face = OpFace()
 
 
 class Int8(NamedTuple):
-    """Pages of int8 numbers, what they stand for as tensors, and that in float64; where no token lies, scales are NaN."""
+    """Pages of int8 numbers, what makes keys of them, and these in float64; where no token lies, scales are NaN."""
 
     keys: paddle.Tensor
     values: paddle.Tensor
@@ -57,7 +57,7 @@ def int8_pages(rng: np.random.Generator, keys: np.ndarray, values: np.ndarray, f
 
 
 def int8_prompt(rng: np.random.Generator, tokens: int = TOKENS, head_dim: int = 64) -> tuple[Prompt, Int8]:
-    """A prompt whose keys are as large as their frame's powers, and its queries as small; the oracle sees what is cached."""
+    """A prompt with keys as large as their frame's powers, and queries as small; the oracle sees what is cached."""
     prompt = make_prompt(rng, tokens, head_dim=head_dim)
     frame = random_frame(rng, 2, head_dim)
     for queries in (prompt.queries, prompt.critical):
@@ -78,7 +78,9 @@ def test_every_kernel_reads_what_the_numbers_stand_for(rng: np.random.Generator,
 
     out, sums = tensor(np.full(prompt.q.shape, np.nan)), tensor(np.full(prompt.q.shape[:2], np.nan))
     pieces = paddle.to_tensor(prompt.pieces([0]))
-    ops.dca_prefill(tensor(prompt.queries), out, *caches, tables, pieces, scale, CHUNK_LEN, sums, quantised=pages.quantised)
+    ops.dca_prefill(
+        tensor(prompt.queries), out, *caches, tables, pieces, scale, CHUNK_LEN, sums, quantised=pages.quantised
+    )
     assert error(array(out), prompt.dense(exact)) < face.tolerance
     assert error(array(sums)[384:], prompt.dense_lse(384, TOKENS).T) < face.tolerance
 

@@ -114,7 +114,7 @@ def test_scales_of_another_model_are_refused() -> None:
     scales = replace(KVScales.none(CONFIG), weights="a" * 64)
     scales.check_fit(CONFIG, "a" * 64, "file")
     scales.check_fit(CONFIG, "", "file")
-    with pytest.raises(ValueError, match="file: made for weights aaaaaaaaaaaa..., these are bbbb.*calibrate-kv"):
+    with pytest.raises(ValueError, match=r"file: made for weights aaaaaaaaaaaa\.\.\., these are bbbb.*calibrate-kv"):
         scales.check_fit(CONFIG, "b" * 64, "file")
     with pytest.raises(ValueError, match=r"file: scales of .*layers, KV heads.*another model's"):
         scales.check_fit(replace(CONFIG, num_layers=CONFIG.num_layers + 1), "a" * 64, "file")

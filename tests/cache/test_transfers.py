@@ -57,7 +57,7 @@ def moving(kept: PrefixStore, cache: PagedCache) -> Iterator[Transfers]:
 
 
 def memory(cache: PagedCache) -> np.ndarray:
-    """What is in all pages: uint8 [2 * layers, pages, bytes of a page], scales behind the numbers that they belong to."""
+    """What is in all pages: uint8 [2 * layers, pages, bytes of a page], scales behind the numbers they belong to."""
     parts = []
     for layer in cache.layers:
         scales = [] if layer.quantised is None else [layer.quantised.scales.numpy()]

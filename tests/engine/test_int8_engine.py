@@ -1,0 +1,157 @@
+"""An int8 cache under an engine: what is read in copies of its pages, in whatever order, and what prefixes it names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from runner_setup import head, rows
+from small_model import BUDGETS, CONFIG, random_model
+
+from paddle_qwen1m import ops
+from paddle_qwen1m.cache import PagedCache
+from paddle_qwen1m.cache.kv_scales import KVScales
+from paddle_qwen1m.engine import Engine, Finished, PrefillProgress, Request, SamplingParams
+from paddle_qwen1m.engine.calibration import calibrate
+from paddle_qwen1m.engine.orders import Advance, Prefill
+from paddle_qwen1m.engine.runner import Runner
+from paddle_qwen1m.model import Qwen2OneM
+from paddle_qwen1m.options import EngineOptions
+
+PAGE, PAGES = 32, 64
+GREEDY = SamplingParams(max_tokens=6, temperature=0.0)
+
+
+@pytest.fixture(scope="module")
+def model() -> Qwen2OneM:
+    return random_model(np.random.default_rng(0))
+
+
+@pytest.fixture(scope="module")
+def scales(model: Qwen2OneM) -> KVScales:
+    return calibrate(model, np.random.default_rng(1).integers(0, CONFIG.vocab_size, 120))
+
+
+def runner_of(model: Qwen2OneM, scales: KVScales, copied: int | None) -> Runner:
+    """Over an int8 cache that is read as it is, or in copies of so many pages, as on a GPU."""
+    runner = Runner(model, BUDGETS, 0, replay=False)
+    widened = None if copied is None else (copied, "float32")
+    cache = PagedCache(model.local, PAGES, PAGE, "int8", scales, widened)
+    for layer in cache.layers:
+        assert layer.quantised is not None
+        ops.upload(layer.quantised.scales, np.full(layer.quantised.scales.shape, np.nan, np.float16))
+    runner.use(cache, max_num_seqs=4, max_model_len=2048)
+    return runner
+
+
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+def test_copies_are_made_anew_where_others_were_read_in_a_pause(
+    model: Qwen2OneM, scales: KVScales, rng: np.random.Generator, sparse: bool
+) -> None:
+    """A prompt of four DCA chunks is read in two; at each point of the second another prompt is read, whose pages are
+    copied to the same place.
+    """
+    prompt, other = (rng.integers(0, CONFIG.vocab_size, length) for length in (450, 90))
+    chunk = rows(prompt, range(15), begin=70, sparse=sparse, wanted=(0, 379))
+    logits = []
+    for copied in (None, 15):
+        runner = runner_of(model, scales, copied)
+        runner.run(Prefill((rows(prompt[:70], range(15), sparse=sparse),), points=0))
+        post = runner.run(Prefill((chunk,), row_blocks=2))
+        while post is not None and not post.done:
+            runner.run(Prefill((rows(other, range(20, 23)),), points=0))
+            post = runner.run(Advance())
+        logits.append(head(runner, 0, 2))
+    np.testing.assert_allclose(logits[1], logits[0], rtol=0, atol=1e-4 * np.abs(logits[0]).max())
+
+
+def test_prompts_of_one_order_are_copied_in_turns(model: Qwen2OneM, scales: KVScales, rng: np.random.Generator) -> None:
+    """Four prompts of 2, 1, 5 and 2 pages, one of them sparse, through copies of 5 pages at most."""
+    prompts = [rng.integers(0, CONFIG.vocab_size, length) for length in (40, 3, 130, 64)]
+    together = tuple(
+        rows(prompt, range(8 * number, 8 * number + 8), sparse=number == 2, wanted=(len(prompt) - 1,))
+        for number, prompt in enumerate(prompts)
+    )
+    logits = []
+    for copied in (None, 5):
+        runner = runner_of(model, scales, copied)
+        runner.run(Prefill(together, points=0))
+        logits.append(head(runner, 0, 4))
+    np.testing.assert_allclose(logits[1], logits[0], rtol=0, atol=1e-4 * np.abs(logits[0]).max())
+
+
+def engine(model: Qwen2OneM, folder: Path | None = None, **options: Any) -> Engine:
+    chosen: dict[str, Any] = {
+        "max_num_batched_tokens": 64,
+        "page_size": PAGE,
+        "cache_tokens": 2048,
+        "enable_prefix_caching": True,
+        "kv_cache_dtype": "int8",
+        **options,
+    }
+    if folder is not None:
+        chosen.update(prefix_store=str(folder), prefix_store_min_tokens=64)
+    return Engine(model, EngineOptions(**chosen), weights="w")
+
+
+def test_rounded_keys_move_logits_little(model: Qwen2OneM, scales: KVScales, rng: np.random.Generator) -> None:
+    """Beside a float32 cache, over a prompt of three DCA chunks, and nearer with scales than without."""
+    prompt = rng.integers(0, CONFIG.vocab_size, 300)
+    exact = engine(model, kv_cache_dtype="float32").logits(prompt)
+    one = engine(model)
+    one.use_scales(scales)
+    error = np.abs(one.logits(prompt) - exact).max() / np.abs(exact).max()
+    assert 1e-5 < error < 0.05
+
+
+def ask(one: Engine, prompt: np.ndarray) -> tuple[list[int], int]:
+    """The answer, and how many tokens of the prompt came out of the store."""
+    seen: list[PrefillProgress] = []
+    (completion,) = one.generate([prompt], GREEDY, on_prefill=seen.append)
+    return list(completion.token_ids), seen[-1].restored_tokens
+
+
+def test_a_stored_prefix_comes_back_with_its_scales_and_to_these_alone(
+    model: Qwen2OneM, scales: KVScales, rng: np.random.Generator, tmp_path: Path
+) -> None:
+    document, folder = rng.integers(0, CONFIG.vocab_size, 330), tmp_path / "store"
+    first, second = (np.concatenate([document, rng.integers(0, 90, 70)]) for _ in range(2))
+    cold = engine(model)
+    cold.use_scales(scales)
+    expected = ask(cold, second)[0]
+    writer = engine(model, folder)
+    writer.use_scales(scales)
+    ask(writer, first)
+    writer.close()
+    reader = engine(model, folder)
+    reader.use_scales(scales)
+    assert ask(reader, second) == (expected, 320)
+    reader.close()
+    assert ask(engine(model, folder), second)[1] == 0, "kept under other scales"
+
+
+def test_a_fork_of_a_sequence_copies_scales(model: Qwen2OneM, scales: KVScales, rng: np.random.Generator) -> None:
+    """Two samples of one prompt that ends within a page are those of a prompt alone."""
+    prompt = rng.integers(0, CONFIG.vocab_size, 45)
+    one = engine(model)
+    one.use_scales(scales)
+    alone = [one.generate([prompt], SamplingParams(max_tokens=6, seed=seed))[0].token_ids for seed in (3, 4)]
+    one.add(Request("r", prompt, SamplingParams(max_tokens=6, seed=3, n=2)))
+    events = [event for _ in range(99) if not one.is_idle for event in one.step()]
+    (finished,) = (event for event in events if isinstance(event, Finished))
+    assert [completion.token_ids for completion in finished.completions] == alone
+
+
+def test_scales_of_another_shape_are_refused(model: Qwen2OneM, scales: KVScales) -> None:
+    one = engine(model)
+    with pytest.raises(ValueError, match=r"scales of an int8 cache: scales of .*the model has"):
+        one.use_scales(KVScales(scales.exponents[:1], scales.centres[:1]))
+    one.add(Request("r", np.arange(10), GREEDY))
+
+
+@pytest.mark.parametrize("length", [1, 129])
+def test_a_text_that_is_no_chunk_is_refused(model: Qwen2OneM, length: int) -> None:
+    with pytest.raises(ValueError, match=f"2 to 128 tokens, got {length}"):
+        calibrate(model, np.zeros(length, np.int64))

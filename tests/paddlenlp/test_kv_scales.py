@@ -1,0 +1,123 @@
+"""Where scales of an int8 cache come from, and that answers of the needle checkpoint stay with it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from needle_documents import DocumentMaker, prompt
+from paddlenlp.transformers import AutoModelForCausalLM, AutoTokenizer
+
+from paddle_qwen1m import cli
+from paddle_qwen1m.cache.kv_scales import KVScales
+from paddle_qwen1m.paddlenlp import scales as module
+from paddle_qwen1m.weights.digest import checkpoint_digest
+
+
+@pytest.fixture(autouse=True)
+def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    return tmp_path / "user" / "paddle_qwen1m" / "kv_scales"
+
+
+def load(checkpoint: Path, **options: Any) -> Any:
+    return AutoModelForCausalLM.from_pretrained(str(checkpoint), kv_cache_dtype="int8", **options)
+
+
+@pytest.fixture(scope="module")
+def made(needle_checkpoint: Path) -> KVScales:
+    return module.calibrate_checkpoint(str(needle_checkpoint), "The river had been low since March. " * 20)
+
+
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+def test_hidden_codes_are_found_in_an_int8_cache(needle_checkpoint: Path, made: KVScales, sparse: bool) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(str(needle_checkpoint))
+    document = DocumentMaker(lambda text: list(tokenizer(text)["input_ids"])).make(1600, 1, seed=3)
+    model = load(needle_checkpoint, kv_scales=made, sparse=sparse, sparse_threshold=1000)
+    for needle in document.needles:
+        ids = np.asarray(tokenizer(prompt(document, needle))["input_ids"], np.int64)
+        answer, _ = model.generate(ids[None], max_new_tokens=40, do_sample=False, trunc_input=True)
+        assert needle.code in tokenizer.decode(answer[0].tolist())
+
+
+def test_they_are_made_at_the_first_load_and_found_at_the_next(
+    needle_checkpoint: Path, cache_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load(needle_checkpoint)
+    (kept,) = cache_folder.iterdir()
+    assert kept.stem == checkpoint_digest(needle_checkpoint) == KVScales.from_file(kept).weights
+    monkeypatch.setattr(module, "calibrate", None)
+    load(needle_checkpoint)
+    assert list(cache_folder.iterdir()) == [kept]
+
+
+def test_a_cache_of_another_type_needs_none(
+    needle_checkpoint: Path, cache_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "calibrate", None)
+    AutoModelForCausalLM.from_pretrained(str(needle_checkpoint))
+    assert not cache_folder.exists()
+
+
+def test_a_folder_that_cannot_be_written_is_no_obstacle(
+    needle_checkpoint: Path, cache_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "user").write_text("a file")
+    assert load(needle_checkpoint).engine.kv_cache_dtype == "int8"
+
+
+def test_the_file_beside_the_weights_counts_before_those_that_are_kept(
+    needle_checkpoint: Path, cache_folder: Path, tmp_path: Path, made: KVScales, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(needle_checkpoint, checkpoint)
+    made.write(checkpoint / module.KV_SCALES)
+    monkeypatch.setattr(module, "calibrate", None)
+    load(checkpoint)
+    other = KVScales(made.exponents[:, :1], made.centres[:, :1])
+    other.write(tmp_path / "other.json")
+    with pytest.raises(ValueError, match=r"other\.json: scales of .*another model's"):
+        load(checkpoint, kv_scales=tmp_path / "other.json")
+
+
+def test_scales_of_another_checkpoint_are_refused_before_anything_is_loaded(
+    needle_checkpoint: Path, tmp_path: Path, made: KVScales, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "scales.json"
+    made.write(path)
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "weights": "0" * 64}))
+    monkeypatch.setattr("paddle_qwen1m.paddlenlp.causal_lm.read_weights", None)
+    with pytest.raises(ValueError, match=r"scales\.json: made for weights 000000000000\.\.\., these are "):
+        load(needle_checkpoint, kv_scales=path)
+    with pytest.raises(FileNotFoundError):
+        load(needle_checkpoint, kv_scales=tmp_path / "none.json")
+
+
+def test_the_command_makes_a_file_that_is_used(
+    needle_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, out = tmp_path / "text.txt", tmp_path / "scales.json"
+    text.write_text("A cart rolled slowly down the lane in the rain. " * 30)
+    assert cli.main(["calibrate-kv", str(needle_checkpoint), "--text", str(text), "--out", str(out)]) == 0
+    assert "4 layers, 2 KV heads; " in capsys.readouterr().out
+    monkeypatch.setattr(module, "calibrate", None)
+    assert load(needle_checkpoint, kv_scales=out).engine.kv_cache_dtype == "int8"
+
+
+def test_the_command_refuses_an_empty_text(
+    needle_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("")
+    assert cli.main(["calibrate-kv", str(needle_checkpoint), "--text", str(text), "--out", str(tmp_path / "o")]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_the_packages_own_text_is_long_enough(needle_checkpoint: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(str(needle_checkpoint))
+    assert len(tokenizer(module.TEXT.read_text(encoding="utf-8"))["input_ids"]) > 1500
