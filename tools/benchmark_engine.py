@@ -83,7 +83,11 @@ class Subject:
     def prompt(self, tokens: int, *seed: int) -> np.ndarray:
         return np.random.default_rng([*seed, tokens]).integers(0, self.model.config.vocab_size, tokens)
 
-    def selection(self, tokens: int) -> AbstractContextManager[None]:
+    def warm_tokens(self, engine: Engine) -> int | None:
+        """Of a prompt that goes before: two chunks, or all of it, where lines are seeded as its pieces first ask."""
+        return None if self.is_random else 2 * engine.max_num_batched_tokens
+
+    def selection(self, tokens: int) -> AbstractContextManager[object]:
         """What prefill of so many tokens visits."""
         return seeded_selection(tokens) if self.is_random else nullcontext()
 
@@ -151,7 +155,7 @@ def beside(subject: Subject, tokens: int, sequences: int) -> None:
     bound, short_tokens = engine.max_inter_token_ms, engine.max_pause_tokens
     long = subject.prompt(tokens)
     with subject.selection(tokens):
-        Log().run(_with(engine, Request("warm", long[: 2 * engine.max_num_batched_tokens], params(4))))
+        Log().run(_with(engine, Request("warm", long[: subject.warm_tokens(engine)], params(4))))
         alone, start = Log(), time.perf_counter()
         alone.run(_with(engine, Request("alone", long, params(2))))
         alone_seconds = alone.tokens["alone"][0] - start
@@ -216,7 +220,8 @@ def prefix(subject: Subject, documents: list[int], question: int, *, sparse: boo
     for tokens in documents:
         document, first, second = subject.prompt(tokens), subject.prompt(question), subject.prompt(question, 1)
         with subject.selection(tokens + question):
-            Log().run(_with(engine, Request("warm", document[::-1][: 2 * engine.max_num_batched_tokens], params(2))))
+            warm_up = np.concatenate([document[::-1], first])[: subject.warm_tokens(engine)]
+            Log().run(_with(engine, Request("warm", warm_up, params(2))))
             engine.reset_prefix_cache()
             cold, _ = _first_token(engine, np.concatenate([document, first]))
             warm, reused = _first_token(engine, np.concatenate([document, second]))

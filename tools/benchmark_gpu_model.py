@@ -15,8 +15,8 @@ import argparse
 import json
 import sys
 import time
-from collections import defaultdict, deque
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -27,6 +27,7 @@ import paddle
 import sparse_workload
 
 from paddle_qwen1m import ops
+from paddle_qwen1m.attention.positions import pieces
 from paddle_qwen1m.attention.selector import Selector
 from paddle_qwen1m.attention.step import SparsePiece
 from paddle_qwen1m.config import ModelConfig, SparseBudgets, published_budgets
@@ -55,32 +56,43 @@ def random_model(name: str, group: Group = ALONE) -> Qwen2OneM:
 
 
 class SeededLines:
-    """Columns and diagonals of every layer for prompts of `tokens`, made when a layer first asks."""
+    """Columns and diagonals of every layer for prompts of `tokens`: made when a layer first asks, kept in pinned memory
+    for each number of keys, since making them takes the host longer than a layer takes the GPU.
+    """
 
     def __init__(self, tokens: int, rank: int) -> None:
         self._workload = sparse_workload.Workload(min(tokens, 32768), tokens, "a layer's", 64)
         self._rank = rank
         self._layers: dict[int, sparse_workload.Lines] = {}
-        self._underway: deque[paddle.Tensor] = deque(maxlen=256)
+        self._pinned: dict[tuple[int, int], list[paddle.Tensor]] = {}
 
-    def of(self, selector: Selector, keys: int) -> tuple[paddle.Tensor, paddle.Tensor]:
-        """What select_critical would return for the layer's heads and so many keys."""
+    def of(self, selector: Selector, keys: int) -> list[paddle.Tensor]:
+        """What select_critical would return for the layer's heads and so many keys; nothing waits for the GPU."""
         if selector.layer not in self._layers:
             budgets = zip(selector.budgets.vertical.numpy().tolist(), selector.budgets.slash.numpy().tolist())
             seed = 64 * selector.layer + self._rank
             self._layers[selector.layer] = sparse_workload.make(self._workload, list(budgets), seed)
-        lines = self._layers[selector.layer]
-        return self._sent(lines.columns_before(keys)), self._sent(lines.slashes(keys))
+        if (selector.layer, keys) not in self._pinned:
+            self._make(selector.layer, keys)
+        place = paddle.framework._current_expected_place()
+        return [lines._copy_to(place, False) for lines in self._pinned[selector.layer, keys]]
 
-    def _sent(self, values: np.ndarray) -> paddle.Tensor:
-        """On the GPU, without waiting for it; what it is copied from stays for as long as that can take."""
-        pinned = paddle.to_tensor(values.astype(np.int32), place=paddle.CUDAPinnedPlace())
-        self._underway.append(pinned)
-        return pinned._copy_to(paddle.framework._current_expected_place(), False)
+    def prepare(self, ends: Iterable[int]) -> None:
+        """Makes those of pieces that end there, of every layer that has asked before."""
+        for keys in ends:
+            for layer in self._layers:
+                self._make(layer, keys)
+
+    def _make(self, layer: int, keys: int) -> None:
+        lines = self._layers[layer]
+        self._pinned[layer, keys] = [
+            paddle.to_tensor(values, place=paddle.CUDAPinnedPlace())
+            for values in (lines.columns_before(keys), lines.slashes(keys))
+        ]
 
 
 @contextmanager
-def seeded_selection(tokens: int, rank: int = 0) -> Iterator[None]:
+def seeded_selection(tokens: int, rank: int = 0) -> Iterator[SeededLines]:
     """Selectors probe and rank their keys, and go on with seeded lines instead of those that they found."""
     choose, select = Selector.choose, ops.select_critical
     lines, asking = SeededLines(tokens, rank), list[tuple[Selector, int]]()
@@ -89,14 +101,14 @@ def seeded_selection(tokens: int, rank: int = 0) -> Iterator[None]:
         asking[:] = [(selector, sparse.piece.end)]
         return choose(selector, sparse, *arguments, **options)
 
-    def select_seeded(*arguments: Any) -> tuple[paddle.Tensor, paddle.Tensor]:
+    def select_seeded(*arguments: Any) -> list[paddle.Tensor]:
         select(*arguments)
         return lines.of(*asking[0])
 
     Selector.choose = choose_seeded  # type: ignore[method-assign]
     ops.select_critical = select_seeded  # type: ignore[assignment]
     try:
-        yield
+        yield lines
     finally:
         Selector.choose, ops.select_critical = choose, select  # type: ignore[method-assign, assignment]
 
@@ -162,11 +174,11 @@ def token_seconds(engine: Engine, prompt: np.ndarray, new_tokens: int, **hooks: 
     return times
 
 
-def prefill(name: str, tokens: int, new_tokens: int, lines: str, group: Group) -> dict[str, Any]:
+def prefill(name: str, tokens: int, new_tokens: int, budgeted: str, group: Group) -> dict[str, Any]:
     """What is printed, as numbers of this rank."""
     model = random_model(name, group)
     config, local = model.config, model.local
-    budgets = budgets_of(config, lines)
+    budgets = budgets_of(config, budgeted)
     engine = Engine(model, EngineOptions(cache_tokens=tokens + new_tokens), budgets)
     rows = engine.max_num_batched_tokens
     plan = plan_memory(
@@ -182,8 +194,10 @@ def prefill(name: str, tokens: int, new_tokens: int, lines: str, group: Group) -
     print(f"{name}, random weights, bf16{ranks}: the plan takes {plan.total / 1e9:.2f} GB", flush=True)
     prompt = random_prompt(model, tokens)
     progress: list[PrefillProgress] = []
-    with seeded_selection(tokens, group.rank):
+    chunks = [(begin, min(begin + rows, tokens)) for begin in range(0, tokens, rows)]
+    with seeded_selection(tokens, group.rank) as lines:
         token_seconds(engine, prompt[: rows + 1000], 3)  # libraries and memory
+        lines.prepare(piece.end for chunk in chunks for piece in pieces(*chunk, config.dual_chunk.chunk_len))
         group.meet()
         start = time.perf_counter()
         times = token_seconds(engine, prompt, new_tokens, on_prefill=progress.append)
@@ -192,7 +206,7 @@ def prefill(name: str, tokens: int, new_tokens: int, lines: str, group: Group) -
         with watch.watch():
             engine.logits(prompt)
     first = times[0] - start
-    print(f"{tokens:,} tokens in chunks of {rows:,}, sparse with the budgets {lines}, attention over seeded lines;")
+    print(f"{tokens:,} tokens in chunks of {rows:,}, sparse with the budgets {budgeted}, attention over seeded lines;")
     print(f"first token after {first:.2f} s ({tokens / first:,.0f} tokens/s); chunk by chunk, tokens and seconds:")
     print("  " + ", ".join(f"{step.done_tokens:,} {step.seconds:.2f}" for step in progress))
     steps = np.diff(times) * 1e3
