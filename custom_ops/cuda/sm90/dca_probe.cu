@@ -1,10 +1,14 @@
-// The probe on Hopper: the query heads of a KV head score a tile of keys that was read once, with products of a
-// warpgroup whose left factor, the keys, stays in registers.
+// The probe on Hopper: the query heads of a KV head score a tile of keys that was read once.
 //
-// A warp walks over a span of keys of its own, 16 at a time: four warps take part in a product, each with its own keys,
-// against one head's 64 rows. A block's spans lie in one DCA stage, so that it holds one rotation of the queries at a
-// time. Two passes and the carried diagonals are those of keys/dca_probe.cu, but for the reference of a row's sum: it
-// lies in shared memory and rises only when a score exceeds it by 2^8.
+// A block's keys lie in one DCA stage, so that it holds one rotation of the group's queries at a time. Two passes, as
+// in keys/dca_probe.cu:
+//
+//   statistics  a warpgroup walks over a span of keys, 64 at a time, as the right factor: a row's sum runs along
+//   registers.
+//               Its reference lies above the highest score of the first tile, and rises when weights grow beyond two.
+//   sums        a warp walks over a span of its own, 16 keys at a time, which are the rows of the product and stay in
+//               registers: four warps take part in a product, each with its own keys, against one head's 64 rows.
+//               Diagonals are carried as in keys/dca_probe.cu.
 #include <algorithm>
 #include <type_traits>
 
@@ -23,13 +27,15 @@ constexpr int kPair = 2 * kTile;      // keys whose diagonals are closed at once
 constexpr int kHalo = kProbeRows;     // keys before a span that share diagonals with it
 constexpr int kPanelBytes = kProbeRows * kPanelRowBytes;
 constexpr int kSumWarps = 12;
+constexpr float kHeadroom = 24;  // of a row's reference above its first scores, in log2
+constexpr int kTileReady = 1;    // first of the named barriers, one a warpgroup
 
-// The sums of a group's rows stay in registers: with seven heads there is room for two warpgroups of such threads.
-constexpr int statistic_warps(int group) { return group <= 5 ? 12 : 8; }
+// As many as leave room for the group's queries.
+constexpr int statistic_warpgroups(int group) { return group <= 5 ? 4 : 3; }
 
-// How the keys are dealt to the warps of a pass: blocks of each stage, from inter on.
+// How the keys are dealt to the warpgroups or warps of a pass: blocks of each stage, from inter on.
 struct Spans {
-  int32_t keys;  // of a warp
+  int32_t keys;  // of one
   int32_t blocks[kStages];
 
   __host__ __device__ int32_t count() const { return blocks[0] + blocks[1] + blocks[2]; }
@@ -41,58 +47,197 @@ struct ProbeArguments : qwen1m_dca_probe {
   Spans statistics, sums;
 };
 
-template <int kGroup, int kWarps>
-struct alignas(1024) Shared {
-  char queries[kGroup][kPanels][kPanelBytes];
-  char keys[kWarps][kRing][kTile * SharedRows<kHeadDim>::kRowBytes];
-};
-
-template <typename T, int kGroup, int kWarps>
-struct Walk {
-  static constexpr int kThreads = kWarps * kWarp;
-
-  const ProbeArguments& a;
-  Shared<kGroup, kWarps>& shared;
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+// The keys of one of a block's `shares` warpgroups or warps.
+struct Share {
   Stage stage = kInter;
   int32_t block_begin = 0;
-  int32_t begin = 0;   // of the warp's span
+  int32_t begin = 0;   // of the span
   int32_t end = 0;     // of the span, at most that of the stage
   int32_t limit = 0;   // end of the stage
   bool opens = false;  // the block's keys are the stage's first
 
-  __device__ Walk(const ProbeArguments& arguments, Shared<kGroup, kWarps>& memory, const Spans& spans)
-      : a(arguments), shared(memory) {
+  __device__ Share(const ProbeArguments& a, const Spans& spans, int shares, int number) {
     int block = blockIdx.x, s = kInter;
     while (block >= spans.blocks[s]) block -= spans.blocks[s--];
     stage = static_cast<Stage>(s);
     const Span keys = stage_keys(stage, a.end - 1, a.chunk_len);
-    block_begin = keys.begin + block * kWarps * spans.keys;
-    begin = block_begin + warp * spans.keys;
+    block_begin = keys.begin + block * shares * spans.keys;
+    begin = block_begin + number * spans.keys;
     limit = keys.end;
     end = min(begin + spans.keys, limit);
     opens = block == 0;
   }
+};
 
-  __device__ int head(int h) const { return blockIdx.y * kGroup + h; }
+// The group's queries in one rotation; rows stand at the end of the 64, those before the first are zero.
+template <typename T, int kGroup, int kThreads>
+__device__ void load_queries(const ProbeArguments& a, const char (&queries)[kGroup][kPanels][kPanelBytes],
+                             int rotation) {
+  const int missing = kProbeRows - a.rows;
+  const T* q = static_cast<const T*>(a.q) + static_cast<int64_t>(rotation) * a.rows * a.heads * kHeadDim;
+  __syncthreads();  // products with those before have ended
+  for (int i = threadIdx.x; i < kGroup * kProbeRows * 16; i += kThreads) {
+    const int h = i / (kProbeRows * 16), row = i / 16 % kProbeRows, chunk = i % 16, from = max(row - missing, 0);
+    const T* source = q + (static_cast<int64_t>(from) * a.heads + blockIdx.y * kGroup + h) * kHeadDim + chunk * 8;
+    copy_async_or_zero(shared_address(queries[h][chunk / 8]) + row * kPanelRowBytes + ((chunk % 8 ^ row % 8) << 4),
+                       source, row >= missing);
+  }
+  copy_commit();
+  copy_wait<0>();
+  async_proxy_fence();
+  __syncthreads();
+}
 
-  // The group's queries in one rotation; rows stand at the end of the 64, those before the first are zero.
-  __device__ void load_queries(int rotation) const {
-    const int missing = kProbeRows - a.rows;
-    const T* q = static_cast<const T*>(a.q) + static_cast<int64_t>(rotation) * a.rows * a.heads * kHeadDim;
-    __syncthreads();  // products with those before have ended
-    for (int i = threadIdx.x; i < kGroup * kProbeRows * 16; i += kThreads) {
-      const int h = i / (kProbeRows * 16), row = i / 16 % kProbeRows, chunk = i % 16, from = max(row - missing, 0);
-      const T* source = q + (static_cast<int64_t>(from) * a.heads + head(h)) * kHeadDim + chunk * 8;
-      copy_async_or_zero(
-          shared_address(shared.queries[h][chunk / 8]) + row * kPanelRowBytes + ((chunk % 8 ^ row % 8) << 4), source,
-          row >= missing);
+template <int kGroup, int kWarpgroups>
+struct alignas(1024) StatisticsShared {
+  char queries[kGroup][kPanels][kPanelBytes];
+  char keys[kWarpgroups][kRing][kPanels][kTileKeys * kPanelRowBytes];
+};
+
+// A row's sum of exp2(score - reference) over the keys of one of the four lanes that have a part of it.
+struct RowSum {
+  float reference = -1e30f;  // none yet: any score's weight is infinite
+  float sum = 0;
+
+  // Adds up the weights of the scores of row 16w + g + 8h.
+  template <int h>
+  __device__ float weigh(const float (&scores)[kTileKeys / 2], float scale) const {
+    float parts[2] = {};
+#pragma unroll
+    for (int n = 0; n < kTileKeys / 8; ++n) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) parts[e] += exp2_fast(scores[4 * n + 2 * h + e] * scale - reference);
+    }
+    return parts[0] + parts[1];
+  }
+
+  template <int h>
+  __device__ void raise(const float (&scores)[kTileKeys / 2], float scale) {
+    float top = kNegativeInfinity;
+#pragma unroll
+    for (int n = 0; n < kTileKeys / 8; ++n) top = fmaxf(top, fmaxf(scores[4 * n + 2 * h], scores[4 * n + 2 * h + 1]));
+    top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 1));
+    top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 2));
+    const float higher = fmaxf(reference, top * scale + kHeadroom);
+    sum *= exp2_fast(reference - higher);
+    reference = higher;
+  }
+};
+
+// Adds a tile's scores to this thread's rows. `scale` includes log2(e).
+__device__ inline void add_weights(RowSum (&rows)[2], const float (&scores)[kTileKeys / 2], float scale) {
+  float weights[2] = {rows[0].weigh<0>(scores, scale), rows[1].weigh<1>(scores, scale)};
+  if (__any_sync(kAllLanes, !(fmaxf(weights[0], weights[1]) < 2))) {
+    rows[0].raise<0>(scores, scale);
+    rows[1].raise<1>(scores, scale);
+    weights[0] = rows[0].weigh<0>(scores, scale);
+    weights[1] = rows[1].weigh<1>(scores, scale);
+  }
+  rows[0].sum += weights[0];
+  rows[1].sum += weights[1];
+}
+
+// Each row's reference and sum over each span.
+template <typename T, int kGroup>
+__global__ void __launch_bounds__(statistic_warpgroups(kGroup) * kWarpgroup, 1)
+    statistics_kernel(const __grid_constant__ ProbeArguments a) {
+  constexpr int kWarpgroups = statistic_warpgroups(kGroup);
+  extern __shared__ char memory[];
+  auto& shared = *reinterpret_cast<StatisticsShared<kGroup, kWarpgroups>*>(memory);
+  const int warpgroup = threadIdx.x / kWarpgroup, thread = threadIdx.x % kWarpgroup, lane = threadIdx.x % kWarp;
+  const int first_row = thread / kWarp * 16 + lane / 4;
+  const Share keys(a, a.statistics, kWarpgroups, warpgroup);
+  const int tiles = (keys.end - keys.begin + kTileKeys - 1) / kTileKeys;
+
+  constexpr int kTileBytes = sizeof(shared.keys[0][0]);
+  const uint32_t ring = shared_address(shared.keys[warpgroup]);
+  const int64_t cache_row = static_cast<int64_t>(a.cache.kv_heads) * kHeadDim;
+  const T* pool = static_cast<const T*>(a.cache.key) + static_cast<int64_t>(blockIdx.y) * kHeadDim;
+  const Pages pages(a.block_table, a.cache.page_size);
+  const auto load = [&](int tile) {
+    if (tile < tiles) {
+      const int row = thread / 16, chunk = thread % 16;
+      const int32_t key = keys.begin + tile * kTileKeys, last = a.end - 1 - key;
+      const uint32_t target = ring + tile % kRing * kTileBytes + chunk / 8 * (kTileBytes / kPanels) +
+                              row * kPanelRowBytes + ((chunk % 8 ^ row % 8) << 4);
+      const T* source = pool + pages.slot(key) * cache_row + chunk * 8;
+#pragma unroll
+      for (int r = 0; r < kTileKeys; r += 8) {
+        copy_async(target + r * kPanelRowBytes, source + min(row + r, last) * cache_row);
+      }
     }
     copy_commit();
+  };
+  load(0);
+  load_queries<T, kGroup, kWarpgroups * kWarpgroup>(a, shared.queries, keys.stage);
+
+  const float scale = a.scale * kLog2E;
+  RowSum rows[kGroup][2];
+  for (int tile = 0; tile < tiles; ++tile) {
     copy_wait<0>();
     async_proxy_fence();
-    __syncthreads();
+    named_sync(kTileReady + warpgroup, kWarpgroup);  // the tile has come, and nobody reads the one before any more
+    load(tile + 1);
+    const int32_t key = keys.begin + tile * kTileKeys;
+    const uint32_t right = rows_descriptor(ring + tile % kRing * kTileBytes);
+    const bool partial = key + kTileKeys > min(keys.limit, a.end - a.rows);
+#pragma unroll
+    for (int h = 0; h < kGroup; ++h) {
+      float scores[kTileKeys / 2];
+      const uint32_t left = rows_descriptor(shared_address(shared.queries[h][0]));
+      products_begin();
+#pragma unroll
+      for (int step = 0; step < kHeadDim / 16; ++step) {
+        const uint32_t on = (step / 4 * kPanelBytes >> 4) + step % 4 * 2;
+        multiply_shared<T>(scores, left + on, right + on, step > 0);
+      }
+      products_commit();
+      products_wait<0>();
+      settle(scores);
+      if (partial) {
+        mask_scores(scores, [&](int column, int i) {
+          return key + column < keys.limit && key + column <= a.end - kProbeRows + first_row + 8 * i;
+        });
+      }
+      add_weights(rows[h], scores, scale);
+    }
   }
+
+  const int spans = a.statistics.count() * kWarpgroups;
+#pragma unroll
+  for (int h = 0; h < kGroup; ++h) {
+    const int64_t span = (blockIdx.y * kGroup + h) * static_cast<int64_t>(spans) + blockIdx.x * kWarpgroups + warpgroup;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float total = rows[h][i].sum;
+      total += __shfl_xor_sync(kAllLanes, total, 1);
+      total += __shfl_xor_sync(kAllLanes, total, 2);
+      if (lane % 4 == 0) {
+        a.statistic[span * kProbeRows + first_row + 8 * i] =
+            make_float2(total > 0 ? rows[h][i].reference : kNegativeInfinity, total);
+      }
+    }
+  }
+}
+
+template <int kGroup>
+struct alignas(1024) SumsShared {
+  char queries[kGroup][kPanels][kPanelBytes];
+  char keys[kSumWarps][kRing][kTile * SharedRows<kHeadDim>::kRowBytes];
+};
+
+template <typename T, int kGroup>
+struct Walk : Share {
+  static constexpr int kThreads = kSumWarps * kWarp;
+
+  const ProbeArguments& a;
+  SumsShared<kGroup>& shared;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+
+  __device__ Walk(const ProbeArguments& arguments, SumsShared<kGroup>& memory)
+      : Share(arguments, arguments.sums, kSumWarps, threadIdx.x / kWarp), a(arguments), shared(memory) {}
+
+  __device__ int head(int h) const { return blockIdx.y * kGroup + h; }
 
   // `tiles` tiles of the warp's keys from `first` on; visit(h, first key, scores) sees each head's products. Tiles
   // outside the sequence may hold anything, keys from `last` on are masked, as those that a row does not see.
@@ -172,104 +317,12 @@ struct Walk {
   }
 };
 
-// Each row's reference and sum over each span.
-template <typename T, int kGroup>
-__global__ void __launch_bounds__(statistic_warps(kGroup) * kWarp, 1)
-    statistics_kernel(const __grid_constant__ ProbeArguments a) {
-  constexpr int kWarps = statistic_warps(kGroup);
-  extern __shared__ char memory[];
-  auto& shared = *reinterpret_cast<Shared<kGroup, kWarps>*>(memory);
-  const Walk<T, kGroup, kWarps> walk(a, shared, a.statistics);
-  // This warp's references, of each head's rows: float2 number 4n of this lane's is that of rows 8n + 2p, 8n + 2p + 1.
-  float2* references = reinterpret_cast<float2*>(memory + sizeof(shared)) + walk.warp * kGroup * kProbeRows / 2;
-  for (int i = walk.lane; i < kGroup * kProbeRows / 2; i += kWarp) references[i] = make_float2(0, 0);
-  references += walk.lane % 4;
-  walk.load_queries(walk.stage);
-
-  const float scale = a.scale * kLog2E;
-  // Lanes below 16 sum rows 8n + 2p + e, n < 4, the others those with n >= 4: at 2 (n % 4) + e.
-  const bool upper = walk.lane >= kWarp / 2;
-  float sum[kGroup][kProbeRows / 8] = {};
-  walk(walk.begin, a.statistics.keys / kTile, walk.limit, [&](int h, int32_t first, float (&scores)[kProbeRows / 2]) {
-    float2* reference = references + h * kProbeRows / 2;
-    float top = kNegativeInfinity;
-#pragma unroll
-    for (int n = 0; n < kRowTiles8; ++n) {
-      const float2 origin = reference[4 * n];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        scores[4 * n + i] = scores[4 * n + i] * scale - (i % 2 ? origin.y : origin.x);
-        top = fmaxf(top, scores[4 * n + i]);
-      }
-    }
-    const bool starts = first == walk.begin;
-    if (__any_sync(kAllLanes, starts || top > kGrowth)) {
-      // Moves the references of rows 8n + 2p and the next; returns by how much.
-      const auto raise = [&](int n) {
-        float lift[2];
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          float highest = fmaxf(scores[4 * n + e], scores[4 * n + 2 + e]);
-#pragma unroll
-          for (int mask = 4; mask < kWarp; mask *= 2) {
-            highest = fmaxf(highest, __shfl_xor_sync(kAllLanes, highest, mask));
-          }
-          lift[e] = highest > kGrowth || (starts && highest > kNegativeInfinity) ? highest : 0.0f;
-          scores[4 * n + e] -= lift[e];
-          scores[4 * n + 2 + e] -= lift[e];
-        }
-        const float2 origin = reference[4 * n];
-        __syncwarp();
-        if (walk.lane < 4) reference[4 * n] = make_float2(origin.x + lift[0], origin.y + lift[1]);
-        return make_float2(lift[0], lift[1]);
-      };
-#pragma unroll
-      for (int n = 0; n < kRowTiles8 / 2; ++n) {
-        const float2 low = raise(n), high = raise(n + kRowTiles8 / 2);
-        sum[h][2 * n] *= exp2_fast(upper ? -high.x : -low.x);
-        sum[h][2 * n + 1] *= exp2_fast(upper ? -high.y : -low.y);
-      }
-      __syncwarp();
-    }
-#pragma unroll
-    for (int n = 0; n < kRowTiles8 / 2; ++n) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const auto weight = [&](int m) { return exp2_fast(scores[4 * m + e]) + exp2_fast(scores[4 * m + 2 + e]); };
-        const float low = weight(n), high = weight(n + kRowTiles8 / 2);
-        sum[h][2 * n + e] += (upper ? high : low) + __shfl_xor_sync(kAllLanes, upper ? low : high, kWarp / 2);
-      }
-    }
-    // Never. A branch ends what ptxas schedules together: it would begin the next head's product before these sums,
-    // and spill the weights that its scores displace.
-    if (sum[h][0] < 0) __trap();
-  });
-
-  const int spans = a.statistics.count() * kWarps;
-#pragma unroll
-  for (int h = 0; h < kGroup; ++h) {
-    const int64_t span = static_cast<int64_t>(walk.head(h)) * spans + blockIdx.x * kWarps + walk.warp;
-#pragma unroll
-    for (int i = 0; i < kProbeRows / 8; ++i) {
-      float total = sum[h][i];
-      total += __shfl_xor_sync(kAllLanes, total, 4);
-      total += __shfl_xor_sync(kAllLanes, total, 8);
-      const int n = i / 2 + (upper ? kRowTiles8 / 2 : 0), row = 8 * n + 2 * (walk.lane % 4) + i % 2;
-      const float2 origin = references[h * kProbeRows / 2 + 4 * n];
-      if (walk.lane % (kWarp / 2) < 4) {
-        const float reference = i % 2 ? origin.y : origin.x;
-        a.statistic[span * kProbeRows + row] = make_float2(total > 0 ? reference : kNegativeInfinity, total);
-      }
-    }
-  }
-}
-
 // The weights of the spans' keys, summed along columns and diagonals.
 template <typename T, int kGroup>
 __global__ void __launch_bounds__(kSumWarps* kWarp, 1) sums_kernel(const __grid_constant__ ProbeArguments a) {
   extern __shared__ char memory[];
-  auto& shared = *reinterpret_cast<Shared<kGroup, kSumWarps>*>(memory);
-  const Walk<T, kGroup, kSumWarps> walk(a, shared, a.sums);
+  auto& shared = *reinterpret_cast<SumsShared<kGroup>*>(memory);
+  const Walk<T, kGroup> walk(a, shared);
   float* log_sums = reinterpret_cast<float*>(memory + sizeof(shared));
   for (int i = threadIdx.x; i < kGroup * kProbeRows; i += kSumWarps * kWarp) {
     log_sums[i] = a.log_sum[walk.head(0) * kProbeRows + i];
@@ -318,10 +371,10 @@ __global__ void __launch_bounds__(kSumWarps* kWarp, 1) sums_kernel(const __grid_
   // The first span of a stage shares diagonals with the keys of the one before, which meet another rotation.
   const bool first_span = walk.opens && walk.warp == 0;
   if (walk.opens && walk.block_begin > 0) {
-    walk.load_queries(walk.stage + 1);
+    load_queries<T, kGroup, walk.kThreads>(a, shared.queries, walk.stage + 1);
     walk(walk.begin - kHalo, kHalo / kTile, walk.begin, visit([&](int32_t) { return first_span; }));
   }
-  walk.load_queries(walk.stage);
+  load_queries<T, kGroup, walk.kThreads>(a, shared.queries, walk.stage);
   walk(walk.begin - kHalo, (kHalo + a.sums.keys) / kTile, walk.limit,
        visit([&](int32_t first) { return first >= walk.begin || !first_span; }));
 #pragma unroll
@@ -329,15 +382,15 @@ __global__ void __launch_bounds__(kSumWarps* kWarp, 1) sums_kernel(const __grid_
 }
 
 // Spans that keep every processor busy to the end, and read few keys twice.
-Spans deal(const qwen1m_dca_probe& probe, int warps, int halo, int processors) {
-  constexpr int kFixed = 64;  // what a block costs before its first key, in keys of a warp
+Spans deal(const qwen1m_dca_probe& probe, int shares, int halo, int processors) {
+  constexpr int kFixed = 64;  // what a block costs before its first key, in keys of one share
   Spans best{};
   int64_t best_cost = INT64_MAX;
-  for (int32_t keys = 2 * kPair; keys <= 4096; keys += kPair) {
+  for (int32_t keys = kTileKeys; keys <= 16384; keys += kTileKeys) {
     Spans spans{keys, {}};
     for (int stage = kIntra; stage < kStages; ++stage) {
       const Span span = stage_keys(static_cast<Stage>(stage), probe.end - 1, probe.chunk_len);
-      spans.blocks[stage] = static_cast<int32_t>(ceil_div(span.end - span.begin, warps * keys));
+      spans.blocks[stage] = static_cast<int32_t>(ceil_div(span.end - span.begin, static_cast<int64_t>(shares) * keys));
     }
     const int64_t blocks = static_cast<int64_t>(spans.count()) * probe.cache.kv_heads;
     const int64_t cost = ceil_div(blocks, processors) * (keys + halo + kFixed);
@@ -356,31 +409,30 @@ ProbeArguments plan(const qwen1m_dca_probe& probe, void* workspace) {
   if (cudaGetDevice(&device) == cudaSuccess) {
     cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   }
-  const int warps = statistic_warps(group_of(probe));
-  ProbeArguments a{probe, static_cast<float2*>(workspace), nullptr, deal(probe, warps, 0, processors),
+  const int warpgroups = statistic_warpgroups(group_of(probe));
+  ProbeArguments a{probe, static_cast<float2*>(workspace), nullptr, deal(probe, warpgroups, 0, processors),
                    deal(probe, kSumWarps, kHalo, processors)};
-  a.log_sum =
-      reinterpret_cast<float*>(a.statistic + static_cast<int64_t>(a.heads) * a.statistics.count() * warps * kProbeRows);
+  a.log_sum = reinterpret_cast<float*>(a.statistic +
+                                       static_cast<int64_t>(a.heads) * a.statistics.count() * warpgroups * kProbeRows);
   return a;
 }
 
 template <typename T, int kGroup>
 int launch(const ProbeArguments& a, qwen1m_stream stream) {
-  constexpr int kWarps = statistic_warps(kGroup);
-  const auto run = [&](auto kernel, int blocks, int warps, int bytes) -> int {
+  constexpr int kWarpgroups = statistic_warpgroups(kGroup);
+  const auto run = [&](auto kernel, int blocks, int threads, int bytes) -> int {
     const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (status != cudaSuccess) return status;
-    kernel<<<dim3(blocks, a.cache.kv_heads), warps * kWarp, bytes, as_stream(stream)>>>(a);
+    kernel<<<dim3(blocks, a.cache.kv_heads), threads, bytes, as_stream(stream)>>>(a);
     return cudaGetLastError();
   };
-  constexpr int kReferenceBytes = kWarps * kGroup * kProbeRows * sizeof(float);
-  const int status =
-      run(statistics_kernel<T, kGroup>, a.statistics.count(), kWarps, sizeof(Shared<kGroup, kWarps>) + kReferenceBytes);
+  const int status = run(statistics_kernel<T, kGroup>, a.statistics.count(), kWarpgroups * kWarpgroup,
+                         sizeof(StatisticsShared<kGroup, kWarpgroups>));
   if (status != cudaSuccess) return status;
   merge_statistics_kernel<<<a.heads, kMergeThreads, 0, as_stream(stream)>>>(a.statistic, a.log_sum,
-                                                                            a.statistics.count() * kWarps, a.rows);
-  return run(sums_kernel<T, kGroup>, a.sums.count(), kSumWarps,
-             sizeof(Shared<kGroup, kSumWarps>) + kGroup * kProbeRows * sizeof(float));
+                                                                            a.statistics.count() * kWarpgroups, a.rows);
+  return run(sums_kernel<T, kGroup>, a.sums.count(), kSumWarps * kWarp,
+             sizeof(SumsShared<kGroup>) + kGroup * kProbeRows * sizeof(float));
 }
 
 }  // namespace
@@ -391,7 +443,7 @@ bool takes_probe(const qwen1m_dca_probe& a) {
 
 int64_t dca_probe_workspace(const qwen1m_dca_probe& probe) {
   const ProbeArguments a = plan(probe, nullptr);
-  const int64_t spans = static_cast<int64_t>(a.statistics.count()) * statistic_warps(group_of(a));
+  const int64_t spans = static_cast<int64_t>(a.statistics.count()) * statistic_warpgroups(group_of(a));
   return static_cast<int64_t>(a.heads) * kProbeRows * (spans * sizeof(float2) + sizeof(float));
 }
 

@@ -165,6 +165,9 @@ __device__ inline uint32_t columns_descriptor(uint32_t shared, int panel_rows) {
 template <typename T>
 __device__ inline void multiply_shared(float (&c)[64], uint32_t a, uint32_t b, bool add);
 
+template <typename T>
+__device__ inline void multiply_shared(float (&c)[32], uint32_t a, uint32_t b, bool add);
+
 // The left factor in registers, as multiply_add takes it; the right one as its transpose.
 template <typename T>
 __device__ inline void multiply_transposed(float (&c)[32], const uint32_t (&a)[4], uint32_t b, bool add);
@@ -180,6 +183,14 @@ __device__ inline void multiply_rows(float (&c)[64], const uint32_t (&a)[4], uin
         "{\n.reg .pred p;\n.reg .b64 a, b;\nsetp.ne.b32 p, %67, 0;\nmov.b64 a, {%64, %66};\nmov.b64 b, {%65, %66};\n" \
         "wgmma.mma_async.sync.aligned.m64n128k16.f32." name "." name " {" QWEN1M_R64 "}, a, b, p, 1, 1, 0, 0;\n}"     \
         : QWEN1M_F16(c, 0), QWEN1M_F16(c, 16), QWEN1M_F16(c, 32), QWEN1M_F16(c, 48)                                   \
+        : "r"(a), "r"(b), "r"(kDescriptorHigh), "r"(static_cast<int>(add)));                                          \
+  }                                                                                                                   \
+  template <>                                                                                                         \
+  __device__ inline void multiply_shared<T>(float (&c)[32], uint32_t a, uint32_t b, bool add) {                       \
+    asm volatile(                                                                                                     \
+        "{\n.reg .pred p;\n.reg .b64 a, b;\nsetp.ne.b32 p, %35, 0;\nmov.b64 a, {%32, %34};\nmov.b64 b, {%33, %34};\n" \
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32." name "." name " {" QWEN1M_R32 "}, a, b, p, 1, 1, 0, 0;\n}"      \
+        : QWEN1M_F16(c, 0), QWEN1M_F16(c, 16)                                                                         \
         : "r"(a), "r"(b), "r"(kDescriptorHigh), "r"(static_cast<int>(add)));                                          \
   }                                                                                                                   \
   template <>                                                                                                         \
