@@ -64,7 +64,7 @@ def load_here(directory: Path, rank: int, degree: int) -> None:
         before = resident_bytes()
         reset_peak()
         began = time.perf_counter()
-        nbytes = load_checkpoint(directory, slots, ignore={HEAD} - slots.keys(), progress=False)
+        nbytes = load_checkpoint(directory, slots, ignore={HEAD} - slots.keys())
         if ops.on_gpu():
             paddle.device.synchronize()
         seconds = time.perf_counter() - began

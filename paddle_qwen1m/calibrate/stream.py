@@ -59,4 +59,4 @@ class WeightStream:
                 slots[tensor.name] = Slot(parameters[tensor.parameter], taken[tensor.parameter], tensor.shape)
                 taken[tensor.parameter] += tensor.shape[0]
         assert EMBEDDING not in slots or HEAD in slots or self._config.tie_word_embeddings
-        load_checkpoint(self._directory, slots, ignore=published.keys() - slots.keys(), progress=False)
+        load_checkpoint(self._directory, slots, ignore=published.keys() - slots.keys())

@@ -20,7 +20,7 @@ from paddle_qwen1m.paddlenlp.generation_keys import is_known
 from paddle_qwen1m.paddlenlp.hub import Checkpoint, HubError, locate, read_json
 from paddle_qwen1m.parallel.group import Group, start
 from paddle_qwen1m.parallel.split import check_degree
-from paddle_qwen1m.weights import load_checkpoint
+from paddle_qwen1m.weights import LoadingBar, load_checkpoint
 from paddle_qwen1m.weights.foreign import describe_adapter, describe_file
 from paddle_qwen1m.weights.rotary_tables import compare_rotary_tables
 from paddle_qwen1m.weights.sharding import rank_directory, rank_sets
@@ -131,8 +131,8 @@ def read_weights(model: Qwen2OneM, checkpoint: Checkpoint, described: dict[str, 
     tied = {HEAD} if model.config.tie_word_embeddings else set()
     for line in compare_rotary_tables(directory, model.config):
         logger.warning(line)
-    load_checkpoint(directory, slots, ignore=tied, progress=group.rank == 0)
-    group.meet()  # files come at other speeds elsewhere
+    with LoadingBar(group) as bar:
+        load_checkpoint(directory, slots, ignore=tied, bar=bar)
 
 
 def find_budgets(

@@ -56,6 +56,13 @@ class Group:
         """The smallest of the ranks' values. A rank may come as late as it likes, which in a collective is a stall."""
         return value
 
+    def add_up(self, done: int, total: int) -> tuple[int, int]:
+        """On rank 0 the sum of what it and the others said last of a piece of work, on these of what they say.
+
+        Waits for nobody, so that the others' is as old as their last call.
+        """
+        return done, total
+
     def meet(self) -> None:
         """Returns when every rank has called it."""
         self.smallest(0)
@@ -120,6 +127,9 @@ class ProcessGroup(Group):
 
     def smallest(self, value: int) -> int:
         return value if self.job is None else self.job.smallest(value)
+
+    def add_up(self, done: int, total: int) -> tuple[int, int]:
+        return (done, total) if self.job is None else self.job.add_up(done, total)
 
     def mark(self, values: paddle.Tensor, *, replayed: bool = False) -> None:
         if self._on_gpu:  # on a CPU the ops count their tiles

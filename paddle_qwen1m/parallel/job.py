@@ -77,6 +77,7 @@ class Job:
         self._shared: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._arrived: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._last_words: dict[int, str] = {}
+        self._said: dict[int, tuple[int, int]] = {}
         self._gone: set[int] = set()
         self._ending = threading.Lock()
         self.ended: JobEnded | None = None
@@ -122,6 +123,15 @@ class Job:
         with contextlib.suppress(OSError):
             self._peers[0].send({"kind": "arrived", "value": value})
         return self.share(None)
+
+    def add_up(self, done: int, total: int) -> tuple[int, int]:
+        """Rank 0: the sums of its own and of what the others said last; they: what they say, which rank 0 is told."""
+        if self.rank == 0:
+            said = [(done, total), *self._said.values()]
+            return sum(one for one, _ in said), sum(whole for _, whole in said)
+        with contextlib.suppress(OSError):
+            self._peers[0].send({"kind": "progress", "done": done, "total": total}, TELL_SECONDS)
+        return done, total
 
     def _next(self, messages: queue.SimpleQueue[Message]) -> Message:
         message = messages.get()
@@ -224,6 +234,8 @@ class Job:
             self._shared.put(message)
         elif kind == "arrived":
             self._arrived.put(message)
+        elif kind == "progress":
+            self._said[peer.rank] = message["done"], message["total"]
         elif kind == "words":
             self._last_words[peer.rank] = message["text"]
         elif kind == "exit" and message["status"] == 0:

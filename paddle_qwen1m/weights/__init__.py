@@ -9,9 +9,10 @@ from .digest import checkpoint_digest
 from .safetensors import CheckpointError, TensorInfo
 
 if TYPE_CHECKING:
+    from .bar import LoadingBar
     from .loader import Slot, load_checkpoint
 
-__all__ = ["Checkpoint", "CheckpointError", "Slot", "TensorInfo", "checkpoint_digest", "load_checkpoint"]
+__all__ = ["Checkpoint", "CheckpointError", "LoadingBar", "Slot", "TensorInfo", "checkpoint_digest", "load_checkpoint"]
 
 
 def __getattr__(name: str) -> Any:
@@ -20,4 +21,8 @@ def __getattr__(name: str) -> Any:
         from . import loader
 
         return getattr(loader, name)
+    if name == "LoadingBar":
+        from .bar import LoadingBar
+
+        return LoadingBar
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -22,8 +22,8 @@ from paddle_qwen1m.dtypes import SAFETENSORS, STORAGE, dtype_name
 from paddle_qwen1m.fileio.rows import RowFile
 from paddle_qwen1m.fileio.staging import Staging
 from paddle_qwen1m.parallel.split import COLUMNS, ROWS, Part
-from paddle_qwen1m.progress import Progress
 
+from .bar import LoadingBar
 from .checkpoint import Checkpoint, check_fit
 from .safetensors import DTYPE_BYTES, Array, TensorInfo
 from .tensors import EMBEDDING, HEAD
@@ -146,7 +146,7 @@ def load_checkpoint(
     slots: Mapping[str, Slot],
     *,
     ignore: Collection[str] = (),
-    progress: bool = True,
+    bar: LoadingBar | None = None,
 ) -> int:
     """Read every published tensor named in `slots`, or its part, from a checkpoint directory into its place.
 
@@ -155,8 +155,8 @@ def load_checkpoint(
     Files hold float32, float16 or bfloat16; a parameter of another of the three gets the value rounded to nearest even.
     Tensors in `ignore` and rotary tables may be in the checkpoint and are skipped. A head among them is compared with
     the embedding, which is used in its place; one line in the log says when they differ. Host memory beyond the
-    parameters is a few MB a reader, for parameters on a GPU its buffers more; nothing is written to the directory. With
-    `progress`, stderr tells how far it is.
+    parameters is a few MB a reader, for parameters on a GPU its buffers more; nothing is written to the directory.
+    `bar` is told how far it is.
     Raises CheckpointError, before anything is read, when files, names or shapes do not fit: see Checkpoint.
     """
     checkpoint = Checkpoint(directory)
@@ -165,8 +165,9 @@ def load_checkpoint(
     by_place = sorted(slots, key=lambda name: (checkpoint.tensors[name].file, checkpoint.tensors[name].offset))
     units = [unit for name in by_place for unit in _units(name, checkpoint.tensors[name], slots[name])]
     total = sum(_held_bytes(checkpoint.tensors[name], slot) for name, slot in slots.items())
-    with Progress("Loading weights", total, "bytes", visible=progress) as bar:
-        return _Loading(units, bar.update).run()
+    if bar is not None:
+        bar.expect(total)
+    return _Loading(units, (lambda _: None) if bar is None else bar.update).run()
 
 
 def _speak_of_another_head(checkpoint: Checkpoint, slots: Mapping[str, Slot]) -> None:

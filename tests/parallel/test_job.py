@@ -34,6 +34,18 @@ def test_every_rank_gets_what_rank_0_shares_in_order() -> None:
         job.leave()
 
 
+def test_rank_0_adds_up_what_ranks_said_last_when_they_meet() -> None:
+    jobs = meet(3)
+    for done in (5, 7):
+        for job in jobs[1:]:
+            assert job.add_up(done, 10 * job.rank) == (done, 10 * job.rank)
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda job: job.smallest(0), jobs))
+    assert jobs[0].add_up(1, 4) == (1 + 7 + 7, 4 + 10 + 20)
+    for job in jobs:
+        job.leave()
+
+
 def test_waiting_for_a_rank_0_that_is_done_is_an_error() -> None:
     first, second = meet(2)
     first.share("last")

@@ -11,7 +11,7 @@ import pytest
 from checkpoint_files import write_file, write_sharded
 
 from paddle_qwen1m.parallel.split import Part
-from paddle_qwen1m.weights import CheckpointError, Slot, load_checkpoint
+from paddle_qwen1m.weights import CheckpointError, LoadingBar, Slot, load_checkpoint
 
 RNG = np.random.default_rng(1)
 
@@ -224,7 +224,8 @@ def test_the_checkpoint_directory_is_only_read(checkpoint):
 @pytest.mark.parametrize("terminal, progress, shown", [(True, True, True), (True, False, False), (False, True, False)])
 def test_the_progress_bar_is_for_terminals(checkpoint, monkeypatch, capsys, terminal, progress, shown):
     monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)
-    load_checkpoint(checkpoint[0], fused_slots()[2], progress=progress)
+    with LoadingBar(visible=progress) as bar:
+        load_checkpoint(checkpoint[0], fused_slots()[2], bar=bar)
     captured = capsys.readouterr()
     assert ("Loading weights: 100%" in captured.err) == shown
     assert captured.out == ""
