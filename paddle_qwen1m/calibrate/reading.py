@@ -66,11 +66,11 @@ class Layer:
         is computed once.
         """
 
-    def measure(self, pairs: Pairs, *, first_alone: bool = False) -> Kept:
-        """What the pairs keep of the attention to all texts, or to the first one."""
-        numbers = range(1 if first_alone else len(self._texts))
-        kept = [self._measure(number, pairs) for number in numbers]
-        return Kept(*(np.mean(column, axis=0) for column in zip(*kept)))
+    def measure(self, *pairs: Pairs, first_alone: bool = False) -> list[Kept]:
+        """What each of the pairs keeps of the attention to all texts, or to the first one."""
+        texts = range(1 if first_alone else len(self._texts))
+        of_texts = [[self._measure(number, one) for one in pairs] for number in texts]
+        return [Kept(*(np.mean(values, axis=0) for values in zip(*of_pair))) for of_pair in zip(*of_texts)]
 
     def advance(self) -> Iterator[int]:
         """Takes the texts through the layer, with full attention; yields tokens as they are done."""

@@ -56,9 +56,9 @@ class Kept(NamedTuple):
 
 
 class Measure(Protocol):
-    """Measures a pair a head; `first_alone`: on the first text, which takes a part of the time."""
+    """Measures pairs, several in one reading of the texts; `first_alone`: on the first one, which takes less time."""
 
-    def __call__(self, pairs: Pairs, *, first_alone: bool = False) -> Kept: ...
+    def __call__(self, *pairs: Pairs, first_alone: bool = False) -> list[Kept]: ...
 
 
 @dataclass(frozen=True)
@@ -87,26 +87,25 @@ Strategy = Callable[[Measure, int, Goal], Chosen]
 
 
 def least(measure: Measure, heads: int, goal: Goal) -> Chosen:
-    """The cheapest pair of the grid that keeps the goal's recall, or at its cost the one that keeps most.
+    """The cheapest pair of the grid that keeps the goal's recall at its cost, or what comes nearest on the way there.
 
-    More columns or diagonals never keep less, so that on the first text each head walks along the border between pairs
-    that hold and pairs that do not, from all columns and the fewest diagonals on: at most len(COLUMNS) +
-    len(DIAGONALS) measurements. What was found is measured on all texts, and grows until it holds there.
+    More columns or diagonals never keep less and never cost less, so that on the first text each head walks along the
+    border between pairs that hold and pairs that do not, from all columns and the fewest diagonals on: at most
+    len(COLUMNS) + len(DIAGONALS) measurements. What was found is measured on all texts, and grows where it fails there.
     """
     column = np.full(heads, len(COLUMNS) - 1)
     diagonal = np.zeros(heads, np.int64)
     seen: list[dict[tuple[int, int], tuple[float, float]]] = [{} for _ in range(heads)]
     walking = np.ones(heads, np.bool_)
     while walking.any():
-        kept = measure(_grid(np.where(walking, column, 0), np.where(walking, diagonal, 0)), first_alone=True)
+        at = np.where(walking, [column, diagonal], 0)
+        (kept,) = measure(_grid(*at), first_alone=True)
         for head in np.flatnonzero(walking):
-            recall, cost = float(kept.recall[head]), float(kept.cost[head])
-            seen[head][int(column[head]), int(diagonal[head])] = recall, cost
-            if recall >= goal.recall:
-                column[head] -= 1
-            else:
-                diagonal[head] += 1
-            walking[head] = column[head] >= 0 and diagonal[head] < len(DIAGONALS)
+            seen[head][int(column[head]), int(diagonal[head])] = float(kept.recall[head]), float(kept.cost[head])
+        holds, too_much = kept.recall >= goal.recall, kept.cost > goal.cost
+        column = column - (walking & (holds | too_much))
+        diagonal = diagonal + (walking & ~holds)
+        walking &= (column >= 0) & (diagonal < len(DIAGONALS))
     places = np.array([_best(found, goal) for found in seen], np.int64).T
     return _grown(measure, places, goal)
 
@@ -117,12 +116,12 @@ def published(measure: Measure, heads: int, goal: Goal) -> Chosen:
     Which of the five a head got is not published: here it is the first that keeps the goal's recall, else the one that
     keeps most, on the first text.
     """
-    kept = np.stack([measure(_same(base, heads), first_alone=True).recall for base in BASES])
+    kept = np.stack([one.recall for one in measure(*(_same(base, heads) for base in BASES), first_alone=True)])
     holds = kept >= goal.recall
     base = np.where(holds.any(0), holds.argmax(0), kept.argmax(0))
     pairs = Pairs(*np.array(BASES, np.int64)[base].T)
-    score = measure(pairs.visited).recall
-    return Chosen(refined(pairs, score), score)
+    (found,) = measure(pairs.visited)
+    return Chosen(refined(pairs, found.recall), found.recall)
 
 
 def refined(bases: Pairs, score: Floats) -> Pairs:
@@ -157,12 +156,13 @@ def _grown(measure: Measure, places: Ints, goal: Goal) -> Chosen:
     number of columns or of diagonals, whichever of the two gains more for what it costs more.
     """
     limits = np.array([[len(COLUMNS) - 1], [len(DIAGONALS) - 1]])
-    kept = measure(_grid(*places))
+    (kept,) = measure(_grid(*places))
     growing = kept.recall < goal.recall
     while growing.any():
-        steps = [places + np.where(growing, way, 0) for way in (np.array([[1], [0]]), np.array([[0], [1]]))]
-        tried = [measure(_grid(*np.minimum(step, limits))) for step in steps]
-        worth = np.array(
+        steps = [places + way for way in (np.array([[1], [0]]), np.array([[0], [1]]))]
+        # heads that have grown enough are measured where that takes least
+        tried = measure(*(_grid(*np.where(growing, np.minimum(step, limits), 0)) for step in steps))
+        worth = np.stack(
             [
                 np.where(
                     (step <= limits).all(0) & (more.cost <= goal.cost),
@@ -174,9 +174,8 @@ def _grown(measure: Measure, places: Ints, goal: Goal) -> Chosen:
         )
         growing &= worth.max(0) > -np.inf
         columns_first = worth[0] >= worth[1]
-        step, more = np.where(columns_first, *steps), _either(columns_first, *tried)
-        places = np.where(growing, step, places)
-        kept = _either(growing, more, kept)
+        places = np.where(growing, np.where(columns_first, *steps), places)
+        kept = _either(growing, _either(columns_first, *tried), kept)
         growing &= kept.recall < goal.recall
     return Chosen(_grid(*places), kept.recall)
 

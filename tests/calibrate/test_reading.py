@@ -19,6 +19,7 @@ from paddle_qwen1m.options import EngineOptions
 
 CHUNK, PAGE = 96, 32
 PAIRS = Pairs(np.array([31, 50, 90, 31]), np.array([100, 130, 100, 101]))
+OTHERS = Pairs(np.full(4, 200), np.full(4, 150))
 
 
 def make_text(rng: np.random.Generator, tokens: int) -> Text:
@@ -85,9 +86,9 @@ def test_kept_is_what_float64_says(model: Qwen2OneM, rng: np.random.Generator, t
     expected = [kept_in_float64(model.layers[1], one, PAIRS) for one in (text, other)]
     assert expected[0].mean.min() < 0.9 and expected[0].cost.min() < 0.9
     for kept, wanted in (
-        (layer.measure(PAIRS, first_alone=True), expected[0]),
-        (layer.measure(PAIRS), Kept(*(np.mean(two, axis=0) for two in zip(*expected)))),
-        (layer.measure(PAIRS, first_alone=True), expected[0]),
+        (layer.measure(OTHERS, PAIRS, first_alone=True)[1], expected[0]),
+        (layer.measure(PAIRS)[0], Kept(*(np.mean(two, axis=0) for two in zip(*expected)))),
+        (layer.measure(PAIRS, first_alone=True)[0], expected[0]),
     ):
         np.testing.assert_allclose(kept, wanted, rtol=1e-4)
 
@@ -98,7 +99,7 @@ def test_with_fewer_blocks_the_last_of_each_piece_is_measured_and_all_at_the_end
     monkeypatch.setattr(reading, "BLOCKS_A_TEXT", 1)
     text = make_text(rng, 530)
     expected = kept_in_float64(model.layers[0], text, PAIRS, last_blocks=True)
-    np.testing.assert_allclose(layer_of(model.layers[0], [text]).measure(PAIRS), expected, rtol=1e-4)
+    np.testing.assert_allclose(layer_of(model.layers[0], [text]).measure(PAIRS)[0], expected, rtol=1e-4)
 
 
 def test_texts_that_went_through_all_layers_are_where_the_model_takes_them(
