@@ -61,6 +61,8 @@ if TYPE_CHECKING:
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 SAMPLING_OPTIONS = ("max_new_tokens", "min_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed")
 DEFAULT_NEW_TOKENS = 512
+HARNESS = "lm-eval"
+"""The command whose arguments are another program's."""
 
 
 @dataclass(frozen=True)
@@ -505,6 +507,19 @@ def _eval(arguments: argparse.Namespace) -> int:
     return evaluate(arguments)
 
 
+def _harness_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("arguments", nargs="*", metavar="...", help="lm-evaluation-harness's own: see its --help")
+
+
+def _harness(arguments: argparse.Namespace) -> int:
+    try:
+        from paddle_qwen1m.evaluate.harness import main as harness
+    except ModuleNotFoundError as error:
+        raise InputError(f"lm-eval needs {error.name}: pip install 'paddle-qwen1m[lm-eval]'") from error
+    harness(arguments.arguments)
+    return 0
+
+
 def _calibrate_arguments(parser: argparse.ArgumentParser) -> None:
     calibrate_flags.add_flags(parser)
     _add_model_options(parser, without=options_of(Face.COMMAND).keys() - set(calibrate_flags.MODEL_OPTIONS))
@@ -673,6 +688,7 @@ COMMANDS = (
     Command("plan", "tell what fits on which GPUs, and what to change where it does not", _plan_arguments, _plan),
     Command("serve", "answer requests over HTTP, as OpenAI's interface does", _serve_arguments, _serve),
     Command("eval", "measure what a checkpoint keeps of long texts", _eval_arguments, _eval, logging.ERROR),
+    Command(HARNESS, "lm-evaluation-harness with the model paddle_qwen1m", _harness_arguments, _harness),
     Command("calibrate", "find sparse budgets for a checkpoint", _calibrate_arguments, _calibrate, logging.ERROR),
     Command("convert", "write a checkpoint in another format", _convert_arguments, _convert),
     Command(
@@ -737,7 +753,12 @@ def _arguments(argv: Sequence[str] | None, rank: int) -> argparse.Namespace:
             nowhere = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(redirect_stdout(nowhere))
             stack.enter_context(redirect_stderr(nowhere))
-        return _parser().parse_args(spelled(sys.argv[1:] if argv is None else argv))
+        given = sys.argv[1:] if argv is None else list(argv)
+        if given[:1] == [HARNESS]:
+            own = _parser().parse_args(given[:1])
+            own.arguments, own.debug = given[1:], False
+            return own
+        return _parser().parse_args(spelled(given))
 
 
 def _generate_on_ranks(arguments: argparse.Namespace) -> int:

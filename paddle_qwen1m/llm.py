@@ -159,6 +159,11 @@ class LLM:
         """The tokenizer of prompts and answers."""
         return self._tokenizer
 
+    @property
+    def max_model_len(self) -> int:
+        """Most tokens of prompt and answer together."""
+        return self._serving.limits.max_model_len
+
     def get_default_sampling_params(self) -> SamplingParams:
         """What holds where no params are given: the checkpoint's generation_config.json."""
         return SamplingParams(**self._defaults)
