@@ -64,7 +64,9 @@ def read_structs(headers: Path = HEADERS) -> dict[str, type[ctypes.Structure]]:
 
 
 class CudaLibrary:
-    """Calls kernels by name, the fields of their struct as keywords: tensors, numbers, dtypes, dicts for structs."""
+    """Calls kernels by name, the fields of their struct as keywords: tensors, numbers, dtypes, dicts for structs. The
+    frame of a cache that is not int8 may be left out.
+    """
 
     def __init__(self, path: Path = LIBRARY) -> None:
         self._library = ctypes.CDLL(str(path))
@@ -73,10 +75,11 @@ class CudaLibrary:
 
     def struct(self, name: str, fields: dict[str, Any]) -> ctypes.Structure:
         kind = self._structs[name]
-        names = [field[0] for field in kind._fields_]
-        if unknown := set(fields) ^ set(names):
+        types = dict(kind._fields_)
+        may_lack = {field for field, c_type in types.items() if name == "cache" and c_type in self._structs.values()}
+        if unknown := (set(fields) ^ set(types)) - (may_lack - set(fields)):
             raise TypeError(f"{name}: fields that are missing or unknown: {sorted(unknown)}")
-        return kind(*(self._value(dict(kind._fields_)[field], fields[field]) for field in names))
+        return kind(**{field: self._value(types[field], value) for field, value in fields.items()})
 
     def _value(self, c_type: Any, value: Any) -> Any:
         if isinstance(value, dict):

@@ -71,6 +71,8 @@ template <typename T, int D>
 struct HeadPart {
   float low[kPairs], high[kPairs];
 
+  HeadPart() = default;
+
   __device__ HeadPart(const T* x, const T* bias) {
     const auto x_low = load_vector<kPairs>(x), x_high = load_vector<kPairs>(x + D / 2);
     const auto bias_low = load_vector<kPairs>(bias), bias_high = load_vector<kPairs>(bias + D / 2);
@@ -86,9 +88,34 @@ struct HeadPart {
     store_narrowed(high, to + D / 2);
   }
 
+  // As numbers of an int8 cache: the nearest, for the scale of the whole head, whose other parts are neighbouring
+  // lanes'.
+  __device__ void store(int8_t* to, f16* scale) const {
+    constexpr int kParts = D / 2 / kPairs;
+    const unsigned lanes = ((1u << kParts) - 1) << threadIdx.x % kWarp / kParts * kParts;
+    float largest = 0;
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) largest = fmaxf(largest, fmaxf(fabsf(low[i]), fabsf(high[i])));
+#pragma unroll
+    for (int mask = kParts / 2; mask > 0; mask /= 2) {
+      largest = fmaxf(largest, __shfl_xor_sync(lanes, largest, mask));
+    }
+    const f16 step = narrow<f16>(largest / 127.0f);
+    if (threadIdx.x % kParts == 0) *scale = step;
+    const float inverse = widen(step) > 0 ? 1.0f / widen(step) : 0.0f;
+    Vector<int8_t, kPairs> first, second;
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      first.values[i] = static_cast<int8_t>(max(-127, min(127, __float2int_rn(low[i] * inverse))));
+      second.values[i] = static_cast<int8_t>(max(-127, min(127, __float2int_rn(high[i] * inverse))));
+    }
+    store_vector(first, to);
+    store_vector(second, to + D / 2);
+  }
+
   // `table` is cos[D / 2] | sin[D / 2], from this part's first pair on.
-  __device__ void store_rotated(const float* table, T* to) const {
-    float first[kPairs], second[kPairs];
+  __device__ HeadPart rotated(const float* table) const {
+    HeadPart part;
 #pragma unroll
     for (int i = 0; i < kPairs; i += 4) {
       float cosine[4], sine[4];
@@ -96,12 +123,22 @@ struct HeadPart {
       load_widened(table + D / 2 + i, sine);
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
-        first[i + n] = low[i + n] * cosine[n] - high[i + n] * sine[n];
-        second[i + n] = high[i + n] * cosine[n] + low[i + n] * sine[n];
+        part.low[i + n] = low[i + n] * cosine[n] - high[i + n] * sine[n];
+        part.high[i + n] = high[i + n] * cosine[n] + low[i + n] * sine[n];
       }
     }
-    store_narrowed(first, to);
-    store_narrowed(second, to + D / 2);
+    return part;
+  }
+
+  // A key in the frame of an int8 cache, from this part's first pair on.
+  __device__ HeadPart framed(const float* power, const float* centre) const {
+    HeadPart part;
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      part.low[i] = low[i] / power[i] - centre[i];
+      part.high[i] = high[i] / power[i + D / 2] - centre[i + D / 2];
+    }
+    return part;
   }
 };
 
@@ -123,7 +160,8 @@ struct Place {
   }
 };
 
-template <typename T, int D, int V>
+// The cache is of type T, or int8.
+template <typename T, int D, int V, bool kInt8>
 __global__ void __launch_bounds__(kHeadThreads, 4) rotate_and_cache_kernel(const qwen1m_rotate_and_cache a) {
   await_previous();
   admit_next();
@@ -137,18 +175,23 @@ __global__ void __launch_bounds__(kHeadThreads, 4) rotate_and_cache_kernel(const
 #pragma unroll
     for (int v = 0; v < V; ++v) {
       const int64_t row = static_cast<int64_t>(v) * a.tokens + t;
-      part.store_rotated(a.table + row * D + at.pair, static_cast<T*>(a.q) + (row * a.heads + at.head) * D + at.pair);
+      T* to = static_cast<T*>(a.q) + (row * a.heads + at.head) * D + at.pair;
+      part.rotated(a.table + row * D + at.pair).store(to);
     }
     return;
   }
   if (a.slots[t] < 0) return;
   const bool is_key = at.head < a.heads + kv_heads;
   const int head = at.head - a.heads - (is_key ? 0 : kv_heads);
-  const int64_t to = (a.slots[t] * kv_heads + head) * D + at.pair;
-  if (is_key) {
-    part.store_rotated(a.table + t * D + at.pair, static_cast<T*>(a.cache.key) + to);
+  const int64_t row = a.slots[t] * kv_heads + head, to = row * D + at.pair;
+  const auto key = is_key ? part.rotated(a.table + t * D + at.pair) : part;
+  if constexpr (kInt8) {
+    const int first = head * D + at.pair;
+    auto* scales = static_cast<f16*>(is_key ? a.cache.frame.key_scale : a.cache.frame.value_scale);
+    const auto kept = is_key ? key.framed(a.cache.frame.power + first, a.cache.frame.centre + first) : part;
+    kept.store(static_cast<int8_t*>(is_key ? a.cache.key : a.cache.value) + to, scales + row);
   } else {
-    part.store(static_cast<T*>(a.cache.value) + to);
+    key.store(static_cast<T*>(is_key ? a.cache.key : a.cache.value) + to);
   }
 }
 
@@ -164,7 +207,8 @@ __global__ void __launch_bounds__(kHeadThreads, 4) rotate_queries_kernel(const q
 #pragma unroll
   for (int v = 0; v < V; ++v) {
     const int64_t row = static_cast<int64_t>(v) * a.rows + t;
-    part.store_rotated(a.table + row * D + at.pair, static_cast<T*>(a.q) + (row * a.heads + at.head) * D + at.pair);
+    T* to = static_cast<T*>(a.q) + (row * a.heads + at.head) * D + at.pair;
+    part.rotated(a.table + row * D + at.pair).store(to);
   }
 }
 
@@ -215,15 +259,17 @@ int qwen1m_cuda_decode_inputs(const qwen1m_decode_inputs* a, qwen1m_stream strea
                             as_stream(stream), *a);
 }
 
-// The bias and the cache are of the activation's type.
+// The bias is of the activation's type, the cache too or int8.
 int qwen1m_cuda_rotate_and_cache(const qwen1m_rotate_and_cache* a, qwen1m_stream stream) {
-  if (a->bias_dtype != a->activation || a->cache.dtype != a->activation) return cudaErrorInvalidValue;
+  const bool int8 = a->cache.dtype == QWEN1M_INT8;
+  if (a->bias_dtype != a->activation || (!int8 && a->cache.dtype != a->activation)) return cudaErrorInvalidValue;
   if (a->tokens == 0) return cudaSuccess;
   const int heads = a->heads + 2 * a->cache.kv_heads;
   return with_heads(a->activation, a->cache.head_dim, a->variants, [&](auto type, auto dim, auto variants) -> int {
     using On = Place<dim.value>;
-    return launch_overlapping(rotate_and_cache_kernel<decltype(type), dim.value, variants.value>,
-                              On::grid(a->tokens, heads), On::threads(heads), 0, as_stream(stream), *a);
+    const auto kernel = int8 ? rotate_and_cache_kernel<decltype(type), dim.value, variants.value, true>
+                             : rotate_and_cache_kernel<decltype(type), dim.value, variants.value, false>;
+    return launch_overlapping(kernel, On::grid(a->tokens, heads), On::threads(heads), 0, as_stream(stream), *a);
   });
 }
 

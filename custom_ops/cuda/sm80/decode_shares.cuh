@@ -1,0 +1,204 @@
+// What kernels of decode share: how a sequence's keys are shared out over blocks, and how what they made is merged.
+#pragma once
+
+#include <algorithm>
+
+#include "block_scan.cuh"
+#include "mma.cuh"
+#include "overlap.cuh"
+#include "qwen1m/attention.h"
+#include "row_loads.cuh"
+#include "vectors.cuh"
+
+namespace qwen1m {
+namespace cuda {
+namespace sm80 {
+namespace {
+
+constexpr int kWarps = 4, kThreads = kWarps * kWarp;
+constexpr int kGroupRows = 16;  // query heads of one KV head that share a block
+constexpr int kBlocksPerProcessor = 2;
+constexpr int kInt8BlocksPerProcessor = 2;
+constexpr int kFewestTiles = 4;    // of a share
+constexpr int kMergedAtOnce = 16;  // shares whose values a warp reads together
+
+// How many shares of a (sequence, part of a KV head's group) are done: 0 between launches. There are fewer of these
+// than a device has processors wherever there are shares to merge. Launches of one device follow each other, as those
+// of one stream do.
+constexpr int kMostMerged = 1024;
+__device__ int32_t shares_done[kMostMerged];
+
+struct DecodeArguments : qwen1m_dca_decode {
+  float* partial;     // [B, H, splits, D], not normalised
+  float2* statistic;  // [B, H, splits]: maximum in units of log2, sum
+  int32_t splits;
+};
+
+// What a block takes: tiles [first, last) of a sequence's keys, and rows of the query heads of one KV head.
+struct Share {
+  int sequence, split, kv_head, first_head, rows, length, tiles, first, last, count;
+
+  __device__ explicit Share(const DecodeArguments& a) : sequence(blockIdx.z), split(blockIdx.x) {
+    const int group = a.heads / a.cache.kv_heads, parts = (group + kGroupRows - 1) / kGroupRows;
+    kv_head = blockIdx.y / parts;
+    first_head = kv_head * group + blockIdx.y % parts * kGroupRows;
+    rows = min(kGroupRows, (kv_head + 1) * group - first_head);
+    length = a.lengths[sequence];
+    tiles = (length + kTileKeys - 1) / kTileKeys;
+    const int size = max((tiles + a.splits - 1) / a.splits, kFewestTiles);
+    first = split * size;
+    last = min(first + size, tiles);
+    count = max((tiles + size - 1) / size, 1);
+  }
+
+  // There are more blocks than shares where a sequence is short.
+  __device__ bool is_empty() const { return split >= count; }
+  __device__ bool has_newest() const { return last == tiles; }
+};
+
+// Adds one and returns what was there. What this block wrote becomes visible to who adds later, and the other way
+// round.
+__device__ inline int32_t add_and_synchronize(int32_t* to) {
+  int32_t before;
+  asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], 1;" : "=r"(before) : "l"(to) : "memory");
+  return before;
+}
+
+// Merges what `count` shares made of a block's rows, the first of them `line` of [B, H]: a warp a row.
+template <typename T, int D>
+__device__ void merge_rows(const DecodeArguments& a, int64_t line, int rows, int count) {
+  constexpr int kEach = D / kWarp;
+  const int lane = threadIdx.x % kWarp;
+  for (int row = threadIdx.x / kWarp; row < rows; row += kWarps) {
+    const int64_t place = (line + row) * a.splits;
+    float top = kNegativeInfinity, total = 0, out[kEach] = {};
+    for (int first = 0; first < count; first += kMergedAtOnce) {
+      Vector<float, kEach> values[kMergedAtOnce];
+#pragma unroll
+      for (int i = 0; i < kMergedAtOnce; ++i) {
+        values[i] = load_vector<kEach>(a.partial + (place + min(first + i, count - 1)) * D + lane * kEach);
+      }
+      const bool valid = lane < kMergedAtOnce && first + lane < count;
+      const float2 own = valid ? a.statistic[place + first + lane] : make_float2(kNegativeInfinity, 0);
+      const float higher = fmaxf(top, warp_largest(own.x)), origin = higher == kNegativeInfinity ? 0.0f : higher;
+      const float shrink = exp2_fast(top - origin), weight = exp2_fast(own.x - origin);
+      total = total * shrink + warp_sum(own.y * weight);
+#pragma unroll
+      for (float& value : out) value *= shrink;
+#pragma unroll
+      for (int i = 0; i < kMergedAtOnce; ++i) {
+        const float share_weight = __shfl_sync(kAllLanes, weight, i);
+#pragma unroll
+        for (int n = 0; n < kEach; ++n) out[n] += values[i].values[n] * share_weight;
+      }
+      top = higher;
+    }
+    const float inverse = total > 0 ? 1.0f / total : 0.0f;
+#pragma unroll
+    for (float& value : out) value *= inverse;
+    store_narrowed(out, static_cast<T*>(a.out) + (line + row) * D + lane * kEach);
+  }
+}
+
+// Where a warp leaves its softmax, at the start of the block's shared memory: values [kWarps, kGroupRows, D], then
+// statistics [kWarps, kGroupRows].
+template <int D>
+struct WarpResult {
+  float* values;
+  float2* statistics;
+
+  __device__ WarpResult(char* shared, int warp)
+      : values(reinterpret_cast<float*>(shared) + warp * kGroupRows * D),
+        statistics(reinterpret_cast<float2*>(reinterpret_cast<float*>(shared) + kWarps * kGroupRows * D) +
+                   warp * kGroupRows) {}
+
+  static constexpr int kBytes = kWarps * kGroupRows * (D * sizeof(float) + sizeof(float2)) + sizeof(bool);
+
+  __device__ float* row(int row) const { return values + row * D; }
+
+  // The four lanes of a row have a part of its sum each.
+  __device__ void keep_statistic(int row, int lane, float maximum, float sum) const {
+    sum += __shfl_xor_sync(kAllLanes, sum, 1);
+    sum += __shfl_xor_sync(kAllLanes, sum, 2);
+    if (lane % 4 == 0) statistics[row] = make_float2(maximum, sum);
+  }
+};
+
+// The warps' results become the block's, and those of a sequence's blocks its output.
+template <typename T, int D>
+__device__ void finish_share(const DecodeArguments& a, const Share& share, char* shared) {
+  const WarpResult<D> results(shared, 0);
+  const float* warp_out = results.values;
+  const float2* warp_statistic = results.statistics;
+  bool& is_last = *reinterpret_cast<bool*>(results.statistics + kWarps * kGroupRows);
+  const int rows = share.rows;
+  __syncthreads();
+  const int64_t line = static_cast<int64_t>(share.sequence) * a.heads + share.first_head;
+  for (int i = threadIdx.x; i < rows * D; i += kThreads) {
+    const int row = i / D;
+    float top = kNegativeInfinity, total = 0, out = 0;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) top = fmaxf(top, warp_statistic[w * kGroupRows + row].x);
+    const float origin = top == kNegativeInfinity ? 0.0f : top;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      const float2 part = warp_statistic[w * kGroupRows + row];
+      const float weight = exp2_fast(part.x - origin);
+      total += part.y * weight;
+      out += warp_out[(w * kGroupRows + row) * D + i % D] * weight;
+    }
+    if (share.count == 1) {
+      static_cast<T*>(a.out)[line * D + i] = narrow<T>(total > 0 ? out / total : 0.0f);
+      continue;
+    }
+    const int64_t place = (line + row) * a.splits + share.split;
+    a.partial[place * D + i % D] = out;
+    if (i % D == 0) a.statistic[place] = make_float2(top, total);
+  }
+  if (share.count == 1) return;
+
+  // The last share to be done merges all of them, in their order.
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    int32_t* done = shares_done + share.sequence * gridDim.y + blockIdx.y;
+    is_last = add_and_synchronize(done) == share.count - 1;
+    if (is_last) *done = 0;
+  }
+  __syncthreads();
+  if (is_last) merge_rows<T, D>(a, line, rows, share.count);
+}
+
+// Shares a sequence: enough for the whole device, whatever the lengths are.
+inline int32_t decode_splits(const qwen1m_dca_decode& a) {
+  int device = 0, processors = 1;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  const int64_t parts = ceil_div(a.heads / a.cache.kv_heads, kGroupRows);
+  const int64_t merged = a.cache.kv_heads * parts * a.batch;
+  const int64_t blocks = processors * (a.cache.dtype == QWEN1M_INT8 ? kInt8BlocksPerProcessor : kBlocksPerProcessor);
+  const int64_t fill = merged > kMostMerged ? 1 : blocks / merged;
+  const int64_t most = ceil_div(static_cast<int64_t>(a.table_width) * a.cache.page_size, kTileKeys);
+  return static_cast<int32_t>(std::max<int64_t>(1, std::min(fill, most)));
+}
+
+inline DecodeArguments decode_arguments(const qwen1m_dca_decode& decode, void* workspace) {
+  DecodeArguments a{decode, nullptr, nullptr, decode_splits(decode)};
+  a.statistic = static_cast<float2*>(workspace);
+  a.partial = reinterpret_cast<float*>(a.statistic + static_cast<int64_t>(a.batch) * a.heads * a.splits);
+  return a;
+}
+
+inline int64_t decode_workspace(const qwen1m_dca_decode& a) {
+  const int64_t shares = static_cast<int64_t>(a.batch) * a.heads * decode_splits(a);
+  return shares * (a.cache.head_dim * sizeof(float) + sizeof(float2));
+}
+
+inline dim3 decode_grid(const DecodeArguments& a) {
+  const int64_t parts = ceil_div(a.heads / a.cache.kv_heads, kGroupRows);
+  return dim3(a.splits, static_cast<unsigned>(a.cache.kv_heads * parts), a.batch);
+}
+
+}  // namespace
+}  // namespace sm80
+}  // namespace cuda
+}  // namespace qwen1m
