@@ -53,12 +53,12 @@ def quantised(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.round(x / scales[..., None].double()).nan_to_num().clamp(-127, 127).to(torch.int8), scales
 
 
-def int8_context(rng: np.random.Generator, length: int, rows: int = 1, **shape: Any) -> Int8Context:
+def int8_context(rng: np.random.Generator, length: int, frame: Tensor | None = None, **shape: Any) -> Int8Context:
     """Keys as large as the powers of their frame, around its centre, and queries as small."""
-    context = cases.random_context(rng, length, rows, **shape)
+    context = cases.random_context(rng, length, 1, **shape)
     generator = torch.Generator("cuda").manual_seed(int(rng.integers(2**62)))
     kv_heads, head_dim = context.keys.shape[1:]
-    frame = random_frame(generator, kv_heads, head_dim)
+    frame = random_frame(generator, kv_heads, head_dim) if frame is None else frame
     power, centre = frame.double()
     group = context.q.shape[2] // kv_heads
     q = (context.q.double() / power.repeat_interleave(group, 0)).to(context.q.dtype)
@@ -75,12 +75,13 @@ def int8_context(rng: np.random.Generator, length: int, rows: int = 1, **shape: 
     return Int8Context(real, torch.stack([keys, values]), torch.stack([key_scales, value_scales]), frame)
 
 
-def decode(cuda: Any, contexts: Sequence[Int8Context]) -> Tensor:
-    """out [B, H, D]: the last row of each context, all in one batch over one pool and the first one's frame."""
+def decode(cuda: Any, contexts: Sequence[Int8Context], empty_rows: int = 0) -> Tensor:
+    """out [B, H, D]: the last row of each context, all in one batch over one pool, and rows without a sequence."""
+    batch = len(contexts) + empty_rows
     heads, head_dim = contexts[0].real.q.shape[2:]
     width = max(len(context.real.table) for context in contexts)
-    tables = torch.zeros(len(contexts), width, dtype=torch.int32, device="cuda")
-    q = torch.full((3, len(contexts), heads, head_dim), float("nan"), dtype=contexts[0].real.q.dtype, device="cuda")
+    tables = torch.zeros(batch, width, dtype=torch.int32, device="cuda")
+    q = torch.full((3, batch, heads, head_dim), float("nan"), dtype=contexts[0].real.q.dtype, device="cuda")
     offset = 0
     for number, context in enumerate(contexts):
         tables[number, : len(context.real.table)] = context.real.table + offset
@@ -88,17 +89,19 @@ def decode(cuda: Any, contexts: Sequence[Int8Context]) -> Tensor:
         q[: context.real.q.shape[0], number] = context.real.q[:, -1]
     numbers, scales = (torch.cat([getattr(one, part) for one in contexts], 1) for part in ("numbers", "scales"))
     pool = replace(contexts[0], numbers=numbers, scales=scales)
-    out = poisoned(len(contexts), heads, head_dim, dtype=q.dtype)
+    out = poisoned(batch, heads, head_dim, dtype=q.dtype)
+    lengths = [context.real.length for context in contexts] + [0] * empty_rows
+    factors = [context.real.scale for context in contexts] + [1.0] * empty_rows
     cuda(
         "dca_decode",
         q=q,
         out=out,
         cache=pool.cache,
         block_tables=tables,
-        lengths=torch.tensor([context.real.length for context in contexts], dtype=torch.int32, device="cuda"),
-        scale=torch.tensor([context.real.scale for context in contexts], device="cuda"),
+        lengths=torch.tensor(lengths, dtype=torch.int32, device="cuda"),
+        scale=torch.tensor(factors, device="cuda"),
         activation=str(q.dtype),
-        batch=len(contexts),
+        batch=batch,
         heads=heads,
         table_width=width,
         chunk_len=contexts[0].real.chunk_len,
@@ -118,28 +121,14 @@ def test_decode_is_attention_over_what_the_numbers_stand_for(
     assert cases.worst(decode(cuda, [context]), cases.reference(context.real, [0])) <= BOUND
 
 
-def test_decode_of_several_and_of_none(cuda: Any, rng: np.random.Generator) -> None:
-    """A batch of lengths in one, two and three stages: each as alone."""
-    contexts = [int8_context(rng, length, heads=28, kv_heads=4) for length in (700, 3, 1500)]
-    contexts = [
-        replace(
-            one,
-            frame=contexts[0].frame,
-            real=replace(one.real, keys=_keys(one, contexts[0].frame), table=one.real.table),
-        )
-        for one in contexts
-    ]
-    out = decode(cuda, contexts)
+def test_decode_of_several_at_once(cuda: Any, rng: np.random.Generator) -> None:
+    """A batch of lengths in one, two and three stages, and a row that has no sequence."""
+    contexts = [int8_context(rng, 700, heads=28, kv_heads=4)]
+    contexts += [int8_context(rng, length, contexts[0].frame, heads=28, kv_heads=4) for length in (3, 1500)]
+    out = decode(cuda, contexts, empty_rows=1)
+    assert not out[-1].any()
     for number, context in enumerate(contexts):
-        expected = cases.reference(context.real, [0])
-        assert cases.worst(out[number : number + 1], expected) <= BOUND
-
-
-def _keys(context: Int8Context, frame: Tensor) -> Tensor:
-    """What its numbers stand for in another frame."""
-    at, (power, centre) = context.real.table.long(), frame.double()
-    numbers, scales = (pages[0][at].flatten(0, 1)[: context.real.length] for pages in (context.numbers, context.scales))
-    return (numbers.double() * scales[..., None].double() + centre) * power
+        assert cases.worst(out[number : number + 1], cases.reference(context.real, [0])) <= BOUND
 
 
 def test_decode_of_a_million_keys(cuda: Any, rng: np.random.Generator) -> None:
