@@ -1,8 +1,8 @@
 """Asks the needle checkpoint for hidden facts through its logits, and counts what sparse prefill visited meanwhile.
 
-Decode is dense, so a generated answer hides what sparse prefill lost. Here question and answer stand in the prompt, the
-document is prefilled once but for its last tokens, every question runs with them and its answer as the last chunk, and
-an answer counts when each of its tokens is the arg-max of the logits before it.
+Decode is dense, so a generated answer hides what sparse prefill lost. Here question and answer stand in the prompt, an
+ordinary one whose beginning comes from the prefix cache where an earlier question has left it, and an answer counts
+when each of its tokens is the arg-max of the logits before it.
 """
 
 from __future__ import annotations
@@ -18,9 +18,16 @@ from paddle_qwen1m.attention.positions import Piece
 from paddle_qwen1m.attention.selector import Observer
 from paddle_qwen1m.config import BLOCK
 
-HELD_BACK = ops.PROBE_ROWS
-"""Tokens of a document that each question reads anew: by itself it has no more rows than the probe, which attend to all
-keys."""
+READS_ONCE = {"enable_prefix_caching": True, "prefix_temperature_tolerance": 1e-3}
+"""Options of an engine that reads a document once for all its questions, whose lengths differ by a few tokens."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """sparse: whether all rows of question and answer chose their keys, in every layer."""
+
+    right: bool
+    sparse: bool
 
 
 @dataclass
@@ -72,21 +79,38 @@ def visited_pairs(index: ops.SparseIndex, begin: int, rows: int, chunk_len: int)
 
 def read(
     engine: Any, documents: list[Document], encode: Encode, in_document: Observer, in_question: Observer
-) -> list[bool]:
-    """Asks for every needle of every document: which answers are right. The observers see each part's sparse pieces."""
-    maker, right = DocumentMaker(encode), []
+) -> list[Answer]:
+    """Asks for every needle of every document. The observers see the sparse pieces of each document's first reading,
+    and those that questions and answers are in, with what of the document is in the same pieces.
+    """
+    maker, answers = DocumentMaker(encode), []
     for document in documents:
         head = encode(prompt_head()) + maker.ids(document)
-        document_ids, end = np.asarray(head[:-HELD_BACK], np.int64), head[-HELD_BACK:]
-        turns = [(encode(prompt_tail(needle)), encode(needle.sentence)) for needle in document.needles]
-        longest = max(len(question) + len(answer) for question, answer in turns)
-        engine.observe(in_document)
-        with engine.prefilled(document_ids, prompt_length=len(head) + longest) as context:
-            engine.observe(in_question)
-            for question, answer in turns:
-                asked = end + question
-                before = range(len(asked) - 1, len(asked) + len(answer) - 1)
-                logits = context.extend_logits(np.asarray(asked + answer, np.int64), list(before))
-                right.append(logits.argmax(-1).tolist() == answer)
+        for number, needle in enumerate(document.needles):
+            question, answer = encode(prompt_tail(needle)), encode(needle.sentence)
+            ids = head + question + answer
+            watch = _Watch(len(head), in_document if number == 0 else None, in_question)
+            engine.observe(watch)
+            begin = len(ids) - len(answer)
+            logits = engine.logits(np.asarray(ids, np.int64), range(begin - 1, len(ids) - 1))
+            rows = (len(ids) - len(head)) * engine.model.config.num_layers
+            answers.append(Answer(logits.argmax(-1).tolist() == answer, watch.chose == rows))
         engine.observe(None)
-    return right
+    return answers
+
+
+@dataclass
+class _Watch:
+    """Tells pieces of a document, of `document_end` tokens, from those of a question. chose: rows of the latter."""
+
+    document_end: int
+    in_document: Observer | None
+    in_question: Observer
+    chose: int = 0
+
+    def __call__(self, layer: int, piece: Piece, index: ops.SparseIndex) -> None:
+        if piece.end > self.document_end:
+            self.chose += piece.end - max(piece.begin, self.document_end)
+            self.in_question(layer, piece, index)
+        elif self.in_document is not None:
+            self.in_document(layer, piece, index)

@@ -14,7 +14,7 @@ from paddle_qwen1m.engine.core import (
     TokenChosen,
     TokenLogprobs,
 )
-from paddle_qwen1m.engine.engine import Engine, PrefilledContext
+from paddle_qwen1m.engine.engine import Engine
 from paddle_qwen1m.engine.params import SamplingParams, StructuredOutputsParams
 
 __all__ = [
@@ -27,7 +27,6 @@ __all__ = [
     "NotEnoughMemory",
     "PrefillProgress",
     "Prefilled",
-    "PrefilledContext",
     "PromptLogprobs",
     "Request",
     "SamplingParams",

@@ -21,7 +21,6 @@ import paddle
 from paddle_qwen1m import ops
 from paddle_qwen1m.attention.selector import Observer
 from paddle_qwen1m.cache import (
-    CacheFull,
     MadeUnder,
     PagedCache,
     PagePool,
@@ -344,30 +343,6 @@ class Engine:
         wanted = (len(token_ids) - 1,) if positions is None else tuple(positions)
         with self._call([Request(self._new_id(), token_ids, logit_positions=wanted)]) as events:
             return self._stacked(events)
-
-    @contextmanager
-    def prefilled(self, document_ids: np.ndarray, prompt_length: int | None = None) -> Iterator[PrefilledContext]:
-        """Prefills a document once; the context then runs any number of continuations on it, each as the last chunk.
-
-        prompt_length is the n of the temperature and of the sparse threshold, for the document and what follows it
-        (default: the document's length). There is room for continuations of max_num_batched_tokens. Rank 0's alone.
-        """
-        document = self._completed(Request(self._new_id(), document_ids))
-        length = prompt_length or len(document_ids)
-        if not len(document_ids) <= length <= self.max_model_len:
-            raise ValueError(
-                f"prompt_length must be {len(document_ids)}, the document's tokens, to max_model_len "
-                f"{self.max_model_len}, got {length}"
-            )
-        spare = self.max_num_batched_tokens + self.page_size
-        self._make_room_for([self._pages_for(len(document_ids) + spare)], len(document_ids) + spare)
-        pool = self.pool
-        pages: list[int] = []
-        pool.grow(pages, len(document_ids))
-        try:
-            yield PrefilledContext(self, document, pages, length)
-        finally:
-            pool.release(pages)
 
     def check_length(self, prompt: int, max_new_tokens: int = 0) -> None:
         """ValueError when a prompt of so many tokens and its answer do not fit max_model_len."""
@@ -694,8 +669,6 @@ class Engine:
             return
         if self._keeper is not None:
             self._keeper.finish()
-        if self._pool is not None and self._pool.in_use:
-            raise CacheFull("the KV cache is too small for this call, and a prefilled document holds a part of it")
         self._tell({"cache": wanted})
         self._make_cache(wanted)
 
@@ -793,28 +766,6 @@ class Engine:
             for one in fields(self._keeper.counters):
                 name = f"store_{one.name}"
                 setattr(metrics, name, getattr(metrics, name) + getattr(self._keeper.counters, one.name))
-
-
-class PrefilledContext:
-    """A document in the cache, on which continuations are run and then taken back."""
-
-    def __init__(self, engine: Engine, document: Request, pages: list[int], length: int) -> None:
-        self._engine, self._document, self._pages, self._length = engine, document.prompt, pages, length
-        engine.pool.hold(pages)
-        self._read(document, list(pages), 0)
-
-    def extend_logits(self, token_ids: np.ndarray, positions: ManyOf[int]) -> np.ndarray:
-        """Logits float32 [len(positions), vocab] after the tokens of `token_ids` at `positions`, run as a chunk."""
-        engine, begin = self._engine, len(self._document)
-        prompt = np.concatenate([self._document, token_ids])
-        wanted = tuple(begin + place for place in positions)
-        request = engine._completed(Request(engine._new_id(), prompt, logit_positions=wanted))
-        return self._read(request, engine.pool.fork(self._pages, begin), begin)
-
-    def _read(self, request: Request, pages: list[int], begin: int) -> np.ndarray:
-        engine, length = self._engine, max(self._length, len(request.prompt))
-        engine._hand_over(Sequence(request, 0, length, pages=pages, num_cached=begin))
-        return engine._stacked(engine._steps())
 
 
 def layer_work(config: ModelConfig) -> LayerWork:
