@@ -4,8 +4,8 @@
     python tools/retrieval.py --table [--tokens 16384 ... 1048576]       sparse alone, length after length
 
 On whatever device Paddle uses. Question and answer stand in the prompt (see needle_reading.py). The share of pairs is
-an upper bound: whole blocks, masked cells included. Without --sparse-budgets, those beside the checkpoint that were chosen
-for the longest documents up to the length at hand.
+an upper bound: whole blocks, masked cells included. Without --sparse-budgets, those beside the checkpoint that were
+chosen for the longest documents up to the length at hand.
 """
 
 from __future__ import annotations

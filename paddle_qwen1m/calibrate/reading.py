@@ -37,15 +37,15 @@ class Text:
 
 @dataclass(frozen=True)
 class _Piece:
-    """A sparse piece of a text before a layer. q: of the chunk that it is in. sums: what its probe found. blocks: those
-    that are measured. lse: of the full attention of their rows, float64 [n, H], which stand at `positions`.
+    """A sparse piece of a text before a layer. q: of the chunk that it is in. sums: what its probe found. lse: of the
+    full attention of the rows that are measured, float64 [n, H], those of `blocks`, which stand at `positions`.
     """
 
     sparse: SparsePiece
     q: paddle.Tensor
     sums: tuple[paddle.Tensor, paddle.Tensor]
-    blocks: npt.NDArray[np.int64]
     lse: npt.NDArray[np.float64]
+    blocks: npt.NDArray[np.int64]
     positions: npt.NDArray[np.int64]
 
 
@@ -61,10 +61,8 @@ class Layer:
         self._layer, self._config, self._texts, self._cache, self._chunk = layer, config, texts, cache, chunk
         self._builder = StepBuilder(config)
         self._at_hand: tuple[int, list[_Piece]] | None = None
-        self._lse: dict[tuple[int, int], npt.NDArray[np.float64]] = {}
-        """Of the full attention of rows measured, by the number of the text and the begin of the piece: what costs most
-        is computed once.
-        """
+        self._known: dict[tuple[int, int], tuple[tuple[paddle.Tensor, paddle.Tensor], npt.NDArray[np.float64]]] = {}
+        """What does not depend on pairs, sums and lse of a _Piece, by the text's number and where the piece begins."""
 
     def measure(self, *pairs: Pairs, first_alone: bool = False) -> list[Kept]:
         """What each of the pairs keeps of the attention to all texts, or to the first one."""
@@ -132,21 +130,21 @@ class Layer:
         self, number: int, sparse: SparsePiece, step: Step, q: paddle.Tensor, projected: Projected, blocks_a_piece: int
     ) -> _Piece:
         piece, cache = sparse.piece, self._cache.layers[0]
-        critical = ops.rotate_queries(
-            *projected, sparse.critical_rotary, piece.row + piece.rows - piece.probe_rows, q.shape[2]
-        )
-        sums = ops.dca_probe(critical, cache.keys, sparse.block_table, piece.end, cache.chunk_len, sparse.scale)
         blocks = _spread(piece, blocks_a_piece, ends_text=piece.end > len(self._texts[number].ids) - LAST_ROWS)
         positions = np.concatenate([np.arange(rows) + piece.begin + first for first, rows in _rows(piece, blocks)])
-        if (number, piece.begin) not in self._lse:
+        if (number, piece.begin) not in self._known:
+            first = piece.row + piece.rows - piece.probe_rows
+            critical = ops.rotate_queries(*projected, sparse.critical_rotary, first, q.shape[2])
+            sums = ops.dca_probe(critical, cache.keys, sparse.block_table, piece.end, cache.chunk_len, sparse.scale)
             parts = [(0, piece.row + first, rows, piece.begin + first) for first, rows in _rows(piece, blocks)]
             out, lse = paddle.empty(q.shape[1:], q.dtype), paddle.empty(q.shape[1:3], "float32")
             pieces = paddle.to_tensor(np.asarray(parts, np.int32), place=paddle.CPUPlace())
             ops.dca_prefill(
                 q, out, cache.keys, cache.values, step.block_tables, pieces, step.scale, cache.chunk_len, lse
             )  # fmt: skip
-            self._lse[number, piece.begin] = lse.numpy()[piece.row - piece.begin + positions].astype(np.float64)
-        return _Piece(sparse, q, sums, blocks, self._lse[number, piece.begin], positions)
+            rows = piece.row - piece.begin + positions
+            self._known[number, piece.begin] = sums, lse.numpy()[rows].astype(np.float64)
+        return _Piece(sparse, q, *self._known[number, piece.begin], blocks, positions)
 
     def _measure(self, number: int, pairs: Pairs) -> Kept:
         budgets = LayerBudgets(*(sizes.astype(np.int32) for sizes in pairs))
