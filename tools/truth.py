@@ -6,7 +6,7 @@ For each length it calibrates on texts of that length (`paddle-qwen1m calibrate`
 documents of other seeds: dense, with the calibrated budgets, with those that ship with the checkpoint, and with the
 forced keys alone, all about the same documents. Question and answer stand in the prompt (needle_reading.py). Documents
 are gone through one by one, all lengths and choices of each, so that the table stands on whole documents whenever
---seconds are over; DIR/truth.md has it, DIR/truth.json every answer. A second call with the same DIR goes on from there.
+--seconds are over; DIR/truth.md has it, DIR/truth.json every answer. A second call with the same DIR goes on from it.
 """
 
 from __future__ import annotations
