@@ -42,7 +42,7 @@ server             engine options outputs streams text
 llm                engine options outputs paddlenlp parallel.remote progress text
 check              config config_keys dtypes memory model ops options paddlenlp parallel plan weights
 server.command     config llm options paddlenlp server streams
-evaluate           engine llm options paddlenlp progress server streams text
+evaluate           config config_keys engine llm options paddlenlp progress server streams text
 calibrate          attention cache config fileio model ops options paddlenlp parallel progress server streams weights
 cli                cache calibrate check config dtypes engine evaluate ops options paddlenlp parallel planning progress server server.command streams text weights
 __main__           cli

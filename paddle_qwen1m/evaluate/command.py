@@ -18,7 +18,7 @@ from paddle_qwen1m.evaluate import needle, perplexity, report, ruler
 from paddle_qwen1m.evaluate.asking import Job, about_reading, about_sample, about_window, ask
 from paddle_qwen1m.evaluate.results import Journal, Record, digest, tables, write_harness_files
 from paddle_qwen1m.evaluate.samples import Prompter
-from paddle_qwen1m.evaluate.subject import CONFIGURATIONS, Endpoint, InProcess, Subject
+from paddle_qwen1m.evaluate.subject import Endpoint, InProcess, Subject, configuration
 from paddle_qwen1m.evaluate.words import filler, prose
 from paddle_qwen1m.options import read_llm_options
 from paddle_qwen1m.paddlenlp import serving
@@ -68,9 +68,11 @@ def _configurations(arguments: argparse.Namespace) -> list[str]:
     if arguments.base_url is not None:
         return [Endpoint.name]
     names = list(dict.fromkeys(name.strip() for name in arguments.compare.split(",")))
-    strangers = [name for name in names if name not in CONFIGURATIONS]
-    if strangers:
-        raise InputError(f"--compare: there is no {strangers[0]!r}, but {', '.join(CONFIGURATIONS)}")
+    try:
+        for name in names:
+            configuration(name)
+    except ValueError as error:
+        raise InputError(str(error)) from error
     return names
 
 
@@ -193,7 +195,7 @@ def _given(
 
 def _tell_what_is_dense(arguments: argparse.Namespace, configurations: Sequence[str], given: dict[str, Any]) -> None:
     """A line where `sparse` would be dense at some lengths, or at all."""
-    if "sparse" not in configurations:
+    if not any("sparse" in name.split("+") for name in configurations):
         return
     above = given["sparse_above"]
     if above is None:

@@ -2,19 +2,57 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from paddle_qwen1m.config import LOCAL_DIAGONALS, SINK_COLUMNS, SparseBudgets, read_json
+from paddle_qwen1m.config_keys import DUAL_CHUNK
 from paddle_qwen1m.engine import SamplingParams
 from paddle_qwen1m.llm import LLM
+from paddle_qwen1m.options import read_llm_options
+from paddle_qwen1m.paddlenlp import serving
 
-CONFIGURATIONS: dict[str, dict[str, Any]] = {"dense": {"sparse": False}, "sparse": {"sparse": True}}
-"""What --compare can name: options of LLM."""
+FORCED_COLUMNS = SINK_COLUMNS + 1
+"""As many as are visited in any case, and one: exactly those would count as more."""
+CONFIGURATIONS: dict[str, dict[str, Any]] = {
+    "dense": {"sparse": False},
+    "sparse": {"sparse": True},
+    "forced": {"sparse": True},
+    "rope": {"sparse": False},
+    "int8": {"kv_cache_dtype": "int8"},
+}
+"""What --compare can name, several with a + between them, and their options of LLM. forced: sparse with the keys alone
+that are visited in any case. rope: plain rotary positions, without dual chunks and temperature.
+"""
+EXCLUDE_EACH_OTHER = ("dense", "sparse", "forced"), ("rope", "sparse", "forced")
+
+
+def configuration(name: str) -> dict[str, Any]:
+    """Options of LLM of a name such as "sparse+int8". ValueError for one that is none, or that LLM does not take."""
+    parts = name.split("+")
+    strangers = [part for part in parts if part not in CONFIGURATIONS]
+    if strangers:
+        raise ValueError(f"--compare: there is no {strangers[0]!r}, but {', '.join(CONFIGURATIONS)}")
+    for group in EXCLUDE_EACH_OTHER:
+        both = [part for part in group if part in parts]
+        if len(both) > 1:
+            raise ValueError(f"--compare: {both[0]} and {both[1]} exclude each other, in {name!r}")
+    merged = {option: value for part in parts for option, value in CONFIGURATIONS[part].items()}
+    try:
+        return read_llm_options(merged)
+    except ValueError as error:
+        raise ValueError(f"--compare: {name}: {error}") from None
+
+
+CONFIG = "config.json"
 REQUEST_SECONDS = 3600.0
 """An endpoint may read a long prompt for so long without a word."""
 CONNECT_SECONDS = 10.0
@@ -69,14 +107,25 @@ class Subject(Protocol):
 
 
 class InProcess:
-    """A checkpoint loaded by LLM with one of CONFIGURATIONS.
+    """A checkpoint loaded by LLM with a `configuration`.
 
     Questions of a document come together: the prefix cache lets the first one read it for all of them.
     """
 
-    def __init__(self, model: str, configuration: str, options: Mapping[str, Any]) -> None:
-        self.name = configuration
-        self._llm = LLM(model, **{**options, **CONFIGURATIONS[configuration]})
+    def __init__(self, model: str, name: str, options: Mapping[str, Any]) -> None:
+        self.name = name
+        chosen, parts = {**options, **configuration(name)}, name.split("+")
+        self._folder: TemporaryDirectory | None = None
+        if "forced" in parts:
+            config = serving.open_weights(model, options).config
+            shape = config.num_layers, config.num_heads
+            chosen["sparse_budgets"] = SparseBudgets.uniform(FORCED_COLUMNS, LOCAL_DIAGONALS, *shape)
+        if "rope" in parts:
+            chosen.setdefault("tokenizer", model)
+            self._folder = TemporaryDirectory()
+            with_plain_rope(serving.open_weights(model, options).directory, Path(self._folder.name))
+            model = self._folder.name
+        self._llm = LLM(model, **chosen)
 
     def answers(self, prompts: Sequence[Prompt]) -> Iterator[Answer]:
         params = [SamplingParams(temperature=0.0, max_tokens=prompt.max_tokens) for prompt in prompts]
@@ -97,6 +146,25 @@ class InProcess:
 
     def close(self) -> None:
         self._llm.shutdown()
+        if self._folder is not None:
+            self._folder.cleanup()
+
+
+def with_plain_rope(checkpoint: Path, folder: Path) -> None:
+    """Makes `folder` the same checkpoint, by links, but for its config.json: one chunk for all that the model can have,
+    and no temperature.
+    """
+    for file in checkpoint.iterdir():
+        (folder / file.name).symlink_to(file.resolve())
+    config = read_json(checkpoint / CONFIG)
+    longest = int(config["max_position_embeddings"])
+    config[DUAL_CHUNK] = {
+        "chunk_size": 1 << longest.bit_length(),
+        "local_size": 0,
+        "original_max_position_embeddings": 0,
+    }
+    (folder / CONFIG).unlink()
+    (folder / CONFIG).write_text(json.dumps(config), encoding="utf-8")
 
 
 class Endpoint:

@@ -139,7 +139,8 @@ def test_an_endpoint_that_is_not_there_is_named(
     [
         ("needle", ["--lengths", "100"], "needle: a length of 100 tokens is too short for 10 needles"),
         ("needle", ["--lengths", "512", "--depths", "31"], "at 1 to 30 depths, got 31"),
-        ("needle", ["--lengths", "512", "--compare", "dense,int8"], "--compare: there is no 'int8', but dense, sparse"),
+        ("needle", ["--lengths", "512", "--compare", "dense,int4"], "--compare: there is no 'int4', but dense, sparse"),
+        ("needle", ["--lengths", "512", "--compare", "dense+forced"], "dense and forced exclude each other"),
         ("needle", ["--lengths", "512", "--samples", "0"], "--samples must be at least 1, got 0"),
         ("needle", ["--lengths", "512", "--max-model-len", "256"], "512 tokens are more than --max-model-len, 256"),
         ("needle", ["--lengths", "2M"], "2,097,152 tokens are more than"),
@@ -167,6 +168,42 @@ def test_lengths_at_which_sparse_is_dense_are_told(
     options = ("--lengths", 512, 768, "--depths", 1, "--sparse-threshold", 512, "--text", __file__)
     assert run("perplexity", needle_checkpoint, tmp_path, *options[:3], *options[5:]) == 0
     assert "note: `sparse` is dense at 512 tokens: it begins above --sparse-threshold, 512\n" in capsys.readouterr().err
+
+
+def test_rope_is_the_model_without_dual_chunks(needle_checkpoint: Path, tmp_path: Path, tokenizer: Any) -> None:
+    """Against float64, with all keys in one chunk and a temperature of 1, on a model whose own chunks are short."""
+    import oracle
+    from oracle.model import OracleModel
+
+    for file in needle_checkpoint.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    config = json.loads((needle_checkpoint / "config.json").read_text(encoding="utf-8"))
+    config["dual_chunk_attention_config"] = {
+        "chunk_size": 160, "local_size": 32, "original_max_position_embeddings": 160,
+    }  # fmt: skip
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    ids = tokenizer("The access code for jade is 64931. The river bends past the old mill. " * 12)["input_ids"][:300]
+    plain = {"chunk_size": 4096, "local_size": 0, "original_max_position_embeddings": 0}
+    logits = OracleModel(needle_checkpoint, plain).logits(ids)[:-1]
+    expected = np.array([oracle.log_softmax(row)[token] for row, token in zip(logits, ids[1:])])
+    found = {}
+    for name in ("rope", "dense"):
+        here = subject.InProcess(str(tmp_path), name, {"max_model_len": 512})
+        found[name] = here.logprobs(ids)
+        here.close()
+    np.testing.assert_allclose(found["rope"], expected, atol=1e-2)
+    assert np.abs(found["dense"] - expected).max() > 0.1
+
+
+def test_configurations_side_by_side(needle_checkpoint: Path, tmp_path: Path) -> None:
+    names = ["dense", "sparse", "forced", "sparse+int8"]
+    options = ("--lengths", 3000, "--depths", 3, "--score", "logits", "--sparse-threshold", 1000)
+    assert run("needle", needle_checkpoint, tmp_path, *options, "--compare", ",".join(names)) == 0
+    scores = {name: [one["score"] for one in records(tmp_path / name)] for name in names}
+    assert {len(ones) for ones in scores.values()} == {3}
+    assert scores["dense"] == scores["sparse"] == scores["sparse+int8"] == [1.0] * 3
+    assert scores["forced"][1] == 0.0, "what is neither among the first keys nor the last"
 
 
 def test_the_report_opens_in_a_browser(needle_checkpoint: Path, tmp_path: Path) -> None:
