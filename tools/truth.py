@@ -3,10 +3,11 @@
     python tools/truth.py --out DIR [--tokens 16384 65536 131072 262144] [--documents 16] [--seconds 460]
 
 For each length it calibrates on texts of that length (`paddle-qwen1m calibrate`), then asks for every needle of
-documents of other seeds: dense, with the calibrated budgets, with those that ship with the checkpoint, and with the
-forced keys alone, all about the same documents. Question and answer stand in the prompt (needle_reading.py). Documents
-are gone through one by one, all lengths and choices of each, so that the table stands on whole documents whenever
---seconds are over; DIR/truth.md has it, DIR/truth.json every answer. A second call with the same DIR goes on from it.
+documents of other seeds: dense, with the calibrated budgets, with those that ship with the checkpoint, with the forced
+keys alone, and the first two with int8 keys and values, all about the same documents. Question and answer stand in the
+prompt (needle_reading.py). Documents are gone through one by one, all lengths and choices of each, so that the table
+stands on whole documents whenever --seconds are over; DIR/truth.md has it, DIR/truth.json every answer. A second call
+with the same DIR goes on from there.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ from paddle_qwen1m.config import SparseBudgets
 from paddle_qwen1m.evaluate.statistics import paired_difference
 
 DENSE, CALIBRATED, SHIPPED, FORCED = "dense", "calibrated", "shipped", "forced keys alone"
-CHOICES = (DENSE, CALIBRATED, SHIPPED, FORCED)
+INT8 = "+int8"
+CHOICES = (DENSE, CALIBRATED, SHIPPED, FORCED, DENSE + INT8, CALIBRATED + INT8)
 FIRST_SEED, CALIBRATION_SEED = 1000, 0
 """Of the documents that are asked about, and of the texts that budgets are found on."""
 
@@ -64,28 +66,28 @@ class Truth:
         tokens, choice, document = key
         return str(document) in self.answers.get(str(tokens), {}).get(choice, {})
 
-    def table(self, lengths: Sequence[int]) -> str:
-        """Markdown: a row a length, and one of all."""
+    def table(self, lengths: Sequence[int], choices: Sequence[str]) -> str:
+        """Markdown: a row a length, and one of all, of the documents that all choices have read; the first is dense."""
         head = "| tokens | answers | dense | " + " | ".join(
-            f"{choice} | less dense, points [95 %] | pairs visited" for choice in CHOICES[1:]
+            f"{choice} | less dense, points [95 %] | pairs visited" for choice in choices[1:]
         )
-        lines = [f"{head} |", f"|{'---:|' * (3 + 3 * len(CHOICES[1:]))}"]
+        lines = [f"{head} |", f"|{'---:|' * (3 + 3 * len(choices[1:]))}"]
         for title, chosen in [*((f"{one:,}", [one]) for one in lengths), ("all", list(lengths))]:
             shared = [
                 (one, document)
                 for one in chosen
                 for document in self.answers.get(str(one), {}).get(DENSE, {})
-                if all(document in self.answers[str(one)].get(choice, {}) for choice in CHOICES)
+                if all(document in self.answers[str(one)].get(choice, {}) for choice in choices)
             ]
             if not shared:
                 continue
             scores = {
                 choice: [right for one, document in shared for right in self.answers[str(one)][choice][document]]
-                for choice in CHOICES
+                for choice in choices
             }
             documents = [(one, d) for one, d in shared for _ in self.answers[str(one)][DENSE][d]]
             cells = [title, f"{len(documents):,}", f"{100 * np.mean(scores[DENSE]):.1f}"]
-            for choice in CHOICES[1:]:
+            for choice in choices[1:]:
                 lost = paired_difference(scores[choice], scores[DENSE], documents)
                 interval = f"{100 * lost.mean:+.1f}"
                 if not math.isnan(lost.low):
@@ -122,9 +124,15 @@ class Subject:
     """The checkpoint with one choice of keys."""
 
     def __init__(self, choice: str, config: dict[str, Any], threshold: int) -> None:
-        self._choice, self._shape = choice, (config["num_hidden_layers"], config["num_attention_heads"])
+        name, _, int8 = choice.partition("+")
+        self._choice, self._shape = name, (config["num_hidden_layers"], config["num_attention_heads"])
         self._engine = AutoModelForCausalLM.from_pretrained(
-            str(CHECKPOINT), config=config, sparse=choice != DENSE, sparse_threshold=threshold, **READS_ONCE
+            str(CHECKPOINT),
+            config=config,
+            sparse=name != DENSE,
+            sparse_threshold=threshold,
+            **READS_ONCE,
+            **({"kv_cache_dtype": int8} if int8 else {}),
         ).engine
 
     def read(self, tokens: int, document: Document, encode: Encode, budgets: Path) -> tuple[list[int], str]:
@@ -147,6 +155,7 @@ def main() -> int:
     parser.add_argument("--documents", type=int, default=16, help="of each length (default: %(default)s)")
     parser.add_argument("--needles", type=int, default=16, help="answers a document (default: %(default)s)")
     parser.add_argument("--texts", type=int, default=2, help="to calibrate on, of each length (default: %(default)s)")
+    parser.add_argument("--choices", nargs="*", choices=CHOICES, default=list(CHOICES), help="dense is always one")
     parser.add_argument("--recall", type=float, default=0.9, help="default: %(default)s")
     parser.add_argument("--cost", type=float, default=0.1, help="default: %(default)s")
     parser.add_argument("--sparse-threshold", type=int, default=4096, help="default: %(default)s")
@@ -168,7 +177,8 @@ def main() -> int:
 
     maker = DocumentMaker(encode)
     budgets = {one: calibrated(arguments.out, one, arguments.texts, maker, arguments) for one in arguments.tokens}
-    subjects = {choice: Subject(choice, config, arguments.sparse_threshold) for choice in CHOICES}
+    choices = [DENSE, *(choice for choice in arguments.choices if choice != DENSE)]
+    subjects = {choice: Subject(choice, config, arguments.sparse_threshold) for choice in choices}
     for number in range(arguments.documents):
         for tokens in arguments.tokens:
             if time.monotonic() > until:
@@ -185,7 +195,7 @@ def main() -> int:
                         f"{seconds:.1f} s",
                         flush=True,
                     )
-    table = truth.table(arguments.tokens)
+    table = truth.table(arguments.tokens, choices)
     (arguments.out / "truth.md").write_text(f"{', '.join(truth.cards)}\n\n{table}\n", encoding="utf-8")
     print(table)
     return 0
