@@ -8,7 +8,7 @@ from typing import Callable
 
 from paddle_qwen1m.evaluate import perplexity
 from paddle_qwen1m.evaluate.results import Journal, Record, digest, shortened
-from paddle_qwen1m.evaluate.samples import Prompter, Sample, score
+from paddle_qwen1m.evaluate.samples import Prompter, Sample, score, score_likeliest
 from paddle_qwen1m.evaluate.subject import Prompt, Reading, Subject
 from paddle_qwen1m.progress import Progress
 
@@ -67,7 +67,7 @@ def about_sample(task: str, length: int, number: int, questions: int, make: Call
 
 
 def about_reading(task: str, length: int, number: int, questions: int, make: Callable[[], Sample], by: Prompter) -> Job:
-    """A job whose right answers stand in the prompt, and count where each of their tokens is the likeliest one.
+    """A job whose right answers stand in the prompt, and count where their tokens are the likeliest ones.
 
     A generated answer is written by dense decode, which can hide what sparse prefill lost of the question's own rows.
     """
@@ -76,14 +76,14 @@ def about_reading(task: str, length: int, number: int, questions: int, make: Cal
         sample = make()
         for one in numbers:
             question = sample.questions[one]
-            assert question.answer is not None, task
             text = by.text(question)
             asked, whole = by.encode(text), by.encode(text + question.answer)
             assert len(whole) <= length, (task, length, number)
             begin = next((place for place, pair in enumerate(zip(asked, whole)) if pair[0] != pair[1]), len(asked))
             found = subject.likeliest(Reading(whole, len(whole) - begin)).tolist()
             yield Record(
-                task, length, number, one, len(whole), float(found == whole[begin:]), [question.answer],
+                task, length, number, one, len(whole),
+                score_likeliest(found, whole[begin:], question, by.decode), [question.answer],
                 by.decode(found), None, None, len(whole) - begin, shortened(text), digest(text), dict(question.facts),
             )  # fmt: skip
 

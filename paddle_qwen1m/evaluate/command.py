@@ -119,9 +119,7 @@ def _jobs(arguments: argparse.Namespace, tokenizer: Any, text: str | None) -> li
         ]  # fmt: skip
     tasks = _tasks(arguments)
     for task in tasks:
-        (question,) = ruler.make(task, lengths[0], 0, prompter, **common).questions
-        if arguments.score == "logits" and question.answer is None:
-            raise ValueError(f"--score logits: {task} has no one right answer; leave it out of --tasks")
+        ruler.make(task, lengths[0], 0, prompter, **common)
     return [
         about(task, length, number, 1, partial(ruler.make, task, length, number, prompter, **common), prompter)
         for length in lengths

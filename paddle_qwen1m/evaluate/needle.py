@@ -57,7 +57,7 @@ def make(
                     (code,),
                     ANSWER_TOKENS,
                     needle,
-                    {"depth_percent": round(100 * depth, 1), "needle": needle},
+                    facts={"depth_percent": round(100 * depth, 1), "needle": needle},
                 )
                 for name, code, depth, needle in zip(named, codes, places, needles)
             ),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Callable, Protocol
 
@@ -98,7 +98,8 @@ class Needles:
                 f"In the text, the secret {what} of {names_asked} {verb}",
                 tuple(value for _, value in asked),
                 NEEDLE_TOKENS,
-                None if self.values > 1 else f" {_listed([value for _, value in asked])}.",
+                f" {_listed([value for _, value in asked])}.",
+                self.values > 1,
                 {"depths": [round(100 * float(place), 1) for place in places[: len(asked)]]},
             )
 
@@ -151,6 +152,8 @@ class Chain:
             f"Following the assignments, the {len(variables)} variables with the value {value} are:",
             tuple(variables),
             CHAIN_TOKENS,
+            _in_any_order(variables),
+            True,
         )
 
 
@@ -184,6 +187,8 @@ class CommonWords:
             f"The {COMMON} words that come up most often in the list are:",
             tuple(common),
             COMMON_TOKENS,
+            _in_any_order(common),
+            True,
         )
 
 
@@ -214,6 +219,8 @@ class FrequentWords:
                 f"The {FREQUENT} coded words that come up most often are:",
                 tuple(words[1 : 1 + FREQUENT].tolist()),
                 FREQUENT_TOKENS,
+                _in_any_order(words[1 : 1 + FREQUENT].tolist()),
+                True,
             )
 
         return build
@@ -261,8 +268,12 @@ def _hide(sentences: Sequence[str], hidden: Sequence[str], places: np.ndarray) -
 
 def _after_example(example: Question, question: Question) -> Question:
     """The question behind one that is answered."""
-    solved = f"{example.prompt}\n{example.answer_prefix} {', '.join(example.expected)}"
-    return Question(f"{solved}\n\n\n{question.prompt}", question.answer_prefix, question.expected, question.max_tokens)
+    solved = f"{example.prompt}\n{example.answer_prefix}{example.answer}"
+    return replace(question, prompt=f"{solved}\n\n\n{question.prompt}")
+
+
+def _in_any_order(texts: Sequence[str]) -> str:
+    return f" {', '.join(texts)}"
 
 
 def _listed(texts: Sequence[str]) -> str:

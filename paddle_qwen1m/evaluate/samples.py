@@ -17,15 +17,17 @@ class TooShort(ValueError):
 class Question:
     """prompt: what the user says, document and question. answer_prefix: how the answer begins, given with the prompt.
 
-    expected: texts that the answer must have. max_tokens: of the answer. answer: how a right one goes on, where there
-    is one way to write it. facts: what else a reader of results wants.
+    expected: texts that the answer must have. max_tokens: of the answer. answer: how a right one goes on. any_order:
+    whether the expected texts, which stand in `answer` in one order, would be as right in another one. facts: what else
+    a reader of results wants.
     """
 
     prompt: str
     answer_prefix: str
     expected: tuple[str, ...]
     max_tokens: int
-    answer: str | None = None
+    answer: str
+    any_order: bool = False
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -67,14 +69,40 @@ class Prompter:
         return self.encode(self.text(question))
 
     def tokens(self, question: Question) -> int:
-        """Of the prompt and the longest answer together, as RULER counts."""
-        return len(self.ids(question)) + question.max_tokens
+        """Of the prompt and the longest answer together, as RULER counts; of the right one, should that be longer."""
+        return len(self.ids(question)) + max(question.max_tokens, len(self.encode(question.answer)))
 
 
 def score(answer: str, expected: Sequence[str]) -> float:
     """RULER's string_match_all, as a share: how many of the texts are in the answer, upper and lower case the same."""
     said = answer.lower()
     return sum(text.lower() in said for text in expected) / len(expected)
+
+
+def score_likeliest(
+    likeliest: Sequence[int], answer: Sequence[int], question: Question, decode: Callable[[list[int]], str]
+) -> float:
+    """Of the likeliest token in the place of each of `answer`'s: 1 where they are the same, else 0.
+
+    Where the expected texts could come in another order it is the share of them whose tokens are the likeliest, the
+    first one of each being as good if another text that is still to come begins with it.
+    """
+    if not question.any_order:
+        return float(list(likeliest) == list(answer))
+    text, ends = decode(list(answer)), [len(decode(list(answer[:count]))) for count in range(len(answer) + 1)]
+    spans, begin = list[range](), 0
+    for expected in question.expected:
+        begin = text.index(expected, begin)
+        end = begin + len(expected)
+        places = [place for place in range(len(answer)) if ends[place] < end and ends[place + 1] > begin]
+        spans.append(range(places[0], places[-1] + 1))
+        begin = end
+    found = 0
+    for number, span in enumerate(spans):
+        firsts = {answer[later[0]] for later in spans[number:]}
+        rest = span[1:]
+        found += likeliest[span[0]] in firsts and all(likeliest[place] == answer[place] for place in rest)
+    return found / len(spans)
 
 
 Made = TypeVar("Made")

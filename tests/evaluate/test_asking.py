@@ -72,6 +72,21 @@ def test_an_answer_in_the_prompt_counts_where_each_of_its_tokens_is_the_likelies
 
 
 @pytest.mark.parametrize("task", ruler.TASKS)
+def test_right_answers_in_the_prompt_score_1_in_every_task_of_ruler(
+    task: str, tmp_path: Path, prompter: Prompter, tokenizer: Any
+) -> None:
+    sample = ruler.make(task, 6144, 0, prompter)
+    right, wrong = (
+        run(tmp_path / word, [about_reading(task, 6144, 0, 1, lambda: sample, prompter)], Answerer(tokenizer, say))
+        for word, say in (("right", lambda _prompt: "yes"), ("wrong", lambda _prompt: ""))
+    )
+    texts = len(sample.questions[0].expected)
+    assert [record.score for record in right] == [1.0]
+    # its last token is another one, a full stop or the end of a text
+    assert wrong[0].score in ([0.0] if not sample.questions[0].any_order else [1.0, pytest.approx(1 - 1 / texts)])
+
+
+@pytest.mark.parametrize("task", ruler.TASKS)
 def test_whoever_knows_the_expected_texts_scores_1_in_every_task_of_ruler(
     task: str, tmp_path: Path, prompter: Prompter, tokenizer: Any
 ) -> None:

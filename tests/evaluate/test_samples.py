@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from paddle_qwen1m.evaluate.samples import Prompter, Question, TooShort, largest, score
+from paddle_qwen1m.evaluate.samples import Prompter, Question, TooShort, largest, score, score_likeliest
 
-QUESTION = Question("What is it?", "It is", ("7",), 5)
+QUESTION = Question("What is it?", "It is", ("7",), 5, " 7.")
 
 
 @pytest.mark.parametrize(
@@ -65,3 +65,24 @@ def test_a_tokenizer_without_a_chat_template_is_refused_unless_prompts_are_plain
     with pytest.raises(ValueError, match="no chat template: give --raw"):
         Prompter(bare)
     assert Prompter(bare, raw=True).text(QUESTION) == "What is it? It is"
+
+
+def test_what_is_listed_in_any_order_is_scored_text_by_text(prompter: Prompter) -> None:
+    """A changed token costs its text, unless it stands between two or begins another one that is still to come."""
+    listed = Question("Which?", "They are", ("81234", "6567", "jade"), 30, " 81234, 6567, jade", any_order=True)
+    answer = prompter.encode(listed.answer)
+    first, second, third = (len(prompter.encode(part)) for part in (" ", " 81234, ", " 81234, 6567,"))
+    text = [prompter.decode([token]) for token in answer]
+    assert ("8" in text[first], "6" in text[second], "j" in text[third]) == (True,) * 3, "where each text begins"
+
+    def scored(place: int, token: int, question: Question = listed) -> float:
+        likeliest = [*answer[:place], token, *answer[place + 1 :]]
+        return score_likeliest(likeliest, answer, question, prompter.decode)
+
+    assert scored(0, answer[0]) == 1.0
+    assert scored(text.index(","), 0) == 1.0
+    assert scored(text.index("4"), 0) == pytest.approx(2 / 3)
+    assert scored(first, answer[third]) == 1.0
+    assert scored(third, answer[first]) == pytest.approx(2 / 3), "that one has been listed"
+    one_way = Question("Which?", "They are", ("8",), 30, listed.answer)
+    assert scored(0, answer[0], one_way) == 1.0 and scored(text.index(","), 0, one_way) == 0.0
