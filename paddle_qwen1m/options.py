@@ -237,7 +237,7 @@ OPTIONS = (
     Option(
         "kv_cache_dtype",
         CacheDtype(),
-        "what is computed in",
+        "what is computed in; of LLM and serve int8, where max_model_len would not fit otherwise",
         "how keys and values are kept: int8 takes half of 16 bits, with scales a little more (see kv_scales); on a CPU "
         "bfloat16 or float16, too",
         EVERYWHERE,

@@ -119,6 +119,30 @@ class Kernels:
             "head_dim": self.head_dim,
         }
 
+    def int8_cache(self, pages: int) -> dict[str, Any]:
+        shape = (pages, PAGE, self.kv_heads, self.head_dim)
+        scales = [self.array(self.rng.random(shape[:3]).astype(np.float16)) for _ in range(2)]
+        frame = self.array(np.ones(shape[2:], np.float32)), self.floats(*shape[2:])
+        numbers = [self.integers(np.int8, 127, *shape) for _ in range(2)]
+        names = ("key_scale", "value_scale", "power", "centre")
+        cache = {"key": numbers[0], "value": numbers[1], "dtype": "int8", "frame": dict(zip(names, (*scales, *frame)))}
+        return {**self.cache(1), **cache}
+
+    def pages(self, pages: int) -> None:
+        """Copies of pages, and what int8 ones stand for."""
+        for cache in (self.cache(pages), self.int8_cache(pages)):
+            self.cuda("copy_page", cache=cache, source=0, target=pages - 1, rows=PAGE - 3)
+        shape = (pages, PAGE, self.kv_heads, self.head_dim)
+        self.cuda(
+            "dequantize_pages",
+            cache=self.int8_cache(pages),
+            pages=self.array(self.rng.permutation(pages).astype(np.int32)),
+            key=self.normal(*shape),
+            value=self.normal(*shape),
+            dtype="bfloat16",
+            count=pages,
+        )
+
     def prefill(self, length: int, rows: int) -> None:
         """Dense and sparse attention of the last rows of one sequence, which may cross borders of chunks."""
         pages = -(-length // PAGE)
@@ -236,20 +260,21 @@ class Kernels:
             chunk_size=CHUNK_LEN + 64,
             original_max_position_embeddings=256,
         )
-        self.cuda(
-            "dca_decode",
-            q=self.normal(3, batch, self.heads, self.head_dim),
-            out=self.normal(batch, self.heads, self.head_dim),
-            cache=self.cache(width),
-            block_tables=tables,
-            lengths=state,
-            scale=scale,
-            activation="bfloat16",
-            batch=batch,
-            heads=self.heads,
-            table_width=width,
-            chunk_len=CHUNK_LEN,
-        )
+        for cache in (self.cache(width), self.int8_cache(width))[: 2 if self.head_dim == 128 else 1]:
+            self.cuda(
+                "dca_decode",
+                q=self.normal(3, batch, self.heads, self.head_dim),
+                out=self.normal(batch, self.heads, self.head_dim),
+                cache=cache,
+                block_tables=tables,
+                lengths=state,
+                scale=scale,
+                activation="bfloat16",
+                batch=batch,
+                heads=self.heads,
+                table_width=width,
+                chunk_len=CHUNK_LEN,
+            )
 
     def layers(self, tokens: int, width: int) -> None:
         half = "bfloat16"
@@ -314,20 +339,21 @@ class Kernels:
             head_dim=d,
         )
         qkv, bias, pages = self.normal(tokens, features), self.normal(features), -(-tokens // PAGE)
-        self.cuda(
-            "rotate_and_cache",
-            qkv=qkv,
-            bias=bias,
-            table=table,
-            slots=self.array(self.rng.permutation(pages * PAGE)[:tokens].astype(np.int64)),
-            q=self.normal(3, tokens, heads, d),
-            cache=self.cache(pages),
-            activation=half,
-            bias_dtype=half,
-            variants=3,
-            tokens=tokens,
-            heads=heads,
-        )
+        for cache in (self.cache(pages), self.int8_cache(pages)):
+            self.cuda(
+                "rotate_and_cache",
+                qkv=qkv,
+                bias=bias,
+                table=table,
+                slots=self.array(self.rng.permutation(pages * PAGE)[:tokens].astype(np.int64)),
+                q=self.normal(3, tokens, heads, d),
+                cache=cache,
+                activation=half,
+                bias_dtype=half,
+                variants=3,
+                tokens=tokens,
+                heads=heads,
+            )
         rows = min(tokens, 3)
         self.cuda(
             "rotate_queries",
@@ -407,8 +433,12 @@ def run() -> None:
         kernels.decode([1, 65, 257, 700])
         kernels.layers(1, 64)
         kernels.layers(19, 264)
+        kernels.pages(5)
         kernels.sample(4100)
         kernels.runtime.call("cudaDeviceSynchronize")
+    many_heads = Kernels(128, 12)
+    many_heads.decode([1, 65, 257, 700])
+    many_heads.runtime.call("cudaDeviceSynchronize")
     few_rows = Kernels(128, 5)
     few_rows.prefill(9000, 70)  # over so many keys that they are shared out
     few_rows.runtime.call("cudaDeviceSynchronize")

@@ -26,6 +26,8 @@ def calibrate(model: Qwen2OneM, token_ids: np.ndarray) -> KVScales:
     for keys in keys_of(model, token_ids):
         centres.append(centre_of(keys, frequencies, chunk_len))
         exponents.append(exponents_of(keys, centres[-1], frequencies, chunk_len))
+    if model.on_gpu:
+        paddle.device.cuda.empty_cache()  # what comes next is large, and wants its memory in one piece
     return _of_all_ranks(model, KVScales.of_layers(exponents, centres))
 
 

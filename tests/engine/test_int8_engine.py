@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import paddle
 import pytest
 from runner_setup import head, rows
 from small_model import BUDGETS, CONFIG, random_model
@@ -14,11 +16,12 @@ from paddle_qwen1m import ops
 from paddle_qwen1m.cache import PagedCache
 from paddle_qwen1m.cache.kv_scales import KVScales
 from paddle_qwen1m.engine import Engine, Finished, PrefillProgress, Request, SamplingParams
-from paddle_qwen1m.engine.calibration import calibrate
+from paddle_qwen1m.engine.calibration import _of_all_ranks, calibrate
 from paddle_qwen1m.engine.orders import Advance, Prefill
 from paddle_qwen1m.engine.runner import Runner
 from paddle_qwen1m.model import Qwen2OneM
 from paddle_qwen1m.options import EngineOptions
+from paddle_qwen1m.parallel.split import own_kv_heads
 
 PAGE, PAGES = 32, 64
 GREEDY = SamplingParams(max_tokens=6, temperature=0.0)
@@ -149,6 +152,26 @@ def test_scales_of_another_shape_are_refused(model: Qwen2OneM, scales: KVScales)
     with pytest.raises(ValueError, match=r"scales of an int8 cache: scales of .*the model has"):
         one.use_scales(KVScales(scales.exponents[:1], scales.centres[:1]))
     one.add(Request("r", np.arange(10), GREEDY))
+
+
+@pytest.mark.parametrize("degree", [2, 4])
+def test_ranks_add_up_their_heads_to_the_whole_models_scales(
+    model: Qwen2OneM, scales: KVScales, degree: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two KV heads on two ranks, and on four, where neighbours have the same one."""
+    summed: list[np.ndarray] = []
+    for rank in range(degree):
+        parts: list[np.ndarray] = []
+
+        def keep(values: paddle.Tensor, parts: list[np.ndarray] = parts) -> paddle.Tensor:
+            parts.append(values.numpy())
+            return values
+
+        monkeypatch.setattr(model, "group", SimpleNamespace(rank=rank, degree=degree, all_reduce=keep))
+        _of_all_ranks(model, scales.of_heads(own_kv_heads(CONFIG.num_kv_heads, degree, rank)))
+        summed = [a + b for a, b in zip(summed, parts)] if summed else parts
+    np.testing.assert_array_equal(summed[0], scales.exponents)
+    np.testing.assert_array_equal(summed[1], scales.centres)
 
 
 @pytest.mark.parametrize("length", [1, 129])
