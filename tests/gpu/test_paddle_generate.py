@@ -125,8 +125,8 @@ def test_an_int8_cache_gives_the_logits_and_the_answer_of_a_16_bit_one(
 ) -> None:
     """A prompt of several chunks, so that prefill reads copies of pages that are written meanwhile; then decode."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    record, options = RECORD["4096"], {"sparse": sparse, "sparse_threshold": 1000, "max_num_batched_tokens": 1024}
-    ids = prompt(4096, record["seed"])
+    record, options = RECORD["16384"], {"sparse": sparse, "sparse_threshold": 1000, "max_num_batched_tokens": 2048}
+    ids = prompt(16384, record["seed"])
     wide, narrow = (load(needle_checkpoint, "gpu", kv_cache_dtype=kind, **options) for kind in ("bfloat16", "int8"))
     expected, got = wide.logits(ids), narrow.logits(ids)
     assert np.linalg.norm(got - expected) / np.linalg.norm(expected) < 3e-2
