@@ -10,7 +10,7 @@ import pytest
 from needle_documents import Document, DocumentMaker, Encode
 from paddlenlp.transformers import AutoTokenizer
 
-TOKENS, NEEDLES, THRESHOLD = 2048, 5, 1024
+TOKENS, NEEDLES, THRESHOLD = 2048, 4, 1024
 PAIRS, BIAS = 6, 600.0
 
 
