@@ -63,7 +63,7 @@ def _run(
 ) -> None:
     config = opened.config
     stream = WeightStream(opened.directory, config, opened.dtype)
-    residuals = progress.texts() or stream.embed(ids)
+    residuals = progress.texts(config.hidden_size) or stream.embed(ids)
     texts = [Text(*pair) for pair in zip(ids, residuals)]
     page_size = choose_page_size(config.dual_chunk.chunk_len, None)
     pages = max(-(-len(one) // page_size) for one in ids)

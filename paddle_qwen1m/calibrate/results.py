@@ -77,12 +77,12 @@ class Progress:
                 "ones to go on, or another --out"
             )
 
-    def texts(self) -> list[npt.NDArray[np.float32]] | None:
-        """The residual streams before the next layer; None before the first one."""
+    def texts(self, hidden_size: int) -> list[npt.NDArray[np.float32]] | None:
+        """The residual streams [n, hidden_size] before the next layer; None before the first one."""
         if not self.layers:
             return None
         files = sorted(self.folder.glob(self._pattern(len(self.layers))))
-        return [np.load(path) for path in files]
+        return [np.fromfile(path, np.float32).reshape(-1, hidden_size) for path in files]
 
     def add(self, layer: LayerResult, texts: Sequence[npt.NDArray[np.float32]]) -> None:
         """Keeps what was found of the next layer, and the texts as they are behind it."""
@@ -90,7 +90,7 @@ class Progress:
         for place, text in enumerate(texts):
             path = self.folder / self._pattern(number).replace("*", f"{place:03d}")
             with open(temporary(path), "wb") as file:
-                np.save(file, text)
+                text.tofile(file)
             publish(path)
         lines = [json.dumps(asdict(one)) for one in (*self.layers, layer)]
         write_whole(self.folder / LAYERS, "".join(f"{line}\n" for line in lines).encode())
@@ -104,7 +104,7 @@ class Progress:
 
     @staticmethod
     def _pattern(layers: int) -> str:
-        return f"text-*-before-layer-{layers}.npy"
+        return f"text-*-before-layer-{layers}.f32"
 
 
 def write(out: Path, given: Mapping[str, Any], layers: Sequence[LayerResult]) -> str:
