@@ -117,7 +117,8 @@ inline void rotate_head(const float* x, const B* bias, const float* table, int h
 
 constexpr int kMaxHeadDim = 128;
 
-// The numbers of an int8 cache and their scale: x / scale to the nearest, for the float16 scale nearest to max|x| / 127.
+// The numbers of an int8 cache and their scale: x / scale to the nearest, for the float16 scale nearest to max|x| /
+// 127.
 inline void quantise(const float* x, int head_dim, int8_t* number, Float16* scale) {
   float largest = 0;
   for (int i = 0; i < head_dim; ++i) largest = __builtin_fmaxf(largest, __builtin_fabsf(x[i]));

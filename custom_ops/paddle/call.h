@@ -115,9 +115,9 @@ class Call {
   qwen1m_cache expect_cache(const Tensor& key, const Tensor& value, const OptionalTensor& scales,
                             const OptionalTensor& frame) {
     const bool int8 = key.dtype() == DataType::INT8;
-    QWEN1M_REQUIRE(int8 == static_cast<bool>(scales) && int8 == static_cast<bool>(frame),
-                   "scales and frame belong to an int8 cache, and it to them; key_cache is " +
-                       phi::DataTypeToString(key.dtype()));
+    QWEN1M_REQUIRE(
+        int8 == static_cast<bool>(scales) && int8 == static_cast<bool>(frame),
+        "scales and frame belong to an int8 cache, and it to them; key_cache is " + phi::DataTypeToString(key.dtype()));
     if (int8) expect_shape(key, "key_cache", {-1, -1, -1, -1});
     const qwen1m_dtype type = int8 ? QWEN1M_INT8 : expect_stored(key, "key_cache", {-1, -1, -1, -1});
     expect(value, "value_cache", key.dtype(), key.shape());

@@ -4,8 +4,8 @@
 // inter. All arrays are dense and row-major. Arguments are checked by the caller (custom_ops/paddle).
 //
 // `activation` is the type of the values that pass between ops: float32 on a CPU, bfloat16 or float16 on a GPU, where
-// weights are of that type too, and caches of it or int8. The residual stream, rotary tables, LSE, sums and logits are float32
-// everywhere.
+// weights are of that type too, and caches of it or int8. The residual stream, rotary tables, LSE, sums and logits are
+// float32 everywhere.
 //
 // The CPU kernels, qwen1m_cpu_*, run on the number of threads set last.
 //
