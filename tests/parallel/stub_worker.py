@@ -33,10 +33,10 @@ ERRORS = {"ValueError": ValueError, "NotEnoughMemory": NotEnoughMemory, "KeyErro
 
 
 class StubEngine:
-    """Every step gives each request a token, whose rank is the number of the step since the engine was idle."""
+    """Every step gives each request a token, whose rank is its place in the answer."""
 
     def __init__(self, group: Group) -> None:
-        self.limits, self.steps, self._generated = LIMITS, 0, 0
+        self.limits, self._generated = LIMITS, 0
         self._group = group
         self._requests: dict[str, Request] = {}
         self._answers: dict[str, list[int]] = {}
@@ -75,7 +75,6 @@ class StubEngine:
 
     def step(self) -> list[Event]:
         events: list[Event] = []
-        self.steps = 0 if self.is_idle else self.steps + 1
         for request in list(self._requests.values()):
             order = int(request.prompt[0])
             self._obey(self._group.share(order))
@@ -98,7 +97,7 @@ class StubEngine:
     def _events(self, request: Request) -> list[Event]:
         answer, length = self._answers[request.id], len(request.prompt)
         token = (int(request.prompt.sum()) + len(answer)) % 1000
-        logprobs = TokenLogprobs(token, -0.1 * token, self.steps, (token, 7), (-0.1 * token, -float("inf")))
+        logprobs = TokenLogprobs(token, -0.1 * token, len(answer) + 1, (token, 7), (-0.1 * token, -float("inf")))
         events: list[Event] = [] if answer else [Prefilled(request.id, length, length, 0, 1.5)]
         answer.append(token)
         self._generated += 1
@@ -109,7 +108,6 @@ class StubEngine:
             completion = Completion(answer, [-0.1 * one for one in answer], ended, 0, reason, [logprobs])
             events.append(Finished(request.id, (completion,)))
             self.abort(request.id)
-            self.steps = 0 if self.is_idle else self.steps
         return events
 
 
