@@ -59,7 +59,9 @@ _SHAPES = {
         "num_key_value_heads": 8,
     },
 }
-PUBLISHED = {name: ModelConfig.from_dict({**_BOTH, **shapes}) for name, shapes in _SHAPES.items()}
+PUBLISHED_KEYS = {name: {**_BOTH, **shapes} for name, shapes in _SHAPES.items()}
+"""What the models' config.json says of their shapes, by size."""
+PUBLISHED = {name: ModelConfig.from_dict(keys) for name, keys in PUBLISHED_KEYS.items()}
 """By size; a hub's name of one is it too."""
 
 

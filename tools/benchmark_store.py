@@ -28,7 +28,7 @@ import numpy as np
 import paddle
 
 from paddle_qwen1m import LLM, SamplingParams
-from paddle_qwen1m.cache import M2Range, PagedCache, PrefixStore, StoredSegment, Transfer, Transfers
+from paddle_qwen1m.cache import M2Range, PagedCache, PrefixStore, SegmentPages, StoredSegment, Transfers
 from paddle_qwen1m.cache.store import segment_name, stored_files
 from paddle_qwen1m.planning import PUBLISHED
 
@@ -48,7 +48,8 @@ def drop_from_page_cache(paths: list[Path]) -> None:
 def transferred(transfers: Transfers, number: int, segments: list[StoredSegment], pages: range, writes: bool) -> float:
     """Seconds that it took."""
     began = time.perf_counter()
-    transfers.begin(number, Transfer(segments, pages, 0, "", "{}", time.time(), writes=writes, ready=lambda: None))
+    what = SegmentPages(tuple(segments), tuple(pages), 0, "", "{}", time.time())
+    transfers.begin(number, what, writes=writes, ready=lambda: None)
     transfers.finish()
     seconds = time.perf_counter() - began
     if transfers.state(number) != len(segments):

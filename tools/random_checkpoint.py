@@ -14,30 +14,21 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from synthetic_checkpoint import write_checkpoint
 
+from paddle_qwen1m.planning import PUBLISHED_KEYS
+
 NEEDLE = Path(__file__).resolve().parent.parent / "checkpoints" / "needle"
-VOCABULARY = 152064
-SHAPES: dict[str, dict[str, Any]] = {
-    "7B": {"num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4, "hidden_size": 3584}
-    | {"intermediate_size": 18944},
-    "14B": {"num_hidden_layers": 48, "num_attention_heads": 40, "num_key_value_heads": 8, "hidden_size": 5120}
-    | {"intermediate_size": 13824},
-    "tiny": {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4, "hidden_size": 256}
-    | {"intermediate_size": 512},
+TINY = {
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "hidden_size": 256,
+    "intermediate_size": 512,
 }
-POSITIONS = {
-    "max_position_embeddings": 1010000,
-    "rope_theta": 1e7,
-    "dual_chunk_attention_config": {
-        "chunk_size": 262144,
-        "local_size": 8192,
-        "original_max_position_embeddings": 262144,
-    },
-}
+SHAPES = {**PUBLISHED_KEYS, "tiny": {**PUBLISHED_KEYS["7B"], **TINY}}
 NOISE = 1 << 24
 """Numbers that are drawn; larger tensors repeat them."""
 
@@ -53,8 +44,8 @@ def write_random_checkpoint(directory: Path, shape: str, shards: int = 2) -> Pat
         for begin in range(0, size, len(noise)):
             yield noise[: size - begin]
 
-    write_checkpoint(directory, shards, values=values, vocab_size=VOCABULARY, **SHAPES[shape], **POSITIONS)
-    _write_tokenizer(directory)
+    write_checkpoint(directory, shards, values=values, **SHAPES[shape])
+    _write_tokenizer(directory, SHAPES[shape]["vocab_size"])
     return directory
 
 
@@ -62,13 +53,13 @@ def _bfloat16(values: np.ndarray) -> bytes:
     return (values.view(np.uint32) >> 16).astype("<u2").tobytes()
 
 
-def _write_tokenizer(directory: Path) -> None:
+def _write_tokenizer(directory: Path, size: int) -> None:
     for name in ("merges.txt", "tokenizer_config.json"):
         shutil.copy(NEEDLE / name, directory)
     tokenizer = json.loads((NEEDLE / "tokenizer.json").read_text(encoding="utf-8"))
     vocabulary: dict[str, int] = tokenizer["model"]["vocab"]
     known = {*vocabulary.values(), *(added["id"] for added in tokenizer["added_tokens"])}
-    vocabulary.update({f"Ġw{token}": token for token in range(VOCABULARY) if token not in known})
+    vocabulary.update({f"Ġw{token}": token for token in range(size) if token not in known})
     (directory / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
     (directory / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
 

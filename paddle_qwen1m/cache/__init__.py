@@ -13,7 +13,7 @@ from paddle_qwen1m.cache.prefix import (
     salt_digest,
 )
 from paddle_qwen1m.cache.store import PrefixStore
-from paddle_qwen1m.cache.transfers import StoredSegment, Transfer, Transfers
+from paddle_qwen1m.cache.transfers import SegmentPages, StoredSegment, Transfers
 
 __all__ = [
     "CacheFull",
@@ -26,9 +26,9 @@ __all__ = [
     "PrefixChain",
     "PrefixIndex",
     "PrefixStore",
+    "SegmentPages",
     "SparseRule",
     "StoredSegment",
-    "Transfer",
     "Transfers",
     "budgets_digest",
     "choose_page_size",

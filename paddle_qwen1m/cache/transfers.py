@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Callable
 
@@ -35,19 +35,29 @@ class StoredSegment:
     end: int
 
 
-@dataclass(eq=False)
-class Transfer:
-    """Segments to read or to write, one behind the other, and the pages of the tokens from `first` on: those before
-    are not wanted. document: the name of the first segment's tokens. queued: when, in seconds since 1970. ready:
-    returns when what the device was given before is done with the pages.
+@dataclass(frozen=True)
+class SegmentPages:
+    """Segments, one behind the other, and the pages of their tokens from `first` on: those before it are not wanted.
+
+    document: the name of the first segment's tokens. made_under: MadeUnder.name of the prompt. queued: when, in seconds
+    since 1970.
     """
 
-    segments: Sequence[StoredSegment]
-    pages: Sequence[int]
+    segments: tuple[StoredSegment, ...]
+    pages: tuple[int, ...]
     first: int
     document: str
     made_under: str
     queued: float
+
+
+@dataclass(eq=False)
+class _Transfer:
+    """One that waits its turn, is under way, or is over. done: segments that are whole. nbytes: that went to or came
+    from files.
+    """
+
+    what: SegmentPages
     writes: bool
     ready: Callable[[], Any]
     done: int = 0
@@ -67,8 +77,8 @@ class Transfers:
 
     def __init__(self, store: PrefixStore, cache: PagedCache, *, gpu: bool) -> None:
         self._store, self._cache = store, cache
-        self._transfers: dict[int, Transfer] = {}
-        self._queues: dict[bool, deque[Transfer]] = {False: deque(), True: deque()}
+        self._transfers: dict[int, _Transfer] = {}
+        self._queues: dict[bool, deque[_Transfer]] = {False: deque(), True: deque()}
         self._threads: dict[bool, threading.Thread | None] = {False: None, True: None}
         self._changed = threading.Condition()
         self._ended = self._seen = 0
@@ -79,16 +89,19 @@ class Transfers:
         self._shape = [len(cache.layers), 2, *keys.shape[2:]]
         self._dtype = str(keys.dtype).rpartition(".")[2]
 
-    def begin(self, number: int, transfer: Transfer) -> None:
-        """Queues a transfer under a number that none before it had."""
+    def begin(self, number: int, what: SegmentPages, *, writes: bool, ready: Callable[[], Any]) -> None:
+        """Queues a transfer, out of the pages where it `writes`, else into them, under a number that none before it
+        had. ready: returns when what the device was given before is done with the pages.
+        """
+        transfer = _Transfer(what, writes, ready)
         with self._changed:
             self._transfers[number] = transfer
-            self._queues[transfer.writes].append(transfer)
-            if self._threads[transfer.writes] is None:
-                name = "store prefixes" if transfer.writes else "restore prefixes"
-                thread = threading.Thread(target=self._work, args=(transfer.writes,), name=name, daemon=False)
+            self._queues[writes].append(transfer)
+            if self._threads[writes] is None:
+                name = "store prefixes" if writes else "restore prefixes"
+                thread = threading.Thread(target=self._work, args=(writes,), name=name, daemon=False)
                 thread.start()
-                self._threads[transfer.writes] = thread
+                self._threads[writes] = thread
 
     def state(self, number: int) -> int:
         """How many segments of a transfer, from its first one on, are whole; UNFINISHED while it goes on."""
@@ -143,9 +156,9 @@ class Transfers:
                     self._ended += 1
                     self._changed.notify_all()
 
-    def _read(self, transfer: Transfer) -> None:
-        names = [segment.name for segment in transfer.segments]
-        for segment in transfer.segments:
+    def _read(self, transfer: _Transfer) -> None:
+        names = [segment.name for segment in transfer.what.segments]
+        for segment in transfer.what.segments:
             try:
                 whole = self._read_segment(transfer, segment)
             except SegmentError as error:
@@ -156,12 +169,12 @@ class Transfers:
             transfer.done += 1
         self._store.touch(names[: transfer.done])
 
-    def _read_segment(self, transfer: Transfer, segment: StoredSegment) -> bool:
+    def _read_segment(self, transfer: _Transfer, segment: StoredSegment) -> bool:
         """Whether all of it has come."""
         staging = self._staging[False]
         try:
-            with self._store.open(segment.name, self._header(transfer, segment)) as reader:
-                for number, runs in enumerate(self._blocks(transfer, segment)):
+            with self._store.open(segment.name, self._header(transfer.what, segment)) as reader:
+                for number, runs in enumerate(self._blocks(transfer.what, segment)):
                     buffer = staging.next()
                     block = reader.read(number, buffer.memory)
                     with transfer.lock:
@@ -174,9 +187,9 @@ class Transfers:
             staging.wait()
         return True
 
-    def _write(self, transfer: Transfer) -> None:
-        for number, segment in enumerate(transfer.segments):
-            used = time_of_use(transfer.queued, number)
+    def _write(self, transfer: _Transfer) -> None:
+        for number, segment in enumerate(transfer.what.segments):
+            used = time_of_use(transfer.what.queued, number)
             try:
                 if not self._write_segment(transfer, segment, used):
                     return
@@ -186,14 +199,14 @@ class Transfers:
             self._store.touch([segment.name], used)
             transfer.done += 1
 
-    def _write_segment(self, transfer: Transfer, segment: StoredSegment, used: float) -> bool:
+    def _write_segment(self, transfer: _Transfer, segment: StoredSegment, used: float) -> bool:
         """Whether it is there now."""
-        writer = self._store.create(segment.name, self._header(transfer, segment), used)
+        writer = self._store.create(segment.name, self._header(transfer.what, segment), used)
         if writer is None:
             return self._store.path(segment.name).exists()
         staging = self._staging[True]
         with writer:
-            for runs in self._blocks(transfer, segment):
+            for runs in self._blocks(transfer.what, segment):
                 buffer = staging.next()
                 with transfer.lock:
                     if transfer.given_up:
@@ -207,12 +220,12 @@ class Transfers:
             writer.publish()
         return True
 
-    def _header(self, transfer: Transfer, segment: StoredSegment) -> Header:
+    def _header(self, what: SegmentPages, segment: StoredSegment) -> Header:
         """What its file says of itself."""
         tokens = segment.end - segment.begin
         return {
-            "document": transfer.document,
-            "made_under": transfer.made_under,
+            "document": what.document,
+            "made_under": what.made_under,
             "begin": segment.begin,
             "end": segment.end,
             "shape": self._shape,
@@ -221,16 +234,16 @@ class Transfers:
             "block_bytes": self._block_bytes,
         }
 
-    def _blocks(self, transfer: Transfer, segment: StoredSegment) -> Iterator[list[Run]]:
+    def _blocks(self, what: SegmentPages, segment: StoredSegment) -> Iterator[list[Run]]:
         """The pieces of each block; those of pages before `first` are not wanted. The scales of an int8 cache stand
         behind all keys and values: a block holds a whole number of pieces of either size.
         """
         size, layers = self._cache.page_size, 2 * len(self._cache.layers)
-        begin, end = max(0, segment.begin - transfer.first) // size, (segment.end - transfer.first) // size
-        absent = np.zeros((layers, max(0, transfer.first - segment.begin) // size), np.int64)
+        begin, end = max(0, segment.begin - what.first) // size, (segment.end - what.first) // size
+        absent = np.zeros((layers, max(0, what.first - segment.begin) // size), np.int64)
         block: list[Run] = []
         filled = 0
-        for held, nbytes in self._cache.addresses(transfer.pages[begin:end]):
+        for held, nbytes in self._cache.addresses(what.pages[begin:end]):
             addresses = np.concatenate([absent, held], axis=1).reshape(-1)
             while addresses.size:
                 count = (self._block_bytes - filled) // nbytes

@@ -254,16 +254,14 @@ class Answer:
 class Sequence:
     """A request whose prompt waits, is read, or has been: its first `num_cached` tokens have their keys in `pages`.
 
-    temperature_length: the n of the temperature and of the sparse threshold while the prompt is read. made_under, m2,
-    sparse: what else than tokens decides about the prompt's keys. num_reused: tokens that were in the cache when it
-    `started`, num_restored of them from the store. chain: the names of the prompt's prefixes. ends: where its chunks
-    end. spare: pages for answers behind the first. passed: how often one that came later has gone before it. results:
-    those of it that are on their way.
+    made_under, m2, sparse: what else than tokens decides about the prompt's keys. num_reused: tokens that were in the
+    cache when it `started`, num_restored of them from the store. chain: the names of the prompt's prefixes. ends: where
+    its chunks end. spare: pages for answers behind the first. passed: how often one that came later has gone before it.
+    results: those of it that are on their way.
     """
 
     request: Request
     seed: int
-    temperature_length: int
     made_under: str = ""
     m2: float = 1.0
     sparse: bool = False

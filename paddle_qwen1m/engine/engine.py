@@ -583,7 +583,7 @@ class Engine:
     def _line_up(self, request: Request) -> None:
         """Hands a request to the scheduler."""
         sparse = self._sparse_rule if self.is_sparse(len(request.prompt)) else None
-        sequence = Sequence(request, draw_seed(request.params), len(request.prompt))
+        sequence = Sequence(request, draw_seed(request.params))
         self._hand_over(sequence, self._name(request, sparse))
         if sparse is not None:
             self._tell_crossing(sequence)
@@ -606,7 +606,7 @@ class Engine:
 
     def _hand_over(self, sequence: Sequence, made_under: str = "") -> None:
         assert self._scheduler is not None
-        length = sequence.temperature_length
+        length = len(sequence.prompt)
         sequence.made_under, sequence.sparse, sequence.m2 = made_under, self.is_sparse(length), self._m2(length)
         for answer in sequence.answers:
             answer.rules = self._rules(sequence.request)

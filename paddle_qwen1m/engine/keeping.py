@@ -7,11 +7,12 @@ import time
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import count
 from typing import Callable, NamedTuple
+from weakref import WeakKeyDictionary
 
-from paddle_qwen1m.cache import M2Range, PagePool, PrefixIndex, PrefixStore, StoredSegment, Transfers
+from paddle_qwen1m.cache import M2Range, PagePool, PrefixIndex, PrefixStore, SegmentPages, StoredSegment, Transfers
 from paddle_qwen1m.cache.store import NAME_BYTES, m2_of, segment_name, time_of_use, token_digests
 from paddle_qwen1m.cache.transfers import UNFINISHED
 from paddle_qwen1m.engine.core import Sequence
@@ -47,14 +48,23 @@ class _Cut(NamedTuple):
 
 @dataclass(eq=False)
 class _Transfer:
-    """One that is under way: of a sequence that waits for it, or of pages that are held for it."""
+    """One that is under way: into pages of a sequence that waits for it, or out of pages that are held for it.
 
-    number: int
-    segments: tuple[StoredSegment, ...]
+    begun, and when to ask whether other ranks are done: by the clock time.perf_counter.
+    """
+
+    order: Restore | Save
+    begun: float
     sequence: Sequence | None = None
-    pages: list[int] = field(default_factory=list)
-    begun: float = 0.0
     ask_at: float = 0.0
+
+    @property
+    def number(self) -> int:
+        return self.order.number
+
+    @property
+    def segments(self) -> tuple[StoredSegment, ...]:
+        return self.order.what.segments
 
 
 class Keeper:
@@ -84,6 +94,7 @@ class Keeper:
         self._restoring: deque[_Transfer] = deque()
         self._saving: deque[_Transfer] = deque()
         self._incomplete: set[str] = set()
+        self._cuts_of: WeakKeyDictionary[Sequence, list[_Cut]] = WeakKeyDictionary()
         self.counters = StoreCounters()
 
     # --- out of the store ---
@@ -105,10 +116,10 @@ class Keeper:
             return False
         size = self._pool.page_size
         pages = tuple(sequence.pages[begin // size : wanted[-1].end // size])
-        transfer = _Transfer(next(self._numbers), tuple(wanted), sequence, begun=time.perf_counter())
-        self._restoring.append(transfer)
-        document, made_under = cuts[0].tokens, sequence.made_under
-        self._order(Restore(transfer.number, transfer.segments, pages, begin, document, made_under, time.time()))
+        what = SegmentPages(tuple(wanted), pages, begin, cuts[0].tokens, sequence.made_under, time.time())
+        order = Restore(next(self._numbers), what)
+        self._restoring.append(_Transfer(order, time.perf_counter(), sequence))
+        self._order(order)
         return True
 
     def drop(self, sequence: Sequence) -> None:
@@ -139,20 +150,20 @@ class Keeper:
                 self._store.touch([name], when)  # so that what follows cannot take its room
                 continue
             self._incomplete.discard(name)
-            pages = [page for entry in of_cut for page in entry.pages]
+            pages = tuple(page for entry in of_cut for page in entry.pages)
             self._pool.hold(pages)
             segments = (StoredSegment(name, cut.begin, cut.end),)
-            transfer = _Transfer(next(self._numbers), segments, pages=pages, begun=time.perf_counter())
-            self._saving.append(transfer)
-            document, made_under = cuts[0].tokens, sequence.made_under
-            self._order(Save(transfer.number, segments, tuple(pages), cut.begin, document, made_under, when))
+            what = SegmentPages(segments, pages, cut.begin, cuts[0].tokens, sequence.made_under, when)
+            order = Save(next(self._numbers), what)
+            self._saving.append(_Transfer(order, time.perf_counter()))
+            self._order(order)
 
     def give_up_writes(self) -> bool:
         """Gives back the pages that are held for writing: whether there were any."""
         given_up, self._saving = self._saving, deque()
         for transfer in given_up:
             self._order(GiveUp(transfer.number))
-            self._pool.release(transfer.pages)
+            self._pool.release(transfer.order.what.pages)
         return bool(given_up)
 
     # --- both ---
@@ -202,7 +213,7 @@ class Keeper:
     def _written(self) -> None:
         while self._saving and self._whole(self._saving[0]) != UNFINISHED:
             transfer = self._saving.popleft()
-            self._pool.release(transfer.pages)
+            self._pool.release(transfer.order.what.pages)
             self.counters.written_bytes += self._forget(transfer)
             self.counters.write_seconds += time.perf_counter() - transfer.begun
 
@@ -224,17 +235,21 @@ class Keeper:
 
     def _cuts(self, sequence: Sequence, limit: int) -> list[_Cut]:
         """Where the segments of a prompt end, up to `limit`."""
+        if sequence not in self._cuts_of:
+            self._cuts_of[sequence] = list(self._all_cuts(sequence))
+        return [cut for cut in self._cuts_of[sequence] if cut.end <= limit]
+
+    def _all_cuts(self, sequence: Sequence) -> Iterator[_Cut]:
+        """Reads all tokens of the prompt."""
         chain = sequence.chain
-        if chain is None or not chain.borders:
-            return []
+        if chain is None:
+            return
         size = self._pool.page_size
         step = 1 if sequence.sparse else max(1, min(SEGMENT_TOKENS, self._min_tokens) // size)
         borders, digests = chain.borders[step - 1 :: step], chain.digests[step - 1 :: step]
-        kept = bisect_right(borders, limit)
-        names = token_digests(sequence.prompt, borders[:kept], sequence.request.cache_salt)
-        begins = (0, *borders[:kept])
-        chains = (_digest(*of_cut, size) for of_cut in zip(digests, begins))
-        return [_Cut(*cut) for cut in zip(begins, borders, names, chains)]
+        names = token_digests(sequence.prompt, borders, sequence.request.cache_salt)
+        for begin, end, tokens, digest in zip((0, *borders), borders, names, digests):
+            yield _Cut(begin, end, tokens, _digest(digest, begin, size))
 
     def _closest(self, cut: _Cut, m2: float) -> str | None:
         """The stored segment whose m^2 differs least, if not by too much."""

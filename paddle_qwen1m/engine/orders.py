@@ -9,7 +9,7 @@ from typing import Any, Union
 import numpy as np
 
 from paddle_qwen1m.attention.step import SequenceRows
-from paddle_qwen1m.cache import StoredSegment
+from paddle_qwen1m.cache import SegmentPages, StoredSegment
 
 HEAD_ROWS = 256
 """Rows whose logits are computed at once: they are as wide as the vocabulary."""
@@ -102,25 +102,18 @@ class CopyPage:
 
 @dataclass(frozen=True)
 class Restore:
-    """Begin, in the background, to fill pages from a prefix store with segments, one behind the other.
-
-    number: of this transfer, as no other has. pages: of the tokens from `first` on; those before it are there already.
-    document: the name of the first segment's tokens. made_under: MadeUnder.name of the prompt. queued: when, in seconds
-    since 1970.
-    """
+    """Begin, in the background, to fill pages from a prefix store. number: of this transfer, as no other has."""
 
     number: int
-    segments: tuple[StoredSegment, ...]
-    pages: tuple[int, ...]
-    first: int
-    document: str
-    made_under: str
-    queued: float
+    what: SegmentPages
 
 
 @dataclass(frozen=True)
-class Save(Restore):
-    """Begin to write segments, whose tokens are in `pages`, to the prefix store."""
+class Save:
+    """Begin, in the background, to write pages to a prefix store. number: of this transfer, as no other has."""
+
+    number: int
+    what: SegmentPages
 
 
 @dataclass(frozen=True)
@@ -138,7 +131,10 @@ class Rest:
 Order = Union[Prefill, Advance, Drop, Head, Decode, CopyPage, Restore, Save, GiveUp, Rest]
 KINDS: dict[str, Any] = {
     kind.__name__: kind
-    for kind in (Prefill, Advance, Drop, Head, Decode, CopyPage, Restore, Save, GiveUp, Rest, Rows, Join, StoredSegment)
+    for kind in (
+        *(Prefill, Advance, Drop, Head, Decode, CopyPage, Restore, Save, GiveUp, Rest),
+        *(Rows, Join, SegmentPages, StoredSegment),
+    )
 }
 
 

@@ -13,7 +13,7 @@ import paddle
 from paddle_qwen1m import ops
 from paddle_qwen1m.attention.selector import LayerBudgets, Observer, Selector
 from paddle_qwen1m.attention.step import Step, StepBuilder
-from paddle_qwen1m.cache import PagedCache, PrefixStore, Transfer, Transfers
+from paddle_qwen1m.cache import PagedCache, PrefixStore, Transfers
 from paddle_qwen1m.config import SparseBudgets
 from paddle_qwen1m.engine.decode import DecodeSlots, Sampler
 from paddle_qwen1m.engine.orders import (
@@ -159,8 +159,9 @@ class Runner:
             return slots.step(order.slots, top_logprobs=order.top_logprobs), True
         if isinstance(order, CopyPage):
             self.cache.copy_page(order.source, order.target, order.tokens)
-        if isinstance(order, Restore):
-            self._transfer(order)
+        if isinstance(order, (Restore, Save)):
+            ready = ops.Post([self._point]).wait
+            self.transfers.begin(order.number, order.what, writes=isinstance(order, Save), ready=ready)
         if isinstance(order, GiveUp):
             self.transfers.give_up(order.number)
         if isinstance(order, (Drop, Rest)) and self._standing is not None:
@@ -174,20 +175,6 @@ class Runner:
     @property
     def _at_point(self) -> ManyOf[paddle.Tensor]:
         return [self._point] if self.model.group.rank == 0 else []
-
-    def _transfer(self, order: Restore) -> None:
-        queued_before = ops.Post([self._point])
-        transfer = Transfer(
-            order.segments,
-            order.pages,
-            order.first,
-            order.document,
-            order.made_under,
-            order.queued,
-            writes=isinstance(order, Save),
-            ready=queued_before.wait,
-        )
-        self.transfers.begin(order.number, transfer)
 
     def _begin(self, order: Prefill) -> Chunk:
         firsts = np.cumsum([0, *(len(rows.ids) for rows in order.rows)]).tolist()

@@ -264,7 +264,7 @@ class Scheduler:
             ids=sequence.prompt[begin:end],
             begin=begin,
             pages=tuple(sequence.pages[: self._pool.pages_for(end)]),
-            length=sequence.temperature_length,
+            length=len(sequence.prompt),
             sparse=sequence.sparse,
             wanted=tuple(place - begin for place in sequence.wanted(begin, end)),
         )

@@ -16,7 +16,7 @@ from gate import Gate
 from small_model import CONFIG
 
 from paddle_qwen1m import ops
-from paddle_qwen1m.cache import M2Range, PagedCache, PrefixStore, StoredSegment, Transfer, Transfers, transfers
+from paddle_qwen1m.cache import M2Range, PagedCache, PrefixStore, SegmentPages, StoredSegment, Transfers, transfers
 from paddle_qwen1m.cache.kv_scales import KVScales
 from paddle_qwen1m.cache.segment_file import SegmentReader, SegmentWriter
 from paddle_qwen1m.cache.store import segment_name
@@ -74,15 +74,16 @@ def segments(count: int) -> list[StoredSegment]:
     return [StoredSegment(name(), SEGMENT * number, SEGMENT * (number + 1)) for number in range(count)]
 
 
-def transfer(what: list[StoredSegment], pages: Any, first: int = 0, *, writes: bool, ready: Any = int) -> Transfer:
-    made = {"document": "d", "made_under": "{}", "queued": 1000.0}
-    return Transfer(segments=what, pages=list(pages), first=first, writes=writes, ready=ready, **made)
+def transfer(segments: list[StoredSegment], pages: Any, first: int = 0, **how: Any) -> dict[str, Any]:
+    """Arguments of Transfers.begin."""
+    what = SegmentPages(tuple(segments), tuple(pages), first, document="d", made_under="{}", queued=1000.0)
+    return {"what": what, "ready": int, **how}
 
 
 def saved(moving: Transfers, count: int, number: int = 1000) -> list[StoredSegment]:
     """Segments of the first pages, which are in the store now."""
     what = segments(count)
-    moving.begin(number, transfer(what, range(PER_SEGMENT * count), writes=True))
+    moving.begin(number, **transfer(what, range(PER_SEGMENT * count), writes=True))
     moving.finish()
     assert moving.state(number) == count
     return what
@@ -91,7 +92,7 @@ def saved(moving: Transfers, count: int, number: int = 1000) -> list[StoredSegme
 def test_other_pages_hold_what_was_saved(moving: Transfers, cache: PagedCache) -> None:
     before, pages = memory(cache), [21, 8, 19, 10, 17, 12, 15, 14]
     what = saved(moving, 2)
-    moving.begin(1, transfer(what, pages, writes=False))
+    moving.begin(1, **transfer(what, pages, writes=False))
     moving.finish()
     assert moving.state(1) == 2
     assert moving.bytes_of(1) == moving.bytes_of(1000) == before[:, :8].nbytes
@@ -120,7 +121,7 @@ def test_pages_before_the_first_are_left_alone(moving: Transfers, cache: PagedCa
     what = [segment for segment in saved(moving, 2) if segment.end > first]
     absent = first // PAGE
     pages = range(8 + absent, 16)
-    moving.begin(1, transfer(what, pages, first, writes=False))
+    moving.begin(1, **transfer(what, pages, first, writes=False))
     moving.finish()
     assert moving.state(1) == len(what)
     expected = before.copy()
@@ -137,7 +138,7 @@ def test_what_is_before_a_bad_segment_is_whole(
     content = bytearray(path.read_bytes())
     content[(1 << 16) + 4 * BLOCK_PIECES * cache.piece_bytes] ^= 1
     path.unlink() if how == "missing" else path.write_bytes(content)
-    moving.begin(1, transfer(what, range(12, 24), writes=False))
+    moving.begin(1, **transfer(what, range(12, 24), writes=False))
     moving.finish()
     assert moving.state(1) == 1 and not path.exists()
     now = memory(cache)
@@ -161,9 +162,9 @@ def test_no_page_is_touched_behind_giving_up(
 
         monkeypatch.setattr(ops.PieceBuffer, direction, noted)
     gate = Gate(monkeypatch, SegmentWriter if writes else SegmentReader, "write" if writes else "read")
-    moving.begin(1, transfer(what, range(8, 16), writes=writes))
+    moving.begin(1, **transfer(what, range(8, 16), writes=writes))
     other = segments(1) if writes else what
-    moving.begin(2, transfer(other, range(16, 24), writes=writes, ready=lambda: used.append("begun")))
+    moving.begin(2, **transfer(other, range(16, 24), writes=writes, ready=lambda: used.append("begun")))
     assert gate.reached.wait(20)
     before = list(used)
     moving.give_up(1)
@@ -178,7 +179,7 @@ def test_no_page_is_touched_behind_giving_up(
 def test_giving_up_waits_for_the_copy_that_goes_on(moving: Transfers, monkeypatch: pytest.MonkeyPatch) -> None:
     what = saved(moving, 1)
     gate = Gate(monkeypatch, ops.PieceBuffer, "scatter")
-    moving.begin(1, transfer(what, range(8, 12), writes=False))
+    moving.begin(1, **transfer(what, range(8, 12), writes=False))
     assert gate.reached.wait(20)
     gone = threading.Event()
     threading.Thread(target=lambda: (moving.give_up(1), gone.set())).start()
@@ -192,8 +193,8 @@ def test_a_write_begins_when_the_device_is_ready_and_a_restore_does_not_wait_for
 ) -> None:
     there = saved(moving, 1)
     ready, new = threading.Event(), segments(2)
-    moving.begin(1, transfer(new, range(8), writes=True, ready=lambda: ready.wait(20)))
-    moving.begin(2, transfer(there, range(8, 12), writes=False))
+    moving.begin(1, **transfer(new, range(8), writes=True, ready=lambda: ready.wait(20)))
+    moving.begin(2, **transfer(there, range(8, 12), writes=False))
     while moving.state(2) == UNFINISHED:
         moving.wait(20)
     assert moving.state(2) == 1 and moving.state(1) == UNFINISHED
@@ -210,7 +211,7 @@ def test_transfers_of_a_kind_keep_their_order(moving: Transfers, cache: PagedCac
     for number, segment in enumerate((one, other)):
         alone = [StoredSegment(segment.name, segment.begin, segment.end)]
         note = [lambda: gone.wait(20) and order.append(0), lambda: order.append(1)][number]
-        moving.begin(number, transfer(alone, range(20, 24), segment.begin, writes=False, ready=note))
+        moving.begin(number, **transfer(alone, range(20, 24), segment.begin, writes=False, ready=note))
     gone.set()
     moving.finish()
     assert order == [0, 1] and [moving.state(number) for number in (0, 1)] == [1, 1]
@@ -228,7 +229,7 @@ def test_finish_waits_for_everything(moving: Transfers, kept: PrefixStore, monke
     what = segments(4)
     for number in range(4):
         pages = range(4 * number, 4 * number + 4)
-        moving.begin(number, transfer(what[number : number + 1], pages, SEGMENT * number, writes=True))
+        moving.begin(number, **transfer(what[number : number + 1], pages, SEGMENT * number, writes=True))
     moving.finish()
     assert all(kept.path(segment.name).exists() for segment in what)
     assert [moving.state(number) for number in range(4)] == [1] * 4
@@ -267,11 +268,11 @@ def test_an_error_ends_a_transfer_is_told_and_the_next_one_goes_on(
         elif what == "reader":
             patch.setattr(SegmentWriter if writes else SegmentReader, "write" if writes else "read", fail)
         ready = fail if what == "device" else int
-        moving.begin(1, transfer(segments(1) if writes else there, range(8, 12), writes=writes, ready=ready))
+        moving.begin(1, **transfer(segments(1) if writes else there, range(8, 12), writes=writes, ready=ready))
         moving.finish()
     assert moving.state(1) == 0 and "a transfer failed" in caplog.text and "the GPU stopped" in caplog.text
     assert len([path for path in kept.directory.rglob("*") if path.is_file()]) == 1
-    moving.begin(2, transfer(segments(1) if writes else there, range(8, 12), writes=writes))
+    moving.begin(2, **transfer(segments(1) if writes else there, range(8, 12), writes=writes))
     moving.finish()
     assert moving.state(2) == 1
 
@@ -280,7 +281,7 @@ def test_what_is_there_is_not_written_again_and_counts(moving: Transfers, kept: 
     what = saved(moving, 2)
     before = [kept.path(segment.name).stat() for segment in what]
     assert [status.st_mtime for status in before] == pytest.approx([1000.0, 1000.0 - 1e-3], abs=1e-5)
-    moving.begin(1, transfer(what, range(8), writes=True))
+    moving.begin(1, **transfer(what, range(8), writes=True))
     moving.finish()
     assert moving.state(1) == 2 and moving.bytes_of(1) == 0
     assert [kept.path(segment.name).stat().st_ino for segment in what] == [status.st_ino for status in before]
@@ -288,7 +289,7 @@ def test_what_is_there_is_not_written_again_and_counts(moving: Transfers, kept: 
 
 def test_what_was_restored_was_used_now(moving: Transfers, kept: PrefixStore) -> None:
     what, began = saved(moving, 2), time.time()
-    moving.begin(1, transfer(what, range(8, 16), writes=False))
+    moving.begin(1, **transfer(what, range(8, 16), writes=False))
     moving.finish()
     first, second = (kept.path(segment.name).stat().st_mtime for segment in what)
     assert first > second > began - 0.1

@@ -218,7 +218,7 @@ class World:
         sampling = None if new_tokens is None else SamplingParams(max_tokens=new_tokens, **options)
         ids = np.asarray(list(prompt), np.int64)
         request = Request(name, ids, sampling, logit_positions=positions)
-        sequence = Sequence(request, 0, len(ids), f"{'sparse' if sparse else 'dense'} {salt}", m2, sparse)
+        sequence = Sequence(request, 0, f"{'sparse' if sparse else 'dense'} {salt}", m2, sparse)
         self.scheduler.add(sequence)
         self.sequences[name] = sequence
         return sequence
