@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import paddle_qwen1m  # noqa: F401  (before any test imports Paddle, with which threads would spin, not sleep, when idle)
+
 ROOT = Path(__file__).parents[1]
 
 
