@@ -9,7 +9,7 @@ _WISH = os.environ.get("OMP_NUM_THREADS", "")  # as it was before this package i
 _PADDLE_WAS_IMPORTED = "paddle" in sys.modules
 
 # Idle threads of the ops sleep after microseconds instead of spinning for milliseconds, which on a machine with other
-# work makes a decode step many times slower. Read when the ops are loaded.
+# work makes a decode step many times slower. Read when libgomp is loaded, by Paddle's import at the latest.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 

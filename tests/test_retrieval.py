@@ -67,10 +67,18 @@ class Reading:
         return sum(one.right for one in self.answers) / len(self.answers)
 
 
-def read(engine: Any, documents: list[Document], encode: Encode, config: dict[str, Any]) -> Reading:
-    """Asks for every needle of every document."""
-    document, question = Visits(config), Visits(config)
-    return Reading(read_answers(engine, documents, encode, document, question), document, question)
+Read = Callable[..., Reading]
+
+
+@pytest.fixture(scope="module")
+def read(engine: Callable[..., Any], encode: Encode, config: dict[str, Any]) -> Read:
+    """read(documents, **options): asks an engine with these options for every needle of every document."""
+
+    def ask(documents: list[Document], **options: Any) -> Reading:
+        document, question = Visits(config), Visits(config)
+        return Reading(read_answers(engine(**options), documents, encode, document, question), document, question)
+
+    return ask
 
 
 def budget_file(folder: Path, vertical: int, slash: int, config: dict[str, Any]) -> Path:
@@ -129,18 +137,21 @@ def documents(request: pytest.FixtureRequest, encode: Encode) -> Iterator[list[D
     yield [maker.make(TOKENS, NEEDLES, FIRST_SEED + number) for number in range(request.param)]
 
 
+@pytest.fixture(scope="module")
+def dense(documents: list[Document], read: Read) -> Reading:
+    return read(documents, sparse=False)
+
+
 def test_sparse_prefill_answers_what_dense_answers(
     documents: list[Document],
-    engine: Callable[..., Any],
-    encode: Encode,
+    dense: Reading,
+    read: Read,
     config: dict[str, Any],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    dense = read(engine(sparse=False), documents, encode, config)
-    sparse = read(engine(), documents, encode, config)
-    control_budgets = budget_file(tmp_path, *FORCED_ALONE, config)
-    control = read(engine(sparse_budgets=str(control_budgets)), documents, encode, config)
+    sparse = read(documents)
+    control = read(documents, sparse_budgets=str(budget_file(tmp_path, *FORCED_ALONE, config)))
     with capsys.disabled():
         asked = f"{len(dense.answers)} answers at {TOKENS:,} tokens"
         print(f"\n{asked}: dense {dense.score:.3f}, sparse {sparse.score:.3f}")
@@ -157,18 +168,14 @@ def test_sparse_prefill_answers_what_dense_answers(
     assert control.score < 0.2
 
 
+@pytest.mark.parametrize("documents", [1], indirect=True, ids=["16 answers"])
 def test_the_temperature_keeps_answers_that_dual_chunk_attention_alone_loses(
-    engine: Callable[..., Any], encode: Encode, config: dict[str, Any]
+    documents: list[Document], dense: Reading, read: Read, config: dict[str, Any]
 ) -> None:
-    maker = DocumentMaker(encode)
-    documents = [maker.make(TOKENS, NEEDLES, seed=100)]
     dual_chunk = {**config["dual_chunk_attention_config"], "original_max_position_embeddings": 0}
-    with_temperature = read(engine(sparse=False), documents, encode, config)
-    without = read(
-        engine(sparse=False, config={**config, "dual_chunk_attention_config": dual_chunk}), documents, encode, config
-    )
-    assert with_temperature.score >= 0.8
-    assert without.score <= with_temperature.score - 0.2
+    without = read(documents, sparse=False, config={**config, "dual_chunk_attention_config": dual_chunk})
+    assert dense.score >= 0.8
+    assert without.score <= dense.score - 0.2
 
 
 @pytest.mark.parametrize("file", BUDGETS.values())
@@ -196,10 +203,8 @@ def test_sparse_logits_of_a_64k_prompt_point_where_dense_ones_do(
 
 
 @pytest.mark.slow
-def test_one_answer_of_a_64k_prompt_is_found_sparsely(
-    engine: Callable[..., Any], encode: Encode, config: dict[str, Any]
-) -> None:
+def test_one_answer_of_a_64k_prompt_is_found_sparsely(read: Read, encode: Encode) -> None:
     document = DocumentMaker(encode).make(65536, 4, seed=1, depth=0.5)
     asked = Document(document.sentences, document.needles[:1])
     assert isinstance(asked.needles[0], Needle)
-    assert read(engine(), [asked], encode, config).score == 1.0
+    assert read([asked]).score == 1.0
