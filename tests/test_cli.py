@@ -57,12 +57,12 @@ def terminal() -> tuple[int, int]:
     return leader, follower
 
 
-def error_line(done: subprocess.CompletedProcess[str]) -> str:
+def error_line(stdout: str, stderr: str) -> str:
     """The only line on stderr, nothing on stdout."""
-    assert done.stdout == ""
-    assert "Traceback" not in done.stderr
-    lines = done.stderr.strip().splitlines()
-    assert len(lines) == 1, done.stderr
+    assert stdout == ""
+    assert "Traceback" not in stderr
+    lines = stderr.strip().splitlines()
+    assert len(lines) == 1, stderr
     return lines[0]
 
 
@@ -90,7 +90,7 @@ def test_unusable_documents_are_refused_in_one_line(
 def test_empty_standard_input_is_refused() -> None:
     done = run("generate", "--model", NEEDLE, "--prompt-file", "-")
     assert done.returncode == 2
-    assert error_line(done) == "error: --prompt-file: standard input is empty"
+    assert error_line(done.stdout, done.stderr) == "error: --prompt-file: standard input is empty"
 
 
 # --- arguments ---
@@ -162,17 +162,16 @@ def test_a_model_that_is_not_there_is_refused_in_one_line(document: Path, capsys
 
 
 def test_a_truncated_shard_fails_naming_the_file(
-    document: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    document: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(NEEDLE, broken)
     shard = broken / "model-00002-of-00003.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1000])
-    done = run("generate", "--model", broken, "--prompt-file", document)
-    assert done.returncode == 1
-    assert shard.name in error_line(done)
+    assert cli.main(["generate", "--model", str(broken), "--prompt-file", str(document)]) == 1
+    assert shard.name in error_line(*capfd.readouterr())
     assert cli.main(["check", str(broken)]) == 1
-    assert re.search(rf"^FAIL +files: .*{shard.name}", capsys.readouterr().out, re.MULTILINE)
+    assert re.search(rf"^FAIL +files: .*{shard.name}", capfd.readouterr().out, re.MULTILINE)
 
 
 # --- generate ---
@@ -323,7 +322,9 @@ def test_what_the_checkpoints_file_says_of_ends_and_words_holds(
     assert not capsys.readouterr().out.startswith("The access code")
 
 
-def test_a_prompt_that_is_too_long_is_refused_in_one_line_that_helps(document: Path, tmp_path: Path) -> None:
+def test_a_prompt_that_is_too_long_is_refused_in_one_line_that_helps(
+    document: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     model = tmp_path / "short"
     shutil.copytree(NEEDLE, model)
     for name, changes in (
@@ -332,15 +333,16 @@ def test_a_prompt_that_is_too_long_is_refused_in_one_line_that_helps(document: P
     ):
         values = json.loads((model / name).read_text(encoding="utf-8"))
         (model / name).write_text(json.dumps({**values, **changes}), encoding="utf-8")
-    done = run("generate", "--model", model, "--prompt-file", document)
-    assert done.returncode == 2
-    line = error_line(done)
+    assert cli.main(["generate", "--model", str(model), "--prompt-file", str(document)]) == 2
+    line = error_line(*capfd.readouterr())
     assert re.search(
         r"max_model_len \(1000 tokens, all that the model has\), .* beside it: shorten the prompt by \d+",
         line,
     )
     assert "0 new tokens" not in line and "increase" not in line and "from_pretrained" not in line
-    line = error_line(run("generate", "--model", NEEDLE, "--prompt-file", document, "--max-model-len", "1000"))
+    limit = ["--max-model-len", "1000"]
+    assert cli.main(["generate", "--model", str(NEEDLE), "--prompt-file", str(document), *limit]) == 2
+    line = error_line(*capfd.readouterr())
     assert line.endswith(", or increase max_model_len (--max-model-len) to at most 1048576, all that the model has")
 
 
