@@ -44,9 +44,9 @@ def main() -> None:
     engine = Qwen2OneMForCausalLM.from_pretrained(
         model, tensor_parallel_degree=launched_ranks(), max_num_batched_tokens=256, sparse=False
     ).engine
-    prompt = np.arange(8000, dtype=np.int64) % 700
+    prompt = np.arange(1000, dtype=np.int64) % 700
     engine.generate(
-        [prompt], SamplingParams(max_tokens=5000, temperature=0.0), on_token=on_token, on_prefill=on_prefill
+        [prompt], SamplingParams(max_tokens=20000, temperature=0.0), on_token=on_token, on_prefill=on_prefill
     )
 
 

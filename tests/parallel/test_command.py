@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from parallel_ranks import COMMAND, NEEDLE, Process, launch, launcher
 
+from paddle_qwen1m import cli
+
 SENTENCE = "The access code for jade is 64931."
 ASK = ["--greedy", "--question", "What is the access code for jade?", "--question", "What is the access code for ruby?"]
 OBSERVED = """
@@ -33,11 +35,10 @@ START, END = 90.0, 30.0
 def test_the_command_answers_under_the_launcher_as_it_does_alone(tmp_path: Path) -> None:
     document = tmp_path / "document.txt"
     document.write_text(f"The grass is green. {SENTENCE} The sky is blue. " * 8, encoding="utf-8")
-    options = ["generate", "--model", NEEDLE, "--prompt-file", document, *ASK, "--json", "--output"]
+    options = ["generate", "--model", str(NEEDLE), "--prompt-file", str(document), *ASK, "--json", "--output"]
     status, output = launch(2, tmp_path / "logs", [COMMAND, *options, tmp_path / "two"], START)
     assert status == 0, output
-    status, output = Process(["-m", "paddle_qwen1m", *options, tmp_path / "one"]).finish(START)
-    assert status == 0, output
+    assert cli.main([*options, str(tmp_path / "one")]) == 0
     one, two = (
         [json.loads(line)["text"] for line in (tmp_path / name).read_text(encoding="utf-8").splitlines()]
         for name in ("one", "two")

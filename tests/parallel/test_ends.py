@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from parallel_ranks import Process, is_running, launch, rank_environment
@@ -47,10 +48,16 @@ def run(folder: Path, rank: int, how: str, where: str, *others: str, **changes: 
 
 RANKS = [pytest.param(0, marks=pytest.mark.slow), 1]
 """Either may end; the quick suite tries one."""
+QUICK = ("sys.exit(3)", "raise", "kill", "interrupt")
+"""Of the deaths; the others are further ways to the same."""
+
+
+def ways(*hows: str) -> list[Any]:
+    return [how if how in QUICK else pytest.param(how, marks=pytest.mark.slow) for how in hows]
 
 
 @pytest.mark.parametrize("rank", RANKS)
-@pytest.mark.parametrize("how", DEATHS)
+@pytest.mark.parametrize("how", ways(*DEATHS))
 def test_a_rank_that_ends_with_an_error_ends_all(tmp_path: Path, how: str, rank: int) -> None:
     """One that waits in a collective, and one that computes, where nothing else would tell it."""
     results = run(tmp_path, rank, how, "main", "collective", "computing")
@@ -61,7 +68,7 @@ def test_a_rank_that_ends_with_an_error_ends_all(tmp_path: Path, how: str, rank:
 
 
 @pytest.mark.parametrize("rank", RANKS)
-@pytest.mark.parametrize("how", ["os._exit(3)", "kill"])
+@pytest.mark.parametrize("how", ways("os._exit(3)", "kill"))
 def test_a_thread_can_end_its_process_and_so_the_job(tmp_path: Path, how: str, rank: int) -> None:
     results = run(tmp_path, rank, how, "another", "computing")
     assert results[rank][0] != 0 and results[1 - rank][0] == 1, results
@@ -76,7 +83,7 @@ def test_the_end_of_a_thread_is_no_end(tmp_path: Path, rank: int) -> None:
     assert (tmp_path / "0.done").exists() and (tmp_path / "1.done").exists()
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", RANKS)
 @pytest.mark.parametrize("how", HEALTHY)
 def test_a_rank_that_is_done_leaves_the_other_alone(tmp_path: Path, how: str, rank: int) -> None:
     """An exit that a caller catches is none, and neither is that of a forked child."""
@@ -85,7 +92,7 @@ def test_a_rank_that_is_done_leaves_the_other_alone(tmp_path: Path, how: str, ra
     assert not any("error: rank" in output for _, output in results)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", RANKS)
 def test_a_rank_that_is_done_too_early_is_named(tmp_path: Path, rank: int) -> None:
     """Status 0, while the other waits for it in a collective."""
     results = run(tmp_path, rank, "return", "main", "collective")
