@@ -35,6 +35,21 @@ def check_dense(cuda: Any, context: cases.Context, rng: np.random.Generator) -> 
     assert float((lse[rows].double() - expected.lse).abs().max()) < 1e-3
 
 
+def check_sparse(
+    cuda: Any, context: cases.Context, rng: np.random.Generator, budget: tuple[int, int], rows: int
+) -> None:
+    """Of a random selection, so many columns and diagonals; `rows` of the output are looked at."""
+    index = cases.convert(cuda, context, *random_selection(rng, context, *budget))
+    out, lse = cases.run_sparse(cuda, context, index)
+    chosen = cases.sampled_rows(rng, context.q.shape[1], rows)
+    expected = cases.reference(context, chosen, index.visited(context, chosen))
+    assert torch.isfinite(out).all()
+    assert cases.worst(out[chosen], expected) <= BOUND
+    assert float((lse[chosen].double() - expected.lse).abs().max()) < 1e-3
+    if max(budget) >= context.length:
+        assert cases.worst(out[chosen], cases.reference(context, chosen)) <= BOUND
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads, kv_heads, head_dim", SHAPES)
 def test_dense_prefill_of_every_shape(
@@ -82,13 +97,7 @@ def test_few_rows_over_many_keys(cuda: Any, rng: np.random.Generator, rows: int,
     )
     check_dense(cuda, context, rng)
     if len(cases.pieces_of(context.begin, context.length, chunk_len)) == 1:
-        index = cases.convert(cuda, context, *random_selection(rng, context, 700, 900))
-        out, lse = cases.run_sparse(cuda, context, index)
-        chosen = cases.sampled_rows(rng, rows, 6)
-        expected = cases.reference(context, chosen, index.visited(context, chosen))
-        assert torch.isfinite(out).all()
-        assert cases.worst(out[chosen], expected) <= BOUND
-        assert float((lse[chosen].double() - expected.lse).abs().max()) < 1e-3
+        check_sparse(cuda, context, rng, (700, 900), 6)
 
 
 @pytest.mark.parametrize("rows", [1, 70, 300])
@@ -296,25 +305,14 @@ def test_sparse_prefill_attends_to_what_its_index_names(
     context = cases.random_context(
         rng, length, rows, heads=heads, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype, sharpness=2.0
     )
-    index = cases.convert(cuda, context, *random_selection(rng, context, *budget))
-    out, lse = cases.run_sparse(cuda, context, index)
-    chosen = cases.sampled_rows(rng, rows, 8)
-    expected = cases.reference(context, chosen, index.visited(context, chosen))
-    assert torch.isfinite(out).all()
-    assert cases.worst(out[chosen], expected) <= BOUND
-    assert float((lse[chosen].double() - expected.lse).abs().max()) < 1e-3
-    if max(budget) >= length:
-        assert cases.worst(out[chosen], cases.reference(context, chosen)) <= BOUND
+    check_sparse(cuda, context, rng, budget, 8)
 
 
 def test_sparse_prefill_of_a_long_context(cuda: Any, rng: np.random.Generator) -> None:
     context = cases.random_context(
         rng, 300032, 2048, heads=4, kv_heads=2, chunk_len=131072, page_size=256, sharpness=4.0
     )
-    index = cases.convert(cuda, context, *random_selection(rng, context, 1000, 3000))
-    out, _ = cases.run_sparse(cuda, context, index)
-    chosen = cases.sampled_rows(rng, 2048, 6)
-    assert cases.worst(out[chosen], cases.reference(context, chosen, index.visited(context, chosen))) <= BOUND
+    check_sparse(cuda, context, rng, (1000, 3000), 6)
 
 
 @pytest.mark.parametrize("cuts", [[1], [3, 4], [32], [1, 2, 3, 5, 8, 13, 21]])

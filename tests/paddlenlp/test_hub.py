@@ -162,22 +162,24 @@ def test_a_transfer_that_breaks_now_and_then_still_arrives(server: LoopbackHub, 
     assert starts == [0, 50_000, 120_000, 120_000, 250_000]
 
 
-def test_a_server_without_ranges_sends_the_file_anew(server: LoopbackHub, published: Path, cache: Path) -> None:
+@pytest.fixture
+def half_a_file(server: LoopbackHub, published: Path, cache: Path) -> None:
+    """Is in the cache, of the first shard."""
     server.bos[NAME] = published
     server.cut[SHARDS[0]] = 100_000
     with pytest.raises(hub.HubError):
         fetch_all(cache)
     server.cut.clear()
+
+
+@pytest.mark.usefixtures("half_a_file")
+def test_a_server_without_ranges_sends_the_file_anew(server: LoopbackHub, published: Path, cache: Path) -> None:
     server.ignore_range = True
     assert_complete(fetch_all(cache), published)
 
 
-def test_half_a_file_of_another_version_is_not_continued(server: LoopbackHub, published: Path, cache: Path) -> None:
-    server.bos[NAME] = published
-    server.cut[SHARDS[0]] = 100_000
-    with pytest.raises(hub.HubError):
-        fetch_all(cache)
-    server.cut.clear()
+@pytest.mark.usefixtures("half_a_file")
+def test_half_a_file_of_another_version_is_not_continued(published: Path, cache: Path) -> None:
     (published / SHARDS[0]).write_bytes(b"new" * 100_000)
     assert_complete(fetch_all(cache), published)
     assert not list(cache.rglob("*.incomplete"))
