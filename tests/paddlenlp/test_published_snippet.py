@@ -71,7 +71,7 @@ def test_the_snippet_as_published_prints_an_answer(
     assert not log_lines(result, "taking it from")
 
 
-@pytest.mark.parametrize("options", ["", ", from_hf_hub=True"])
+@pytest.mark.parametrize("options", ["", pytest.param(", from_hf_hub=True", marks=pytest.mark.slow)])
 def test_the_whole_answer_comes_from_either_hub_and_from_the_other_when_one_lacks_it(
     server: LoopbackHub, needle_checkpoint: Path, tmp_path: Path, options: str
 ) -> None:

@@ -28,7 +28,7 @@ process = subprocess.Popen(sys.argv[2:])
 (folder / f"status.{rank}").write_text(str(process.wait()))
 """
 """A rank that writes down how the command ended."""
-START, END = 90.0, 30.0
+START, END = 150.0, 30.0
 """Seconds for processes to start on a busy machine, and to end."""
 
 

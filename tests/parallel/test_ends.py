@@ -14,7 +14,7 @@ from paddle_qwen1m.parallel.job import free_port
 
 ENDING = Path(__file__).with_name("ending_rank.py")
 HOST = socket.gethostname()
-START = 60.0
+START = 150.0
 """Seconds for processes to start on a busy machine."""
 END = 30.0
 """Seconds in which the end of one rank must be that of both."""
