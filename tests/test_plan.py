@@ -22,44 +22,10 @@ from paddle_qwen1m.plan import (
     prefill_bytes,
     sparse_bytes,
 )
+from paddle_qwen1m.planning import PUBLISHED
 
 ROOT = Path(__file__).resolve().parent.parent
-SHARED: dict[str, Any] = {
-    "architectures": ["Qwen2ForCausalLM"],
-    "model_type": "qwen2",
-    "hidden_act": "silu",
-    "max_position_embeddings": 1_010_000,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 1e7,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "vocab_size": 152_064,
-    "dual_chunk_attention_config": {
-        "chunk_size": 262_144,
-        "local_size": 8_192,
-        "original_max_position_embeddings": 262_144,
-    },
-}
-MODEL_7B = ModelConfig.from_dict(
-    {
-        **SHARED,
-        "hidden_size": 3584,
-        "intermediate_size": 18_944,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-    }
-)
-MODEL_14B = ModelConfig.from_dict(
-    {
-        **SHARED,
-        "hidden_size": 5120,
-        "intermediate_size": 13_824,
-        "num_hidden_layers": 48,
-        "num_attention_heads": 40,
-        "num_key_value_heads": 8,
-    }
-)
+MODEL_7B, MODEL_14B = PUBLISHED["7B"], PUBLISHED["14B"]
 
 
 @pytest.mark.parametrize(("config", "expected"), [(MODEL_7B, 57_344), (MODEL_14B, 196_608)], ids=["7B", "14B"])

@@ -143,7 +143,7 @@ def _three_heads(folder: Path) -> Path:
 # --- two machines ---
 
 
-@pytest.mark.parametrize("fails", [False, True], ids=["answers", "rank killed"])
+@pytest.mark.parametrize("fails", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["answers", "rank killed"])
 def test_two_launchers_make_one_job(
     tmp_path: Path, prompt: Path, fails: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:

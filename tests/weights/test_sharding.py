@@ -10,20 +10,13 @@ import pytest
 
 from paddle_qwen1m.config import ModelConfig
 from paddle_qwen1m.parallel.split import Part, check_degree, degrees
+from paddle_qwen1m.planning import PUBLISHED
 from paddle_qwen1m.weights.tensors import part_of
 
 NEEDLE = ModelConfig.from_dict(
     json.loads((Path(__file__).parents[2] / "checkpoints" / "needle" / "config.json").read_text(encoding="utf-8"))
 )
-MODEL_7B = dataclasses.replace(
-    NEEDLE, num_layers=28, num_heads=28, num_kv_heads=4, head_dim=128, hidden_size=3584, intermediate_size=18944,
-    vocab_size=152064,
-)  # fmt: skip
-MODEL_14B = dataclasses.replace(
-    NEEDLE, num_layers=48, num_heads=40, num_kv_heads=8, head_dim=128, hidden_size=5120, intermediate_size=13824,
-    vocab_size=152064,
-)  # fmt: skip
-CONFIGS = {"needle": NEEDLE, "7B": MODEL_7B, "14B": MODEL_14B}
+CONFIGS = {"needle": NEEDLE, **PUBLISHED}
 LAYER = "model.layers.3."
 
 
@@ -75,7 +68,7 @@ def test_the_ranks_parts_in_order_are_the_whole(model: str, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["model.embed_tokens.weight", "lm_head.weight"])
 def test_a_vocabulary_that_does_not_divide_leaves_less_to_the_last_rank(name: str) -> None:
-    config = dataclasses.replace(MODEL_14B, vocab_size=1003)
+    config = dataclasses.replace(PUBLISHED["14B"], vocab_size=1003)
     assert [part_of(config, name, 4, rank) for rank in range(4)] == [
         Part(0, 0, 251), Part(0, 251, 502), Part(0, 502, 753), Part(0, 753, 1003)
     ]  # fmt: skip
@@ -94,7 +87,7 @@ def test_ranks_beyond_the_kv_heads_share_them(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["model.norm.weight", LAYER + "input_layernorm.weight"])
 def test_norms_are_whole_on_every_rank(name: str) -> None:
-    assert part_of(MODEL_14B, name, 8, 3) is None
+    assert part_of(PUBLISHED["14B"], name, 8, 3) is None
 
 
 def test_one_rank_holds_everything() -> None:
