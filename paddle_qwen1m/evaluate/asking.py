@@ -58,7 +58,7 @@ def about_sample(task: str, length: int, number: int, questions: int, make: Call
         answers = subject.answers(prompts)
         for one, question, text, prompt, answer in zip(numbers, asked, texts, prompts, answers):
             yield Record(
-                task, length, number, one, len(prompt.ids), score(answer.text, question.expected),
+                task, length, number, one, len(prompt.ids), score(answer.text, question.expected, question.any_one),
                 list(question.expected), answer.text, answer.finish_reason, answer.cached_tokens, prompt.max_tokens,
                 shortened(text), digest(text), dict(question.facts),
             )  # fmt: skip

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from paddle_qwen1m.evaluate import needle, perplexity, report, ruler
+from paddle_qwen1m.evaluate import needle, perplexity, qa, report, ruler
 from paddle_qwen1m.evaluate.asking import Job, about_reading, about_sample, about_window, ask
 from paddle_qwen1m.evaluate.results import Journal, Record, digest, tables, write_harness_files
-from paddle_qwen1m.evaluate.samples import Prompter
+from paddle_qwen1m.evaluate.samples import Prompter, Sample
 from paddle_qwen1m.evaluate.subject import Endpoint, InProcess, Subject, configuration
 from paddle_qwen1m.evaluate.words import filler, prose
 from paddle_qwen1m.options import read_llm_options
@@ -28,6 +28,7 @@ from paddle_qwen1m.text import decoder
 
 HAYSTACKS: dict[str, ruler.Haystack] = {"prose": prose, "filler": filler}
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
+QuestionData = dict[str, tuple[qa.Collection, str]]
 NO_EFFECT = ("max_model_len", "tokenizer")
 """Options that answers do not depend on, or that the tokenizer's name stands for."""
 
@@ -43,8 +44,9 @@ def evaluate(arguments: argparse.Namespace) -> int:
         _check_lengths(arguments, options, identity)
         tokenizer = serving.load_tokenizer(options.get("tokenizer") or arguments.model, options)
         text = _own_text(arguments)
-        jobs = _jobs(arguments, tokenizer, text)
-        given = _given(arguments, options, identity, text)
+        data = _question_data(arguments)
+        jobs = _jobs(arguments, tokenizer, text, data)
+        given = _given(arguments, options, identity, text, data)
     except (FileNotFoundError, NotADirectoryError, PermissionError, TypeError, ValueError) as error:
         raise InputError(str(error)) from error
     _tell_what_is_dense(arguments, configurations, given)
@@ -85,9 +87,24 @@ def _own_text(arguments: argparse.Namespace) -> str | None:
     return None if arguments.haystack in HAYSTACKS else read_document(arguments.haystack, "--haystack")
 
 
-def _jobs(arguments: argparse.Namespace, tokenizer: Any, text: str | None) -> list[Job]:
-    """What is asked of every configuration, shortest documents first; text: _own_text. Raises TooShort before any work
-    is done.
+def _question_data(arguments: argparse.Namespace) -> QuestionData:
+    """What --qa-data names, by the task it is for, with a digest of each file."""
+    found: QuestionData = {}
+    for name in getattr(arguments, "qa_data", None) or ():
+        text = read_document(name, "--qa-data")
+        try:
+            collection = qa.read(text)
+        except ValueError as error:
+            raise InputError(f"--qa-data: {shown(name)} is {error}") from error
+        if collection.task in found:
+            raise InputError(f"--qa-data: {shown(name)} is the second file of {qa.FORMATS[collection.task]}: give one")
+        found[collection.task] = collection, digest(text)
+    return found
+
+
+def _jobs(arguments: argparse.Namespace, tokenizer: Any, text: str | None, data: QuestionData) -> list[Job]:
+    """What is asked of every configuration, shortest documents first; text: _own_text, data: _question_data. Raises
+    TooShort before any work is done.
     """
     if arguments.samples < 1:
         raise ValueError(f"--samples must be at least 1, got {arguments.samples}")
@@ -117,22 +134,40 @@ def _jobs(arguments: argparse.Namespace, tokenizer: Any, text: str | None) -> li
             for length in lengths
             for number in numbers
         ]  # fmt: skip
-    tasks = _tasks(arguments)
+    tasks = _tasks(arguments, data)
+    kinds: dict[tuple[str, int], ruler.Task] = {
+        (task, number): data[task][0].about(number, arguments.seed) if task in data else ruler.TASKS[task]
+        for task in tasks
+        for number in numbers
+    }
+
+    def make(task: str, length: int, number: int) -> Sample:
+        return ruler.make(task, length, number, prompter, kind=kinds[task, number], **common)
+
     for task in tasks:
-        ruler.make(task, lengths[0], 0, prompter, **common)
+        make(task, lengths[0], 0)
+        if task in data:  # which have an end, and passages that differ in length
+            make(task, lengths[-1], 0)
+            for number in numbers:
+                make(task, lengths[0], number)
     return [
-        about(task, length, number, 1, partial(ruler.make, task, length, number, prompter, **common), prompter)
+        about(task, length, number, 1, partial(make, task, length, number), prompter)
         for length in lengths
         for task in tasks
         for number in numbers
     ]
 
 
-def _tasks(arguments: argparse.Namespace) -> list[str]:
-    tasks = list(dict.fromkeys(arguments.tasks or ruler.TASKS))
-    strangers = [task for task in tasks if task not in ruler.TASKS]
-    if strangers:
-        raise ValueError(f"--tasks: there is no {strangers[0]!r}, but {', '.join(ruler.TASKS)}")
+def _tasks(arguments: argparse.Namespace, data: QuestionData) -> list[str]:
+    tasks = list(dict.fromkeys(arguments.tasks or [*ruler.TASKS, *data]))
+    for task in tasks:
+        if task in qa.FORMATS and task not in data:
+            raise ValueError(f"--tasks: {task} needs a file of {qa.FORMATS[task]}: give --qa-data FILE")
+        if task not in ruler.TASKS and task not in qa.FORMATS:
+            raise ValueError(f"--tasks: there is no {task!r}, but {', '.join([*ruler.TASKS, *qa.FORMATS])}")
+    unused = [task for task in data if task not in tasks]
+    if unused:
+        raise ValueError(f"--qa-data: a file of {qa.FORMATS[unused[0]]} is for {unused[0]}, which is not in --tasks")
     return tasks
 
 
@@ -160,9 +195,13 @@ def _check_lengths(arguments: argparse.Namespace, options: dict[str, Any], ident
 
 
 def _given(
-    arguments: argparse.Namespace, options: dict[str, Any], identity: serving.Identity | None, text: str | None
+    arguments: argparse.Namespace,
+    options: dict[str, Any],
+    identity: serving.Identity | None,
+    text: str | None,
+    data: QuestionData,
 ) -> dict[str, Any]:
-    """All that answers depend on, but for the configuration; text: _own_text."""
+    """All that answers depend on, but for the configuration; text: _own_text, data: _question_data."""
     given: dict[str, Any] = {
         "kind": arguments.kind,
         "model": arguments.model,
@@ -182,7 +221,9 @@ def _given(
     if arguments.kind == needle.TASK:
         given["depths"] = arguments.depths
     if arguments.kind == "ruler":
-        given["tasks"] = _tasks(arguments)
+        given["tasks"] = _tasks(arguments, data)
+        if data:
+            given["qa_data_sha256"] = {task: of_file for task, (_, of_file) in data.items()}
     if identity is None:
         given |= {"base_url": arguments.base_url, "served_model": arguments.served_model}
     else:

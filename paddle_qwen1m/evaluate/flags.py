@@ -23,6 +23,10 @@ def add_flags(parser: argparse.ArgumentParser) -> tuple[argparse.ArgumentParser,
     ruler = _kind(kinds, "ruler", "RULER's tasks: needles, variables, common and frequent words", samples=20)
     ruler.add_argument("--tasks", nargs="+", metavar="TASK", help="such as niah_single_1 vt cwe (default: all)")
     ruler.add_argument(
+        "--qa-data", nargs="+", metavar="FILE",
+        help="SQuAD's JSON for the task qa_1, HotpotQA's for qa_2, as published (default: these two are left out)",
+    )  # fmt: skip
+    ruler.add_argument(
         "--haystack", default="prose", metavar="FILE",
         help="text that needles are hidden in: a UTF-8 file, `prose` or `filler` (default: %(default)s)",
     )  # fmt: skip

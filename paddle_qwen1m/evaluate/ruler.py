@@ -15,7 +15,7 @@ from typing import Callable, Protocol
 
 import numpy as np
 
-from paddle_qwen1m.evaluate.samples import Prompter, Question, Sample, TooShort, largest
+from paddle_qwen1m.evaluate.samples import Prompter, Question, Sample, TooLong, TooShort, largest
 from paddle_qwen1m.evaluate.words import FILLER, identifier, letters, names, number, prose
 
 NEEDLE_TOKENS, CHAIN_TOKENS, COMMON_TOKENS, FREQUENT_TOKENS = 128, 30, 120, 50
@@ -32,10 +32,13 @@ Build = Callable[[int], Question]
 
 
 class Task(Protocol):
-    """A kind of sample; it has at least `least` units of whatever fills its document."""
+    """A kind of sample; it has at least `least` and at most `most` units of whatever fills its document."""
 
     @property
     def least(self) -> int: ...
+
+    @property
+    def most(self) -> int | None: ...
 
     def plan(self, rng: np.random.Generator, limit: int, haystack: Haystack) -> Build:
         """What makes the question whose document has so many units; `limit`: tokens that it will have at most."""
@@ -73,6 +76,7 @@ class Needles:
     values: int = 1
     asked: int = 1
     least: int = 1
+    most: None = None
 
     def plan(self, rng: np.random.Generator, limit: int, haystack: Haystack) -> Build:
         among_needles = self.where == "needles"
@@ -100,7 +104,7 @@ class Needles:
                 NEEDLE_TOKENS,
                 f" {_listed([value for _, value in asked])}.",
                 self.values > 1,
-                {"depths": [round(100 * float(place), 1) for place in places[: len(asked)]]},
+                facts={"depths": [round(100 * float(place), 1) for place in places[: len(asked)]]},
             )
 
         return build
@@ -120,6 +124,7 @@ class Chain:
     """Variable tracking: one variable gets a value, each of `HOPS` others that of the one before it; all are asked."""
 
     least: int = HOPS + 1
+    most: None = None
 
     def plan(self, rng: np.random.Generator, limit: int, haystack: Haystack) -> Build:
         example = self._question(rng, Sentences(noise(rng)).first(2 * self.least))
@@ -162,6 +167,7 @@ class CommonWords:
     """Common words extraction: `COMMON` words of a list are there 30 times, all others 3 times."""
 
     least: int = COMMON
+    most: None = None
 
     def plan(self, rng: np.random.Generator, limit: int, haystack: Haystack) -> Build:
         drawn = Sentences(names(rng, 3 * COMMON + limit // (SHORTEST_NAMED * UNCOMMON_TIMES)))
@@ -200,6 +206,7 @@ class FrequentWords:
     """
 
     least: int = 100
+    most: None = None
 
     def plan(self, rng: np.random.Generator, limit: int, haystack: Haystack) -> Build:
         coded: dict[str, None] = {}
@@ -242,18 +249,28 @@ TASKS: dict[str, Task] = {
 
 
 def make(
-    task: str, length: int, sample: int, prompter: Prompter, *, seed: int = 0, haystack: Haystack = prose
+    task: str,
+    length: int,
+    sample: int,
+    prompter: Prompter,
+    *,
+    seed: int = 0,
+    haystack: Haystack = prose,
+    kind: Task | None = None,
 ) -> Sample:
     """The `sample`-th sample of a task: prompt and longest answer fill `length` tokens to within one unit.
 
-    haystack: sentences without end, for the tasks that hide needles in a text. Raises TooShort, naming the task.
+    haystack: sentences without end, for the tasks that hide needles in a text. kind: of a task that is none of TASKS,
+    because it needs data. Raises TooShort or TooLong, naming the task.
     """
-    kind = TASKS[task]
+    kind = TASKS[task] if kind is None else kind
     rng = np.random.default_rng([seed, zlib.crc32(task.encode()), length, sample])
     try:
-        question = largest(kind.plan(rng, length, haystack), prompter.tokens, length, kind.least)
+        question = largest(kind.plan(rng, length, haystack), prompter.tokens, length, kind.least, kind.most)
     except TooShort as error:
         raise TooShort(f"{task}: a length of {length:,} tokens is too short, {error}") from None
+    except TooLong as error:
+        raise TooLong(f"{task}: the data do not fill a length of {length:,} tokens, {error}") from None
     return Sample(task, length, sample, (question,))
 
 

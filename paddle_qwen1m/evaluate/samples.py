@@ -13,13 +13,17 @@ class TooShort(ValueError):
     """A length that the smallest sample of a task does not fit."""
 
 
+class TooLong(ValueError):
+    """A length that the largest sample of a task, made of all that there is, does not fill."""
+
+
 @dataclass(frozen=True)
 class Question:
     """prompt: what the user says, document and question. answer_prefix: how the answer begins, given with the prompt.
 
     expected: texts that the answer must have. max_tokens: of the answer. answer: how a right one goes on. any_order:
-    whether the expected texts, which stand in `answer` in one order, would be as right in another one. facts: what else
-    a reader of results wants.
+    whether the expected texts, which stand in `answer` in one order, would be as right in another one. any_one: whether
+    one of them is enough. facts: what else a reader of results wants.
     """
 
     prompt: str
@@ -28,6 +32,7 @@ class Question:
     max_tokens: int
     answer: str
     any_order: bool = False
+    any_one: bool = False
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -73,10 +78,14 @@ class Prompter:
         return len(self.ids(question)) + max(question.max_tokens, len(self.encode(question.answer)))
 
 
-def score(answer: str, expected: Sequence[str]) -> float:
-    """RULER's string_match_all, as a share: how many of the texts are in the answer, upper and lower case the same."""
+def score(answer: str, expected: Sequence[str], any_one: bool = False) -> float:
+    """RULER's string_match_all, as a share: how many of the texts are in the answer, upper and lower case the same.
+
+    any_one: its string_match_part, 1 where at least one of them is.
+    """
     said = answer.lower()
-    return sum(text.lower() in said for text in expected) / len(expected)
+    found = sum(text.lower() in said for text in expected)
+    return float(found > 0) if any_one else found / len(expected)
 
 
 def score_likeliest(
@@ -110,11 +119,13 @@ LEAST_SLOPE = 0.5
 """Tokens of a unit, whatever two of them that were measured say."""
 
 
-def largest(build: Callable[[int], Made], tokens: Callable[[Made], int], limit: int, least: int) -> Made:
+def largest(
+    build: Callable[[int], Made], tokens: Callable[[Made], int], limit: int, least: int, most: int | None = None
+) -> Made:
     """`build(units)` with as many units, at least `least`, as `limit` tokens hold: with one more they would not fit.
 
-    tokens: of what was built, about linear in the units; a long text is encoded a few times, not a time a unit.
-    Raises TooShort.
+    tokens: of what was built, about linear in the units; a long text is encoded a few times, not a time a unit. most:
+    units that there are; None where there is no end. Raises TooShort, or TooLong where `most` do not fill the limit.
     """
     low, made = least, build(least)
     low_tokens = least_tokens = tokens(made)
@@ -124,9 +135,13 @@ def largest(build: Callable[[int], Made], tokens: Callable[[Made], int], limit: 
     slope = float(low_tokens) / max(low, 1)
     """Tokens a unit: what belongs to no unit makes it too large at first, so that the first guess is a careful one."""
     while low_tokens < limit and high != low + 1:
+        if low == most:
+            raise TooLong(f"the largest sample takes {low_tokens:,} tokens")
         guess = low + max(1, int((limit - low_tokens) / max(slope, LEAST_SLOPE)))
         if high is not None:
             guess = min(guess, high - 1)
+        if most is not None:
+            guess = min(guess, most)
         tried = build(guess)
         cost = tokens(tried)
         slope = (cost - least_tokens) / (guess - least)
