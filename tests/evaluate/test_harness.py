@@ -124,6 +124,57 @@ def test_what_is_too_long_is_cut_at_its_beginning_and_told(model: Any, caplog: p
     assert "are more than fit max_model_len, 512" in caplog.text
 
 
+@pytest.mark.slow
+def test_tasks_of_ruler_score_the_same_through_the_plug_in_and_through_the_server(
+    harness: Any, needle_checkpoint: Path, tmp_path: Path, tokenizer: Any
+) -> None:
+    """Its own tasks, on documents that it makes without a network: 500 of each, of which two are asked.
+
+    The example of ruler_vt and the words of ruler_cwe do not fit the lengths that it has for them in the checkpoint's
+    tokens, which are short: there a word counts as a token.
+    """
+    for needed in ("transformers", "nltk", "wonderwords"):
+        pytest.importorskip(needed, reason=f"its ruler tasks need {needed}: pip install 'paddle-qwen1m[lm-eval]'")
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+    from serving import CHECKPOINT, serve_needle
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    from paddle_qwen1m.server.texts import Texts
+
+    words = Tokenizer(models.WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}', encoding="utf-8")
+    tokens = dict.fromkeys(("niah_single_1", "niah_multikey_2", "ruler_fwe"), str(needle_checkpoint))
+    tokens |= dict.fromkeys(("ruler_vt", "ruler_cwe"), str(tmp_path))
+    tasks = []
+    for name, directory in tokens.items():
+        manager = TaskManager(metadata={"tokenizer": directory, "max_seq_lengths": [4096]})
+        tasks += manager.load_task_or_group([name]).values()
+
+    def evaluate(model: str, **arguments: Any) -> tuple[Any, dict[str, Any]]:
+        found = simple_evaluate(model, model_args=arguments, tasks=tasks, limit=2)
+        asked = {
+            task: [(one["arguments"], one["resps"]) for one in of_task] for task, of_task in found["samples"].items()
+        }
+        return found["results"], asked
+
+    config = json.loads((CHECKPOINT / "tokenizer_config.json").read_text(encoding="utf-8"))
+    here, answers = evaluate(harness.NAME, pretrained=str(needle_checkpoint), max_model_len=32768)
+    with serve_needle(Texts(tokenizer, config), max_model_len=32768) as server:
+        there, others = evaluate(
+            "local-completions", model="needle", base_url=f"{server.url}/v1/completions", max_length=32768,
+            tokenizer_backend="remote",
+        )  # fmt: skip
+    assert set(here) == set(tokens)
+    assert all("4096,none" in scores for scores in here.values())
+    assert here == there
+    assert answers == others
+    said = {answer for of_task in answers.values() for _, ((answer,),) in of_task}
+    assert len(said) > len(tokens), "the checkpoint was not trained on this, but goes on in some way after each prompt"
+
+
 def test_a_task_scores_the_same_through_the_plug_in_and_through_the_server(
     harness: Any, needle_checkpoint: Path, tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
