@@ -21,8 +21,6 @@ from paddle_qwen1m.evaluate.words import FILLER, identifier, letters, names, num
 NEEDLE_TOKENS, CHAIN_TOKENS, COMMON_TOKENS, FREQUENT_TOKENS = 128, 30, 120, 50
 """Of an answer: niah, vt, cwe, fwe."""
 VALUE_DIGITS, CHAIN_DIGITS, NAME_LETTERS, CODED_LETTERS = 7, 5, 5, 6
-HOPS = 4
-COMMON, COMMON_TIMES, UNCOMMON_TIMES = 10, 30, 3
 FREQUENT, ALPHA, CODED_WORDS, NOISE = 3, 2.0, 1000, "..."
 SHORTEST_NAMED = 8
 """No needle with a name takes fewer tokens: how many names a length can need."""
@@ -87,27 +85,34 @@ class Needles:
         else:
             text = Sentences((noise if self.where == "noise" else haystack)(rng))
         places = rng.random(len(facts))
-        asked = facts[: self.asked * self.values]
-        names_asked = _listed(list(dict.fromkeys(key for key, _ in asked)))
-        many = len(asked) > 1
-        what, verb = (f"{self.kind}s", "are") if many else (self.kind, "is")
+        asked = self.ask(facts[: self.asked * self.values])
         hidden = [self._fact(key, value) for key, value in facts]
+        depths = [round(100 * float(place), 1) for place in places[: len(asked.expected)]]
 
         def build(units: int) -> Question:
             document = " ".join(_hide(text.first(units), hidden, places))
-            return Question(
-                f"Somewhere in the following text secret {self.kind}s are written down. Read it and keep them in mind: "
-                f"you will be asked for them at its end.\n\n{document}\n\n"
-                f"Which secret {what} of {names_asked} {verb} written down in the text?",
-                f"In the text, the secret {what} of {names_asked} {verb}",
-                tuple(value for _, value in asked),
-                NEEDLE_TOKENS,
-                f" {_listed([value for _, value in asked])}.",
-                self.values > 1,
-                facts={"depths": [round(100 * float(place), 1) for place in places[: len(asked)]]},
+            return replace(
+                asked,
+                prompt=f"Somewhere in the following text secret {self.kind}s are written down. Read it and keep them "
+                f"in mind: you will be asked for them at its end.\n\n{document}\n\n{asked.prompt}",
+                facts={"depths": depths},
             )
 
         return build
+
+    def ask(self, facts: Sequence[tuple[str, str]]) -> Question:
+        """The question for the values of some keys, without the document."""
+        keys = _listed(list(dict.fromkeys(key for key, _ in facts)))
+        values = [value for _, value in facts]
+        what, verb = (f"{self.kind}s", "are") if len(facts) > 1 else (self.kind, "is")
+        return Question(
+            f"Which secret {what} of {keys} {verb} written down in the text?",
+            f"In the text, the secret {what} of {keys} {verb}",
+            tuple(values),
+            NEEDLE_TOKENS,
+            f" {_listed(values)}.",
+            self.values > 1,
+        )
 
     def _keys(self, rng: np.random.Generator, at_most: int) -> Iterator[str]:
         return (identifier(rng) for _ in range(at_most)) if self.keyed else names(rng, at_most)
@@ -121,27 +126,36 @@ class Needles:
 
 @dataclass(frozen=True)
 class Chain:
-    """Variable tracking: one variable gets a value, each of `HOPS` others that of the one before it; all are asked."""
+    """Variable tracking: one variable gets a value, each of `hops` others that of the one before it; all are asked.
 
-    least: int = HOPS + 1
+    shown: whether an example that is answered stands before the question.
+    """
+
+    hops: int = 4
+    shown: bool = True
     most: None = None
+
+    @property
+    def least(self) -> int:
+        return self.hops + 1
 
     def plan(self, rng: np.random.Generator, limit: int, haystack: Haystack) -> Build:
         example = self._question(rng, Sentences(noise(rng)).first(2 * self.least))
         text = Sentences(noise(rng))
-        chain, places = self._chain(rng), np.sort(rng.random(HOPS + 1))
+        chain, places = self._chain(rng), np.sort(rng.random(self.hops + 1))
 
         def build(units: int) -> Question:
-            return _after_example(example, self._ask(chain, places, text.first(units)))
+            question = self._ask(chain, places, text.first(units))
+            return _after_example(example, question) if self.shown else question
 
         return build
 
     def _question(self, rng: np.random.Generator, sentences: list[str]) -> Question:
-        return self._ask(self._chain(rng), np.sort(rng.random(HOPS + 1)), sentences)
+        return self._ask(self._chain(rng), np.sort(rng.random(self.hops + 1)), sentences)
 
     def _chain(self, rng: np.random.Generator) -> tuple[list[str], str]:
         variables: dict[str, None] = {}
-        while len(variables) < HOPS + 1:
+        while len(variables) < self.hops + 1:
             variables[letters(rng, NAME_LETTERS, "A")] = None
         return list(variables), number(rng, CHAIN_DIGITS)
 
@@ -164,21 +178,32 @@ class Chain:
 
 @dataclass(frozen=True)
 class CommonWords:
-    """Common words extraction: `COMMON` words of a list are there 30 times, all others 3 times."""
+    """Common words extraction: `common` words of a list are there `often`, all others `seldom` times.
 
-    least: int = COMMON
+    shown: whether an example that is answered stands before the question.
+    """
+
+    common: int = 10
+    often: int = 30
+    seldom: int = 3
+    shown: bool = True
     most: None = None
 
+    @property
+    def least(self) -> int:
+        return self.common
+
     def plan(self, rng: np.random.Generator, limit: int, haystack: Haystack) -> Build:
-        drawn = Sentences(names(rng, 3 * COMMON + limit // (SHORTEST_NAMED * UNCOMMON_TIMES)))
-        words = drawn.first(3 * COMMON)
-        example = self._ask(rng, words[COMMON : 2 * COMMON], words[2 * COMMON :], 4, 1)
+        drawn = Sentences(names(rng, 3 * self.common + limit // (SHORTEST_NAMED * self.seldom)))
+        words = drawn.first(3 * self.common)
+        example = self._ask(rng, words[self.common : 2 * self.common], words[2 * self.common :], 4, 1)
         order = int(rng.integers(2**31))
 
         def build(units: int) -> Question:
-            uncommon = drawn.first(3 * COMMON + units)[3 * COMMON :]
+            uncommon = drawn.first(3 * self.common + units)[3 * self.common :]
             shuffled = np.random.default_rng(order)
-            return _after_example(example, self._ask(shuffled, words[:COMMON], uncommon, COMMON_TIMES, UNCOMMON_TIMES))
+            question = self._ask(shuffled, words[: self.common], uncommon, self.often, self.seldom)
+            return _after_example(example, question) if self.shown else question
 
         return build
 
@@ -189,8 +214,8 @@ class CommonWords:
         document = " ".join(f"{place}. {word}" for place, word in enumerate(words, 1))
         return Question(
             "In the following numbered list some words come up again and again, others seldom. Keep in mind those that "
-            f"come up most often.\n\n{document}\n\nWhich {COMMON} words come up most often in the list?",
-            f"The {COMMON} words that come up most often in the list are:",
+            f"come up most often.\n\n{document}\n\nWhich {len(common)} words come up most often in the list?",
+            f"The {len(common)} words that come up most often in the list are:",
             tuple(common),
             COMMON_TOKENS,
             _in_any_order(common),
