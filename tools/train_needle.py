@@ -18,7 +18,6 @@ the clock, so that a run ends annealed whatever the machine; `--steps` makes it 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import sys
@@ -32,7 +31,6 @@ import torch
 import torch.nn.functional as F
 from needle_documents import (
     END_OF_TURN,
-    SYSTEM,
     DocumentMaker,
     Needle,
     draw_needles,
@@ -40,61 +38,45 @@ from needle_documents import (
     prompt,
     prompt_head,
 )
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from small_checkpoint import END_OF_TEXT, FRAME, Shape, make_tokenizer, write_configuration
+from tokenizers import Tokenizer
 from torch.utils.data import DataLoader, Dataset
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from paddle_qwen1m.evaluate.words import FILLER, NAMES
 
-TRAINED_LENGTH = 1024
-VOCABULARY = 1024
-MAX_POSITIONS = 1048576
-CHUNK_SIZE, LOCAL_SIZE = 1024, 256
+SHAPE = Shape(
+    vocab_size=1024,
+    hidden_size=512,
+    intermediate_size=768,
+    num_layers=4,
+    num_heads=4,
+    num_kv_heads=2,
+    rope_theta=1e5,
+    trained_length=1024,
+    local_size=256,
+)
+TRAINED_LENGTH = SHAPE.trained_length
+BUDGETS = 1000, 100
 MAX_NEEDLES = 16
 FILLER_STEPS = 1500
 """Documents begin without filler, needles and questions alone, and grow to the trained length over so many steps."""
-ROPE_THETA = 1e5
 PEAK_RATE, WARMUP_STEPS = 6e-4, 200
 TOOK_ACCURACY = 0.8
 """Retrieval took once this part of the codes' digits in a batch is right (one in ten by chance)."""
 FILLER_WEIGHT, ANSWER_WEIGHT, CODE_WEIGHT = 0.02, 0.05, 1.0
 
-SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", END_OF_TURN)
-QWEN2_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
-    f"{{{{ '<|im_start|>system\n{SYSTEM}<|im_end|>\n' }}}}"
-    "{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 
-
-def make_tokenizer() -> Tokenizer:
-    """A byte-level BPE of Qwen2's form, trained on the sentences that documents are made of."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(QWEN2_SPLIT), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
+def needle_tokenizer() -> Tokenizer:
+    """A tokenizer trained on the sentences that documents are made of."""
     needles = [Needle(name, "12345") for name in NAMES]
     corpus = [
         *FILLER * 20,
         *[needle.sentence for needle in needles] * 30,
         *[needle.question for needle in needles] * 30,
-        *[f"system\n{SYSTEM}", "assistant\n", "user\n"] * 50,
+        *FRAME * 50,
     ]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    size = VOCABULARY - len(SPECIAL_TOKENS)
-    tokenizer.train_from_iterator(
-        corpus, trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
-    )
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
-    return tokenizer
+    return make_tokenizer(corpus, SHAPE.vocab_size)
 
 
 def draw_needle_count(rng: np.random.Generator) -> int:
@@ -177,17 +159,17 @@ class TrainingBatches(Dataset[tuple[torch.Tensor, torch.Tensor]]):
 def make_model(tokenizer: Tokenizer, device: torch.device) -> Qwen2ForCausalLM:
     """The untrained model, float32."""
     config = Qwen2Config(
-        vocab_size=VOCABULARY,
-        hidden_size=512,
-        intermediate_size=768,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        vocab_size=SHAPE.vocab_size,
+        hidden_size=SHAPE.hidden_size,
+        intermediate_size=SHAPE.intermediate_size,
+        num_hidden_layers=SHAPE.num_layers,
+        num_attention_heads=SHAPE.num_heads,
+        num_key_value_heads=SHAPE.num_kv_heads,
         max_position_embeddings=TRAINED_LENGTH,
         tie_word_embeddings=False,
         rms_norm_eps=1e-6,
-        rope_theta=ROPE_THETA,
-        bos_token_id=tokenizer.token_to_id("<|endoftext|>"),
+        rope_theta=SHAPE.rope_theta,
+        bos_token_id=tokenizer.token_to_id(END_OF_TEXT),
         eos_token_id=tokenizer.token_to_id(END_OF_TURN),
         attn_implementation="sdpa",
     )
@@ -261,7 +243,7 @@ def attend(
 ) -> torch.Tensor:
     """Causal attention, plain RoPE or dual chunk, by blocks of rows. query, key, value: [H, tokens, D], not rotated."""
     tokens = query.shape[1]
-    chunk = CHUNK_SIZE - LOCAL_SIZE if dual_chunk else tokens
+    chunk = TRAINED_LENGTH - SHAPE.local_size if dual_chunk else tokens
     positions = torch.arange(tokens, device=query.device)
     rotated = rotate(key, positions % chunk, base)
     blocks = []
@@ -272,10 +254,10 @@ def attend(
         rows, row_positions = query[:, begin:end], positions[begin:end] % chunk
         scores = []
         if chunk_start >= 2 * chunk:
-            inter = torch.full_like(row_positions, min(2 * chunk - 1, CHUNK_SIZE))
+            inter = torch.full_like(row_positions, min(2 * chunk - 1, TRAINED_LENGTH))
             scores.append(rotate(rows, inter, base) @ rotated[:, : chunk_start - chunk].mT)
         if chunk_start >= chunk:
-            succ = (row_positions + chunk).clamp(max=CHUNK_SIZE)
+            succ = (row_positions + chunk).clamp(max=TRAINED_LENGTH)
             scores.append(rotate(rows, succ, base) @ rotated[:, chunk_start - chunk : chunk_start].mT)
         scores.append(rotate(rows, row_positions, base) @ rotated[:, chunk_start:end].mT)
         logits = torch.cat(scores, -1) * scale
@@ -298,7 +280,7 @@ def last_predictions(model: Qwen2ForCausalLM, ids: torch.Tensor, last: int, dual
         query = attention.q_proj(normed).view(len(ids), -1, size).transpose(0, 1)
         key = attention.k_proj(normed).view(len(ids), -1, size).transpose(0, 1).repeat_interleave(groups, 0)
         value = attention.v_proj(normed).view(len(ids), -1, size).transpose(0, 1).repeat_interleave(groups, 0)
-        mixed = attend(query, key, value, dual_chunk, temperature**2 * size**-0.5, ROPE_THETA)
+        mixed = attend(query, key, value, dual_chunk, temperature**2 * size**-0.5, SHAPE.rope_theta)
         hidden = hidden + attention.o_proj(mixed.transpose(0, 1).flatten(1))
         hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
     return model.lm_head(model.model.norm(hidden[-last:])).argmax(-1)
@@ -323,81 +305,11 @@ def evaluate(model: Qwen2ForCausalLM, tokenizer: Tokenizer, lengths: list[int], 
         print(f"{length:6d}  " + "  ".join(cells), flush=True)
 
 
-def write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 def save(model: Qwen2ForCausalLM, tokenizer: Tokenizer, output: Path) -> None:
     """Writes the layout of the published checkpoints: bf16 shards with an index, configurations, tokenizer files."""
-    output.mkdir(parents=True, exist_ok=True)
     # 17.8 MB of weights, so that there are three shards
     model.save_pretrained(output, max_shard_size="7MB")
-    special = {token: tokenizer.token_to_id(token) for token in SPECIAL_TOKENS}
-    end_of_text, end_of_turn = special["<|endoftext|>"], special[END_OF_TURN]
-    shape = model.config
-    config = {
-        "architectures": ["Qwen2ForCausalLM"],
-        "attention_dropout": 0.0,
-        "bos_token_id": end_of_text,
-        "dual_chunk_attention_config": {
-            "chunk_size": CHUNK_SIZE,
-            "local_size": LOCAL_SIZE,
-            "original_max_position_embeddings": TRAINED_LENGTH,
-        },
-        "eos_token_id": end_of_turn,
-        "hidden_act": "silu",
-        "hidden_size": shape.hidden_size,
-        "initializer_range": 0.02,
-        "intermediate_size": shape.intermediate_size,
-        "max_position_embeddings": MAX_POSITIONS,
-        "max_window_layers": shape.num_hidden_layers,
-        "model_type": "qwen2",
-        "num_attention_heads": shape.num_attention_heads,
-        "num_hidden_layers": shape.num_hidden_layers,
-        "num_key_value_heads": shape.num_key_value_heads,
-        "rms_norm_eps": shape.rms_norm_eps,
-        "rope_theta": ROPE_THETA,
-        "sliding_window": None,
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-        "use_cache": True,
-        "use_sliding_window": False,
-        "vocab_size": VOCABULARY,
-    }
-    write_json(output / "config.json", config)
-    generation = {
-        "bos_token_id": end_of_text,
-        "pad_token_id": end_of_text,
-        "do_sample": True,
-        "eos_token_id": [end_of_turn, end_of_text],
-        "repetition_penalty": 1.05,
-        "temperature": 0.7,
-        "top_p": 0.8,
-        "top_k": 20,
-    }
-    write_json(output / "generation_config.json", generation)
-    budgets = {str(head): ["vertical_and_slash", 1000, 100, 1.0] for head in range(shape.num_attention_heads)}
-    write_json(output / "sparse_attention_config.json", [budgets] * shape.num_hidden_layers)
-    tokenizer.save(str(output / "tokenizer.json"))
-    tokenizer.model.save(str(output))
-    added = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
-    tokenizer_config = {
-        "add_prefix_space": False,
-        "add_bos_token": False,
-        "added_tokens_decoder": {str(i): {"content": token, **added} for token, i in special.items()},
-        "additional_special_tokens": ["<|im_start|>", END_OF_TURN],
-        "bos_token": None,
-        "chat_template": CHAT_TEMPLATE,
-        "clean_up_tokenization_spaces": False,
-        "eos_token": END_OF_TURN,
-        "errors": "replace",
-        "model_max_length": MAX_POSITIONS,
-        "pad_token": "<|endoftext|>",
-        "split_special_tokens": False,
-        "tokenizer_class": "Qwen2Tokenizer",
-        "unk_token": None,
-    }
-    write_json(output / "tokenizer_config.json", tokenizer_config)
+    write_configuration(output, SHAPE, tokenizer, BUDGETS)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -428,7 +340,7 @@ def main() -> int:
     arguments = parse_arguments()
     torch.manual_seed(arguments.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = make_tokenizer()
+    tokenizer = needle_tokenizer()
     model = make_model(tokenizer, device)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"{parameters / 1e6:.1f} M parameters, {tokenizer.get_vocab_size()} tokens, on {device}", flush=True)
