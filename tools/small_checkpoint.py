@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -57,6 +58,26 @@ def make_tokenizer(corpus: Iterable[str], vocab_size: int) -> Tokenizer:
     )
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     return tokenizer
+
+
+class ChatTokenizer:
+    """A tokenizer with the chat template, as evaluate's Prompter needs it, without transformers or PaddleNLP."""
+
+    chat_template = CHAT_TEMPLATE
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    def __call__(self, text: str, **_options: Any) -> dict[str, list[int]]:
+        return {"input_ids": self._tokenizer.encode(text).ids}
+
+    def apply_chat_template(self, messages: list[dict[str, str]], **_options: Any) -> str:
+        turns = [{"role": "system", "content": SYSTEM}, *messages]
+        text = "".join(f"{BEGIN_OF_TURN}{one['role']}\n{one['content']}{END_OF_TURN}\n" for one in turns)
+        return f"{text}{BEGIN_OF_TURN}assistant\n"
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = True, **_options: Any) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
 
 
 def write_configuration(output: Path, shape: Shape, tokenizer: Tokenizer, budgets: Sequence[int]) -> None:
