@@ -57,8 +57,9 @@ def evaluate(arguments: argparse.Namespace) -> int:
                 ask(jobs, journal, partial(_open, arguments, name, options))
             except BaseException:
                 if journal.records:
-                    kept = f"{len(journal.records):,} answers are kept in {shown(str(journal.folder))}"
-                    note(f"{kept}: the same command goes on from there")
+                    count = len(journal.records)
+                    kept = "1 answer is kept" if count == 1 else f"{count:,} answers are kept"
+                    note(f"{kept} in {shown(str(journal.folder))}: the same command goes on from there")
                 raise
             order = {(job.task, job.length, job.number): place for place, job in enumerate(jobs)}
             runs[name] = sorted(journal.records.values(), key=lambda one: (order[one.document], one.question))

@@ -106,26 +106,6 @@ def test_an_endpoint_says_what_the_model_says_in_process(
             assert one["prompt_hash"] == other["prompt_hash"]
 
 
-def test_a_dead_endpoint_is_an_error_and_what_was_answered_stays(
-    needle_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    replies = iter([{"data": [{"id": "one"}]}, *[{"choices": [{"text": "00000"}]}] * 2])
-
-    def call(_self: object, _method: str, path: str, _body: object = None) -> Any:
-        try:
-            return next(replies)
-        except StopIteration:
-            raise subject.SubjectError(f"{path} does not answer") from None
-
-    monkeypatch.setattr(subject.Endpoint, "_call", call)
-    options = ("--lengths", 512, "--depths", 3, "--base-url", "http://127.0.0.1:9/v1")
-    assert run("needle", needle_checkpoint, tmp_path, *options) == 1
-    told = capsys.readouterr().err
-    assert "2 answers are kept in" in told
-    assert told.endswith("error: /completions does not answer\n")
-    assert len(records(tmp_path / "endpoint")) == 2
-
-
 def test_an_endpoint_that_is_not_there_is_named(
     needle_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import entry_points
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -116,6 +119,36 @@ def test_the_beginning_of_an_answer_is_gone_on_with(model: Any) -> None:
     assert "<|im_start|>" in model.chat_template(True)
 
 
+def test_a_tokenizer_without_a_chat_template_is_told(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model.tokenizer, "chat_template", None)
+    with pytest.raises(ValueError, match="needle has no chat template: leave out --apply_chat_template"):
+        model.apply_chat_template([{"role": "user", "content": "Hello"}])
+
+
+def test_the_entry_point_names_the_model(harness: Any) -> None:
+    """By which releases of harness that scan them find it."""
+    (point,) = entry_points(group="lm_eval.models", name=harness.NAME)
+    assert point.load() is harness.PaddleQwen1M
+
+
+def test_its_command_knows_the_model(harness: Any, needle_checkpoint: Path, tmp_path: Path) -> None:
+    """As a user calls it, with a task of the user's own; results are where harness writes them."""
+    (tmp_path / "story.jsonl").write_text(json.dumps({"text": STORY}), encoding="utf-8")
+    (tmp_path / "story.yaml").write_text(
+        f"task: story\ndataset_path: json\ndataset_kwargs:\n  data_files: {tmp_path}/story.jsonl\ntest_split: train\n"
+        "output_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: '{{text}}'\n"
+        "metric_list: [{metric: byte_perplexity}]\n"
+    )
+    options = f"--model paddle_qwen1m --model_args pretrained={needle_checkpoint},max_model_len=512 --tasks story"
+    command = [sys.executable, "-m", "paddle_qwen1m", "lm-eval", *options.split()]
+    command += ["--include_path", str(tmp_path), "--output_path", str(tmp_path / "out")]
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    subprocess.run(command, check=True, capture_output=True, env=environment)
+    (results,) = (tmp_path / "out").rglob("results_*.json")
+    found = json.loads(results.read_text(encoding="utf-8"))["results"]["story"]
+    assert 1 < found["byte_perplexity,none"] < 2, "it was trained on these sentences"
+
+
 def test_what_is_too_long_is_cut_at_its_beginning_and_told(model: Any, caplog: pytest.LogCaptureFixture) -> None:
     (found,) = model.loglikelihood(requests((STORY, " The sky")), disable_tqdm=True)
     cut = model.tok_encode(STORY + " The sky")[-model.max_length :]
@@ -153,8 +186,8 @@ def test_tasks_of_ruler_score_the_same_through_the_plug_in_and_through_the_serve
         manager = TaskManager(metadata={"tokenizer": directory, "max_seq_lengths": [4096]})
         tasks += manager.load_task_or_group([name]).values()
 
-    def evaluate(model: str, **arguments: Any) -> tuple[Any, dict[str, Any]]:
-        found = simple_evaluate(model, model_args=arguments, tasks=tasks, limit=2)
+    def evaluate(name: str, **arguments: Any) -> tuple[Any, dict[str, Any]]:
+        found = simple_evaluate(name, model_args=arguments, tasks=tasks, limit=2)
         asked = {
             task: [(one["arguments"], one["resps"]) for one in of_task] for task, of_task in found["samples"].items()
         }
@@ -206,14 +239,22 @@ def test_a_task_scores_the_same_through_the_plug_in_and_through_the_server(
     )
     manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
 
-    def evaluate(name: str, **arguments: Any) -> Any:
-        found = simple_evaluate(name, model_args=arguments, tasks=["choice", "text", "answer"], task_manager=manager)
+    def evaluate(name: str, chat: bool = False, **arguments: Any) -> Any:
+        tasks = ["answer"] if chat else ["choice", "text", "answer"]
+        found = simple_evaluate(
+            name, model_args=arguments, tasks=tasks, task_manager=manager, apply_chat_template=chat
+        )  # fmt: skip
         samples = {task: [one["filtered_resps"] for one in found["samples"][task]] for task in found["samples"]}
         return found["results"], samples
 
     config = json.loads((CHECKPOINT / "tokenizer_config.json").read_text(encoding="utf-8"))
     here, answers = evaluate(harness.NAME, pretrained=str(needle_checkpoint), max_model_len=1024)
+    _, chat = evaluate(harness.NAME, chat=True, pretrained=str(needle_checkpoint), max_model_len=1024)
     with serve_needle(Texts(tokenizer, config), max_model_len=1024) as server:
+        _, chat_there = evaluate(
+            "local-chat-completions", chat=True, model="needle", base_url=f"{server.url}/v1/chat/completions",
+            tokenizer_backend=None,
+        )  # fmt: skip
         there, others = evaluate(
             "local-completions", model="needle", base_url=f"{server.url}/v1/completions", max_length=1024,
             tokenizer_backend="remote",
@@ -221,6 +262,7 @@ def test_a_task_scores_the_same_through_the_plug_in_and_through_the_server(
     assert here["choice"]["acc,none"] == there["choice"]["acc,none"]
     assert here["text"]["byte_perplexity,none"] == pytest.approx(there["text"]["byte_perplexity,none"], rel=1e-5)
     assert answers["answer"] == others["answer"]
+    assert chat["answer"] == chat_there["answer"] != answers["answer"]
     for one, other in zip(answers["choice"], others["choice"]):
         assert [pair[1] for pair in one] == [pair[1] for pair in other]
         np.testing.assert_allclose([pair[0] for pair in one], [pair[0] for pair in other], rtol=1e-4)
