@@ -14,6 +14,7 @@ import pytest
 from paddle_qwen1m import cli
 from paddle_qwen1m.evaluate import needle, subject
 from paddle_qwen1m.evaluate.samples import Prompter
+from paddle_qwen1m.options import read_llm_options
 
 SPARSE_FROM = ("--sparse-threshold", "700")
 
@@ -121,6 +122,7 @@ def test_an_endpoint_that_is_not_there_is_named(
         ("needle", ["--lengths", "512", "--depths", "31"], "at 1 to 30 depths, got 31"),
         ("needle", ["--lengths", "512", "--compare", "dense,int4"], "--compare: there is no 'int4', but dense, sparse"),
         ("needle", ["--lengths", "512", "--compare", "dense+forced"], "dense and forced exclude each other"),
+        ("needle", ["--lengths", "512", "--compare", "w8+fp8"], "w8 and fp8 exclude each other"),
         ("needle", ["--lengths", "512", "--samples", "0"], "--samples must be at least 1, got 0"),
         ("needle", ["--lengths", "512", "--max-model-len", "256"], "512 tokens are more than --max-model-len, 256"),
         ("needle", ["--lengths", "2M"], "2,097,152 tokens are more than"),
@@ -173,6 +175,19 @@ def test_rope_is_the_model_without_dual_chunks(needle_checkpoint: Path, tmp_path
         here.close()
     np.testing.assert_allclose(found["rope"], expected, atol=1e-2)
     assert np.abs(found["dense"] - expected).max() > 0.1
+
+
+@pytest.mark.parametrize("name", subject.CONFIGURATIONS)
+def test_a_configuration_is_what_llm_makes_of_its_options(name: str) -> None:
+    """Its refusal included, of one that there are no kernels for."""
+    try:
+        expected: Any = read_llm_options(subject.CONFIGURATIONS[name])
+    except ValueError as error:
+        with pytest.raises(ValueError) as refused:
+            subject.configuration(name)
+        assert str(refused.value) == f"--compare: {name}: {error}"
+    else:
+        assert subject.configuration(name) == expected
 
 
 def test_configurations_side_by_side(needle_checkpoint: Path, tmp_path: Path) -> None:
