@@ -40,7 +40,6 @@ from ruler_documents import (
     NO_ANSWER,
     NO_CHOICE,
     TRAINED_LENGTH,
-    Batch,
     Documents,
     ruler_tokenizer,
 )
@@ -157,8 +156,8 @@ def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
     return (states * cos + torch.cat([-second, first], -1) * sin).to(states.dtype)
 
 
-class Batches(Dataset[Batch]):
-    """Batch `step`, of documents of the levels that are reached when it is made."""
+class Batches(Dataset[dict[str, torch.Tensor]]):
+    """Batch `step` as tensors, of documents of the levels that are reached when it is made."""
 
     def __init__(self, documents: Documents, seed: int, levels: Any) -> None:
         self._documents, self._seed, self._levels = documents, seed, levels

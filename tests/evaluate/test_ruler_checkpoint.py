@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -188,7 +189,7 @@ def test_training_goes_on_and_writes_what_the_package_loads(tmp_path: Path) -> N
     assert re.search(r"\| task \| 512 \|\n\| --- \| --- \|\n\| niah_single_1 \| 0\.0 \|", told)
     weights = list(tmp_path.glob("*.safetensors"))
     assert 10_000_000 < sum(file.stat().st_size for file in weights) < 24_000_000
-    shape = train_ruler.replace(train_ruler.SHAPE, trained_length=512, local_size=128)
+    shape = replace(train_ruler.SHAPE, trained_length=512, local_size=128)
     training = train_ruler.Training(train_ruler.Qwen2(shape), torch.device("cpu"))
     training.restore(tmp_path / train_ruler.STATE)
     model = training.model.to(torch.bfloat16).float()
