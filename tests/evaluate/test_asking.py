@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
+import sys
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ from typing import Any
 import pytest
 from answerers import Answerer
 
+from paddle_qwen1m import progress
 from paddle_qwen1m.evaluate import needle, perplexity, report, ruler
 from paddle_qwen1m.evaluate.asking import Job, about_reading, about_sample, about_window, ask
 from paddle_qwen1m.evaluate.results import JOURNAL, Journal, Record, grouped, mean, tables, write_harness_files
@@ -112,6 +116,24 @@ def test_a_run_that_died_goes_on_and_asks_nothing_twice(tmp_path: Path, jobs: li
     assert run(tmp_path, jobs, third) == records
     assert third.asked == []
     assert not third.closed, "it was not even opened"
+
+
+def test_a_run_tells_how_long_it_will_take_yet(
+    tmp_path: Path, jobs: list[Job], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slowly(prompt: str) -> str:
+        time.sleep(0.4)
+        return read(prompt)
+
+    told = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", told)
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.1)
+    run(tmp_path, jobs, Answerer(tokenizer, slowly))
+    line = r"answerer, 2 documents: 512 of 1,536 tokens \(33%\), (\d+) s, [\d,]+ tokens/s, about (\d+) s left"
+    lines = re.findall(line, told.getvalue())
+    assert lines
+    for seconds, left in lines:
+        assert abs(int(left) - 2 * int(seconds)) <= 2, "two thirds are left"
 
 
 def test_whole_is_what_an_interrupted_run_has_kept(tmp_path: Path, jobs: list[Job], tokenizer: Any) -> None:
