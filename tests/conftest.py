@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import zlib
 from pathlib import Path
@@ -19,6 +20,12 @@ def interrupts() -> None:
     """Ctrl-C is Python's own, also where a shell has put the tests into the background, which makes them ignore it."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def user_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What the package keeps for the user is not found by tests, nor touched."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("user"))
 
 
 @pytest.fixture

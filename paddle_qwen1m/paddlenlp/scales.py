@@ -34,19 +34,32 @@ def kept_scales(weights: str) -> Path:
 def find_scales(checkpoint: Checkpoint, config: ModelConfig, explicit: Any, weights: str) -> KVScales | None:
     """`explicit`, a file or scales, else the file beside the weights, else those kept since an earlier load, else None.
 
-    weights: the checkpoint's digest. ValueError for scales of another model; OSError for a file that cannot be read.
+    weights: the checkpoint's digest. ValueError for scales of another model and OSError for a file that cannot be read,
+    explicit ones and those beside the weights.
     """
     if isinstance(explicit, KVScales):
         explicit.check_fit(config, weights, "kv_scales")
         return explicit
     path = checkpoint.extra_file(KV_SCALES) if explicit is None else Path(explicit)
     if path is None:
-        path = kept_scales(weights)
-        if not path.is_file():
-            return None
+        return _kept(config, weights)
     scales = KVScales.from_file(path)
     scales.check_fit(config, weights, str(path))
     return scales
+
+
+def _kept(config: ModelConfig, weights: str) -> KVScales | None:
+    """Those of an earlier load; None, with a line, where they cannot be used."""
+    path = kept_scales(weights)
+    if not path.is_file():
+        return None
+    try:
+        scales = KVScales.from_file(path)
+        scales.check_fit(config, weights, str(path))
+        return scales
+    except (OSError, ValueError) as error:
+        logger.warning(f"the scales of the int8 cache are made anew: {error}")
+        return None
 
 
 def use_scales(engine: Engine, checkpoint: Checkpoint, found: KVScales | None, weights: str) -> None:

@@ -25,7 +25,7 @@ from itertools import count
 from typing import Any
 
 from paddle_qwen1m.parallel import failure, wire
-from paddle_qwen1m.parallel.job import JobEnded
+from paddle_qwen1m.parallel.job import FAILED, JobEnded
 
 HOST = "127.0.0.1"
 BOOT = """import sys
@@ -234,6 +234,7 @@ class Workers:
         deadline = time.monotonic() + CULPRIT_SECONDS
         while True:
             ended = [rank for rank in self._ranks if rank.process.poll() is not None]
+            ended.sort(key=lambda rank: rank.process.returncode == FAILED)  # as those end that miss another one
             for rank in self._ranks:
                 while self._read(rank):
                     pass

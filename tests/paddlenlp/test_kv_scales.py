@@ -55,6 +55,18 @@ def test_they_are_made_at_the_first_load_and_found_at_the_next(
     assert list(cache_folder.iterdir()) == [kept]
 
 
+@pytest.mark.parametrize("damage", [b"", b'{"format": 1000}'], ids=["cut off", "of a later version"])
+def test_kept_ones_that_cannot_be_used_are_made_anew(
+    needle_checkpoint: Path, cache_folder: Path, damage: bytes
+) -> None:
+    load(needle_checkpoint)
+    (kept,) = cache_folder.iterdir()
+    whole = kept.read_bytes()
+    kept.write_bytes(damage)
+    load(needle_checkpoint)
+    assert kept.read_bytes() == whole
+
+
 def test_a_cache_of_another_type_needs_none(
     needle_checkpoint: Path, cache_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
