@@ -71,13 +71,26 @@ class DecoderLayer(nn.Layer):
         self.register_buffer("gate_up_weight", weight([2 * inner, hidden], dtype))
         self.register_buffer("down_weight", weight([hidden, inner], dtype))
 
-    def attention(
-        self, hidden: paddle.Tensor, step: Step, cache: LayerCache, selector: Selector | None
-    ) -> Generator[None, None, paddle.Tensor]:
+    def project(self, hidden: paddle.Tensor, step: Step, cache: LayerCache) -> tuple[paddle.Tensor, Projected]:
+        """Queries [V, T, H, D], rotated, and what they are of. Keys and values go to the cache."""
         projected = Projected(ops.linear(hidden, self.qkv_weight), self.qkv_bias)
         q = ops.rotate_and_cache(*projected, step.rotary, step.slots, cache.keys, cache.values, cache.quantised)
-        out = yield from attend(q, projected, cache, step, selector)
-        return self.group.all_reduce(ops.linear(out.reshape([hidden.shape[0], -1]), self.output_weight))
+        return q, projected
+
+    def attention(
+        self,
+        hidden: paddle.Tensor,
+        step: Step,
+        cache: LayerCache,
+        selector: Selector | None,
+        rows: paddle.Tensor | None = None,
+    ) -> Generator[None, None, paddle.Tensor]:
+        """What attention adds to `rows` int64 [n] of the step, by default to all: [n, hidden]."""
+        q, projected = self.project(hidden, step, cache)
+        out = (yield from attend(q, projected, cache, step, selector)).reshape([hidden.shape[0], -1])
+        if rows is not None:
+            out = ops.gather_rows(out, rows)
+        return self.group.all_reduce(ops.linear(out, self.output_weight))
 
     def mlp(self, hidden: paddle.Tensor) -> paddle.Tensor:
         return self.group.all_reduce(
@@ -113,18 +126,26 @@ class Qwen2OneM(nn.Layer):
         """The forward pass. Fills the caches, one a layer; pauses behind each layer, and in it behind each group of its
         attention: at the same points on every rank, with no collective under way.
 
-        Returns what `logits` takes for the rows [n, hidden] whose logits the step wants, None without any.
+        Returns what `logits` takes for the rows [n, hidden] whose logits the step wants, None without any. In a
+        prefill's last layer the other rows only have their keys and values cached.
         """
         eps, vocabulary, group = self.config.rms_norm_eps, self.config.vocab_size, self.group
         first = group.rank * self.local.vocab_size
         residual = group.all_reduce(ops.embedding(step.ids, self.embedding, first=first, vocabulary=vocabulary))
         normed = ops.rms_norm(residual, self.layers[0].input_norm, eps)
         for number, layer in enumerate(self.layers):
-            selector = selectors[number] if selectors else None
+            selector, rows = selectors[number] if selectors else None, None
+            if step.lengths is None and number + 1 == len(self.layers):
+                if step.logit_rows is None:
+                    group.mark(layer.project(normed, step, caches[number])[0])
+                    yield
+                    return None
+                step, rows = step.of_last_layer(), step.logit_rows
+                residual = ops.gather_rows(residual, rows)
             following = self.layers[number + 1].input_norm if number + 1 < len(self.layers) else self.norm
             # What is added has no name: its memory is free again while the next is computed.
             normed = ops.add_rms_norm(
-                (yield from layer.attention(normed, step, caches[number], selector)),
+                (yield from layer.attention(normed, step, caches[number], selector, rows)),
                 residual,
                 layer.post_attention_norm,
                 eps,
@@ -132,9 +153,7 @@ class Qwen2OneM(nn.Layer):
             normed = ops.add_rms_norm(layer.mlp(normed), residual, following, eps)
             group.mark(normed)
             yield
-        if step.lengths is not None:
-            return normed
-        return None if step.logit_rows is None else ops.gather_rows(normed, step.logit_rows)
+        return normed if step.lengths is not None else normed[: step.num_logits]
 
     def logits(self, rows: paddle.Tensor) -> paddle.Tensor:
         """Logits float32 [n, vocab] of rows [n, hidden] that a forward pass gave."""
