@@ -270,7 +270,7 @@ def test_decode_of_long_contexts(cuda: Any, rng: np.random.Generator, length: in
 
 
 def test_decode_of_an_odd_number_of_shares(cuda: Any, rng: np.random.Generator) -> None:
-    """Seven heads of one KV head, seven sequences: 37 shares of 132 processors' 264 each, or 79 of one sequence."""
+    """Seven heads of one KV head: 37 shares of each of seven sequences on 132 processors, 79 of one sequence alone."""
     shape = {"heads": 7, "kv_heads": 1, "chunk_len": 65536, "page_size": 64}
     contexts = [cases.random_context(rng, 5000 + number, 1, **shape) for number in range(7)]
     for batch in (contexts, contexts[:1]):
