@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Generator, Sequence
+from typing import Callable
 
 import numpy as np
 import paddle
@@ -15,6 +16,7 @@ from paddle_qwen1m.attention.selector import Projected, Selector
 from paddle_qwen1m.attention.step import Step
 from paddle_qwen1m.cache import LayerCache
 from paddle_qwen1m.config import ModelConfig
+from paddle_qwen1m.dtypes import itemsize
 from paddle_qwen1m.parallel.group import ALONE, Group
 from paddle_qwen1m.parallel.split import local_config
 from paddle_qwen1m.weights import Slot
@@ -53,6 +55,11 @@ def device_dtypes(dtype: str) -> tuple[str, str]:
     return kept, kept
 
 
+def unrounded_dtype(model: Qwen2OneM) -> str:
+    """Of keys and values that an int8 cache does not round: the type of the weights, where that has 16 bits."""
+    return model.dtype if itemsize(model.dtype) == 2 else "bfloat16"
+
+
 class DecoderLayer(nn.Layer):
     """Pre-norm attention and SwiGLU of a rank's share. The projections of q, k, v and of gate, up are a weight each."""
 
@@ -85,6 +92,10 @@ class DecoderLayer(nn.Layer):
         )
 
 
+AttentionObserver = Callable[[DecoderLayer, paddle.Tensor, paddle.Tensor], None]
+"""Called with (layer, what its attention got, what it gave), activations [T, hidden] both."""
+
+
 class Qwen2OneM(nn.Layer):
     """Qwen2 for 1M tokens, on Paddle's current device. `dtype` is how the weights are kept, `compute_dtype` the type of
     the activations: see `device_dtypes`. In a tensor parallel group it is one rank's share: `config` is that of the
@@ -108,10 +119,14 @@ class Qwen2OneM(nn.Layer):
             self.register_buffer("head", vocabulary_table(config, group, dtype))
 
     def layer_by_layer(
-        self, step: Step, caches: Sequence[LayerCache], selectors: Sequence[Selector] | None = None
+        self,
+        step: Step,
+        caches: Sequence[LayerCache],
+        selectors: Sequence[Selector] | None = None,
+        observe: AttentionObserver | None = None,
     ) -> Generator[None, None, paddle.Tensor | None]:
         """The forward pass. Fills the caches, one a layer; pauses behind each layer, and in it behind each group of its
-        attention: at the same points on every rank, with no collective under way.
+        attention: at the same points on every rank, with no collective under way. observe: sees each layer's attention.
 
         Returns what `logits` takes for the rows [n, hidden] whose logits the step wants, None without any.
         """
@@ -124,7 +139,7 @@ class Qwen2OneM(nn.Layer):
             following = self.layers[number + 1].input_norm if number + 1 < len(self.layers) else self.norm
             # What is added has no name: its memory is free again while the next is computed.
             normed = ops.add_rms_norm(
-                (yield from layer.attention(normed, step, caches[number], selector)),
+                (yield from _observed(layer, normed, step, caches[number], selector, observe)),
                 residual,
                 layer.post_attention_norm,
                 eps,
@@ -152,3 +167,17 @@ class Qwen2OneM(nn.Layer):
             taken[tensor.parameter] += slot.held_shape[0]
             slots[tensor.name] = slot
         return slots
+
+
+def _observed(
+    layer: DecoderLayer,
+    normed: paddle.Tensor,
+    step: Step,
+    cache: LayerCache,
+    selector: Selector | None,
+    observe: AttentionObserver | None,
+) -> Generator[None, None, paddle.Tensor]:
+    out = yield from layer.attention(normed, step, cache, selector)
+    if observe is not None:
+        observe(layer, normed, out)
+    return out

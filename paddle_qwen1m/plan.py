@@ -33,16 +33,20 @@ def parameters(config: ModelConfig) -> int:
     return sum(map(math.prod, published_shapes(config).values()))
 
 
-def cache_bytes_per_token(config: ModelConfig, dtype: str) -> int:
-    """Bytes that the keys and values of one token take over all layers (spec section 1.1), their scales included."""
-    size = 1 if dtype == INT8 else itemsize(dtype)
-    numbers = 2 * config.num_layers * config.num_kv_heads * config.head_dim * size
-    return numbers + scale_bytes_per_token(config, dtype)
+def cache_bytes_per_token(config: ModelConfig, dtype: str, in_16_bits: int = 0) -> int:
+    """Bytes that the keys and values of one token take over all layers (spec section 1.1), their scales included.
+
+    in_16_bits: layers of an int8 cache that are not rounded to int8.
+    """
+    numbers = 2 * config.num_kv_heads * config.head_dim
+    if dtype != INT8:
+        return config.num_layers * numbers * itemsize(dtype)
+    return (config.num_layers + in_16_bits) * numbers + scale_bytes_per_token(config, dtype, in_16_bits)
 
 
-def scale_bytes_per_token(config: ModelConfig, dtype: str) -> int:
+def scale_bytes_per_token(config: ModelConfig, dtype: str, in_16_bits: int = 0) -> int:
     """Those of them that are scales: float16 numbers of an int8 cache, for the key and the value of each KV head."""
-    return 2 * config.num_layers * config.num_kv_heads * 2 if dtype == INT8 else 0
+    return 2 * (config.num_layers - in_16_bits) * config.num_kv_heads * 2 if dtype == INT8 else 0
 
 
 def widened_bytes(config: ModelConfig, length: int, cache_dtype: str, dtype: str) -> int:

@@ -84,7 +84,7 @@ class Way:
 class Plan:
     """Bytes on each of `ranks` GPUs, of which the engine may take `allowed`, for contexts of `length` tokens; `longest`
     is the most that fit, None where the weights and the workspace do not. chunk: tokens of a prefill chunk. cache: of
-    keys and values, kept as cache_dtype; scales: of int8 ones.
+    keys and values, kept as cache_dtype; scales: of int8 ones; in_16_bits: layers whose are not rounded to int8.
     """
 
     ranks: int
@@ -98,6 +98,7 @@ class Plan:
     workspace: int
     longest: int | None
     ways: tuple[Way, ...] = ()
+    in_16_bits: int = 0
 
     @property
     def left(self) -> int:
@@ -120,7 +121,8 @@ class Plan:
         rows += [("workspace", self.workspace), ("left" if self.left >= 0 else "missing", abs(self.left))]
         remarks = {
             "may be used": each,
-            "keys and values": f", {self.cache_dtype}",
+            "keys and values": f", {self.cache_dtype}"
+            + (self.in_16_bits > 0) * f", {self.in_16_bits} layers in 16 bits",
             "workspace": f", chunks of {self.chunk:,} tokens",
         }
         for name, size in rows:
@@ -140,9 +142,11 @@ def plan(
     length: int | None = None,
     options: EngineOptions | None = None,
     budgets: SparseBudgets | None = None,
+    in_16_bits: int = 0,
 ) -> Plan:
     """What a context of `length` tokens takes, the model's longest by default, where the engine may use `memory` bytes
-    of each GPU. budgets: of sparse prefill. ValueError for ranks or a length that the model does not have.
+    of each GPU. budgets: of sparse prefill. in_16_bits: layers that an int8 cache does not round. ValueError for ranks
+    or a length that the model does not have.
 
     Where nobody chose, chunks are smaller and keys and values int8 if it would not fit otherwise, as in the engine.
     Where it does not fit even so, the ways out come in the order of what they cost.
@@ -151,7 +155,7 @@ def plan(
     options = options or EngineOptions()
 
     def longest(ranks: int, options: EngineOptions) -> int | None:
-        return longest_fitting(_need(config, ranks, options, budgets), Allowance(memory))
+        return longest_fitting(_need(config, ranks, options, budgets, in_16_bits), Allowance(memory))
 
     wanted = config.max_position_embeddings if length is None else length
     if not 1 <= wanted <= config.max_position_embeddings:
@@ -160,13 +164,12 @@ def plan(
         )
 
     computed = _computed(config)
-    shape: dict[str, Any] = {"kept": computed, "computed": computed, "on_gpu": True}
+    shape: dict[str, Any] = {"kept": computed, "computed": computed, "on_gpu": True, "in_16_bits": in_16_bits}
     options = fitting_options(config, ranks, options, budgets, Allowance(memory), wanted, **shape)
     cache_dtype = options.kv_cache_dtype or computed
-    own = _need(config, ranks, options, budgets)
-    scales = (
-        -(-wanted // own.page_size) * own.page_size * scale_bytes_per_token(local_config(config, ranks), cache_dtype)
-    )
+    own = _need(config, ranks, options, budgets, in_16_bits)
+    of_token = scale_bytes_per_token(local_config(config, ranks), cache_dtype, in_16_bits)
+    scales = -(-wanted // own.page_size) * own.page_size * of_token
     made = Plan(
         ranks,
         memory,
@@ -178,6 +181,7 @@ def plan(
         scales,
         own.workspace(wanted),
         longest(ranks, options),
+        in_16_bits=in_16_bits if cache_dtype == INT8 else 0,
     )
     if made.fits:
         return made
@@ -208,10 +212,13 @@ def plan(
     return replace(made, ways=tuple(ways))
 
 
-def _need(config: ModelConfig, ranks: int, options: EngineOptions, budgets: SparseBudgets | None) -> Need:
+def _need(
+    config: ModelConfig, ranks: int, options: EngineOptions, budgets: SparseBudgets | None, in_16_bits: int = 0
+) -> Need:
     """Of a GPU, which keeps and computes in 16 bits."""
     computed = _computed(config)
-    return Need.of(config, ranks, options, budgets, kept=computed, computed=computed, on_gpu=True)
+    shape: dict[str, Any] = {"kept": computed, "computed": computed, "on_gpu": True, "in_16_bits": in_16_bits}
+    return Need.of(config, ranks, options, budgets, **shape)
 
 
 def _computed(config: ModelConfig) -> str:

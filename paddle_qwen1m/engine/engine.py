@@ -63,7 +63,7 @@ from paddle_qwen1m.engine.scheduler import Scheduler, SchedulerLimits
 from paddle_qwen1m.engine.tasks import Task
 from paddle_qwen1m.engine.waiting import WaitingRoom, pages_needed
 from paddle_qwen1m.memory import available_gpu_memory, available_host_memory, kept_in_one_piece
-from paddle_qwen1m.model import Qwen2OneM
+from paddle_qwen1m.model import Qwen2OneM, unrounded_dtype
 from paddle_qwen1m.options import (
     EngineOptions,
     default_batched_tokens,
@@ -189,11 +189,16 @@ class Engine:
         )
 
     def use_scales(self, scales: KVScales) -> None:
-        """From now on an int8 cache is kept in this frame, of the whole model. ValueError for one of another shape."""
+        """From now on an int8 cache is kept by these, of the whole model. ValueError for those of another shape."""
         assert self.is_idle, "what is cached belongs to the scales that it was made with"
         scales.check_fit(self.model.config, "", "scales of an int8 cache")
         self.release_cache()
         self._scales = scales
+
+    @property
+    def in_16_bits(self) -> tuple[int, ...]:
+        """Layers of an int8 cache whose keys and values are not rounded to int8."""
+        return self._scales.in_16_bits
 
     @property
     def is_idle(self) -> bool:
@@ -640,7 +645,7 @@ class Engine:
 
     @property
     def _page_bytes(self) -> int:
-        return self.page_size * cache_bytes_per_token(self.model.local, self.kv_cache_dtype)
+        return self.page_size * cache_bytes_per_token(self.model.local, self.kv_cache_dtype, len(self.in_16_bits))
 
     def _make_room(self, requests: ManyOf[Request]) -> None:
         """A cache for these requests and, where memory allows, max_num_batched_tokens more each; see _make_room_for."""
@@ -704,7 +709,8 @@ class Engine:
             )
             most = min(pages, self._pages_for(self.max_model_len))
             widened = (most, model.compute_dtype) if model.on_gpu else None
-        cache = PagedCache(model.local, pages, self.page_size, self.kv_cache_dtype, scales, widened)
+        unrounded = unrounded_dtype(model)
+        cache = PagedCache(model.local, pages, self.page_size, self.kv_cache_dtype, scales, widened, unrounded)
         if self._leads:
             self._pool = PagePool(pages, self.page_size, self._copy_page)
             self._chooser = Chooser(options.max_num_seqs, model.config.vocab_size)
