@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,11 +74,11 @@ class KVScales:
         powers = np.exp2(self.exponents.astype(np.float32))
         return float(np.abs(self.centres * np.concatenate([powers, powers], axis=-1)).max())
 
-    def of_heads(self, heads: slice) -> KVScales:
-        """Those of some KV heads."""
-        return KVScales(
-            np.ascontiguousarray(self.exponents[:, heads]), np.ascontiguousarray(self.centres[:, heads]), self.weights
-        )
+    def of_heads(self, heads: Sequence[Sequence[int]]) -> KVScales:
+        """Those of some KV heads, as many of each layer, in that order."""
+        exponents = np.stack([self.exponents[layer, list(own)] for layer, own in enumerate(heads)])
+        centres = np.stack([self.centres[layer, list(own)] for layer, own in enumerate(heads)])
+        return KVScales(exponents, centres, self.weights)
 
     def check_fit(self, config: ModelConfig, weights: str, source: str) -> None:
         """ValueError, naming `source`, for those of another shape or checkpoint than that of the digest `weights`."""

@@ -35,6 +35,7 @@ from paddle_qwen1m.paddlenlp.loading import (
     find_checkpoint,
     join_ranks,
     look_up_budgets,
+    place_heads,
     read_weights,
 )
 from paddle_qwen1m.paddlenlp.scales import find_scales, use_scales
@@ -161,7 +162,7 @@ def load_engine(model: str, options: Mapping[str, Any]) -> Engine:
         _tell_choice(chosen, given)
         _tell(capacity, need, asked_length)
     engine = Engine(
-        Qwen2OneM(shapes, dtype, group),
+        Qwen2OneM(shapes, dtype, group, place_heads(described, shapes, budgets, group)),
         replace(chosen, max_model_len=capacity.max_model_len, cache_tokens=capacity.cache_tokens),
         budgets,
         weights=weights,

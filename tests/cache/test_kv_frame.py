@@ -75,8 +75,12 @@ def test_heads_of_a_rank_are_those_of_the_model(keys: np.ndarray) -> None:
     keys[:, 1] *= 3
     keys[:, 1, 5] += 50
     scales = made(keys)
-    own = scales.of_heads(slice(1, 2))
+    own = scales.of_heads([[1]])
     np.testing.assert_array_equal(own.frame(0)[:, 0], scales.frame(0)[:, 1])
+    two = KVScales(np.concatenate([scales.exponents] * 2), np.concatenate([scales.centres, 2 * scales.centres]))
+    crossed = two.of_heads([[1, 0], [0, 1]])
+    np.testing.assert_array_equal(crossed.frame(0), two.frame(0)[:, ::-1])
+    np.testing.assert_array_equal(crossed.frame(1), two.frame(1))
 
 
 def test_a_file_gives_back_the_same_scales(keys: np.ndarray, tmp_path: Path) -> None:
