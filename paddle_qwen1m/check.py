@@ -220,7 +220,8 @@ def _tokenizer(checkpoint: Checkpoint) -> Iterator[Finding]:
 
 
 def _budgets(checkpoint: Checkpoint, options: CheckOptions) -> Iterator[Finding]:
-    from paddle_qwen1m.paddlenlp import SPARSE_CONFIG, look_up_budgets
+    from paddle_qwen1m.config import SPARSE_CONFIG
+    from paddle_qwen1m.paddlenlp import look_up_budgets
 
     if not options.sparse:
         yield Finding(OK, "sparse budgets", "sparse prefill is switched off")

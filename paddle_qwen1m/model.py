@@ -18,6 +18,7 @@ from paddle_qwen1m.cache import LayerCache
 from paddle_qwen1m.config import ModelConfig
 from paddle_qwen1m.dtypes import itemsize
 from paddle_qwen1m.parallel.group import ALONE, Group
+from paddle_qwen1m.parallel.placement import Placement
 from paddle_qwen1m.parallel.split import local_config
 from paddle_qwen1m.weights import Slot
 from paddle_qwen1m.weights.tensors import published_tensors
@@ -99,13 +100,17 @@ AttentionObserver = Callable[[DecoderLayer, paddle.Tensor, paddle.Tensor], None]
 class Qwen2OneM(nn.Layer):
     """Qwen2 for 1M tokens, on Paddle's current device. `dtype` is how the weights are kept, `compute_dtype` the type of
     the activations: see `device_dtypes`. In a tensor parallel group it is one rank's share: `config` is that of the
-    whole model, `local` that of the share.
+    whole model, `local` that of the share. placement: which rank has which heads, by default in published order.
     """
 
-    def __init__(self, config: ModelConfig, dtype: str, group: Group = ALONE) -> None:
+    def __init__(
+        self, config: ModelConfig, dtype: str, group: Group = ALONE, placement: Placement | None = None
+    ) -> None:
         super().__init__()
         self.config = config
         self.group = group
+        self.placement = placement or Placement.published(config, group.degree)
+        assert self.placement.degree == group.degree
         self.local = local_config(config, group.degree)
         self.on_gpu = ops.on_gpu()
         dtype, self.compute_dtype = device_dtypes(dtype)
@@ -162,7 +167,7 @@ class Qwen2OneM(nn.Layer):
         for tensor in published_tensors(self.config).values():
             if tensor.parameter is None:
                 continue
-            part = tensor.part(self.group.degree, self.group.rank)
+            part = tensor.part(self.placement, self.group.rank)
             slot = Slot(parameters[tensor.parameter], taken[tensor.parameter], tensor.shape, part)
             taken[tensor.parameter] += slot.held_shape[0]
             slots[tensor.name] = slot

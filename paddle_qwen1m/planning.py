@@ -10,6 +10,7 @@ from paddle_qwen1m.config import ModelConfig, SparseBudgets, published_budgets
 from paddle_qwen1m.dtypes import INT8
 from paddle_qwen1m.engine.admission import LEFT_TO_THE_DRIVER, Allowance, Need, fitting_options, longest_fitting
 from paddle_qwen1m.options import GPU_BATCHED_TOKENS, MAX_NUM_SEQS, EngineOptions
+from paddle_qwen1m.parallel.placement import Placement
 from paddle_qwen1m.parallel.split import check_degree, degrees, local_config
 from paddle_qwen1m.plan import scale_bytes_per_token
 
@@ -85,6 +86,7 @@ class Plan:
     """Bytes on each of `ranks` GPUs, of which the engine may take `allowed`, for contexts of `length` tokens; `longest`
     is the most that fit, None where the weights and the workspace do not. chunk: tokens of a prefill chunk. cache: of
     keys and values, kept as cache_dtype; scales: of int8 ones; in_16_bits: layers whose are not rounded to int8.
+    imbalance: Placement.imbalance of several ranks with budgets, with heads as they are placed and in published order.
     """
 
     ranks: int
@@ -99,6 +101,7 @@ class Plan:
     longest: int | None
     ways: tuple[Way, ...] = ()
     in_16_bits: int = 0
+    imbalance: tuple[float, float] | None = None
 
     @property
     def left(self) -> int:
@@ -127,6 +130,12 @@ class Plan:
         }
         for name, size in rows:
             yield f"{name:<16}{size / 1e9:>8.2f} GB{remarks.get(name, '')}"
+        if self.imbalance is not None:
+            placed, published = self.imbalance
+            yield (
+                f"sparse attention: the busiest GPU of each layer visits {placed:.3f} times the mean of keys, with "
+                f"heads in published order {published:.3f} times"
+            )
         longest = "no length" if self.longest is None else f"{self.longest:,} tokens"
         yield f"{self.length:,} tokens {'fit' if self.fits else 'do not fit'}; the longest that fits: {longest}"
         for way in self.ways:
@@ -182,6 +191,7 @@ def plan(
         own.workspace(wanted),
         longest(ranks, options),
         in_16_bits=in_16_bits if cache_dtype == INT8 else 0,
+        imbalance=None if budgets is None or ranks == 1 else _imbalance(config, ranks, budgets),
     )
     if made.fits:
         return made
@@ -210,6 +220,11 @@ def plan(
     if made.longest is not None:
         ways.append(Way(f"--max-model-len {made.longest}", "shorter contexts", made.longest))
     return replace(made, ways=tuple(ways))
+
+
+def _imbalance(config: ModelConfig, ranks: int, budgets: SparseBudgets) -> tuple[float, float]:
+    placed, published = Placement.balanced(config, ranks, budgets), Placement.published(config, ranks)
+    return placed.imbalance(budgets), published.imbalance(budgets)
 
 
 def _need(

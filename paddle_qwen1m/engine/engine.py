@@ -70,7 +70,6 @@ from paddle_qwen1m.options import (
     default_inter_token_ms,
     default_pause_tokens,
 )
-from paddle_qwen1m.parallel.split import own_heads, own_kv_heads
 from paddle_qwen1m.plan import cache_bytes_per_token, widened_bytes, workspace_bytes
 
 logger = logging.getLogger(__name__)
@@ -623,11 +622,10 @@ class Engine:
 
     def _name(self, request: Request, sparse: SparseRule | None) -> str:
         """What else than tokens and m decides about the keys of a request's prompt."""
-        config, degree = self.model.config, self.model.group.degree
-        heads = tuple((own.start, own.stop) for own in (own_heads(config.num_heads, degree, n) for n in range(degree)))
+        ranks, placement = self.model.group.degree, self.model.placement.digest
         kept = f"{INT8}/{self._scales.digest}" if self.kv_cache_dtype == INT8 else self.kv_cache_dtype
         salt = salt_digest(request.cache_salt)
-        return MadeUnder(self._weights, self.model.compute_dtype, kept, heads, salt, sparse).name
+        return MadeUnder(self._weights, self.model.compute_dtype, kept, ranks, placement, salt, sparse).name
 
     def _new_id(self) -> str:
         return f"call-{next(self._numbers)}"
@@ -704,9 +702,7 @@ class Engine:
         model, options = self.model, self.options
         scales, widened = None, None
         if self.kv_cache_dtype == INT8:
-            scales = self._scales.of_heads(
-                own_kv_heads(model.config.num_kv_heads, model.group.degree, model.group.rank)
-            )
+            scales = self._scales.of_heads(model.placement.layers_kv_heads(model.group.rank))
             most = min(pages, self._pages_for(self.max_model_len))
             widened = (most, model.compute_dtype) if model.on_gpu else None
         unrounded = unrounded_dtype(model)

@@ -35,6 +35,7 @@ from paddle_qwen1m.paddlenlp.loading import (
     find_checkpoint,
     join_ranks,
     look_up_budgets,
+    place_heads,
     read_weights,
 )
 from paddle_qwen1m.paddlenlp.scales import find_scales, use_scales
@@ -169,7 +170,7 @@ def load_engine(model: str, options: Mapping[str, Any]) -> Engine:
     if group.rank == 0:
         fitted.tell(given, asked_length)
     engine = Engine(
-        Qwen2OneM(shapes, dtype, group),
+        Qwen2OneM(shapes, dtype, group, place_heads(described, shapes, budgets, group)),
         fitted.options,
         budgets,
         weights=weights,

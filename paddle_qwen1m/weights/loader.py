@@ -88,13 +88,16 @@ class Slot:
 
 @dataclass(frozen=True)
 class _Unit:
-    """Rows [begin, end) of what goes to a slot: what a reader reads in one go."""
+    """Rows [begin, end) of what goes to a slot: what a reader reads in one go. row: of the published tensor, the first
+    of them.
+    """
 
     name: str
     info: TensorInfo
     slot: Slot
     begin: int
     end: int
+    row: int
 
     @property
     def count(self) -> int:
@@ -108,15 +111,13 @@ class _Unit:
     @property
     def rows(self) -> tuple[int, int]:
         """Of the published tensor."""
-        part = self.slot.part
-        first = part.begin if part is not None and part.axis == ROWS else 0
-        return first + self.begin, first + self.end
+        return self.row, self.row + self.end - self.begin
 
     @property
-    def columns(self) -> tuple[int, int] | None:
+    def columns(self) -> Sequence[tuple[int, int]] | None:
         """Of the published tensor; None for all."""
         part = self.slot.part
-        return (part.begin, part.end) if part is not None and part.axis == COLUMNS else None
+        return part.ranges if part is not None and part.axis == COLUMNS else None
 
     @property
     def bytes_in_file(self) -> tuple[int, int]:
@@ -131,12 +132,12 @@ class _Unit:
         dtype, where = self.slot.dtype, self.slot.address
         where += self.begin * math.prod(self.slot.held_shape[1:]) * STORAGE[dtype].itemsize
         if _is_in_host_memory(self.slot.tensor):
-            out = _memory(where, self.count, dtype)
+            out = _memory(where, self.count, dtype).reshape(self.end - self.begin, -1)
             read_matrix(file, self.name, self.info, out, dtype, self.rows, self.columns, on_bytes)
             return
         assert staging is not None
         buffer = staging.next()
-        out = buffer.memory[: self.nbytes].view(STORAGE[dtype])
+        out = buffer.memory[: self.nbytes].view(STORAGE[dtype]).reshape(self.end - self.begin, -1)
         read_matrix(file, self.name, self.info, out, dtype, self.rows, self.columns, on_bytes)
         buffer.scatter(np.array([where]), self.nbytes)
 
@@ -176,7 +177,7 @@ def _speak_of_another_head(checkpoint: Checkpoint, slots: Mapping[str, Slot]) ->
     if head is None or embedding is None or HEAD in slots or EMBEDDING not in slots:
         return
     part = slots[EMBEDDING].part
-    begin, end = (0, embedding.shape[0]) if part is None else (part.begin, part.end)
+    begin, end = (0, embedding.shape[0]) if part is None else part.ranges[0]
     if head.shape != embedding.shape or not _are_equal({HEAD: head, EMBEDDING: embedding}, begin, end):
         logger.warning(
             f"{checkpoint.directory}: tensor {HEAD!r} in {head.file.name} differs from {EMBEDDING!r} in "
@@ -197,7 +198,7 @@ def _are_equal(tensors: Mapping[str, TensorInfo], begin: int, end: int) -> bool:
             rows = first, min(first + step, end)
             one, other = (np.empty((rows[1] - rows[0]) * width, STORAGE[dtype]) for _ in tensors)
             for (name, info), block in zip(tensors.items(), (one, other)):
-                read_matrix(files[name], name, info, block, dtype, rows)
+                read_matrix(files[name], name, info, block.reshape(-1, width), dtype, rows)
             if not np.array_equal(one, other):
                 return False
     return True
@@ -213,8 +214,12 @@ def _units(name: str, info: TensorInfo, slot: Slot) -> Iterator[_Unit]:
     step = max(1, UNIT_BYTES // max(1, row_bytes))
     if info.transposed and _is_in_host_memory(slot.tensor):
         step = height
-    for begin in range(0, height, max(1, step)):
-        yield _Unit(name, info, slot, begin, min(begin + step, height))
+    part, at = slot.part, 0
+    for first, last in part.ranges if part is not None and part.axis == ROWS else [(0, height)]:
+        for row in range(first, last, max(1, step)):
+            end = min(row + step, last)
+            yield _Unit(name, info, slot, at + row - first, at + end - first, row)
+        at += last - first
 
 
 class _Loading:
