@@ -1,0 +1,85 @@
+"""Weights of 8 bits: which of them, in which blocks each has a scale, and how files of this package hold them.
+
+Those of a layer's linears become bytes, int8 or FP8 (E4M3) numbers, with a float32 scale a block: of int8 a part of a
+row, of FP8 a square as large as the FP8 products of Hopper take. Embedding, head, norms and biases stay as they are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from paddle_qwen1m.dtypes import FP8, INT8
+
+from .safetensors import Array
+
+if TYPE_CHECKING:
+    from paddle_qwen1m.config import ModelConfig
+
+LARGEST_BLOCK, LEAST_COLUMNS = 128, 16
+FILE_DTYPES = {FP8: "F8_E4M3", INT8: "I8"}
+"""How safetensors spells the numbers."""
+SCALES = "_scales"
+"""What the name of the scales, in files and in the model, has behind that of the numbers."""
+
+
+class Blocks(NamedTuple):
+    """The values that share a scale."""
+
+    rows: int
+    columns: int
+
+    def grid(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """How many blocks a weight of that shape has, down and across; the last ones may stand out."""
+        return -(-shape[0] // self.rows), -(-shape[1] // self.columns)
+
+
+FILE_BLOCKS = {FP8: Blocks(LARGEST_BLOCK, LARGEST_BLOCK), INT8: Blocks(1, LARGEST_BLOCK)}
+"""Of each published tensor in files; the last ones may stand out."""
+
+
+def is_linear(name: str) -> bool:
+    """Whether a published tensor is among those that become bytes."""
+    return name.endswith("_proj.weight")
+
+
+def choose_blocks(kind: str, heights: Iterable[int], width: int) -> Blocks:
+    """Blocks of a weight that is put together of parts of these heights: the largest powers of two up to 128 that
+    divide each of them and the width. ValueError for a width that is too odd.
+    """
+    columns = math.gcd(LARGEST_BLOCK, width)
+    if columns < LEAST_COLUMNS:
+        raise ValueError(
+            f"quantization={kind!r} needs linear layers whose widths are multiples of {LEAST_COLUMNS}, got {width}"
+        )
+    return Blocks(math.gcd(LARGEST_BLOCK, *heights) if kind == FP8 else 1, columns)
+
+
+def linears(local: ModelConfig) -> Mapping[str, tuple[tuple[int, ...], int]]:
+    """The weights of a layer of a rank's share, by parameter: the heights of the parts that they are put together of,
+    and their width.
+    """
+    hidden, inner = local.hidden_size, local.intermediate_size
+    attention, kv = local.num_heads * local.head_dim, local.num_kv_heads * local.head_dim
+    return {
+        "qkv_weight": ((attention, kv, kv), hidden),
+        "output_weight": ((hidden,), attention),
+        "gate_up_weight": ((inner, inner), hidden),
+        "down_weight": ((hidden,), inner),
+    }
+
+
+def scales_between(
+    stored: Array, blocks: Blocks, target: Array, within: Blocks, first_row: int, first_column: int
+) -> None:
+    """Fills `target`, a scale for each block of `within`, with those of the blocks of a file that these lie in.
+
+    stored: the scales that the file has of rows from that on in which the first row of `target` lies. first_row: of
+    `target`, in that row of blocks. first_column: of the whole tensor.
+    """
+    rows = (first_row + within.rows * np.arange(target.shape[0])) // blocks.rows
+    columns = (first_column + within.columns * np.arange(target.shape[1])) // blocks.columns
+    target[:] = stored[np.ix_(rows, columns)]
