@@ -27,9 +27,19 @@ from typing import TYPE_CHECKING, Any, Callable
 
 from paddle_qwen1m import __version__
 from paddle_qwen1m.calibrate import flags as calibrate_flags
-from paddle_qwen1m.dtypes import DTYPES, INT8
+from paddle_qwen1m.dtypes import DTYPES, INT8, QUANTIZATIONS
 from paddle_qwen1m.evaluate import flags as evaluate_flags
-from paddle_qwen1m.options import TEMPERATURE_TOLERANCE, Dtype, Face, Place, Size, Switch, Whole, options_of
+from paddle_qwen1m.options import (
+    TEMPERATURE_TOLERANCE,
+    Dtype,
+    Face,
+    Place,
+    Quantization,
+    Size,
+    Switch,
+    Whole,
+    options_of,
+)
 from paddle_qwen1m.parallel.job import launched_rank, launched_ranks
 from paddle_qwen1m.progress import Progress
 from paddle_qwen1m.server.flags import add_flags, spelled
@@ -108,6 +118,8 @@ def _add_model_options(parser: argparse.ArgumentParser, without: Collection[str]
             kind = {"action": "store_true"} if option.default == "off" else {"action": "store_false", "default": None}
         elif isinstance(option.type, Dtype):
             kind = {"choices": option.type.names}
+        elif isinstance(option.type, Quantization):
+            kind = {"choices": option.type.texts}
         elif isinstance(option.type, Whole):
             kind = {"metavar": "N", "type": _at_least(option.type.lowest)}
         elif isinstance(option.type, Size):
@@ -181,6 +193,7 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="whose layers in 16 bits an int8 cache has (default: those of kv_scales.json beside the weights)",
     )
+    parser.add_argument("--quantization", choices=QUANTIZATIONS, help=_llm_help("quantization"))
     _add_debug(parser)
 
 
@@ -200,7 +213,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 
     chunk = arguments.max_num_batched_tokens
     if arguments.table:
-        for line in table(chunk or GPU_BATCHED_TOKENS, arguments.kv_cache_dtype):
+        for line in table(chunk or GPU_BATCHED_TOKENS, arguments.kv_cache_dtype, arguments.quantization):
             say(line)
         return 0
     if arguments.model is None or (arguments.gpu is None and arguments.gpu_memory is None):
@@ -209,16 +222,22 @@ def _plan(arguments: argparse.Namespace) -> int:
         raise InputError(f"--gpu {arguments.gpu}: give its --gpu-memory, or one of {', '.join(GPUS)}")
     memory = arguments.gpu_memory or GPUS[arguments.gpu.upper()] - LEFT_TO_THE_DRIVER
     with as_input():
-        config = published(arguments.model)
+        config, quantization = published(arguments.model), arguments.quantization
         budgets = None if config is None else published_budgets(config)
         beside = None
         if config is None:
             from paddle_qwen1m.check import read_shapes
 
-            config, budgets, beside = read_shapes(name_argument("--model", arguments.model))
+            config, budgets, stored, beside = read_shapes(name_argument("--model", arguments.model))
+            quantization = quantization or stored
         in_16_bits = _layers_in_16_bits(arguments.kv_scales or beside, config)
         given = {"max_num_seqs": arguments.max_num_seqs} if arguments.max_num_seqs else {}
-        options = EngineOptions(max_num_batched_tokens=chunk, kv_cache_dtype=arguments.kv_cache_dtype, **given)
+        options = EngineOptions(
+            max_num_batched_tokens=chunk,
+            kv_cache_dtype=arguments.kv_cache_dtype,
+            quantization=quantization,
+            **given,
+        )
         ranks = arguments.tensor_parallel_size or 1
         length = arguments.max_model_len
         made = plan(config, memory, ranks=ranks, length=length, options=options, budgets=budgets, in_16_bits=in_16_bits)
@@ -257,6 +276,7 @@ def _check(arguments: argparse.Namespace) -> int:
             max_num_batched_tokens=arguments.max_num_batched_tokens,
             dtype=arguments.dtype,
             kv_cache_dtype=arguments.kv_cache_dtype,
+            quantization=arguments.quantization,
             sparse_budgets=arguments.sparse_budgets,
             sparse=arguments.sparse is not False,
         )

@@ -21,6 +21,7 @@ from paddle_qwen1m.parallel.group import ALONE, Group
 from paddle_qwen1m.parallel.placement import Placement
 from paddle_qwen1m.parallel.split import local_config
 from paddle_qwen1m.weights import Slot
+from paddle_qwen1m.weights.eight_bit import SCALES, choose_blocks, linears
 from paddle_qwen1m.weights.tensors import published_tensors
 
 
@@ -62,35 +63,55 @@ def unrounded_dtype(model: Qwen2OneM) -> str:
 
 
 class DecoderLayer(nn.Layer):
-    """Pre-norm attention and SwiGLU of a rank's share. The projections of q, k, v and of gate, up are a weight each."""
+    """Pre-norm attention and SwiGLU of a rank's share. The projections of q, k, v and of gate, up are a weight each.
 
-    def __init__(self, config: ModelConfig, number: int, dtype: str, group: Group) -> None:
+    quantization: how the weights of its four linears are kept, fp8 or int8; None: as `dtype`, like the rest.
+    """
+
+    def __init__(
+        self, config: ModelConfig, number: int, dtype: str, group: Group, quantization: str | None = None
+    ) -> None:
         super().__init__()
         self.config = config
         self.local = local = local_config(config, group.degree)
         self.group = group
         self.number = number
-        hidden, inner = local.hidden_size, local.intermediate_size
-        self.register_buffer("input_norm", weight([hidden], dtype))
-        self.register_buffer("qkv_weight", weight([local.qkv_width, hidden], dtype))
+        self.quantization = quantization
+        self.register_buffer("input_norm", weight([local.hidden_size], dtype))
+        self._register_linear("qkv_weight", dtype)
         self.register_buffer("qkv_bias", weight([local.qkv_width], dtype))
-        self.register_buffer("output_weight", weight([hidden, local.num_heads * local.head_dim], dtype))
-        self.register_buffer("post_attention_norm", weight([hidden], dtype))
-        self.register_buffer("gate_up_weight", weight([2 * inner, hidden], dtype))
-        self.register_buffer("down_weight", weight([hidden, inner], dtype))
+        self._register_linear("output_weight", dtype)
+        self.register_buffer("post_attention_norm", weight([local.hidden_size], dtype))
+        self._register_linear("gate_up_weight", dtype)
+        self._register_linear("down_weight", dtype)
+
+    def _register_linear(self, name: str, dtype: str) -> None:
+        heights, widths = linears(self.local)[name]
+        shape = [sum(heights), sum(widths)]
+        if self.quantization is None:
+            self.register_buffer(name, weight(shape, dtype))
+            return
+        blocks = choose_blocks(self.quantization, heights, widths)
+        self.register_buffer(name, weight(shape, "uint8"))
+        self.register_buffer(f"{name}{SCALES}", weight([*blocks.grid((shape[0], shape[1]))], "float32"))
+
+    def linear(self, x: paddle.Tensor, name: str) -> paddle.Tensor:
+        """x [T, K] times the transpose of the weight of that name [N, K]: activations [T, N]."""
+        held = getattr(self, name)
+        if self.quantization is not None:
+            held = ops.Weight8(held, getattr(self, f"{name}{SCALES}"), self.quantization)
+        return ops.linear(x, held)
 
     def attention(
         self, hidden: paddle.Tensor, step: Step, cache: LayerCache, selector: Selector | None
     ) -> Generator[None, None, paddle.Tensor]:
-        projected = Projected(ops.linear(hidden, self.qkv_weight), self.qkv_bias)
+        projected = Projected(self.linear(hidden, "qkv_weight"), self.qkv_bias)
         q = ops.rotate_and_cache(*projected, step.rotary, step.slots, cache.keys, cache.values, cache.quantised)
         out = yield from attend(q, projected, cache, step, selector)
-        return self.group.all_reduce(ops.linear(out.reshape([hidden.shape[0], -1]), self.output_weight))
+        return self.group.all_reduce(self.linear(out.reshape([hidden.shape[0], -1]), "output_weight"))
 
     def mlp(self, hidden: paddle.Tensor) -> paddle.Tensor:
-        return self.group.all_reduce(
-            ops.linear(ops.silu_mul(ops.linear(hidden, self.gate_up_weight)), self.down_weight)
-        )
+        return self.group.all_reduce(self.linear(ops.silu_mul(self.linear(hidden, "gate_up_weight")), "down_weight"))
 
 
 AttentionObserver = Callable[[DecoderLayer, paddle.Tensor, paddle.Tensor], None]
@@ -101,10 +122,17 @@ class Qwen2OneM(nn.Layer):
     """Qwen2 for 1M tokens, on Paddle's current device. `dtype` is how the weights are kept, `compute_dtype` the type of
     the activations: see `device_dtypes`. In a tensor parallel group it is one rank's share: `config` is that of the
     whole model, `local` that of the share. placement: which rank has which heads, by default in published order.
+    quantization: how the layers' linears are kept, fp8 or int8; None: as the rest. ValueError for one that the shapes
+    do not allow.
     """
 
     def __init__(
-        self, config: ModelConfig, dtype: str, group: Group = ALONE, placement: Placement | None = None
+        self,
+        config: ModelConfig,
+        dtype: str,
+        group: Group = ALONE,
+        placement: Placement | None = None,
+        quantization: str | None = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -114,9 +142,11 @@ class Qwen2OneM(nn.Layer):
         self.local = local_config(config, group.degree)
         self.on_gpu = ops.on_gpu()
         dtype, self.compute_dtype = device_dtypes(dtype)
-        self.dtype = dtype
+        self.dtype, self.quantization = dtype, quantization
         self.register_buffer("embedding", vocabulary_table(config, group, dtype))
-        self.layers = nn.LayerList([DecoderLayer(config, number, dtype, group) for number in range(config.num_layers)])
+        self.layers = nn.LayerList(
+            [DecoderLayer(config, number, dtype, group, quantization) for number in range(config.num_layers)]
+        )
         self.register_buffer("norm", weight([config.hidden_size], dtype))
         if config.tie_word_embeddings:
             self.head = self.embedding
@@ -168,7 +198,14 @@ class Qwen2OneM(nn.Layer):
             if tensor.parameter is None:
                 continue
             part = tensor.part(self.placement, self.group.rank)
-            slot = Slot(parameters[tensor.parameter], taken[tensor.parameter], tensor.shape, part)
+            scales = parameters.get(f"{tensor.parameter}{SCALES}")
+            slot = Slot(
+                parameters[tensor.parameter],
+                taken[tensor.parameter],
+                tensor.shape,
+                part,
+                None if scales is None else ops.Weight8(parameters[tensor.parameter], scales, str(self.quantization)),
+            )
             taken[tensor.parameter] += slot.held_shape[0]
             slots[tensor.name] = slot
         return slots

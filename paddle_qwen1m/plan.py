@@ -8,6 +8,7 @@ from typing import Callable
 
 from paddle_qwen1m.config import BLOCK, ModelConfig, SparseBudgets
 from paddle_qwen1m.dtypes import INT8, itemsize
+from paddle_qwen1m.weights.eight_bit import choose_blocks, linears
 from paddle_qwen1m.weights.tensors import published_shapes
 
 FEW_ROWS, SHARED_ROWS = 1024, 8192
@@ -31,6 +32,31 @@ class MemoryPlan:
 def parameters(config: ModelConfig) -> int:
     """Number of weights of the model, biases and norms included."""
     return sum(map(math.prod, published_shapes(config).values()))
+
+
+def weight_bytes(config: ModelConfig, dtype: str, quantization: str | None = None) -> int:
+    """Bytes of the weights, of `dtype` or where `quantization` says so the linears' of a byte each, with their scales.
+
+    config: of the model, or of a rank's share.
+    """
+    whole = parameters(config) * itemsize(dtype)
+    if quantization is None:
+        return whole
+    saved = 0
+    for heights, widths in linears(config).values():
+        shape = sum(heights), sum(widths)
+        scales = math.prod(choose_blocks(quantization, heights, widths).grid(shape))
+        saved += math.prod(shape) * (itemsize(dtype) - 1) - 4 * scales
+    return whole - config.num_layers * saved
+
+
+def widened_weight_bytes(config: ModelConfig, quantization: str | None, dtype: str) -> int:
+    """Bytes of the largest weight of 8 bits in 16, for as long as one product of many rows reads it so; a CPU, which
+    computes in float32, widens tiles of a few MB.
+    """
+    if quantization is None or itemsize(dtype) != 2:
+        return 0
+    return max(2 * sum(heights) * sum(widths) for heights, widths in linears(config).values())
 
 
 def cache_bytes_per_token(config: ModelConfig, dtype: str, in_16_bits: int = 0) -> int:
@@ -124,6 +150,7 @@ def workspace_bytes(
     max_num_seqs: int,
     budgets: SparseBudgets | None = None,
     dtype: str = "float32",
+    quantization: str | None = None,
 ) -> int:
     """Peak bytes of all that may be under way at once while contexts of up to `length` tokens are served.
 
@@ -133,7 +160,7 @@ def workspace_bytes(
     product may not fit into what is free.
     """
     rows = min(length, max_num_batched_tokens)
-    chunk = prefill_bytes(config, rows, length, budgets, dtype)
+    chunk = prefill_bytes(config, rows, length, budgets, dtype) + widened_weight_bytes(config, quantization, dtype)
     if itemsize(dtype) == 2:
         chunk += 2 * rows * config.intermediate_size
     step = activation_bytes(config, max_num_seqs, length, None, dtype) + 4 * max_num_seqs * config.vocab_size
@@ -152,6 +179,7 @@ def plan_memory(
     weight_bytes: int,
     budgets: SparseBudgets | None = None,
     dtype: str = "float32",
+    quantization: str | None = None,
 ) -> MemoryPlan:
     """What one request of `length` tokens, prompt and answer together, needs beside the process itself.
 
@@ -166,7 +194,8 @@ def plan_memory(
         weights=weight_bytes,
         cache=length * cache_bytes_per_token(config, cache_dtype),
         activations=prefill_bytes(config, min(length, max_num_batched_tokens), length, budgets, dtype)
-        + widened_bytes(config, length, cache_dtype, dtype),
+        + widened_bytes(config, length, cache_dtype, dtype)
+        + widened_weight_bytes(config, quantization, dtype),
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from paddle_qwen1m.config import ModelConfig, SparseBudgets, published_budgets
-from paddle_qwen1m.dtypes import INT8
+from paddle_qwen1m.dtypes import FP8, INT8
 from paddle_qwen1m.engine.admission import LEFT_TO_THE_DRIVER, Allowance, Need, fitting_options, longest_fitting
 from paddle_qwen1m.options import GPU_BATCHED_TOKENS, MAX_NUM_SEQS, EngineOptions
 from paddle_qwen1m.parallel.placement import Placement
@@ -86,6 +86,7 @@ class Plan:
     """Bytes on each of `ranks` GPUs, of which the engine may take `allowed`, for contexts of `length` tokens; `longest`
     is the most that fit, None where the weights and the workspace do not. chunk: tokens of a prefill chunk. cache: of
     keys and values, kept as cache_dtype; scales: of int8 ones; in_16_bits: layers whose are not rounded to int8.
+    quantization: how weights are kept, None: in 16 bits.
     imbalance: Placement.imbalance of several ranks with budgets, with heads as they are placed and in published order.
     """
 
@@ -99,6 +100,7 @@ class Plan:
     scales: int
     workspace: int
     longest: int | None
+    quantization: str | None = None
     ways: tuple[Way, ...] = ()
     in_16_bits: int = 0
     imbalance: tuple[float, float] | None = None
@@ -124,6 +126,7 @@ class Plan:
         rows += [("workspace", self.workspace), ("left" if self.left >= 0 else "missing", abs(self.left))]
         remarks = {
             "may be used": each,
+            "weights": "" if self.quantization is None else f", {self.quantization}",
             "keys and values": f", {self.cache_dtype}"
             + (self.in_16_bits > 0) * f", {self.in_16_bits} layers in 16 bits",
             "workspace": f", chunks of {self.chunk:,} tokens",
@@ -190,6 +193,7 @@ def plan(
         scales,
         own.workspace(wanted),
         longest(ranks, options),
+        options.quantization,
         in_16_bits=in_16_bits if cache_dtype == INT8 else 0,
         imbalance=None if budgets is None or ranks == 1 else _imbalance(config, ranks, budgets),
     )
@@ -213,6 +217,9 @@ def plan(
     if cache_dtype != INT8:
         int8 = longest(ranks, replace(options, kv_cache_dtype=INT8))
         ways.append(Way(f"--kv-cache-dtype {INT8}", "keys and values rounded to a byte, with scales", int8))
+    if options.quantization is None:
+        rounded = longest(ranks, replace(options, quantization=FP8))
+        ways.append(Way(f"--quantization {FP8}", "weights rounded to a byte, with scales", rounded))
     more = [degree for degree in degrees(config) if degree > ranks and degree in TABLE_RANKS]
     ways += _enough(
         wanted, (Way(f"--tensor-parallel-size {degree}", "more GPUs", longest(degree, options)) for degree in more)
@@ -249,11 +256,18 @@ def _enough(wanted: int, ways: Iterable[Way]) -> list[Way]:
     return [] if last is None else [last]
 
 
-def table(chunk: int = GPU_BATCHED_TOKENS, kv_cache_dtype: str | None = None) -> Iterator[str]:
+def table(
+    chunk: int = GPU_BATCHED_TOKENS, kv_cache_dtype: str | None = None, quantization: str | None = None
+) -> Iterator[str]:
     """Lines of a Markdown table: a row a model and number of cards, a column a card, thousands of tokens in a cell."""
     yield f"| | cards | {' | '.join(f'{memory} GB' for memory in MEMORIES)} |"
     yield "|---" * (2 + len(MEMORIES)) + "|"
-    options = EngineOptions(max_num_batched_tokens=chunk, max_num_seqs=MAX_NUM_SEQS, kv_cache_dtype=kv_cache_dtype)
+    options = EngineOptions(
+        max_num_batched_tokens=chunk,
+        max_num_seqs=MAX_NUM_SEQS,
+        kv_cache_dtype=kv_cache_dtype,
+        quantization=quantization,
+    )
     for name, config in PUBLISHED.items():
         for ranks in degrees(config):
             if ranks in TABLE_RANKS:

@@ -87,8 +87,8 @@ def test_every_way_out_lets_as_much_fit_as_it_says(name: str, memory: int, kept:
             ranks = int(number)
         elif flag == "--max-model-len":
             length = int(number)
-        elif flag == "--kv-cache-dtype":
-            changed["kv_cache_dtype"] = number
+        elif flag in ("--kv-cache-dtype", "--quantization"):
+            changed[flag[2:].replace("-", "_")] = number
         else:
             changed[flag[2:].replace("-", "_")] = int(number)
         assert length is None or admitted(name, memory * 10**9, ranks, EngineOptions(**changed), length), way
@@ -98,6 +98,7 @@ def test_every_way_out_lets_as_much_fit_as_it_says(name: str, memory: int, kept:
             "--max-num-seqs",
             "--max-num-batched-tokens",
             "--kv-cache-dtype",
+            "--quantization",
             "--tensor-parallel-size",
             "--max-model-len",
         ].index,

@@ -139,6 +139,11 @@ class Engine:
                 f"kv_cache_dtype on a GPU must be that of the computation, {model.compute_dtype}, or {INT8}, got "
                 f"{options.kv_cache_dtype}"
             )
+        if options.quantization != model.quantization:
+            raise ValueError(
+                f"quantization is of the weights, which are kept as {model.quantization or model.dtype}, got "
+                f"{options.quantization}: it is chosen when they are loaded"
+            )
         page_size = choose_page_size(config.dual_chunk.chunk_len, options.page_size)
         if budgets is not None and budgets.vertical.shape != (config.num_layers, config.num_heads):
             raise ValueError(
@@ -691,6 +696,7 @@ class Engine:
             max_num_seqs=self.options.max_num_seqs,
             budgets=self.budgets if self.is_sparse(longest) else None,
             dtype=self.model.compute_dtype,
+            quantization=self.model.quantization,
         )
 
     def _make_cache(self, pages: int) -> None:

@@ -30,11 +30,13 @@ from paddle_qwen1m.paddlenlp.loading import (
     GENERATION_CONFIG,
     HUB_OPTIONS,
     choose_engine_options,
+    choose_quantization,
     describe,
     find_budgets,
     find_checkpoint,
     join_ranks,
     look_up_budgets,
+    name_weights,
     place_heads,
     read_weights,
 )
@@ -143,6 +145,7 @@ def load_engine(model: str, options: Mapping[str, Any]) -> Engine:
     checkpoint = find_checkpoint(model, given)
     described = describe(checkpoint, None)
     shapes = ModelConfig.from_dict(described, "config.json")
+    given["quantization"] = quantization = choose_quantization(checkpoint, given)
     asked_length = given.pop("max_model_len", None)
     chosen = choose_engine_options(shapes, {"enable_prefix_caching": True, **given})
     chosen = replace(chosen, cuda_graph=not given.get("enforce_eager", False))
@@ -170,10 +173,10 @@ def load_engine(model: str, options: Mapping[str, Any]) -> Engine:
     if group.rank == 0:
         fitted.tell(given, asked_length)
     engine = Engine(
-        Qwen2OneM(shapes, dtype, group, place_heads(described, shapes, budgets, group)),
+        Qwen2OneM(shapes, dtype, group, place_heads(described, shapes, budgets, group), quantization),
         fitted.options,
         budgets,
-        weights=weights,
+        weights=name_weights(weights, quantization),
         compile_grammar=_grammars(checkpoint, shapes.vocab_size),
     )
     read_weights(engine.model, checkpoint, described, group)
