@@ -18,7 +18,7 @@ progress
 streams
 text
 threads
-config_keys
+config_keys        dtypes
 config             config_keys dtypes
 options            config dtypes
 ops                config threads

@@ -36,6 +36,7 @@ from paddle_qwen1m.model import Qwen2OneM
 from paddle_qwen1m.options import EngineOptions
 from paddle_qwen1m.parallel.group import ALONE, Group, ProcessGroup, start
 from paddle_qwen1m.parallel.job import launched_ranks
+from paddle_qwen1m.parallel.placement import Placement
 from paddle_qwen1m.plan import parameters, plan_memory
 from paddle_qwen1m.planning import PUBLISHED
 
@@ -43,15 +44,21 @@ NOISE = 1 << 26
 ONE = 0x3F80
 
 
-def random_model(name: str, group: Group = ALONE) -> Qwen2OneM:
-    """A rank's share of a model of the published shape; weights normal(0, 0.02), norms 1, in bfloat16."""
-    model = Qwen2OneM(PUBLISHED[name], "bfloat16", group)
+def random_model(
+    name: str, group: Group = ALONE, budgets: SparseBudgets | None = None, quantization: str | None = None
+) -> Qwen2OneM:
+    """A rank's share of a model of the published shape, heads placed by `budgets`; weights normal(0, 0.02), norms 1,
+    in bfloat16, the linears' where `quantization` says so in 8 bits.
+    """
+    config = PUBLISHED[name]
+    placement = Placement.balanced(config, group.degree, budgets)
+    model = Qwen2OneM(config, "bfloat16", group, placement, quantization)
     noise = np.random.default_rng(0).standard_normal(NOISE, np.float32) * np.float32(0.02)
     bits = (noise.view(np.uint32) >> 16).astype(np.uint16)
     for name, slot in model.slots().items():
         ones = name.endswith("norm.weight")
         values = np.full(slot.held_shape, ONE, np.uint16) if ones else np.resize(bits, slot.held_shape)
-        slot.write(paddle.to_tensor(values, place=paddle.CPUPlace()))
+        slot.write(values)
     return model
 
 
@@ -176,9 +183,9 @@ def token_seconds(engine: Engine, prompt: np.ndarray, new_tokens: int, **hooks: 
 
 def prefill(name: str, tokens: int, new_tokens: int, budgeted: str, group: Group) -> dict[str, Any]:
     """What is printed, as numbers of this rank."""
-    model = random_model(name, group)
+    budgets = budgets_of(PUBLISHED[name], budgeted)
+    model = random_model(name, group, budgets)
     config, local = model.config, model.local
-    budgets = budgets_of(config, budgeted)
     engine = Engine(model, EngineOptions(cache_tokens=tokens + new_tokens), budgets)
     rows = engine.max_num_batched_tokens
     plan = plan_memory(

@@ -12,7 +12,7 @@ import paddle
 from paddle_qwen1m import ops
 from paddle_qwen1m.attention import positions
 from paddle_qwen1m.attention.positions import Piece
-from paddle_qwen1m.cache import PagedCache
+from paddle_qwen1m.cache import CopiedPages, PagedCache
 from paddle_qwen1m.config import BLOCK, ModelConfig
 
 
@@ -43,7 +43,8 @@ class SequenceRows:
 class SparsePiece:
     """A piece that attends to chosen keys only. `critical_rotary` float32 [V, n, D] rotates its n probe rows.
 
-    groups: the first and the number of the row blocks that are computed between two pauses. pages: as of DensePieces.
+    groups: the first and the number of the row blocks that are computed between two pauses. block_table: int32 [W].
+    copied: as of DensePieces, with a table int32 [W].
     """
 
     piece: Piece
@@ -51,7 +52,7 @@ class SparsePiece:
     scale: float
     critical_rotary: paddle.Tensor
     groups: Sequence[tuple[int, int]]
-    pages: paddle.Tensor | None = None
+    copied: CopiedPages | None = None
 
     def around(self, rows: np.ndarray) -> SparsePiece | None:
         """Of its row blocks those that Piece.around names; keys are chosen as for all of them."""
@@ -66,14 +67,12 @@ class SparsePiece:
 
 @dataclass(frozen=True)
 class DensePieces:
-    """Pieces that are computed between two pauses: int32 [P, 4] in host memory. block_tables: int32 [S, W].
-
-    pages: int32 [n], what a cache whose pages are copied for its readers is to copy; the tables then count in them.
+    """Pieces that are computed between two pauses: int32 [P, 4] in host memory. copied: what layers whose pages are
+    copied for their readers are to copy, with tables int32 [S, W].
     """
 
     pieces: paddle.Tensor
-    block_tables: paddle.Tensor
-    pages: paddle.Tensor | None = None
+    copied: CopiedPages | None = None
 
 
 @dataclass(frozen=True)
@@ -186,13 +185,13 @@ class StepBuilder:
             ids=ops.tensor(np.concatenate([rows.ids for rows in batch])),
             slots=ops.tensor(np.concatenate(slots)),
             rotary=ops.rotary_table(ops.tensor(rotary_positions), self._inv_freq),
-            block_tables=(tables := page_tables(pages)),
+            block_tables=page_tables(pages),
             scale=ops.tensor(np.asarray([self._scale(rows.length) for rows in batch], np.float32)),
             logit_rows=ops.tensor(np.resize(wanted, computed)) if len(wanted) else None,
             num_logits=len(wanted),
-            dense_pieces=list(self._dense_pieces(dense, pages, tables, cache, row_blocks)),
+            dense_pieces=list(self._dense_pieces(dense, pages, cache, row_blocks)),
             sparse_pieces=sparse,
-            last_dense_pieces=list(self._dense_pieces(last_dense, pages, tables, cache, row_blocks)),
+            last_dense_pieces=list(self._dense_pieces(last_dense, pages, cache, row_blocks)),
             last_sparse_pieces=[part for piece in sparse if (part := piece.around(wanted)) is not None],
         )
 
@@ -217,32 +216,30 @@ class StepBuilder:
         self,
         pieces: Sequence[tuple[int, Piece]],
         pages: Sequence[Sequence[int]],
-        tables: paddle.Tensor,
         cache: PagedCache,
         row_blocks: int,
     ) -> Iterator[DensePieces]:
         if cache.widened is None:
-            yield from (DensePieces(_host(group), tables) for group in groups(pieces, row_blocks))
+            yield from (DensePieces(_host(group)) for group in groups(pieces, row_blocks))
             return
         for together in copied_together(pieces, [len(held) for held in pages], cache.widened.num_pages):
             copied = [page for number in together for page in pages[number]]
             firsts = dict(zip(together, np.cumsum([0, *(len(pages[number]) for number in together)]).tolist()))
             own = [range(firsts[n], firsts[n] + len(held)) if n in firsts else [0] for n, held in enumerate(pages)]
-            where = page_tables(own), ops.tensor(np.asarray(copied, np.int32))
+            where = CopiedPages(ops.tensor(np.asarray(copied, np.int32)), page_tables(own))
             for group in groups([piece for piece in pieces if piece[0] in firsts], row_blocks):
-                yield DensePieces(_host(group), *where)
+                yield DensePieces(_host(group), where)
 
     def _sparse_piece(self, piece: Piece, rows: SequenceRows, cache: PagedCache, row_blocks: int) -> SparsePiece:
-        pages, table = np.asarray(rows.pages[: -(-piece.end // cache.page_size)], np.int32), None
-        if cache.widened is not None:
-            table = np.arange(len(pages), dtype=np.int32)
+        table = ops.tensor(np.asarray(rows.pages[: -(-piece.end // cache.page_size)], np.int32))
+        in_order = None if cache.widened is None else ops.tensor(np.arange(len(table), dtype=np.int32))
         probe = np.arange(piece.end - piece.probe_rows, piece.end)
         variants = positions.num_variants(piece.end, self._dual_chunk.chunk_len)
         critical = positions.critical_positions(probe, self._dual_chunk, variants)
         return SparsePiece(
             piece=piece,
-            block_table=ops.tensor(pages if table is None else table),
-            pages=None if table is None else ops.tensor(pages),
+            block_table=table,
+            copied=None if in_order is None else CopiedPages(table, in_order),
             scale=self._scale(rows.length),
             critical_rotary=ops.rotary_table(ops.tensor(critical), self._inv_freq),
             groups=[

@@ -63,14 +63,13 @@ from paddle_qwen1m.engine.scheduler import Scheduler, SchedulerLimits
 from paddle_qwen1m.engine.tasks import Task
 from paddle_qwen1m.engine.waiting import WaitingRoom, pages_needed
 from paddle_qwen1m.memory import available_gpu_memory, available_host_memory, kept_in_one_piece
-from paddle_qwen1m.model import Qwen2OneM
+from paddle_qwen1m.model import Qwen2OneM, unrounded_dtype
 from paddle_qwen1m.options import (
     EngineOptions,
     default_batched_tokens,
     default_inter_token_ms,
     default_pause_tokens,
 )
-from paddle_qwen1m.parallel.split import own_heads, own_kv_heads
 from paddle_qwen1m.plan import cache_bytes_per_token, widened_bytes, workspace_bytes
 
 logger = logging.getLogger(__name__)
@@ -140,6 +139,11 @@ class Engine:
                 f"kv_cache_dtype on a GPU must be that of the computation, {model.compute_dtype}, or {INT8}, got "
                 f"{options.kv_cache_dtype}"
             )
+        if options.quantization != model.quantization:
+            raise ValueError(
+                f"quantization is of the weights, which are kept as {model.quantization or model.dtype}, got "
+                f"{options.quantization}: it is chosen when they are loaded"
+            )
         page_size = choose_page_size(config.dual_chunk.chunk_len, options.page_size)
         if budgets is not None and budgets.vertical.shape != (config.num_layers, config.num_heads):
             raise ValueError(
@@ -189,11 +193,16 @@ class Engine:
         )
 
     def use_scales(self, scales: KVScales) -> None:
-        """From now on an int8 cache is kept in this frame, of the whole model. ValueError for one of another shape."""
+        """From now on an int8 cache is kept by these, of the whole model. ValueError for those of another shape."""
         assert self.is_idle, "what is cached belongs to the scales that it was made with"
         scales.check_fit(self.model.config, "", "scales of an int8 cache")
         self.release_cache()
         self._scales = scales
+
+    @property
+    def in_16_bits(self) -> tuple[int, ...]:
+        """Layers of an int8 cache whose keys and values are not rounded to int8."""
+        return self._scales.in_16_bits
 
     @property
     def is_idle(self) -> bool:
@@ -620,11 +629,10 @@ class Engine:
 
     def _name(self, request: Request, sparse: SparseRule | None) -> str:
         """What else than tokens and m decides about the keys of a request's prompt."""
-        config, degree = self.model.config, self.model.group.degree
-        heads = tuple((own.start, own.stop) for own in (own_heads(config.num_heads, degree, n) for n in range(degree)))
+        ranks, placement = self.model.group.degree, self.model.placement.digest
         kept = f"{INT8}/{self._scales.digest}" if self.kv_cache_dtype == INT8 else self.kv_cache_dtype
         salt = salt_digest(request.cache_salt)
-        return MadeUnder(self._weights, self.model.compute_dtype, kept, heads, salt, sparse).name
+        return MadeUnder(self._weights, self.model.compute_dtype, kept, ranks, placement, salt, sparse).name
 
     def _new_id(self) -> str:
         return f"call-{next(self._numbers)}"
@@ -642,7 +650,7 @@ class Engine:
 
     @property
     def _page_bytes(self) -> int:
-        return self.page_size * cache_bytes_per_token(self.model.local, self.kv_cache_dtype)
+        return self.page_size * cache_bytes_per_token(self.model.local, self.kv_cache_dtype, len(self.in_16_bits))
 
     def _make_room(self, requests: ManyOf[Request]) -> None:
         """A cache for these requests and, where memory allows, max_num_batched_tokens more each; see _make_room_for."""
@@ -690,6 +698,7 @@ class Engine:
             max_num_seqs=self.options.max_num_seqs,
             budgets=self.budgets if self.is_sparse(longest) else None,
             dtype=self.model.compute_dtype,
+            quantization=self.model.quantization,
         )
 
     def _make_cache(self, pages: int) -> None:
@@ -701,12 +710,11 @@ class Engine:
         model, options = self.model, self.options
         scales, widened = None, None
         if self.kv_cache_dtype == INT8:
-            scales = self._scales.of_heads(
-                own_kv_heads(model.config.num_kv_heads, model.group.degree, model.group.rank)
-            )
+            scales = self._scales.of_heads(model.placement.layers_kv_heads(model.group.rank))
             most = min(pages, self._pages_for(self.max_model_len))
             widened = (most, model.compute_dtype) if model.on_gpu else None
-        cache = PagedCache(model.local, pages, self.page_size, self.kv_cache_dtype, scales, widened)
+        unrounded = unrounded_dtype(model)
+        cache = PagedCache(model.local, pages, self.page_size, self.kv_cache_dtype, scales, widened, unrounded)
         if self._leads:
             self._pool = PagePool(pages, self.page_size, self._copy_page)
             self._chooser = Chooser(options.max_num_seqs, model.config.vocab_size)

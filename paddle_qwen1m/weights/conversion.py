@@ -11,14 +11,16 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import Any
 
+from paddle_qwen1m.config import SPARSE_CONFIG, default_budgets
 from paddle_qwen1m.dtypes import SAFETENSORS
+from paddle_qwen1m.parallel.placement import Placement
 from paddle_qwen1m.parallel.split import Part, check_degree
 
 from . import names
 from .checkpoint import INDEX_NAME, SINGLE_NAME, index_metadata
 from .record import RECORD_NAME, PublishedFiles
 from .safetensors import DTYPE_BYTES
-from .sharding import RANK_SETS, rank_directory
+from .sharding import RANK_HEADS, RANK_SETS, rank_directory
 from .source import (
     CONFIG_NAME,
     HUGGINGFACE,
@@ -105,12 +107,13 @@ def plan_conversion(
         check_degree(source.model, degree)
     elif degree != 1:
         raise ValueError(f"a tensor parallel size of {degree} needs the format {TENSOR_PARALLEL}, not {form}")
+    placement = _placement(source, degree)
     partition = source.partition
     if max_shard_bytes is not None:
-        partition = _distribute(source, degree, dtype, max_shard_bytes)
+        partition = _distribute(source, placement, dtype, max_shard_bytes)
     published = source.published
     groups = [
-        _group(source, form, degree, dtype, file, tensors, published if partition is source.partition else None)
+        _group(source, form, placement, dtype, file, tensors, published if partition is source.partition else None)
         for file, tensors in partition.items()
     ]
     indexes: dict[str, bytes] = {}
@@ -125,15 +128,22 @@ def plan_conversion(
         degree,
         tuple(groups),
         _companions(source),
-        {CONFIG_NAME: _config(source, form, degree, dtype)},
+        {CONFIG_NAME: _config(source, form, placement, dtype)},
         indexes,
     )
+
+
+def _placement(source: Source, degree: int) -> Placement:
+    """As the budgets that lie beside the weights, or are published for them, make the ranks' work even."""
+    beside = source.directory / SPARSE_CONFIG
+    budgets, _ = default_budgets(source.model, beside if beside.is_file() else None)
+    return Placement.balanced(source.model, degree, budgets)
 
 
 def _group(
     source: Source,
     form: str,
-    degree: int,
+    placement: Placement,
     dtype: str | None,
     file: str,
     members: Sequence[str],
@@ -144,14 +154,14 @@ def _group(
     tied = source.model.tie_word_embeddings
     flipped = [form == PADDLENLP and names.is_transposed(name, tied) for name in members]
     targets = []
-    for rank in range(degree):
-        parts = [part_of(source.model, name, degree, rank) for name in members]
+    for rank in range(placement.degree):
+        parts = [part_of(source.model, name, placement, rank) for name in members]
         entries: list[Entry] = []
         for tensor, own, flip, part in zip(tensors, dtypes, flipped, parts):
             name = names.to_paddlenlp(tensor.name) if form == PADDLENLP else tensor.name
             entries.append((name, own, _shape(tensor.shape, flip, part)))
         header = _header(form, file, entries, published)
-        targets.append(Target(_place(form, rank, degree, file), header, tuple(entries), tuple(parts)))
+        targets.append(Target(_place(form, rank, placement.degree, file), header, tuple(entries), tuple(parts)))
     return Group(tuple(tensors), tuple(dtypes), tuple(flipped), tuple(targets))
 
 
@@ -201,11 +211,11 @@ def _index(form: str, targets: Sequence[Target], published: PublishedFiles | Non
     return json.dumps(index, indent=2).encode("utf-8") + b"\n"
 
 
-def _config(source: Source, form: str, degree: int, dtype: str | None) -> bytes:
+def _config(source: Source, form: str, placement: Placement, dtype: str | None) -> bytes:
     """The published file itself where it says the same."""
-    values = {key: value for key, value in source.config.items() if key != RANK_SETS}
+    values = {key: value for key, value in source.config.items() if key not in (RANK_SETS, RANK_HEADS)}
     if form == TENSOR_PARALLEL:
-        values[RANK_SETS] = degree
+        values.update({RANK_SETS: placement.degree, RANK_HEADS: placement.text})
     if dtype is not None:
         spelled = [key for key in ("torch_dtype", "dtype") if key in values]
         values.update(dict.fromkeys(spelled or ["torch_dtype"], dtype))
@@ -228,11 +238,11 @@ def _companions(source: Source) -> tuple[str, ...]:
     )
 
 
-def _distribute(source: Source, degree: int, dtype: str | None, limit: int) -> dict[str, list[str]]:
+def _distribute(source: Source, placement: Placement, dtype: str | None, limit: int) -> dict[str, list[str]]:
     shards: list[list[str]] = []
     room = 0
     for name in (name for members in source.partition.values() for name in members):
-        tensor, part = source.tensors[name], part_of(source.model, name, degree, 0)
+        tensor, part = source.tensors[name], part_of(source.model, name, placement, 0)
         nbytes = _nbytes(SAFETENSORS[dtype] if dtype else tensor.dtype, _shape(tensor.shape, False, part))
         if not shards or nbytes > room:
             shards.append([])
