@@ -41,6 +41,13 @@ FILE_BLOCKS = {FP8: Blocks(LARGEST_BLOCK, LARGEST_BLOCK), INT8: Blocks(1, LARGES
 """Of each published tensor in files; the last ones may stand out."""
 
 
+LOSSES = {
+    FP8: "each weight within 1/16 of itself, or where that is less within 1/450,000 of the largest of its 128 x 128",
+    INT8: "each weight within 1/254 of the largest of its 128",
+}
+"""What rounding takes, which the way back does not return."""
+
+
 def is_linear(name: str) -> bool:
     """Whether a published tensor is among those that become bytes."""
     return name.endswith("_proj.weight")
@@ -70,6 +77,25 @@ def linears(local: ModelConfig) -> Mapping[str, tuple[tuple[int, ...], int]]:
         "gate_up_weight": ((inner, inner), hidden),
         "down_weight": ((hidden,), inner),
     }
+
+
+def numbers_of(kind: str) -> Array:
+    """What each of the 256 bytes stands for, float32; of FP8 without the two that are no numbers."""
+    numbers = np.arange(256, dtype=np.uint8)
+    if kind == INT8:
+        return numbers.view(np.int8).astype(np.float32)
+    halves = ((numbers & 0x80).astype(np.uint16) << 8) | ((numbers & 0x7F).astype(np.uint16) << 7)
+    return halves.view(np.float16).astype(np.float32) * np.float32(256)  # one bit more of exponent
+
+
+def widen(kind: str, numbers: Array, scales: Array, first_row: int, blocks: Blocks) -> Array:
+    """What rows of a file's numbers, uint8 [n, K], stand for, float32: by the scales of the rows of blocks from that on
+    in which the first one lies. first_row: in that row of blocks.
+    """
+    each = np.empty((len(numbers), scales.shape[1]), np.float32)
+    scales_between(scales, blocks, each, Blocks(1, blocks.columns), first_row, 0)
+    wide: Array = numbers_of(kind)[numbers] * np.repeat(each, blocks.columns, axis=1)[:, : numbers.shape[1]]
+    return wide
 
 
 def scales_between(
