@@ -192,7 +192,7 @@ class StepBuilder:
             dense_pieces=list(self._dense_pieces(dense, pages, cache, row_blocks)),
             sparse_pieces=sparse,
             last_dense_pieces=list(self._dense_pieces(last_dense, pages, cache, row_blocks)),
-            last_sparse_pieces=[part for piece in sparse if (part := piece.around(wanted)) is not None],
+            last_sparse_pieces=[own for whole in sparse if (own := whole.around(wanted)) is not None],
         )
 
     def decode(self, ids: paddle.Tensor, lengths: paddle.Tensor, block_tables: paddle.Tensor, page_size: int) -> Step:
