@@ -582,7 +582,11 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
         "--tensor-parallel-size", type=_at_least(1), default=1, metavar="N", help="ranks of the format tensor-parallel"
     )
     parser.add_argument("--dtype", choices=DTYPES, help="round to this type (default: as in the checkpoint)")
-    parser.add_argument("--quantization", choices=["none", "int8", "fp8"], default="none", help="default %(default)s")
+    parser.add_argument(
+        "--quantization",
+        choices=[*QUANTIZATIONS, "none"],
+        help="round the linears' weights to 8 bits, or back to 16 what was rounded (default: as in the checkpoint)",
+    )
     parser.add_argument(
         "--max-shard-size", type=_size, metavar="SIZE", help="such as 5GB or 512MiB (default: shards as they are)"
     )
@@ -601,17 +605,14 @@ def _size(text: str) -> int:
 
 def _convert(arguments: argparse.Namespace) -> int:
     from paddle_qwen1m.weights.convert import convert, describe, plan
+    from paddle_qwen1m.weights.eight_bit import LOSSES
 
-    if arguments.quantization != "none":
-        raise InputError(
-            f"--quantization {arguments.quantization}: there are no kernels that compute with {arguments.quantization} "
-            "weights yet; leave it out"
-        )
     directory_argument("SRC", arguments.source)
     file_argument("DST", arguments.destination)
     wanted = {
         "degree": arguments.tensor_parallel_size,
         "dtype": arguments.dtype,
+        "quantization": arguments.quantization,
         "max_shard_bytes": arguments.max_shard_size,
     }
     with as_input():
@@ -628,6 +629,8 @@ def _convert(arguments: argparse.Namespace) -> int:
         f"{f', {outcome.kept} of them there already' if outcome.kept else ''}"
         f"{', verified' if arguments.verify else ''}; {seconds:.1f} s"
     )
+    if arguments.quantization in LOSSES:
+        say(f"rounded to {arguments.quantization}: {LOSSES[arguments.quantization]}")
     return 0
 
 

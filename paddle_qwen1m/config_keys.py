@@ -119,11 +119,12 @@ def quantisation(value: Any) -> str | None:
 
 
 OWN_METHOD = "paddle-qwen1m"
+QUANTIZATION = "quantization_config"
 
 
 def own_quantization(values: Mapping[str, Any]) -> str | None:
     """In which of QUANTIZATIONS a config.json says that this package wrote the weights; None: in none."""
-    found = values.get("quantization_config")
+    found = values.get(QUANTIZATION)
     if not isinstance(found, dict) or found.get("quant_method") != OWN_METHOD or "format" not in found:
         return None
     return str(found["format"])
@@ -142,7 +143,7 @@ UNQUANTISED = Only(
 OWN_OR_UNQUANTISED = Only(
     Rule(
         f"null or {' or '.join(QUANTIZATIONS)} by {OWN_METHOD}",
-        lambda value: quantisation(value) is None or own_quantization({"quantization_config": value}) in QUANTIZATIONS,
+        lambda value: quantisation(value) is None or own_quantization({QUANTIZATION: value}) in QUANTIZATIONS,
     ),
     "weights that others quantised are not read; load the checkpoint they were made from, with quantization='fp8' or "
     "'int8' if they are to take as little",
@@ -216,7 +217,7 @@ KEYS: Mapping[str, Key] = {
     **_only(ONE, "dual chunk attention is the only extension of RoPE", "rope_scaling_factor"),
     **_only(NOT_TRUE, "the model is a decoder alone", "is_encoder_decoder", "add_cross_attention"),
     **_only(one_of({}, None), "heads are not pruned", "pruned_heads"),
-    "quantization_config": OWN_OR_UNQUANTISED,
+    QUANTIZATION: OWN_OR_UNQUANTISED,
     **dict.fromkeys(("quantization", "compression_config"), UNQUANTISED),
     **{name: NO_EFFECT for names in HARMLESS.values() for name in names.split()},
 }

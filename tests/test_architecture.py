@@ -24,7 +24,7 @@ options            config dtypes
 ops                config threads
 fileio             ops
 parallel           config ops
-weights            config dtypes fileio ops parallel progress
+weights            config config_keys dtypes fileio ops parallel progress
 plan               config dtypes weights
 cache              config dtypes fileio ops
 attention          cache config ops

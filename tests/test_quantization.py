@@ -101,6 +101,23 @@ def test_prefixes_are_named_by_how_weights_are_kept(load: Callable[..., Any], tm
         assert (max(found) > 0) == (number == 1), kind
 
 
+@each_kind
+def test_a_converted_checkpoint_is_what_rounding_at_load_gives(
+    load: Callable[..., Any], needle_checkpoint: Path, texts: list[np.ndarray], tmp_path: Path, kind: str
+) -> None:
+    """Without an option, and refused with another one."""
+    command = ["convert", str(needle_checkpoint), str(tmp_path / "model"), "--format", "huggingface"]
+    assert main([*command, "--quantization", kind]) == 0
+    stored = AutoModelForCausalLM.from_pretrained(str(tmp_path / "model"))
+    assert stored.model.quantization == kind
+    ids = texts[0][:300]
+    np.testing.assert_array_equal(stored.engine.logits(ids), load(quantization=kind).engine.logits(ids))
+    other = {"int8": "fp8", "fp8": "int8"}[kind]
+    with pytest.raises(ValueError, match=rf"holds weights in {kind}, got quantization={other!r}"):
+        LLM(tmp_path / "model", quantization=other)
+    assert main(["check", str(tmp_path / "model")]) == 0
+
+
 @pytest.mark.parametrize("value", ["awq", "gptq", "compressed-tensors", "bitsandbytes", "fp4", 8])
 def test_other_formats_are_refused_by_name(needle_checkpoint: Path, value: Any) -> None:
     with pytest.raises(ValueError, match=rf"quantization must be fp8 or int8, got {value!r}.*others quantised"):

@@ -180,8 +180,7 @@ class StepBuilder:
         pages = [list(rows.pages[: -(-rows.end // cache.page_size)]) for rows in batch]
         wanted = np.asarray(logit_rows, np.int64)
         computed = max(len(wanted), min(len(where), ops.FEW_ROWS + 1))
-        parts = ((number, piece.around(wanted)) for number, piece in dense)
-        last_dense = [(number, part) for number, part in parts if part is not None]
+        last_dense = [(number, part) for number, piece in dense if (part := piece.around(wanted)) is not None]
         return Step(
             ids=ops.tensor(np.concatenate([rows.ids for rows in batch])),
             slots=ops.tensor(np.concatenate(slots)),
@@ -193,7 +192,7 @@ class StepBuilder:
             dense_pieces=list(self._dense_pieces(dense, pages, cache, row_blocks)),
             sparse_pieces=sparse,
             last_dense_pieces=list(self._dense_pieces(last_dense, pages, cache, row_blocks)),
-            last_sparse_pieces=[part for part in (piece.around(wanted) for piece in sparse) if part is not None],
+            last_sparse_pieces=[own for whole in sparse if (own := whole.around(wanted)) is not None],
         )
 
     def decode(self, ids: paddle.Tensor, lengths: paddle.Tensor, block_tables: paddle.Tensor, page_size: int) -> Step:

@@ -238,8 +238,8 @@ class Engine:
         return self.runner.is_sparse(prompt_length)
 
     def observe(self, observer: Observer | None) -> None:
-        """From now on `observer` is called with (layer, piece, index) for every sparse piece of a prefill, in the last
-        layer only for those in which logits are wanted.
+        """From now on `observer` is called with (layer, piece, index) for every piece that is prefilled sparsely; in
+        the last layer only for those in which logits are wanted.
         """
         self.runner.observe(observer)
 

@@ -10,7 +10,11 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+
 from paddle_qwen1m.dtypes import FP8, INT8
+
+from .safetensors import Array
 
 if TYPE_CHECKING:
     from paddle_qwen1m.config import ModelConfig
@@ -35,6 +39,13 @@ class Blocks(NamedTuple):
 
 FILE_BLOCKS = {FP8: Blocks(LARGEST_BLOCK, LARGEST_BLOCK), INT8: Blocks(1, LARGEST_BLOCK)}
 """Of each published tensor in files; the last ones may stand out."""
+
+
+LOSSES = {
+    FP8: "each weight within 1/16 of itself, or where that is less within 1/450,000 of the largest of its 128 x 128",
+    INT8: "each weight within 1/254 of the largest of its 128",
+}
+"""What rounding takes, which the way back does not return."""
 
 
 def is_linear(name: str) -> bool:
@@ -66,3 +77,28 @@ def linears(local: ModelConfig) -> Mapping[str, tuple[tuple[int, ...], tuple[int
         "gate_up_weight": (2 * inner, hidden),
         "down_weight": (hidden, inner),
     }
+
+
+def numbers_of(kind: str) -> Array:
+    """What each of the 256 bytes stands for, float32; of FP8 without the two that are no numbers."""
+    numbers = np.arange(256, dtype=np.uint8)
+    if kind == INT8:
+        return numbers.view(np.int8).astype(np.float32)
+    halves = ((numbers & 0x80).astype(np.uint16) << 8) | ((numbers & 0x7F).astype(np.uint16) << 7)
+    return halves.view(np.float16).astype(np.float32) * np.float32(256)  # one bit more of exponent
+
+
+def widen(kind: str, numbers: Array, scales: Array, first_row: int, blocks: Blocks) -> Array:
+    """What rows of a file's numbers, uint8 [n, K], stand for, float32: by the scales of the rows of blocks from that on
+    in which the first one lies. first_row: in that row of blocks.
+    """
+    width = numbers.shape[1]
+    each = scales_of(scales, blocks, first_row + np.arange(len(numbers)), np.arange(0, width, blocks.columns))
+    wide: Array = numbers_of(kind)[numbers] * np.repeat(each, blocks.columns, axis=1)[:, :width]
+    return wide
+
+
+def scales_of(stored: Array, blocks: Blocks, rows: Array, columns: Array) -> Array:
+    """The scales float32 [rows, columns] of values that lie at these rows and columns of what `stored` is of."""
+    found: Array = stored[np.ix_(rows // blocks.rows, columns // blocks.columns)]
+    return found

@@ -25,7 +25,7 @@ from paddle_qwen1m.parallel.split import COLUMNS, ROWS, Part
 
 from .bar import LoadingBar
 from .checkpoint import Checkpoint, check_fit
-from .eight_bit import FILE_BLOCKS, FILE_DTYPES, SCALES, Blocks
+from .eight_bit import FILE_BLOCKS, FILE_DTYPES, SCALES, Blocks, scales_of
 from .safetensors import BYTES, DTYPE_BYTES, READ, Array, CheckpointError, TensorInfo, read_rows
 from .tensors import EMBEDDING, HEAD
 from .window import read_matrix
@@ -218,9 +218,9 @@ class _Unit:
         stored = np.empty((last - first, info.shape[1]), np.float32)
         read_rows(open_file(info.file), f"{self.name}{SCALES}", info, stored.reshape(-1), "F32", (first, last))
         own, ranges = self.slot.blocks, self.columns or [(0, self.slot.held_shape[1])]
-        rows = np.arange(self.rows[0], self.rows[1], own.rows) // blocks.rows - first
-        columns = np.concatenate([np.arange(begin, end, own.columns) for begin, end in ranges]) // blocks.columns
-        scales[:] = stored[np.ix_(rows, columns)]
+        rows = np.arange(self.rows[0], self.rows[1], own.rows) - first * blocks.rows
+        columns = np.concatenate([np.arange(begin, end, own.columns) for begin, end in ranges])
+        scales[:] = scales_of(stored, blocks, rows, columns)
 
 
 def load_checkpoint(

@@ -234,7 +234,7 @@ def read_rows(
             rows_of_bytes = source.view(np.uint8).reshape(-1, run * source_type.itemsize)
             _read_runs(file, rows_of_bytes, position + start // run * pitch, pitch, where)
         if info.dtype != dtype:
-            _convert(source, info.dtype, target, dtype, where)
+            cast(source, info.dtype, target, dtype, where)
         if on_bytes is not None:
             on_bytes(source.nbytes)
 
@@ -271,7 +271,10 @@ def _ended(where: str, position: int) -> CheckpointError:
     return CheckpointError(f"{where}: the file ended at byte {position} while it was read; download it again")
 
 
-def _convert(source: Array, source_dtype: str, target: Array, target_dtype: str, where: str) -> None:
+def cast(source: Array, source_dtype: str, target: Array, target_dtype: str, where: str) -> None:
+    """Fills `target` with values of another type, rounded to nearest even. CheckpointError, which begins with `where`,
+    for one beyond float16.
+    """
     wide = _widen(source) if source_dtype == "BF16" else source
     if target_dtype == "BF16":
         target[:] = _bfloat16_bits(wide.astype(np.float32, copy=False))
