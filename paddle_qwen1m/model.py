@@ -16,6 +16,7 @@ from paddle_qwen1m.attention.step import Step
 from paddle_qwen1m.cache import LayerCache
 from paddle_qwen1m.config import ModelConfig
 from paddle_qwen1m.parallel.group import ALONE, Group
+from paddle_qwen1m.parallel.lanes import Lanes
 from paddle_qwen1m.parallel.placement import Placement
 from paddle_qwen1m.parallel.split import local_config
 from paddle_qwen1m.weights import Slot
@@ -61,7 +62,6 @@ class DecoderLayer(nn.Layer):
         super().__init__()
         self.config = config
         self.local = local = local_config(config, group.degree)
-        self.group = group
         self.number = number
         hidden, inner = local.hidden_size, local.intermediate_size
         self.register_buffer("input_norm", weight([hidden], dtype))
@@ -75,15 +75,22 @@ class DecoderLayer(nn.Layer):
     def attention(
         self, hidden: paddle.Tensor, step: Step, cache: LayerCache, selector: Selector | None
     ) -> Generator[None, None, paddle.Tensor]:
+        """What the rank's heads make of rows [T, N]: [T, H D], which `output` projects."""
         projected = Projected(ops.linear(hidden, self.qkv_weight), self.qkv_bias)
         q = ops.rotate_and_cache(*projected, step.rotary, step.slots, cache.keys, cache.values, cache.quantised)
         out = yield from attend(q, projected, cache, step, selector)
-        return self.group.all_reduce(ops.linear(out.reshape([hidden.shape[0], -1]), self.output_weight))
+        return out.reshape([hidden.shape[0], -1])
 
-    def mlp(self, hidden: paddle.Tensor) -> paddle.Tensor:
-        return self.group.all_reduce(
-            ops.linear(ops.silu_mul(ops.linear(hidden, self.gate_up_weight)), self.down_weight)
-        )
+    def output(self, heads: paddle.Tensor) -> paddle.Tensor:
+        """The rank's part of the attention's output [T, N]."""
+        return ops.linear(heads, self.output_weight)
+
+    def gate_up(self, hidden: paddle.Tensor) -> paddle.Tensor:
+        return ops.linear(hidden, self.gate_up_weight)
+
+    def down(self, inner: paddle.Tensor) -> paddle.Tensor:
+        """The rank's part of the MLP's output [T, N]."""
+        return ops.linear(inner, self.down_weight)
 
 
 class Qwen2OneM(nn.Layer):
@@ -120,26 +127,28 @@ class Qwen2OneM(nn.Layer):
 
         Returns what `logits` takes for the rows [n, hidden] whose logits the step wants, None without any.
         """
-        eps, vocabulary, group = self.config.rms_norm_eps, self.config.vocab_size, self.group
-        first = group.rank * self.local.vocab_size
-        residual = group.all_reduce(ops.embedding(step.ids, self.embedding, first=first, vocabulary=vocabulary))
-        normed = ops.rms_norm(residual, self.layers[0].input_norm, eps)
+        lanes = Lanes(self.group, step.ids.shape[0], self.config.rms_norm_eps, split=step.lengths is None)
+        lanes.add(step.ids, [self._embed], self.layers[0].input_norm)
+        normed = lanes.all_rows()
         for number, layer in enumerate(self.layers):
             selector = selectors[number] if selectors else None
             following = self.layers[number + 1].input_norm if number + 1 < len(self.layers) else self.norm
-            # What is added has no name: its memory is free again while the next is computed.
-            normed = ops.add_rms_norm(
-                (yield from layer.attention(normed, step, caches[number], selector)),
-                residual,
-                layer.post_attention_norm,
-                eps,
-            )
-            normed = ops.add_rms_norm(layer.mlp(normed), residual, following, eps)
-            group.mark(normed)
+            heads = yield from layer.attention(normed, step, caches[number], selector)
+            del normed  # the memory of what is not needed is free again while the next is computed
+            lanes.add(heads, [layer.output], layer.post_attention_norm)
+            del heads
+            lanes.add(None, [layer.gate_up, ops.silu_mul, layer.down], following)
+            normed = lanes.all_rows()
+            self.group.mark(normed)
             yield
         if step.lengths is not None:
             return normed
         return None if step.logit_rows is None else ops.gather_rows(normed, step.logit_rows)
+
+    def _embed(self, ids: paddle.Tensor) -> paddle.Tensor:
+        """The rank's part of the residual stream before the first layer."""
+        first, vocabulary = self.group.rank * self.local.vocab_size, self.config.vocab_size
+        return ops.embedding(ids, self.embedding, first=first, vocabulary=vocabulary)
 
     def logits(self, rows: paddle.Tensor) -> paddle.Tensor:
         """Logits float32 [n, vocab] of rows [n, hidden] that a forward pass gave."""

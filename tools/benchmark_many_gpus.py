@@ -27,12 +27,13 @@ import paddle
 from paddle_qwen1m.config import published_budgets
 from paddle_qwen1m.engine.admission import Allowance, Need, longest_fitting
 from paddle_qwen1m.options import GPU_BATCHED_TOKENS, EngineOptions
+from paddle_qwen1m.parallel.group import MOST_LANES
 from paddle_qwen1m.parallel.split import degrees
 from paddle_qwen1m.planning import PUBLISHED
 
 TOOLS = Path(__file__).resolve().parent
 NEEDLE = TOOLS.parent / "checkpoints" / "needle"
-NOT_SHARED = ("add_rms_norm", "rms_norm", "embedding", "gather_rows")
+NOT_SHARED = ("embedding", "gather_rows")
 """Ops that every rank does for all rows and the whole width."""
 NEW_TOKENS = 64
 DOCUMENTS = (2_000, 16_000, 60_000)
@@ -98,17 +99,19 @@ def run_model(model: str, degree: int, tokens: int, out: Path) -> Run | None:
 
 def predicted(base: Run, degree: int, measured: Run, layers: int, chunks: float) -> tuple[float, float]:
     """First token in seconds and decode in milliseconds of `degree` ranks from the base's, with the collectives that
-    were measured there and the imbalance that the placement has."""
+    were measured there, of a prefill those of one of its lanes, which lie beside nothing, and the imbalance that the
+    placement has."""
     share = base.degree / degree
     of_all = sum(base.op(name) for name in NOT_SHARED)
     attention = base.op("dca_sparse_prefill")
     collectives = {rows: 2 * layers * 1e-3 * float(ms) for rows, ms in measured.ranks[0]["all_reduce_ms"].items()}
     before = {rows: 2 * layers * 1e-3 * float(ms) for rows, ms in base.ranks[0]["all_reduce_ms"].items()}
     one, chunk = sorted(collectives, key=int)
-    shared = base["first_token_s"] - of_all - attention - chunks * before[chunk]
+    bare = chunks / MOST_LANES
+    shared = base["first_token_s"] - of_all - attention - bare * before[chunk]
     first = shared * share + attention * share * measured.imbalance() / base.imbalance() + of_all
     step = (base["decode_ms"] - 1e3 * before[one]) * share + 1e3 * collectives[one]
-    return first + chunks * collectives[chunk], step
+    return first + bare * collectives[chunk], step
 
 
 def measure_models(models: list[str], lengths: list[int], ranks: list[int], memory: int, out: Path) -> None:

@@ -188,7 +188,7 @@ def test_a_chunk_that_fails_is_gone(
     runner, _ = make(model)
     runner.run(Prefill((rows(prompt, range(10)),)))
     with monkeypatch.context() as patched:
-        patched.setattr(type(model.layers[0]), "mlp", lambda *_: 1 // 0)
+        patched.setattr(type(model.layers[0]), "down", lambda *_: 1 // 0)
         with pytest.raises(ZeroDivisionError):
             runner.run(Advance())
     assert not runner.in_flight
