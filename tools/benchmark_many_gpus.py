@@ -30,6 +30,8 @@ from paddle_qwen1m.options import GPU_BATCHED_TOKENS, EngineOptions
 from paddle_qwen1m.parallel.group import MOST_LANES
 from paddle_qwen1m.parallel.split import degrees
 from paddle_qwen1m.planning import PUBLISHED
+from paddle_qwen1m.weights.convert import convert
+from paddle_qwen1m.weights.source import HUGGINGFACE, PADDLENLP, TENSOR_PARALLEL
 
 TOOLS = Path(__file__).resolve().parent
 NEEDLE = TOOLS.parent / "checkpoints" / "needle"
@@ -142,25 +144,43 @@ def measure_models(models: list[str], lengths: list[int], ranks: list[int], memo
 
 
 def compare_answers(degree: int) -> bool:
-    """Whether so many ranks choose the needle checkpoint's tokens that one does; documents dense and sparse."""
-    told = {}
-    for ranks in (1, degree):
-        command = [sys.executable, "-W", "ignore", __file__, "--answer-with", str(ranks)]
+    """Whether so many ranks choose the needle checkpoint's tokens that one does, from each form of its weights, of
+    documents dense and sparse.
+    """
+
+    def asked(ranks: int, checkpoint: Path) -> list[list[int]]:
+        command = [sys.executable, "-W", "ignore", __file__, "--answer-with", str(ranks), str(checkpoint)]
         said = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-        told[ranks] = json.loads(said.splitlines()[-1])
-    equal = told[1] == told[degree]
-    print(f"needle checkpoint, {DOCUMENTS} tokens, dense and sparse: {degree} ranks choose those of one: {equal}")
-    return equal
+        return list(json.loads(said.splitlines()[-1]))
+
+    expected = asked(1, NEEDLE)
+    good = True
+    with tempfile.TemporaryDirectory() as folder:
+        forms = {
+            HUGGINGFACE: NEEDLE,
+            PADDLENLP: Path(folder) / PADDLENLP,
+            TENSOR_PARALLEL: Path(folder) / TENSOR_PARALLEL,
+        }
+        convert(NEEDLE, forms[PADDLENLP], PADDLENLP, progress=False)
+        convert(NEEDLE, forms[TENSOR_PARALLEL], TENSOR_PARALLEL, degree=degree, progress=False)
+        for form, checkpoint in forms.items():
+            equal = asked(degree, checkpoint) == expected
+            print(
+                f"needle checkpoint, {form}, {DOCUMENTS} tokens, dense and sparse: {degree} ranks choose those of one: "
+                f"{equal}", flush=True,
+            )  # fmt: skip
+            good &= equal
+    return good
 
 
-def answer(ranks: int) -> list[list[int]]:
-    """Tokens that the needle checkpoint chooses behind documents of random tokens."""
+def answer(ranks: int, checkpoint: str) -> list[list[int]]:
+    """Tokens that a checkpoint chooses behind documents of random tokens."""
     from paddle_qwen1m import LLM, SamplingParams
 
     answers = []
     for threshold in (4096, 1 << 20):
         options: dict[str, Any] = {"tensor_parallel_size": ranks, "sparse_threshold": threshold}
-        with LLM(str(NEEDLE), max_model_len=65536, **options) as llm:
+        with LLM(checkpoint, max_model_len=65536, **options) as llm:
             vocabulary = len(llm.get_tokenizer())
             prompts = [np.random.default_rng(size).integers(0, vocabulary, size).tolist() for size in DOCUMENTS]
             greedy = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
@@ -185,10 +205,11 @@ def main() -> int:
     parser.add_argument("--ranks", nargs="+", type=int, help="(default: 1, 2, 4, 8 as far as there are GPUs)")
     parser.add_argument("--only", nargs="+", choices=("model", "answers", "failures"))
     parser.add_argument("--out", type=Path, help="where logs and numbers go (default: a folder under /tmp)")
-    parser.add_argument("--answer-with", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--answer-with", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.answer_with:
-        print(json.dumps(answer(arguments.answer_with)))
+        number, checkpoint = arguments.answer_with
+        print(json.dumps(answer(int(number), checkpoint)))
         return 0
     cards = paddle.device.cuda.device_count()
     if not cards:
