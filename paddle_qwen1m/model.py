@@ -18,6 +18,7 @@ from paddle_qwen1m.cache import LayerCache
 from paddle_qwen1m.config import ModelConfig
 from paddle_qwen1m.dtypes import itemsize
 from paddle_qwen1m.parallel.group import ALONE, Group
+from paddle_qwen1m.parallel.lanes import Lanes
 from paddle_qwen1m.parallel.placement import Placement
 from paddle_qwen1m.parallel.split import local_config
 from paddle_qwen1m.weights import Slot
@@ -74,7 +75,6 @@ class DecoderLayer(nn.Layer):
         super().__init__()
         self.config = config
         self.local = local = local_config(config, group.degree)
-        self.group = group
         self.number = number
         self.quantization = quantization
         self.register_buffer("input_norm", weight([local.hidden_size], dtype))
@@ -116,19 +116,27 @@ class DecoderLayer(nn.Layer):
         selector: Selector | None,
         rows: paddle.Tensor | None = None,
     ) -> Generator[None, None, paddle.Tensor]:
-        """What attention adds to `rows` int64 [n] of the step, by default to all: [n, hidden]."""
+        """What the rank's heads make of `rows` int64 [n] of the step, by default of all: [n, H D], which `output`
+        projects.
+        """
         q, projected = self.project(hidden, step, cache)
-        out = (yield from attend(q, projected, cache, step, selector)).reshape([hidden.shape[0], -1])
-        if rows is not None:
-            out = ops.gather_rows(out, rows)
-        return self.group.all_reduce(self.linear(out, "output_weight"))
+        heads = (yield from attend(q, projected, cache, step, selector)).reshape([hidden.shape[0], -1])
+        return heads if rows is None else ops.gather_rows(heads, rows)
 
-    def mlp(self, hidden: paddle.Tensor) -> paddle.Tensor:
-        return self.group.all_reduce(self.linear(ops.silu_mul(self.linear(hidden, "gate_up_weight")), "down_weight"))
+    def output(self, heads: paddle.Tensor) -> paddle.Tensor:
+        """The rank's part of the attention's output [T, N]."""
+        return self.linear(heads, "output_weight")
+
+    def gate_up(self, hidden: paddle.Tensor) -> paddle.Tensor:
+        return self.linear(hidden, "gate_up_weight")
+
+    def down(self, inner: paddle.Tensor) -> paddle.Tensor:
+        """The rank's part of the MLP's output [T, N]."""
+        return self.linear(inner, "down_weight")
 
 
 AttentionObserver = Callable[[DecoderLayer, paddle.Tensor, paddle.Tensor], None]
-"""Called with (layer, what its attention got, what it gave), activations [T, hidden] both."""
+"""Called with (layer, what its attention got, activations [T, hidden], what the rank's heads made of it, [T, H D])."""
 
 
 class Qwen2OneM(nn.Layer):
@@ -181,33 +189,37 @@ class Qwen2OneM(nn.Layer):
         prefill's last layer the other rows only have their keys and values cached.
         """
         assert observe is None or step.logit_rows is None
-        eps, vocabulary, group = self.config.rms_norm_eps, self.config.vocab_size, self.group
-        first = group.rank * self.local.vocab_size
-        residual = group.all_reduce(ops.embedding(step.ids, self.embedding, first=first, vocabulary=vocabulary))
-        normed = ops.rms_norm(residual, self.layers[0].input_norm, eps)
+        lanes = Lanes(self.group, step.ids.shape[0], self.config.rms_norm_eps, split=step.lengths is None)
+        lanes.add(step.ids, [self._embed], self.layers[0].input_norm)
+        normed = lanes.all_rows()
         for number, layer in enumerate(self.layers):
             selector, rows = selectors[number] if selectors else None, None
             if step.lengths is None and observe is None and number + 1 == len(self.layers):
                 if step.logit_rows is None:
-                    group.mark(layer.project(normed, step, caches[number])[0])
+                    self.group.mark(layer.project(normed, step, caches[number])[0])
                     yield
                     return None
                 step, rows = step.of_last_layer(), step.logit_rows
-                residual = ops.gather_rows(residual, rows)
+                lanes = lanes.of_rows(rows)
             following = self.layers[number + 1].input_norm if number + 1 < len(self.layers) else self.norm
-            # What is added has no name: its memory is free again while the next is computed.
-            normed = ops.add_rms_norm(
-                (yield from _observed(layer, normed, step, caches[number], selector, rows, observe)),
-                residual,
-                layer.post_attention_norm,
-                eps,
-            )
-            normed = ops.add_rms_norm(layer.mlp(normed), residual, following, eps)
-            group.mark(normed)
+            heads = yield from layer.attention(normed, step, caches[number], selector, rows)
+            if observe is not None:
+                observe(layer, normed, heads)
+            del normed  # the memory of what is not needed is free again while the next is computed
+            lanes.add(heads, [layer.output], layer.post_attention_norm)
+            del heads
+            lanes.add(None, [layer.gate_up, ops.silu_mul, layer.down], following)
+            normed = lanes.all_rows()
+            self.group.mark(normed)
             yield
         if step.lengths is not None:
             return normed
         return None if step.logit_rows is None else normed[: step.num_logits]
+
+    def _embed(self, ids: paddle.Tensor) -> paddle.Tensor:
+        """The rank's part of the residual stream before the first layer."""
+        first, vocabulary = self.group.rank * self.local.vocab_size, self.config.vocab_size
+        return ops.embedding(ids, self.embedding, first=first, vocabulary=vocabulary)
 
     def logits(self, rows: paddle.Tensor) -> paddle.Tensor:
         """Logits float32 [n, vocab] of rows [n, hidden] that a forward pass gave."""
@@ -232,18 +244,3 @@ class Qwen2OneM(nn.Layer):
             taken[tensor.parameter] += slot.held_shape[0]
             slots[tensor.name] = slot
         return slots
-
-
-def _observed(
-    layer: DecoderLayer,
-    normed: paddle.Tensor,
-    step: Step,
-    cache: LayerCache,
-    selector: Selector | None,
-    rows: paddle.Tensor | None,
-    observe: AttentionObserver | None,
-) -> Generator[None, None, paddle.Tensor]:
-    out = yield from layer.attention(normed, step, cache, selector, rows)
-    if observe is not None:
-        observe(layer, normed, out)
-    return out

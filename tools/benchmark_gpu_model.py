@@ -142,7 +142,9 @@ class OpTimes:
     @contextmanager
     def watch(self) -> Iterator[None]:
         names = [name for name in ops.__all__ if name[0].islower() and name not in ("gpu_obstacle", "load", "on_gpu")]
-        timed_calls = [(ops, name) for name in names] + [(ProcessGroup, "all_reduce")]
+        timed_calls = [(ops, name) for name in names] + [
+            (ProcessGroup, name) for name in ("all_reduce", "reduce_scatter", "all_gather")
+        ]
         originals = {call: getattr(*call) for call in timed_calls}
 
         def timed(owner: Any, name: str) -> Any:

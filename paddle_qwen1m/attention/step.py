@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Callable
 
 import numpy as np
 import paddle
@@ -149,9 +150,14 @@ def _host(group: np.ndarray) -> paddle.Tensor:
 
 
 class StepBuilder:
-    """Makes steps for one model: knows its rotary frequencies and attention scale."""
+    """Makes steps for one model: knows its rotary frequencies and attention scale.
 
-    def __init__(self, config: ModelConfig) -> None:
+    padded: how many rows a prefill of so many gets; those behind the sequences' are cached nowhere, attend to nothing
+    and hold whatever was in memory.
+    """
+
+    def __init__(self, config: ModelConfig, padded: Callable[[int], int] = lambda rows: rows) -> None:
+        self._padded = padded
         self._dual_chunk = config.dual_chunk
         self._head_dim = config.head_dim
         self._inv_freq = ops.tensor(positions.inv_freq(config))
@@ -173,16 +179,18 @@ class StepBuilder:
                 else:
                     dense.append((number, piece))
             row += len(rows.ids)
-        where = np.concatenate([np.arange(rows.begin, rows.end) for rows in batch])
+        spare = np.zeros(self._padded(row) - row, np.int64)
+        ids = np.concatenate([*(rows.ids for rows in batch), spare])
+        where = np.concatenate([*(np.arange(rows.begin, rows.end) for rows in batch), spare])
         variants = positions.num_variants(int(where.max()) + 1, self._dual_chunk.chunk_len)
         rotary_positions = positions.query_positions(where, self._dual_chunk, variants)
-        slots = [cache.slots(rows.pages, rows.begin, rows.end) for rows in batch]
+        slots = [*(cache.slots(rows.pages, rows.begin, rows.end) for rows in batch), spare - 1]
         pages = [list(rows.pages[: -(-rows.end // cache.page_size)]) for rows in batch]
         wanted = np.asarray(logit_rows, np.int64)
         computed = max(len(wanted), min(len(where), ops.FEW_ROWS + 1))
         last_dense = [(number, part) for number, piece in dense if (part := piece.around(wanted)) is not None]
         return Step(
-            ids=ops.tensor(np.concatenate([rows.ids for rows in batch])),
+            ids=ops.tensor(ids),
             slots=ops.tensor(np.concatenate(slots)),
             rotary=ops.rotary_table(ops.tensor(rotary_positions), self._inv_freq),
             block_tables=page_tables(pages),

@@ -58,7 +58,7 @@ class Runner:
         self._store = store
         self._transfers: Transfers | None = None
         self._threshold, self._replay = sparse_threshold, replay
-        self._builder = StepBuilder(model.config)
+        self._builder = StepBuilder(model.config, model.group.padded)
         self._selectors = None if budgets is None else selectors(model, budgets)
         self._cache: PagedCache | None = None
         self._slots: DecodeSlots | None = None

@@ -154,17 +154,17 @@ def test_the_last_layer_ends_early(
     expected = np.concatenate([head(whole, row, 1) for row in wanted]) if wanted else None
 
     computed, attended = list[int](), list[int]()
-    mlp, attend = DecoderLayer.mlp, (ops.dca_prefill, ops.dca_sparse_prefill)
+    down, attend = DecoderLayer.down, (ops.dca_prefill, ops.dca_sparse_prefill)
 
-    def note_mlp(layer: DecoderLayer, hidden: paddle.Tensor) -> paddle.Tensor:
-        computed.append(len(hidden))
-        return mlp(layer, hidden)
+    def note_down(layer: DecoderLayer, inner: paddle.Tensor) -> paddle.Tensor:
+        computed.append(len(inner))
+        return down(layer, inner)
 
     def note_attend(which: int, *arguments: Any, **options: Any) -> None:
         attended.append(len(computed))
         attend[which](*arguments, **options)
 
-    monkeypatch.setattr(DecoderLayer, "mlp", note_mlp)
+    monkeypatch.setattr(DecoderLayer, "down", note_down)
     monkeypatch.setattr(ops, "dca_prefill", partial(note_attend, 0))
     monkeypatch.setattr(ops, "dca_sparse_prefill", partial(note_attend, 1))
     runner, cache = make(model)
@@ -233,7 +233,7 @@ def test_a_chunk_that_fails_is_gone(
     runner, _ = make(model)
     runner.run(Prefill((rows(prompt, range(10)),)))
     with monkeypatch.context() as patched:
-        patched.setattr(type(model.layers[0]), "mlp", lambda *_: 1 // 0)
+        patched.setattr(type(model.layers[0]), "down", lambda *_: 1 // 0)
         with pytest.raises(ZeroDivisionError):
             runner.run(Advance())
     assert not runner.in_flight

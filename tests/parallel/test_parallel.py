@@ -33,6 +33,8 @@ RANDOM: dict[str, dict[str, Any]] = {
         "dual_chunk_attention_config": DUAL_CHUNK,
     },
 }  # fmt: skip
+ROWS = [1, 2, 3, 129, 131, 255, 301]
+"""Of prompts, in lanes from 128 on, sparse from 257."""
 NAMES = ["needle", *RANDOM]
 MODES = ["dense", "sparse"]
 
@@ -61,6 +63,10 @@ def loads(checkpoints: dict[str, Path], length: int, names: list[str]) -> list[d
                 {"name": "logits", "tokens": length, "positions": positions},
                 {"name": "greedy", "tokens": length, "new_tokens": 24, "params": {"temperature": 0.0}},
                 {"name": "sampled", "tokens": length, "new_tokens": 24, "params": parallel_cases.SAMPLED},
+                *(
+                    {"name": f"{rows} rows", "tokens": rows, "new_tokens": 2, "params": {"temperature": 0.0}}
+                    for rows in (ROWS if name == "eight" and length == SHORT else ())
+                ),
             ],
         }
         for name in names
@@ -180,6 +186,18 @@ def test_ranks_give_what_one_gives(
 ) -> None:
     """Logits within 1e-5 of the largest, the same tokens greedy and sampled, on every rank, 300 tokens."""
     check(spread, alone, f"{name}-{mode}")
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("rows", ROWS)
+def test_any_number_of_rows_gives_what_one_rank_gives(
+    spread: list[parallel_cases.Results], alone: parallel_cases.Results, rows: int, mode: str
+) -> None:
+    """Whether ranks and lanes divide them or not."""
+    for results in spread:
+        key = f"eight-{mode}/{rows} rows"
+        np.testing.assert_array_equal(results[f"{key}/tokens"], alone[f"{key}/tokens"])
+        np.testing.assert_allclose(results[f"{key}/logprobs"], alone[f"{key}/logprobs"], rtol=0, atol=2e-4)
 
 
 @pytest.mark.parametrize("name", NAMES)
