@@ -27,7 +27,11 @@ SAFETENSORS = {dtype.name: dtype.safetensors for dtype in TABLE}
 STORAGE = {dtype.safetensors: dtype.storage for dtype in TABLE}
 """numpy's type of a spelling in a safetensors header."""
 INT8 = "int8"
-"""Of keys and values alone, with scales beside them."""
+"""Of keys and values, and of weights, with scales beside them."""
+FP8 = "fp8"
+"""E4M3: 4 bits of exponent, 3 of mantissa; of weights alone, with scales beside them."""
+QUANTIZATIONS = (FP8, INT8)
+"""How weights are kept in 8 bits."""
 CACHE_DTYPES = (*DTYPES, INT8)
 _SIZES = {dtype.name: dtype.storage.itemsize for dtype in TABLE}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Generator, Sequence
+from typing import Callable
 
 import numpy as np
 import paddle
@@ -15,11 +16,13 @@ from paddle_qwen1m.attention.selector import Projected, Selector
 from paddle_qwen1m.attention.step import Step
 from paddle_qwen1m.cache import LayerCache
 from paddle_qwen1m.config import ModelConfig
+from paddle_qwen1m.dtypes import itemsize
 from paddle_qwen1m.parallel.group import ALONE, Group
-from paddle_qwen1m.parallel.lanes import Lanes
+from paddle_qwen1m.parallel.lanes import Lanes, Product
 from paddle_qwen1m.parallel.placement import Placement
 from paddle_qwen1m.parallel.split import local_config
 from paddle_qwen1m.weights import Slot
+from paddle_qwen1m.weights.eight_bit import SCALES, choose_blocks, linears
 from paddle_qwen1m.weights.tensors import published_tensors
 
 
@@ -55,52 +58,101 @@ def device_dtypes(dtype: str) -> tuple[str, str]:
     return kept, kept
 
 
-class DecoderLayer(nn.Layer):
-    """Pre-norm attention and SwiGLU of a rank's share. The projections of q, k, v and of gate, up are a weight each."""
+def unrounded_dtype(model: Qwen2OneM) -> str:
+    """Of keys and values that an int8 cache does not round: the type of the weights, where that has 16 bits."""
+    return model.dtype if itemsize(model.dtype) == 2 else "bfloat16"
 
-    def __init__(self, config: ModelConfig, number: int, dtype: str, group: Group) -> None:
+
+class DecoderLayer(nn.Layer):
+    """Pre-norm attention and SwiGLU of a rank's share. The projections of q, k, v and of gate, up are a weight each.
+
+    quantization: how the weights of its four linears are kept, fp8 or int8; None: as `dtype`, like the rest.
+    """
+
+    def __init__(
+        self, config: ModelConfig, number: int, dtype: str, group: Group, quantization: str | None = None
+    ) -> None:
         super().__init__()
         self.config = config
         self.local = local = local_config(config, group.degree)
         self.number = number
-        hidden, inner = local.hidden_size, local.intermediate_size
-        self.register_buffer("input_norm", weight([hidden], dtype))
-        self.register_buffer("qkv_weight", weight([local.qkv_width, hidden], dtype))
+        self.quantization = quantization
+        self.register_buffer("input_norm", weight([local.hidden_size], dtype))
+        self._register_linear("qkv_weight", dtype)
         self.register_buffer("qkv_bias", weight([local.qkv_width], dtype))
-        self.register_buffer("output_weight", weight([hidden, local.num_heads * local.head_dim], dtype))
-        self.register_buffer("post_attention_norm", weight([hidden], dtype))
-        self.register_buffer("gate_up_weight", weight([2 * inner, hidden], dtype))
-        self.register_buffer("down_weight", weight([hidden, inner], dtype))
+        self._register_linear("output_weight", dtype)
+        self.register_buffer("post_attention_norm", weight([local.hidden_size], dtype))
+        self._register_linear("gate_up_weight", dtype)
+        self._register_linear("down_weight", dtype)
+
+    def _register_linear(self, name: str, dtype: str) -> None:
+        heights, widths = linears(self.local)[name]
+        shape = [sum(heights), sum(widths)]
+        if self.quantization is None:
+            self.register_buffer(name, weight(shape, dtype))
+            return
+        blocks = choose_blocks(self.quantization, heights, widths)
+        self.register_buffer(name, weight(shape, "uint8"))
+        self.register_buffer(f"{name}{SCALES}", weight([*blocks.grid((shape[0], shape[1]))], "float32"))
+
+    def linear(self, x: paddle.Tensor, name: str) -> paddle.Tensor:
+        """x [T, K] times the transpose of the weight of that name [N, K]: activations [T, N]."""
+        return ops.linear(x, self._held(name))
+
+    def product(self, name: str, times: int) -> Product:
+        """`linear` by the weight of that name, for so many calls. What is widened for several is widened once."""
+        held = self._held(name)
+        if times > 1 and isinstance(held, ops.Weight8):
+            held = ops.WidenedOnce(*held)
+        return lambda x: ops.linear(x, held)
+
+    def _held(self, name: str) -> paddle.Tensor | ops.Weight8:
+        held = getattr(self, name)
+        if self.quantization is not None:
+            held = ops.Weight8(held, getattr(self, f"{name}{SCALES}"), self.quantization)
+        return held
+
+    def project(self, hidden: paddle.Tensor, step: Step, cache: LayerCache) -> tuple[paddle.Tensor, Projected]:
+        """Queries [V, T, H, D], rotated, and what they are of. Keys and values go to the cache."""
+        projected = Projected(self.linear(hidden, "qkv_weight"), self.qkv_bias)
+        q = ops.rotate_and_cache(*projected, step.rotary, step.slots, cache.keys, cache.values, cache.quantised)
+        return q, projected
 
     def attention(
-        self, hidden: paddle.Tensor, step: Step, cache: LayerCache, selector: Selector | None
+        self,
+        hidden: paddle.Tensor,
+        step: Step,
+        cache: LayerCache,
+        selector: Selector | None,
+        rows: paddle.Tensor | None = None,
     ) -> Generator[None, None, paddle.Tensor]:
-        """What the rank's heads make of rows [T, N]: [T, H D], which `output` projects."""
-        projected = Projected(ops.linear(hidden, self.qkv_weight), self.qkv_bias)
-        q = ops.rotate_and_cache(*projected, step.rotary, step.slots, cache.keys, cache.values, cache.quantised)
-        out = yield from attend(q, projected, cache, step, selector)
-        return out.reshape([hidden.shape[0], -1])
+        """What the rank's heads make of `rows` int64 [n] of the step, by default of all: [n, H D], to be projected by
+        "output_weight".
+        """
+        q, projected = self.project(hidden, step, cache)
+        out = (yield from attend(q, projected, cache, step, selector)).reshape([hidden.shape[0], -1])
+        return out if rows is None else ops.gather_rows(out, rows)
 
-    def output(self, heads: paddle.Tensor) -> paddle.Tensor:
-        """The rank's part of the attention's output [T, N]."""
-        return ops.linear(heads, self.output_weight)
 
-    def gate_up(self, hidden: paddle.Tensor) -> paddle.Tensor:
-        return ops.linear(hidden, self.gate_up_weight)
-
-    def down(self, inner: paddle.Tensor) -> paddle.Tensor:
-        """The rank's part of the MLP's output [T, N]."""
-        return ops.linear(inner, self.down_weight)
+AttentionObserver = Callable[[DecoderLayer, paddle.Tensor, paddle.Tensor], None]
+"""Called with (layer, what its attention got, what it gave), activations [T, hidden] both."""
 
 
 class Qwen2OneM(nn.Layer):
     """Qwen2 for 1M tokens, on Paddle's current device. `dtype` is how the weights are kept, `compute_dtype` the type of
     the activations: see `device_dtypes`. In a tensor parallel group it is one rank's share: `config` is that of the
     whole model, `local` that of the share. placement: which rank has which heads, by default in published order.
+    quantization: how the layers' linears are kept, fp8 or int8; None: as the rest. ValueError for one that the shapes
+    do not allow.
     """
 
     def __init__(
-        self, config: ModelConfig, dtype: str, group: Group = ALONE, placement: Placement | None = None
+        self,
+        config: ModelConfig,
+        dtype: str,
+        group: Group = ALONE,
+        placement: Placement | None = None,
+        quantization: str | None = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -110,9 +162,11 @@ class Qwen2OneM(nn.Layer):
         self.local = local_config(config, group.degree)
         self.on_gpu = ops.on_gpu()
         dtype, self.compute_dtype = device_dtypes(dtype)
-        self.dtype = dtype
+        self.dtype, self.quantization = dtype, quantization
         self.register_buffer("embedding", vocabulary_table(config, group, dtype))
-        self.layers = nn.LayerList([DecoderLayer(config, number, dtype, group) for number in range(config.num_layers)])
+        self.layers = nn.LayerList(
+            [DecoderLayer(config, number, dtype, group, quantization) for number in range(config.num_layers)]
+        )
         self.register_buffer("norm", weight([config.hidden_size], dtype))
         if config.tie_word_embeddings:
             self.head = self.embedding
@@ -120,30 +174,47 @@ class Qwen2OneM(nn.Layer):
             self.register_buffer("head", vocabulary_table(config, group, dtype))
 
     def layer_by_layer(
-        self, step: Step, caches: Sequence[LayerCache], selectors: Sequence[Selector] | None = None
+        self,
+        step: Step,
+        caches: Sequence[LayerCache],
+        selectors: Sequence[Selector] | None = None,
+        observe: AttentionObserver | None = None,
     ) -> Generator[None, None, paddle.Tensor | None]:
         """The forward pass. Fills the caches, one a layer; pauses behind each layer, and in it behind each group of its
-        attention: at the same points on every rank, with no collective under way.
+        attention: at the same points on every rank, with no collective under way. observe: sees each layer's attention,
+        of a step that wants no logits.
 
-        Returns what `logits` takes for the rows [n, hidden] whose logits the step wants, None without any.
+        Returns what `logits` takes for the rows [n, hidden] whose logits the step wants, None without any. In a
+        prefill's last layer the other rows only have their keys and values cached.
         """
+        assert observe is None or step.logit_rows is None
         lanes = Lanes(self.group, step.ids.shape[0], self.config.rms_norm_eps, split=step.lengths is None)
         lanes.add(step.ids, [self._embed], self.layers[0].input_norm)
         normed = lanes.all_rows()
         for number, layer in enumerate(self.layers):
-            selector = selectors[number] if selectors else None
+            selector, rows = selectors[number] if selectors else None, None
+            if step.lengths is None and observe is None and number + 1 == len(self.layers):
+                if step.logit_rows is None:
+                    self.group.mark(layer.project(normed, step, caches[number])[0])
+                    yield
+                    return None
+                step, rows = step.of_last_layer(), step.logit_rows
+                lanes = lanes.of_rows(rows)
             following = self.layers[number + 1].input_norm if number + 1 < len(self.layers) else self.norm
-            heads = yield from layer.attention(normed, step, caches[number], selector)
+            heads = yield from layer.attention(normed, step, caches[number], selector, rows)
+            if observe is not None:
+                observe(layer, normed, self.group.all_reduce(layer.linear(heads, "output_weight")))
             del normed  # the memory of what is not needed is free again while the next is computed
-            lanes.add(heads, [layer.output], layer.post_attention_norm)
+            lanes.add(heads, [layer.product("output_weight", lanes.count)], layer.post_attention_norm)
             del heads
-            lanes.add(None, [layer.gate_up, ops.silu_mul, layer.down], following)
+            gate_up, down = (layer.product(f"{name}_weight", lanes.count) for name in ("gate_up", "down"))
+            lanes.add(None, [gate_up, ops.silu_mul, down], following)
             normed = lanes.all_rows()
             self.group.mark(normed)
             yield
         if step.lengths is not None:
             return normed
-        return None if step.logit_rows is None else ops.gather_rows(normed, step.logit_rows)
+        return None if step.logit_rows is None else normed[: step.num_logits]
 
     def _embed(self, ids: paddle.Tensor) -> paddle.Tensor:
         """The rank's part of the residual stream before the first layer."""
@@ -162,7 +233,14 @@ class Qwen2OneM(nn.Layer):
             if tensor.parameter is None:
                 continue
             part = tensor.part(self.placement, self.group.rank)
-            slot = Slot(parameters[tensor.parameter], taken[tensor.parameter], tensor.shape, part)
+            scales = parameters.get(f"{tensor.parameter}{SCALES}")
+            slot = Slot(
+                parameters[tensor.parameter],
+                taken[tensor.parameter],
+                tensor.shape,
+                part,
+                None if scales is None else ops.Weight8(parameters[tensor.parameter], scales, str(self.quantization)),
+            )
             taken[tensor.parameter] += slot.held_shape[0]
             slots[tensor.name] = slot
         return slots

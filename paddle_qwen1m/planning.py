@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from paddle_qwen1m.config import ModelConfig, SparseBudgets, published_budgets
-from paddle_qwen1m.dtypes import INT8
+from paddle_qwen1m.dtypes import FP8, INT8
 from paddle_qwen1m.engine.admission import LEFT_TO_THE_DRIVER, Allowance, Need, fitting_options, longest_fitting
 from paddle_qwen1m.options import GPU_BATCHED_TOKENS, MAX_NUM_SEQS, EngineOptions
 from paddle_qwen1m.parallel.placement import Placement
@@ -85,8 +85,9 @@ class Way:
 class Plan:
     """Bytes on each of `ranks` GPUs, of which the engine may take `allowed`, for contexts of `length` tokens; `longest`
     is the most that fit, None where the weights and the workspace do not. chunk: tokens of a prefill chunk. cache: of
-    keys and values, kept as cache_dtype; scales: of int8 ones. imbalance: Placement.imbalance of several ranks with
-    budgets, with heads where they are placed and in published order.
+    keys and values, kept as cache_dtype; scales: of int8 ones; in_16_bits: layers whose are not rounded to int8.
+    quantization: how weights are kept, None: in 16 bits.
+    imbalance: Placement.imbalance of several ranks with budgets, with heads as they are placed and in published order.
     """
 
     ranks: int
@@ -99,7 +100,9 @@ class Plan:
     scales: int
     workspace: int
     longest: int | None
+    quantization: str | None = None
     ways: tuple[Way, ...] = ()
+    in_16_bits: int = 0
     imbalance: tuple[float, float] | None = None
 
     @property
@@ -123,7 +126,9 @@ class Plan:
         rows += [("workspace", self.workspace), ("left" if self.left >= 0 else "missing", abs(self.left))]
         remarks = {
             "may be used": each,
-            "keys and values": f", {self.cache_dtype}",
+            "weights": "" if self.quantization is None else f", {self.quantization}",
+            "keys and values": f", {self.cache_dtype}"
+            + (self.in_16_bits > 0) * f", {self.in_16_bits} layers in 16 bits",
             "workspace": f", chunks of {self.chunk:,} tokens",
         }
         for name, size in rows:
@@ -149,9 +154,11 @@ def plan(
     length: int | None = None,
     options: EngineOptions | None = None,
     budgets: SparseBudgets | None = None,
+    in_16_bits: int = 0,
 ) -> Plan:
     """What a context of `length` tokens takes, the model's longest by default, where the engine may use `memory` bytes
-    of each GPU. budgets: of sparse prefill. ValueError for ranks or a length that the model does not have.
+    of each GPU. budgets: of sparse prefill. in_16_bits: layers that an int8 cache does not round. ValueError for ranks
+    or a length that the model does not have.
 
     Where nobody chose, chunks are smaller and keys and values int8 if it would not fit otherwise, as in the engine.
     Where it does not fit even so, the ways out come in the order of what they cost.
@@ -160,7 +167,7 @@ def plan(
     options = options or EngineOptions()
 
     def longest(ranks: int, options: EngineOptions) -> int | None:
-        return longest_fitting(_need(config, ranks, options, budgets), Allowance(memory))
+        return longest_fitting(_need(config, ranks, options, budgets, in_16_bits), Allowance(memory))
 
     wanted = config.max_position_embeddings if length is None else length
     if not 1 <= wanted <= config.max_position_embeddings:
@@ -169,13 +176,12 @@ def plan(
         )
 
     computed = _computed(config)
-    shape: dict[str, Any] = {"kept": computed, "computed": computed, "on_gpu": True}
+    shape: dict[str, Any] = {"kept": computed, "computed": computed, "on_gpu": True, "in_16_bits": in_16_bits}
     options = fitting_options(config, ranks, options, budgets, Allowance(memory), wanted, **shape)
     cache_dtype = options.kv_cache_dtype or computed
-    own = _need(config, ranks, options, budgets)
-    scales = (
-        -(-wanted // own.page_size) * own.page_size * scale_bytes_per_token(local_config(config, ranks), cache_dtype)
-    )
+    own = _need(config, ranks, options, budgets, in_16_bits)
+    of_token = scale_bytes_per_token(local_config(config, ranks), cache_dtype, in_16_bits)
+    scales = -(-wanted // own.page_size) * own.page_size * of_token
     made = Plan(
         ranks,
         memory,
@@ -187,6 +193,8 @@ def plan(
         scales,
         own.workspace(wanted),
         longest(ranks, options),
+        options.quantization,
+        in_16_bits=in_16_bits if cache_dtype == INT8 else 0,
         imbalance=None if budgets is None or ranks == 1 else _imbalance(config, ranks, budgets),
     )
     if made.fits:
@@ -209,6 +217,9 @@ def plan(
     if cache_dtype != INT8:
         int8 = longest(ranks, replace(options, kv_cache_dtype=INT8))
         ways.append(Way(f"--kv-cache-dtype {INT8}", "keys and values rounded to a byte, with scales", int8))
+    if options.quantization is None:
+        rounded = longest(ranks, replace(options, quantization=FP8))
+        ways.append(Way(f"--quantization {FP8}", "weights rounded to a byte, with scales", rounded))
     more = [degree for degree in degrees(config) if degree > ranks and degree in TABLE_RANKS]
     ways += _enough(
         wanted, (Way(f"--tensor-parallel-size {degree}", "more GPUs", longest(degree, options)) for degree in more)
@@ -223,10 +234,13 @@ def _imbalance(config: ModelConfig, ranks: int, budgets: SparseBudgets) -> tuple
     return placed.imbalance(budgets), published.imbalance(budgets)
 
 
-def _need(config: ModelConfig, ranks: int, options: EngineOptions, budgets: SparseBudgets | None) -> Need:
+def _need(
+    config: ModelConfig, ranks: int, options: EngineOptions, budgets: SparseBudgets | None, in_16_bits: int = 0
+) -> Need:
     """Of a GPU, which keeps and computes in 16 bits."""
     computed = _computed(config)
-    return Need.of(config, ranks, options, budgets, kept=computed, computed=computed, on_gpu=True)
+    shape: dict[str, Any] = {"kept": computed, "computed": computed, "on_gpu": True, "in_16_bits": in_16_bits}
+    return Need.of(config, ranks, options, budgets, **shape)
 
 
 def _computed(config: ModelConfig) -> str:
@@ -242,11 +256,18 @@ def _enough(wanted: int, ways: Iterable[Way]) -> list[Way]:
     return [] if last is None else [last]
 
 
-def table(chunk: int = GPU_BATCHED_TOKENS, kv_cache_dtype: str | None = None) -> Iterator[str]:
+def table(
+    chunk: int = GPU_BATCHED_TOKENS, kv_cache_dtype: str | None = None, quantization: str | None = None
+) -> Iterator[str]:
     """Lines of a Markdown table: a row a model and number of cards, a column a card, thousands of tokens in a cell."""
     yield f"| | cards | {' | '.join(f'{memory} GB' for memory in MEMORIES)} |"
     yield "|---" * (2 + len(MEMORIES)) + "|"
-    options = EngineOptions(max_num_batched_tokens=chunk, max_num_seqs=MAX_NUM_SEQS, kv_cache_dtype=kv_cache_dtype)
+    options = EngineOptions(
+        max_num_batched_tokens=chunk,
+        max_num_seqs=MAX_NUM_SEQS,
+        kv_cache_dtype=kv_cache_dtype,
+        quantization=quantization,
+    )
     for name, config in PUBLISHED.items():
         for ranks in degrees(config):
             if ranks in TABLE_RANKS:

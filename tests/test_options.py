@@ -153,7 +153,7 @@ def test_llm_reads_what_users_of_vllm_write() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("quantization", "fp8", "quantization='fp8': there are no kernels .* leave it out, or spread the model"),
+        ("quantization", "awq", "quantization must be fp8 or int8, got 'awq': .* those that others quantised are not"),
         ("kv_cache_dtype", "fp8_e4m3", "kv_cache_dtype='fp8_e4m3': biases of these models .* int8 takes as little"),
         ("kv_cache_dtype", "float64", "kv_cache_dtype must be one of float32, bfloat16, float16, int8, got 'float64'"),
         ("enable_chunked_prefill", False, "enable_chunked_prefill=False: it is always on; .* max_num_batched_tokens"),

@@ -44,18 +44,21 @@ NOISE = 1 << 26
 ONE = 0x3F80
 
 
-def random_model(name: str, group: Group = ALONE, budgets: SparseBudgets | None = None) -> Qwen2OneM:
+def random_model(
+    name: str, group: Group = ALONE, budgets: SparseBudgets | None = None, quantization: str | None = None
+) -> Qwen2OneM:
     """A rank's share of a model of the published shape, heads placed by `budgets`; weights normal(0, 0.02), norms 1,
-    in bfloat16.
+    in bfloat16, the linears' where `quantization` says so in 8 bits.
     """
     config = PUBLISHED[name]
-    model = Qwen2OneM(config, "bfloat16", group, Placement.balanced(config, group.degree, budgets))
+    placement = Placement.balanced(config, group.degree, budgets)
+    model = Qwen2OneM(config, "bfloat16", group, placement, quantization)
     noise = np.random.default_rng(0).standard_normal(NOISE, np.float32) * np.float32(0.02)
     bits = (noise.view(np.uint32) >> 16).astype(np.uint16)
     for name, slot in model.slots().items():
         ones = name.endswith("norm.weight")
         values = np.full(slot.held_shape, ONE, np.uint16) if ones else np.resize(bits, slot.held_shape)
-        slot.write(paddle.to_tensor(values, place=paddle.CPUPlace()))
+        slot.write(values)
     return model
 
 

@@ -5,6 +5,7 @@
 #include "elementwise.h"
 #include "kernels.h"
 #include "linear.h"
+#include "linear8.h"
 
 namespace qwen1m {
 namespace QWEN1M_ISA {
@@ -47,10 +48,24 @@ inline void cast_any(const qwen1m_cast& a) {
 }
 
 constexpr Kernels table(const char* isa) {
-  return {
-      isa,           rotary_table,           rotate_and_cache_any, rotate_queries_any, dca_prefill_any, dca_decode_any,
-      dca_probe_any, dca_sparse_prefill_any, linear_any,           embedding_any,      rms_norm_any,    silu_mul,
-      cast_any,      decode_inputs,          dequantize_pages_any};
+  return {isa,
+          rotary_table,
+          rotate_and_cache_any,
+          rotate_queries_any,
+          dca_prefill_any,
+          dca_decode_any,
+          dca_probe_any,
+          dca_sparse_prefill_any,
+          linear_any,
+          embedding_any,
+          rms_norm_any,
+          silu_mul,
+          cast_any,
+          decode_inputs,
+          dequantize_pages_any,
+          linear8,
+          widen_weight,
+          round_weight};
 }
 
 }  // namespace QWEN1M_ISA

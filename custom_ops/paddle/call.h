@@ -64,6 +64,14 @@ inline qwen1m_dtype storage_type(const Tensor& tensor, const char* name) {
   refuse(std::string(name) + " must be float32, bfloat16 or float16, got " + phi::DataTypeToString(tensor.dtype()));
 }
 
+// "float32", "bfloat16" or "float16"
+inline DataType named_type(const std::string& dtype) {
+  if (dtype == "float32") return DataType::FLOAT32;
+  if (dtype == "bfloat16") return DataType::BFLOAT16;
+  if (dtype == "float16") return DataType::FLOAT16;
+  refuse("dtype must be float32, bfloat16 or float16, got " + dtype);
+}
+
 class Call {
  public:
   // The op runs where `like` lies.

@@ -80,8 +80,8 @@ class Layer:
                 residual = ops.tensor(text.residual[rows])
                 normed = ops.rms_norm(residual, layer.input_norm, eps)
                 normed = ops.add_rms_norm(self._attention(normed, step), residual, layer.post_attention_norm, eps)
-                inner = ops.silu_mul(layer.gate_up(normed))
-                ops.add_rms_norm(layer.down(inner), residual, layer.post_attention_norm, eps)
+                inner = ops.silu_mul(layer.linear(normed, "gate_up_weight"))
+                ops.add_rms_norm(layer.linear(inner, "down_weight"), residual, layer.post_attention_norm, eps)
                 text.residual[rows] = residual.numpy()
                 yield len(text.residual[rows])
 
@@ -91,7 +91,7 @@ class Layer:
             try:
                 next(running)
             except StopIteration as end:
-                return self._layer.output(end.value)
+                return self._layer.linear(end.value, "output_weight")
 
     def _steps(self, text: Text, *, sparse: bool) -> Iterator[tuple[int, Step]]:
         length = len(text.ids)
@@ -114,7 +114,7 @@ class Layer:
             normed = ops.rms_norm(
                 ops.tensor(text.residual[begin : begin + self._chunk]), layer.input_norm, self._config.rms_norm_eps
             )
-            projected = Projected(ops.linear(normed, layer.qkv_weight), layer.qkv_bias)
+            projected = Projected(layer.linear(normed, "qkv_weight"), layer.qkv_bias)
             q = ops.rotate_and_cache(*projected, step.rotary, step.slots, cache.keys, cache.values)
             for sparse in step.sparse_pieces:
                 if _is_measured(sparse.piece, len(text.ids)):

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Callable
+from typing import Any, Callable
 
 from paddle_qwen1m.cache import choose_page_size
 from paddle_qwen1m.config import ModelConfig, SparseBudgets
-from paddle_qwen1m.dtypes import INT8, itemsize
+from paddle_qwen1m.dtypes import INT8
 from paddle_qwen1m.engine.core import Request
 from paddle_qwen1m.options import AUTO, EngineOptions, default_batched_tokens, default_pause_tokens
 from paddle_qwen1m.parallel.split import local_config
-from paddle_qwen1m.plan import cache_bytes_per_token, longest_context, parameters, widened_bytes, workspace_bytes
+from paddle_qwen1m.plan import cache_bytes_per_token, longest_context, weight_bytes, widened_bytes, workspace_bytes
 
 LEFT_TO_THE_DRIVER = 1_500_000_000
 """Bytes of a GPU that nobody asked for share of it: libraries' buffers, and what allocators round up."""
@@ -119,8 +119,11 @@ class Need:
         kept: str,
         computed: str,
         on_gpu: bool,
+        in_16_bits: int = 0,
     ) -> Need:
-        """Of one rank of `degree`. kept: the type of the weights; computed: what is computed in."""
+        """Of one rank of `degree`. kept: the type of the weights; computed: what is computed in; in_16_bits: layers of
+        an int8 cache that are not rounded to int8.
+        """
         local = local_config(shapes, degree)
         cached = options.kv_cache_dtype or computed
         chunk = options.max_num_batched_tokens or default_batched_tokens(on_gpu)
@@ -135,11 +138,12 @@ class Need:
                 max_num_seqs=options.max_num_seqs,
                 budgets=budgets if length > options.sparse_threshold else None,
                 dtype=computed,
+                quantization=options.quantization,
             )
 
         return cls(
-            weights=parameters(local) * itemsize(kept),
-            page_bytes=page_size * cache_bytes_per_token(local, cached),
+            weights=weight_bytes(local, kept, options.quantization),
+            page_bytes=page_size * cache_bytes_per_token(local, cached, in_16_bits),
             page_size=page_size,
             workspace=workspace,
             longest=shapes.max_position_embeddings,
@@ -170,6 +174,7 @@ def fitting_options(
     kept: str,
     computed: str,
     on_gpu: bool,
+    in_16_bits: int = 0,
 ) -> EngineOptions:
     """The options, or where contexts of max_model_len do not fit with them, the first of those that let them: on a GPU
     chunks of half the tokens, an int8 cache, both. What a user chose stays. The arguments are those of Need.of and
@@ -185,7 +190,8 @@ def fitting_options(
     for kind in kinds:
         for chunk in chunks:
             one = replace(options, kv_cache_dtype=kind, max_num_batched_tokens=chunk)
-            need = Need.of(shapes, degree, one, budgets, kept=kept, computed=computed, on_gpu=on_gpu)
+            shape: dict[str, Any] = {"kept": kept, "computed": computed, "on_gpu": on_gpu, "in_16_bits": in_16_bits}
+            need = Need.of(shapes, degree, one, budgets, **shape)
             if (longest_fitting(need, allowance) or 0) >= wanted:
                 return one
     return options
@@ -266,9 +272,10 @@ def _out_of_memory(need: Need, allowance: Allowance, length: int, fitting: int |
         "reduce max_num_batched_tokens or max_num_seqs",
         "increase tensor_parallel_size",
         "on a GPU raise gpu_memory_utilization, on a CPU give dtype='bfloat16'",
+        "give quantization='fp8' or 'int8'",
     ]
     if allowance.exact:
-        ways[-1] = "reduce kv_cache_memory_bytes"
+        ways[2] = "reduce kv_cache_memory_bytes"
     if fitting is not None and fitting < length:
         ways.insert(0, f"reduce max_model_len ({length}) to at most {fitting}")
     needed = need.weights + workspace + (cache or 0)

@@ -63,7 +63,7 @@ from paddle_qwen1m.engine.scheduler import Scheduler, SchedulerLimits
 from paddle_qwen1m.engine.tasks import Task
 from paddle_qwen1m.engine.waiting import WaitingRoom, pages_needed
 from paddle_qwen1m.memory import available_gpu_memory, available_host_memory, kept_in_one_piece
-from paddle_qwen1m.model import Qwen2OneM
+from paddle_qwen1m.model import Qwen2OneM, unrounded_dtype
 from paddle_qwen1m.options import (
     EngineOptions,
     default_batched_tokens,
@@ -139,6 +139,11 @@ class Engine:
                 f"kv_cache_dtype on a GPU must be that of the computation, {model.compute_dtype}, or {INT8}, got "
                 f"{options.kv_cache_dtype}"
             )
+        if options.quantization != model.quantization:
+            raise ValueError(
+                f"quantization is of the weights, which are kept as {model.quantization or model.dtype}, got "
+                f"{options.quantization}: it is chosen when they are loaded"
+            )
         page_size = choose_page_size(config.dual_chunk.chunk_len, options.page_size)
         if budgets is not None and budgets.vertical.shape != (config.num_layers, config.num_heads):
             raise ValueError(
@@ -188,11 +193,16 @@ class Engine:
         )
 
     def use_scales(self, scales: KVScales) -> None:
-        """From now on an int8 cache is kept in this frame, of the whole model. ValueError for one of another shape."""
+        """From now on an int8 cache is kept by these, of the whole model. ValueError for those of another shape."""
         assert self.is_idle, "what is cached belongs to the scales that it was made with"
         scales.check_fit(self.model.config, "", "scales of an int8 cache")
         self.release_cache()
         self._scales = scales
+
+    @property
+    def in_16_bits(self) -> tuple[int, ...]:
+        """Layers of an int8 cache whose keys and values are not rounded to int8."""
+        return self._scales.in_16_bits
 
     @property
     def is_idle(self) -> bool:
@@ -228,7 +238,9 @@ class Engine:
         return self.runner.is_sparse(prompt_length)
 
     def observe(self, observer: Observer | None) -> None:
-        """From now on `observer` is called with (layer, piece, index) for every piece that is prefilled sparsely."""
+        """From now on `observer` is called with (layer, piece, index) for every piece that is prefilled sparsely; in
+        the last layer only for those in which logits are wanted.
+        """
         self.runner.observe(observer)
 
     # --- requests ---
@@ -638,7 +650,7 @@ class Engine:
 
     @property
     def _page_bytes(self) -> int:
-        return self.page_size * cache_bytes_per_token(self.model.local, self.kv_cache_dtype)
+        return self.page_size * cache_bytes_per_token(self.model.local, self.kv_cache_dtype, len(self.in_16_bits))
 
     def _make_room(self, requests: ManyOf[Request]) -> None:
         """A cache for these requests and, where memory allows, max_num_batched_tokens more each; see _make_room_for."""
@@ -686,6 +698,7 @@ class Engine:
             max_num_seqs=self.options.max_num_seqs,
             budgets=self.budgets if self.is_sparse(longest) else None,
             dtype=self.model.compute_dtype,
+            quantization=self.model.quantization,
         )
 
     def _make_cache(self, pages: int) -> None:
@@ -697,11 +710,11 @@ class Engine:
         model, options = self.model, self.options
         scales, widened = None, None
         if self.kv_cache_dtype == INT8:
-            layers = range(model.config.num_layers)
-            scales = self._scales.of_heads([model.placement.kv_heads(layer, model.group.rank) for layer in layers])
+            scales = self._scales.of_heads(model.placement.layers_kv_heads(model.group.rank))
             most = min(pages, self._pages_for(self.max_model_len))
             widened = (most, model.compute_dtype) if model.on_gpu else None
-        cache = PagedCache(model.local, pages, self.page_size, self.kv_cache_dtype, scales, widened)
+        unrounded = unrounded_dtype(model)
+        cache = PagedCache(model.local, pages, self.page_size, self.kv_cache_dtype, scales, widened, unrounded)
         if self._leads:
             self._pool = PagePool(pages, self.page_size, self._copy_page)
             self._chooser = Chooser(options.max_num_seqs, model.config.vocab_size)

@@ -10,6 +10,8 @@ m(n)^2 into `scale`. L is `chunk_len` = chunk_size - local_size, a multiple of p
 A cache may be int8: what its numbers stand for is a `Quantised`, which the ops that read or write them take beside it.
 On a GPU rotate_and_cache, dca_decode and copy_page do; others read pages that `dequantize_pages` has widened.
 
+A weight may be bytes with scales, a `Weight8`.
+
 An op runs where its tensors lie, all on one device. Activations are float32 on a CPU, where weights and caches are
 float32, bfloat16 or float16; on a GPU activations, weights and caches are of one type, bfloat16 or float16, and a page
 holds a power of two of tokens, at least 64. The residual stream, rotary tables, scales, LSE, sums and logits are
@@ -44,6 +46,7 @@ from paddle_qwen1m.ops.step import (
     rotate_queries,
     silu_mul,
 )
+from paddle_qwen1m.ops.weight8 import Weight8, WidenedOnce, round_weight, widen_weight
 
 __all__ = [
     "FEW_ROWS",
@@ -56,6 +59,8 @@ __all__ = [
     "Quantised",
     "SparseIndex",
     "Stage",
+    "Weight8",
+    "WidenedOnce",
     "add_rms_norm",
     "cast",
     "copy_page",
@@ -79,6 +84,7 @@ __all__ = [
     "rotary_table",
     "rotate_and_cache",
     "rotate_queries",
+    "round_weight",
     "sample",
     "select_critical",
     "set_num_threads",
@@ -87,4 +93,5 @@ __all__ = [
     "tensor",
     "top_logprobs",
     "upload",
+    "widen_weight",
 ]

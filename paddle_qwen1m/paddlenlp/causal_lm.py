@@ -25,11 +25,13 @@ from paddle_qwen1m.paddlenlp.generation import OPTIONS, Defaults, Request, drawn
 from paddle_qwen1m.paddlenlp.hub import Checkpoint
 from paddle_qwen1m.paddlenlp.loading import (
     choose_engine_options,
+    choose_quantization,
     describe,
     find_budgets,
     find_checkpoint,
     join_ranks,
     model_config,
+    name_weights,
     place_heads,
     read_defaults,
     read_weights,
@@ -78,10 +80,11 @@ class Qwen2OneMForCausalLM(PretrainedModel):  # type: ignore[misc]
     ) -> None:
         super().__init__(config)
         storage = dtype_name(dtype or config.dtype or "float32")
-        self.model = Qwen2OneM(model_config(config), storage, group, placement)
+        options = options or EngineOptions()
+        self.model = Qwen2OneM(model_config(config), storage, group, placement, options.quantization)
         if self.model.dtype != storage:
             logger.info(f"weights are kept as {self.model.dtype}: a GPU does not compute in {storage}")
-        self.engine = Engine(self.model, options or EngineOptions(), budgets, weights=weights)
+        self.engine = Engine(self.model, options, budgets, weights=weights)
         self.use_defaults(Defaults.of(GenerationConfig.from_model_config(config)))
         self.eval()
 
@@ -100,6 +103,7 @@ class Qwen2OneMForCausalLM(PretrainedModel):  # type: ignore[misc]
         config = Qwen2Config.from_dict(described)
         shapes = model_config(config)
         # Every row comes out as it would alone: a prefix is reused where nothing depends on who was there first.
+        given["quantization"] = quantization = choose_quantization(checkpoint, given)
         own = {"enable_prefix_caching": True, "prefix_temperature_tolerance": 0.0}
         engine_options = choose_engine_options(shapes, {**own, **given})
         group = join_ranks(
@@ -127,7 +131,7 @@ class Qwen2OneMForCausalLM(PretrainedModel):  # type: ignore[misc]
                 budgets=budgets,
                 group=group,
                 placement=place_heads(described, shapes, budgets, group),
-                weights=weights,
+                weights=name_weights(weights, quantization),
             )
         model.use_defaults(defaults)
         read_weights(model.model, checkpoint, described, group)
@@ -151,7 +155,7 @@ class Qwen2OneMForCausalLM(PretrainedModel):  # type: ignore[misc]
                     values = np.zeros(slot.held_shape, dtype=np.float32)
                 else:
                     values = random.standard_normal(slot.held_shape, dtype=np.float32) * self.config.initializer_range
-                slot.write(paddle.to_tensor(values, place=paddle.CPUPlace()).astype(slot.tensor.dtype))
+                slot.write(values)
 
     def use_defaults(self, defaults: Defaults) -> None:
         """Make these generate()'s defaults; `generation_config` shows them and may be changed."""

@@ -12,7 +12,7 @@ from paddlenlp.utils.log import logger
 
 from paddle_qwen1m.config import PUBLISHED_SOURCE, SPARSE_CONFIG, ModelConfig, SparseBudgets, default_budgets
 from paddle_qwen1m.config import is_ours as is_ours
-from paddle_qwen1m.config_keys import BASE, DUAL_CHUNK, remarks
+from paddle_qwen1m.config_keys import BASE, DUAL_CHUNK, own_quantization, remarks
 from paddle_qwen1m.model import Qwen2OneM
 from paddle_qwen1m.options import EngineOptions
 from paddle_qwen1m.paddlenlp.generation import Defaults
@@ -85,8 +85,24 @@ def describe(checkpoint: Checkpoint, config: PretrainedConfig | dict[str, Any] |
     shapes = ModelConfig.from_dict(described, source)
     for line in remarks(described):
         logger.warning(f"{source}: {line}")
-    others = ("dtype", "rope_parameters", "rope_scaling")
+    others = ("dtype", "rope_parameters", "rope_scaling", "quantization_config")
     return {**{key: value for key, value in described.items() if key not in others}, **shapes.to_dict()}
+
+
+def choose_quantization(checkpoint: Checkpoint, given: dict[str, Any]) -> str | None:
+    """How the linears' weights are kept: as given, else as in the files. ValueError for two ways that differ."""
+    stored, asked = own_quantization(checkpoint.read_config()), given.get("quantization")
+    if stored is not None and asked not in (None, stored):
+        raise ValueError(
+            f"{checkpoint.name} holds weights in {stored}, got quantization={asked!r}: leave it out, or load the "
+            "checkpoint that it was made from"
+        )
+    return stored or asked
+
+
+def name_weights(digest: str, quantization: str | None) -> str:
+    """The name of a checkpoint's weights as they are kept."""
+    return digest if quantization is None or not digest else f"{digest}-{quantization}"
 
 
 def join_ranks(

@@ -52,6 +52,11 @@ class Lanes:
         self._late: tuple[Lane, paddle.Tensor] | None = None
         self._gathered: paddle.Tensor | None = None
 
+    @property
+    def count(self) -> int:
+        """How often a product is computed."""
+        return len(self._lanes)
+
     def add(self, rows: paddle.Tensor | None, products: Sequence[Product], norm: paddle.Tensor) -> None:
         """Puts each lane's part of `rows` [T, K], None: what is behind the last norm, through the products, one behind
         the other, adds what comes out over the ranks and to the residual stream, and norms that by `norm` [N].
@@ -75,6 +80,18 @@ class Lanes:
         for lane in self._lanes:
             lane.normed = None
         return whole
+
+    def of_rows(self, rows: paddle.Tensor) -> Lanes:
+        """Of `rows` int64 [n] of these alone, in one lane; nothing is under way."""
+        made = Lanes(self._group, rows.shape[0], self._eps, split=False)
+        residual = self._lanes[0].residual
+        assert residual is not None and self._late is None, "all rows are given first"
+        if self._is_split:
+            shares, residual = [lane.residual for lane in self._lanes], paddle.empty([self._rows, residual.shape[1]])
+            for lane, share in zip(self._lanes, shares):
+                self._group.all_gather(share, lane.of(residual)).wait()
+        made._lanes[0].residual = ops.gather_rows(residual, rows)
+        return made
 
     def _normed(self, lane: Lane) -> paddle.Tensor:
         """A lane's rows behind the last norm, activations [n, N]."""

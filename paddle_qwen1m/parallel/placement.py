@@ -126,6 +126,10 @@ class Placement:
         group = len(self.order[layer]) // self.num_kv_heads
         return tuple(dict.fromkeys(head // group for head in self.query_heads(layer, rank)))
 
+    def layers_kv_heads(self, rank: int) -> list[tuple[int, ...]]:
+        """Those of a rank in every layer."""
+        return [self.kv_heads(layer, rank) for layer in range(len(self.order))]
+
     def query_part(self, layer: int, rank: int, axis: int, head_dim: int) -> Part:
         """What of a tensor with head_dim rows or columns a query head is a rank's."""
         return _part(axis, self.query_heads(layer, rank), head_dim)

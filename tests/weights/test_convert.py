@@ -365,14 +365,6 @@ def test_a_careless_index_is_converted_there_and_back(tmp_path, metadata):
         assert (tmp_path / "back" / shard.name).read_bytes() == shard.read_bytes()
 
 
-@pytest.mark.parametrize("algorithm", ["int8", "fp8"])
-def test_quantization_without_kernels_is_refused(tmp_path, capsys, algorithm):
-    assert run(NEEDLE, tmp_path / "q", "--format", "paddlenlp", "--quantization", algorithm) == 2
-    error = capsys.readouterr().err
-    assert algorithm in error and "kernels" in error and "yet" in error
-    assert not (tmp_path / "q").exists()
-
-
 @pytest.mark.parametrize(
     "options, message",
     [
