@@ -130,12 +130,12 @@ class DecoderLayer(nn.Layer):
         "output_weight".
         """
         q, projected = self.project(hidden, step, cache)
-        out = (yield from attend(q, projected, cache, step, selector)).reshape([hidden.shape[0], -1])
-        return out if rows is None else ops.gather_rows(out, rows)
+        heads = (yield from attend(q, projected, cache, step, selector)).reshape([hidden.shape[0], -1])
+        return heads if rows is None else ops.gather_rows(heads, rows)
 
 
 AttentionObserver = Callable[[DecoderLayer, paddle.Tensor, paddle.Tensor], None]
-"""Called with (layer, what its attention got, what it gave), activations [T, hidden] both."""
+"""Called with (layer, what its attention got, activations [T, hidden], what the rank's heads made of it, [T, H D])."""
 
 
 class Qwen2OneM(nn.Layer):
@@ -203,11 +203,11 @@ class Qwen2OneM(nn.Layer):
             following = self.layers[number + 1].input_norm if number + 1 < len(self.layers) else self.norm
             heads = yield from layer.attention(normed, step, caches[number], selector, rows)
             if observe is not None:
-                observe(layer, normed, self.group.all_reduce(layer.linear(heads, "output_weight")))
+                observe(layer, normed, heads)
             del normed  # the memory of what is not needed is free again while the next is computed
             lanes.add(heads, [layer.product("output_weight", lanes.count)], layer.post_attention_norm)
             del heads
-            gate_up, down = (layer.product(f"{name}_weight", lanes.count) for name in ("gate_up", "down"))
+            gate_up, down = (layer.product(name, lanes.count) for name in ("gate_up_weight", "down_weight"))
             lanes.add(None, [gate_up, ops.silu_mul, down], following)
             normed = lanes.all_rows()
             self.group.mark(normed)

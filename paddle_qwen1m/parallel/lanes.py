@@ -82,16 +82,21 @@ class Lanes:
         return whole
 
     def of_rows(self, rows: paddle.Tensor) -> Lanes:
-        """Of `rows` int64 [n] of these alone, in one lane; nothing is under way."""
-        made = Lanes(self._group, rows.shape[0], self._eps, split=False)
-        residual = self._lanes[0].residual
-        assert residual is not None and self._late is None, "all rows are given first"
-        if self._is_split:
-            shares, residual = [lane.residual for lane in self._lanes], paddle.empty([self._rows, residual.shape[1]])
-            for lane, share in zip(self._lanes, shares):
-                self._group.all_gather(share, lane.of(residual)).wait()
-        made._lanes[0].residual = ops.gather_rows(residual, rows)
-        return made
+        """Of some rows of the step, int64 [n], in one lane, where the layers go on with those alone."""
+        others = Lanes(self._group, rows.shape[0], self._eps, split=False)
+        others._lanes[0].residual = ops.gather_rows(self._residual(), rows)
+        return others
+
+    def _residual(self) -> paddle.Tensor:
+        """The residual stream of all rows, float32 [T, N], on every rank."""
+        assert self._late is None
+        shares: list[paddle.Tensor] = [lane.residual for lane in self._lanes]
+        if not self._is_split:
+            return shares[0]
+        whole = paddle.empty([self._rows, shares[0].shape[1]], shares[0].dtype)
+        for pending in [self._group.all_gather(own, lane.of(whole)) for own, lane in zip(shares, self._lanes)]:
+            pending.wait()
+        return whole
 
     def _normed(self, lane: Lane) -> paddle.Tensor:
         """A lane's rows behind the last norm, activations [n, N]."""

@@ -94,7 +94,7 @@ class replayed:
         recorded = np.load(self._file)
         number = iter(range(1 << 30))
 
-        def choose(selector: Any, sparse: Any, *_read: Any, heads: int) -> Any:
+        def choose(selector: Any, sparse: Any, *_given: Any, **_more: Any) -> Any:
             own = self._heads[selector.layer]
             prefix = f"{self._key}/index/{next(number)}"
             assert recorded[f"{prefix}/place"].tolist() == [selector.layer, sparse.piece.begin]
