@@ -18,7 +18,7 @@ from paddle_qwen1m.cache import LayerCache
 from paddle_qwen1m.config import ModelConfig
 from paddle_qwen1m.dtypes import itemsize
 from paddle_qwen1m.parallel.group import ALONE, Group
-from paddle_qwen1m.parallel.lanes import Lanes
+from paddle_qwen1m.parallel.lanes import Lanes, Product
 from paddle_qwen1m.parallel.placement import Placement
 from paddle_qwen1m.parallel.split import local_config
 from paddle_qwen1m.weights import Slot
@@ -97,10 +97,20 @@ class DecoderLayer(nn.Layer):
 
     def linear(self, x: paddle.Tensor, name: str) -> paddle.Tensor:
         """x [T, K] times the transpose of the weight of that name [N, K]: activations [T, N]."""
+        return ops.linear(x, self._held(name))
+
+    def product(self, name: str, times: int) -> Product:
+        """`linear` by the weight of that name, for so many calls. What is widened for several is widened once."""
+        held = self._held(name)
+        if times > 1 and isinstance(held, ops.Weight8):
+            held = ops.WidenedOnce(*held)
+        return lambda x: ops.linear(x, held)
+
+    def _held(self, name: str) -> paddle.Tensor | ops.Weight8:
         held = getattr(self, name)
         if self.quantization is not None:
             held = ops.Weight8(held, getattr(self, f"{name}{SCALES}"), self.quantization)
-        return ops.linear(x, held)
+        return held
 
     def project(self, hidden: paddle.Tensor, step: Step, cache: LayerCache) -> tuple[paddle.Tensor, Projected]:
         """Queries [V, T, H, D], rotated, and what they are of. Keys and values go to the cache."""
@@ -116,23 +126,12 @@ class DecoderLayer(nn.Layer):
         selector: Selector | None,
         rows: paddle.Tensor | None = None,
     ) -> Generator[None, None, paddle.Tensor]:
-        """What the rank's heads make of `rows` int64 [n] of the step, by default of all: [n, H D], which `output`
-        projects.
+        """What the rank's heads make of `rows` int64 [n] of the step, by default of all: [n, H D], to be projected by
+        "output_weight".
         """
         q, projected = self.project(hidden, step, cache)
         heads = (yield from attend(q, projected, cache, step, selector)).reshape([hidden.shape[0], -1])
         return heads if rows is None else ops.gather_rows(heads, rows)
-
-    def output(self, heads: paddle.Tensor) -> paddle.Tensor:
-        """The rank's part of the attention's output [T, N]."""
-        return self.linear(heads, "output_weight")
-
-    def gate_up(self, hidden: paddle.Tensor) -> paddle.Tensor:
-        return self.linear(hidden, "gate_up_weight")
-
-    def down(self, inner: paddle.Tensor) -> paddle.Tensor:
-        """The rank's part of the MLP's output [T, N]."""
-        return self.linear(inner, "down_weight")
 
 
 AttentionObserver = Callable[[DecoderLayer, paddle.Tensor, paddle.Tensor], None]
@@ -206,9 +205,10 @@ class Qwen2OneM(nn.Layer):
             if observe is not None:
                 observe(layer, normed, heads)
             del normed  # the memory of what is not needed is free again while the next is computed
-            lanes.add(heads, [layer.output], layer.post_attention_norm)
+            lanes.add(heads, [layer.product("output_weight", lanes.count)], layer.post_attention_norm)
             del heads
-            lanes.add(None, [layer.gate_up, ops.silu_mul, layer.down], following)
+            gate_up, down = (layer.product(name, lanes.count) for name in ("gate_up_weight", "down_weight"))
+            lanes.add(None, [gate_up, ops.silu_mul, down], following)
             normed = lanes.all_rows()
             self.group.mark(normed)
             yield

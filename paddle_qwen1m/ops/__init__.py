@@ -46,7 +46,7 @@ from paddle_qwen1m.ops.step import (
     rotate_queries,
     silu_mul,
 )
-from paddle_qwen1m.ops.weight8 import Weight8, round_weight, widen_weight
+from paddle_qwen1m.ops.weight8 import Weight8, WidenedOnce, round_weight, widen_weight
 
 __all__ = [
     "FEW_ROWS",
@@ -60,6 +60,7 @@ __all__ = [
     "SparseIndex",
     "Stage",
     "Weight8",
+    "WidenedOnce",
     "add_rms_norm",
     "cast",
     "copy_page",

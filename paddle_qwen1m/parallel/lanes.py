@@ -52,6 +52,11 @@ class Lanes:
         self._late: tuple[Lane, paddle.Tensor] | None = None
         self._gathered: paddle.Tensor | None = None
 
+    @property
+    def count(self) -> int:
+        """How often a product is computed."""
+        return len(self._lanes)
+
     def add(self, rows: paddle.Tensor | None, products: Sequence[Product], norm: paddle.Tensor) -> None:
         """Puts each lane's part of `rows` [T, K], None: what is behind the last norm, through the products, one behind
         the other, adds what comes out over the ranks and to the residual stream, and norms that by `norm` [N].
