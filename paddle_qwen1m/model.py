@@ -15,10 +15,11 @@ from paddle_qwen1m.attention.selector import Projected, Selector
 from paddle_qwen1m.attention.step import Step
 from paddle_qwen1m.cache import LayerCache
 from paddle_qwen1m.config import ModelConfig
+from paddle_qwen1m.dtypes import FP8, dtype_name
 from paddle_qwen1m.parallel.group import ALONE, Group
 from paddle_qwen1m.parallel.split import local_config
 from paddle_qwen1m.weights import Slot
-from paddle_qwen1m.weights.eight_bit import SCALES, choose_blocks, linears
+from paddle_qwen1m.weights.eight_bit import FILE_BLOCKS, SCALES, choose_blocks, linears
 from paddle_qwen1m.weights.tensors import published_tensors
 
 
@@ -54,6 +55,20 @@ def device_dtypes(dtype: str) -> tuple[str, str]:
     return kept, kept
 
 
+def products_version(local: ModelConfig, dtype: str, quantization: str | None) -> int:
+    """The version of the cuBLASLt that multiplies rows of a rank's share in FP8, as `ops.product8_version` tells it."""
+    if quantization != FP8 or not ops.on_gpu():
+        return 0
+    found = 0
+    for heights, width in linears(local).values():
+        if choose_blocks(FP8, heights, width) != FILE_BLOCKS[FP8]:
+            return 0
+        found = ops.product8_version(width, sum(heights), dtype)
+        if found <= 0:
+            break
+    return found
+
+
 class DecoderLayer(nn.Layer):
     """Pre-norm attention and SwiGLU of a rank's share. The projections of q, k, v and of gate, up are a weight each.
 
@@ -87,30 +102,39 @@ class DecoderLayer(nn.Layer):
         self.register_buffer(name, weight(shape, "uint8"))
         self.register_buffer(f"{name}{SCALES}", weight([*blocks.grid((shape[0], width))], "float32"))
 
-    def linear(self, x: paddle.Tensor, name: str) -> paddle.Tensor:
+    def linear(self, x: paddle.Tensor | ops.Rows8, name: str) -> paddle.Tensor:
         """x [T, K] times the transpose of the weight of that name [N, K]: activations [T, N]."""
         held = getattr(self, name)
-        if self.quantization is not None:
-            held = ops.Weight8(held, getattr(self, f"{name}{SCALES}"), self.quantization)
-        return ops.linear(x, held)
+        if self.quantization is None:
+            return ops.linear(x, held)
+        weight = ops.Weight8(held, getattr(self, f"{name}{SCALES}"), self.quantization)
+        if isinstance(x, ops.Rows8):
+            return ops.product8(x, weight, dtype_name(self.qkv_bias.dtype))
+        return ops.linear(x, weight)
 
     def attention(
-        self, hidden: paddle.Tensor, step: Step, cache: LayerCache, selector: Selector | None
+        self, hidden: paddle.Tensor | ops.Rows8, step: Step, cache: LayerCache, selector: Selector | None
     ) -> Generator[None, None, paddle.Tensor]:
         projected = Projected(self.linear(hidden, "qkv_weight"), self.qkv_bias)
         q = ops.rotate_and_cache(*projected, step.rotary, step.slots, cache.keys, cache.values, cache.quantised)
         out = yield from attend(q, projected, cache, step, selector)
-        return self.group.all_reduce(self.linear(out.reshape([hidden.shape[0], -1]), "output_weight"))
+        out = out.reshape([q.shape[1], -1])
+        rows = ops.round_rows(out) if isinstance(hidden, ops.Rows8) else out
+        return self.group.all_reduce(self.linear(rows, "output_weight"))
 
-    def mlp(self, hidden: paddle.Tensor) -> paddle.Tensor:
-        return self.group.all_reduce(self.linear(ops.silu_mul(self.linear(hidden, "gate_up_weight")), "down_weight"))
+    def mlp(self, hidden: paddle.Tensor | ops.Rows8) -> paddle.Tensor:
+        """Rows in FP8 are multiplied so in both linears."""
+        gate_up = self.linear(hidden, "gate_up_weight")
+        product = ops.silu_mul8(gate_up) if isinstance(hidden, ops.Rows8) else ops.silu_mul(gate_up)
+        return self.group.all_reduce(self.linear(product, "down_weight"))
 
 
 class Qwen2OneM(nn.Layer):
     """Qwen2 for 1M tokens, on Paddle's current device. `dtype` is how the weights are kept, `compute_dtype` the type of
     the activations: see `device_dtypes`. In a tensor parallel group it is one rank's share: `config` is that of the
     whole model, `local` that of the share. quantization: how the layers' linears are kept, fp8 or int8; None: as the
-    rest. ValueError for one that the shapes do not allow.
+    rest. ValueError for one that the shapes do not allow. products_version: of the cuBLASLt that multiplies many rows
+    in FP8; where it is not above 0, weights of 8 bits are widened.
     """
 
     def __init__(self, config: ModelConfig, dtype: str, group: Group = ALONE, quantization: str | None = None) -> None:
@@ -121,6 +145,7 @@ class Qwen2OneM(nn.Layer):
         self.on_gpu = ops.on_gpu()
         dtype, self.compute_dtype = device_dtypes(dtype)
         self.dtype, self.quantization = dtype, quantization
+        self.products_version = products_version(self.local, dtype, quantization)
         self.register_buffer("embedding", vocabulary_table(config, group, dtype))
         self.layers = nn.LayerList(
             [DecoderLayer(config, number, dtype, group, quantization) for number in range(config.num_layers)]
@@ -142,19 +167,22 @@ class Qwen2OneM(nn.Layer):
         eps, vocabulary, group = self.config.rms_norm_eps, self.config.vocab_size, self.group
         first = group.rank * self.local.vocab_size
         residual = group.all_reduce(ops.embedding(step.ids, self.embedding, first=first, vocabulary=vocabulary))
-        normed = ops.rms_norm(residual, self.layers[0].input_norm, eps)
+        in_fp8 = self.products_version > 0 and residual.shape[0] > ops.FEW_ROWS_OF_8_BITS
+        norm, add_norm = (ops.rms_norm8, ops.add_rms_norm8) if in_fp8 else (ops.rms_norm, ops.add_rms_norm)
+        normed = norm(residual, self.layers[0].input_norm, eps)
         for number, layer in enumerate(self.layers):
             selector = selectors[number] if selectors else None
             following = self.layers[number + 1].input_norm if number + 1 < len(self.layers) else self.norm
             # What is added has no name: its memory is free again while the next is computed.
-            normed = ops.add_rms_norm(
+            normed = add_norm(
                 (yield from layer.attention(normed, step, caches[number], selector)),
                 residual,
                 layer.post_attention_norm,
                 eps,
             )
-            normed = ops.add_rms_norm(layer.mlp(normed), residual, following, eps)
-            group.mark(normed)
+            last = ops.add_rms_norm if number + 1 == len(self.layers) else add_norm
+            normed = last(layer.mlp(normed), residual, following, eps)
+            group.mark(residual)
             yield
         if step.lengths is not None:
             return normed

@@ -38,6 +38,7 @@ from paddle_qwen1m.paddlenlp.loading import (
     look_up_budgets,
     name_weights,
     read_weights,
+    tell_weights,
 )
 from paddle_qwen1m.paddlenlp.scales import find_scales, use_scales
 from paddle_qwen1m.parallel.group import Group
@@ -170,6 +171,8 @@ def load_engine(model: str, options: Mapping[str, Any]) -> Engine:
         weights=name_weights(weights, quantization),
         compile_grammar=_grammars(checkpoint, shapes.vocab_size),
     )
+    if group.rank == 0:
+        tell_weights(engine.model)
     read_weights(engine.model, checkpoint, described, group)
     use_scales(engine, checkpoint, scales, weights)
     engine.reserve()
