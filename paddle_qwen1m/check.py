@@ -14,6 +14,8 @@ from paddle_qwen1m.memory import available_gpu_memory, available_host_memory
 from paddle_qwen1m.plan import MemoryPlan, longest_context, parameters, plan_memory, weight_bytes
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from paddle_qwen1m.config import ModelConfig, SparseBudgets
     from paddle_qwen1m.paddlenlp.hub import Checkpoint
 
@@ -219,7 +221,8 @@ def _tokenizer(checkpoint: Checkpoint) -> Iterator[Finding]:
 
 
 def _budgets(checkpoint: Checkpoint, options: CheckOptions) -> Iterator[Finding]:
-    from paddle_qwen1m.paddlenlp import SPARSE_CONFIG, look_up_budgets
+    from paddle_qwen1m.config import SPARSE_CONFIG
+    from paddle_qwen1m.paddlenlp import look_up_budgets
 
     if not options.sparse:
         yield Finding(OK, "sparse budgets", "sparse prefill is switched off")
@@ -294,16 +297,18 @@ def _memory(checkpoint: Checkpoint, options: CheckOptions) -> Iterator[Finding]:
         yield Finding(WARN, "memory", f"{text}: give --max-model-len {longest} or less")
 
 
-def read_shapes(name: str) -> tuple[ModelConfig, SparseBudgets | None, str | None]:
+def read_shapes(name: str) -> tuple[ModelConfig, SparseBudgets | None, str | None, Path | None]:
     """The shapes, sparse budgets and quantization of a checkpoint, a directory or a hub name, of which no weights are
-    fetched.
+    fetched, and the file of an int8 cache's scales beside them.
     """
     from paddle_qwen1m.paddlenlp import look_up_budgets
     from paddle_qwen1m.paddlenlp.hub import locate
+    from paddle_qwen1m.paddlenlp.scales import KV_SCALES
 
     checkpoint = locate(name)
     config = _read_config(checkpoint)
-    return config, look_up_budgets(checkpoint, config, None)[0], own_quantization(checkpoint.read_config())
+    budgets = look_up_budgets(checkpoint, config, None)[0]
+    return config, budgets, own_quantization(checkpoint.read_config()), checkpoint.extra_file(KV_SCALES)
 
 
 def _read_config(checkpoint: Checkpoint) -> ModelConfig:

@@ -64,6 +64,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from paddle_qwen1m.cache.store import StoredDocument
+    from paddle_qwen1m.config import ModelConfig
     from paddle_qwen1m.engine import PrefillProgress, SamplingParams
     from paddle_qwen1m.paddlenlp import Qwen2OneMForCausalLM
     from paddle_qwen1m.paddlenlp.generation import Request
@@ -187,6 +188,11 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kv-cache-dtype", choices=("bfloat16", INT8), help="default: int8 where a context fits no other way"
     )
+    parser.add_argument(
+        "--kv-scales",
+        metavar="FILE",
+        help="whose layers in 16 bits an int8 cache has (default: those of kv_scales.json beside the weights)",
+    )
     parser.add_argument("--quantization", choices=QUANTIZATIONS, help=_llm_help("quantization"))
     _add_debug(parser)
 
@@ -218,11 +224,13 @@ def _plan(arguments: argparse.Namespace) -> int:
     with as_input():
         config, quantization = published(arguments.model), arguments.quantization
         budgets = None if config is None else published_budgets(config)
+        beside = None
         if config is None:
             from paddle_qwen1m.check import read_shapes
 
-            config, budgets, stored = read_shapes(name_argument("--model", arguments.model))
+            config, budgets, stored, beside = read_shapes(name_argument("--model", arguments.model))
             quantization = quantization or stored
+        in_16_bits = _layers_in_16_bits(arguments.kv_scales or beside, config)
         given = {"max_num_seqs": arguments.max_num_seqs} if arguments.max_num_seqs else {}
         options = EngineOptions(
             max_num_batched_tokens=chunk,
@@ -231,13 +239,25 @@ def _plan(arguments: argparse.Namespace) -> int:
             **given,
         )
         ranks = arguments.tensor_parallel_size or 1
-        made = plan(config, memory, ranks=ranks, length=arguments.max_model_len, options=options, budgets=budgets)
+        length = arguments.max_model_len
+        made = plan(config, memory, ranks=ranks, length=length, options=options, budgets=budgets, in_16_bits=in_16_bits)
     if arguments.json:
         say(json.dumps(made.as_json()))
     else:
         for line in made.lines():
             say(line)
     return 0 if made.fits else FAILED
+
+
+def _layers_in_16_bits(path: str | Path | None, config: ModelConfig) -> int:
+    """How many a file of scales names; ValueError, naming it, for one of another model."""
+    from paddle_qwen1m.cache.kv_scales import KVScales
+
+    if path is None:
+        return 0
+    scales = KVScales.from_file(path)
+    scales.check_fit(config, "", str(path))
+    return len(scales.in_16_bits)
 
 
 def _add_debug(parser: argparse.ArgumentParser) -> None:
@@ -648,6 +668,7 @@ def _calibrate_kv(arguments: argparse.Namespace) -> int:
         f"{(exponents > 0).mean():.0%} of the rotation pairs divided, by up to {2 ** int(exponents.max())}; "
         f"centres up to {scales.largest_centre:.4g}"
     )
+    say(scales.summary())
     return 0
 
 

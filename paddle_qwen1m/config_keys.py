@@ -89,6 +89,7 @@ Key = Optional[Union[Read, Only]]
 FLAG = one_of(True, False)
 OBJECT = Rule("an object", lambda value: isinstance(value, dict))
 LIST = Rule("a list", lambda value: isinstance(value, list))
+TEXTS = Rule("a list of texts", lambda value: isinstance(value, list) and all(type(one) is str for one in value))
 NOT_TRUE = one_of(False, None)
 NOT_FALSE = one_of(True, None)
 ONE = one_of(1.0, None)
@@ -197,6 +198,7 @@ KEYS: Mapping[str, Key] = {
     "dtype": DTYPE,
     DUAL_CHUNK: Read(OBJECT),
     "tensor_parallel_size": Read(whole(2).or_null(), None),
+    "tensor_parallel_heads": Read(TEXTS.or_null(), None),
     **_only(one_of("qwen2"), "the model is Qwen2", "model_type"),
     **_only(one_of("silu", "swish"), "the MLP is Qwen2's", "hidden_act"),
     **_only(one_of("silu", "swish", None), "the MLP is Qwen2's", "hidden_activation"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Generator, Sequence
+from typing import Callable, Union
 
 import numpy as np
 import paddle
@@ -15,8 +16,10 @@ from paddle_qwen1m.attention.selector import Projected, Selector
 from paddle_qwen1m.attention.step import Step
 from paddle_qwen1m.cache import LayerCache
 from paddle_qwen1m.config import ModelConfig
-from paddle_qwen1m.dtypes import FP8, dtype_name
+from paddle_qwen1m.dtypes import FP8, dtype_name, itemsize
 from paddle_qwen1m.parallel.group import ALONE, Group
+from paddle_qwen1m.parallel.lanes import Lanes
+from paddle_qwen1m.parallel.placement import Placement
 from paddle_qwen1m.parallel.split import local_config
 from paddle_qwen1m.weights import Slot
 from paddle_qwen1m.weights.eight_bit import FILE_BLOCKS, SCALES, choose_blocks, linears
@@ -60,30 +63,46 @@ def products_version(local: ModelConfig, dtype: str, quantization: str | None) -
     if quantization != FP8 or not ops.on_gpu():
         return 0
     found = 0
-    for heights, width in linears(local).values():
-        if choose_blocks(FP8, heights, width) != FILE_BLOCKS[FP8]:
+    for heights, widths in linears(local).values():
+        if choose_blocks(FP8, heights, widths) != FILE_BLOCKS[FP8]:
             return 0
-        found = ops.product8_version(width, sum(heights), dtype)
+        found = ops.product8_version(sum(widths), sum(heights), dtype)
         if found <= 0:
             break
     return found
 
 
+def unrounded_dtype(model: Qwen2OneM) -> str:
+    """Of keys and values that an int8 cache does not round: the type of the weights, where that has 16 bits."""
+    return model.dtype if itemsize(model.dtype) == 2 else "bfloat16"
+
+
+Activations = Union[paddle.Tensor, ops.Rows8]
+"""Of T rows: [T, N] in the activations' type, or in FP8."""
+
+
 class DecoderLayer(nn.Layer):
     """Pre-norm attention and SwiGLU of a rank's share. The projections of q, k, v and of gate, up are a weight each.
 
-    quantization: how the weights of its four linears are kept, fp8 or int8; None: as `dtype`, like the rest.
+    quantization: how the weights of its four linears are kept, fp8 or int8; None: as `dtype`, like the rest. in_fp8:
+    many rows are multiplied in FP8, too.
     """
 
     def __init__(
-        self, config: ModelConfig, number: int, dtype: str, group: Group, quantization: str | None = None
+        self,
+        config: ModelConfig,
+        number: int,
+        dtype: str,
+        group: Group,
+        quantization: str | None = None,
+        *,
+        in_fp8: bool = False,
     ) -> None:
         super().__init__()
         self.config = config
         self.local = local = local_config(config, group.degree)
-        self.group = group
         self.number = number
-        self.quantization = quantization
+        self.quantization, self.in_fp8 = quantization, in_fp8
         self.register_buffer("input_norm", weight([local.hidden_size], dtype))
         self._register_linear("qkv_weight", dtype)
         self.register_buffer("qkv_bias", weight([local.qkv_width], dtype))
@@ -93,62 +112,106 @@ class DecoderLayer(nn.Layer):
         self._register_linear("down_weight", dtype)
 
     def _register_linear(self, name: str, dtype: str) -> None:
-        heights, width = linears(self.local)[name]
-        shape = [sum(heights), width]
+        heights, widths = linears(self.local)[name]
+        shape = [sum(heights), sum(widths)]
         if self.quantization is None:
             self.register_buffer(name, weight(shape, dtype))
             return
-        blocks = choose_blocks(self.quantization, heights, width)
+        blocks = choose_blocks(self.quantization, heights, widths)
         self.register_buffer(name, weight(shape, "uint8"))
-        self.register_buffer(f"{name}{SCALES}", weight([*blocks.grid((shape[0], width))], "float32"))
+        self.register_buffer(f"{name}{SCALES}", weight([*blocks.grid((shape[0], shape[1]))], "float32"))
 
-    def linear(self, x: paddle.Tensor | ops.Rows8, name: str) -> paddle.Tensor:
+    def linear(self, x: Activations, name: str) -> paddle.Tensor:
         """x [T, K] times the transpose of the weight of that name [N, K]: activations [T, N]."""
         held = getattr(self, name)
         if self.quantization is None:
             return ops.linear(x, held)
         weight = ops.Weight8(held, getattr(self, f"{name}{SCALES}"), self.quantization)
-        if isinstance(x, ops.Rows8):
-            return ops.product8(x, weight, dtype_name(self.qkv_bias.dtype))
-        return ops.linear(x, weight)
+        if not isinstance(x, ops.Rows8):
+            if not self.takes_rows8(x.shape[0]):
+                return ops.linear(x, weight)
+            x = ops.round_rows(x)
+        return ops.product8(x, weight, dtype_name(self.qkv_bias.dtype))
 
-    def attention(
-        self, hidden: paddle.Tensor | ops.Rows8, step: Step, cache: LayerCache, selector: Selector | None
-    ) -> Generator[None, None, paddle.Tensor]:
+    def takes_rows8(self, rows: int) -> bool:
+        """Whether so many rows are multiplied in FP8."""
+        return self.in_fp8 and rows > ops.FEW_ROWS_OF_8_BITS
+
+    def project(self, hidden: Activations, step: Step, cache: LayerCache) -> tuple[paddle.Tensor, Projected]:
+        """Queries [V, T, H, D], rotated, and what they are of. Keys and values go to the cache."""
         projected = Projected(self.linear(hidden, "qkv_weight"), self.qkv_bias)
         q = ops.rotate_and_cache(*projected, step.rotary, step.slots, cache.keys, cache.values, cache.quantised)
-        out = yield from attend(q, projected, cache, step, selector)
-        out = out.reshape([q.shape[1], -1])
-        rows = ops.round_rows(out) if isinstance(hidden, ops.Rows8) else out
-        return self.group.all_reduce(self.linear(rows, "output_weight"))
+        return q, projected
 
-    def mlp(self, hidden: paddle.Tensor | ops.Rows8) -> paddle.Tensor:
-        """Rows in FP8 are multiplied so in both linears."""
-        gate_up = self.linear(hidden, "gate_up_weight")
-        product = ops.silu_mul8(gate_up) if isinstance(hidden, ops.Rows8) else ops.silu_mul(gate_up)
-        return self.group.all_reduce(self.linear(product, "down_weight"))
+    def attention(
+        self,
+        hidden: Activations,
+        step: Step,
+        cache: LayerCache,
+        selector: Selector | None,
+        rows: paddle.Tensor | None = None,
+    ) -> Generator[None, None, paddle.Tensor]:
+        """What the rank's heads make of `rows` int64 [n] of the step, by default of all: [n, H D], which `output`
+        projects.
+        """
+        q, projected = self.project(hidden, step, cache)
+        heads = (yield from attend(q, projected, cache, step, selector)).reshape([q.shape[1], -1])
+        return heads if rows is None else ops.gather_rows(heads, rows)
+
+    def output(self, heads: paddle.Tensor) -> paddle.Tensor:
+        """The rank's part of the attention's output [T, N]."""
+        return self.linear(heads, "output_weight")
+
+    def gate_up(self, hidden: Activations) -> paddle.Tensor:
+        return self.linear(hidden, "gate_up_weight")
+
+    def gated(self, gate_up: paddle.Tensor) -> Activations:
+        """What `down` takes."""
+        return ops.silu_mul8(gate_up) if self.takes_rows8(gate_up.shape[0]) else ops.silu_mul(gate_up)
+
+    def down(self, inner: Activations) -> paddle.Tensor:
+        """The rank's part of the MLP's output [T, N]."""
+        return self.linear(inner, "down_weight")
+
+
+AttentionObserver = Callable[[DecoderLayer, paddle.Tensor, paddle.Tensor], None]
+"""Called with (layer, what its attention got, activations [T, hidden], what the rank's heads made of it, [T, H D])."""
 
 
 class Qwen2OneM(nn.Layer):
     """Qwen2 for 1M tokens, on Paddle's current device. `dtype` is how the weights are kept, `compute_dtype` the type of
     the activations: see `device_dtypes`. In a tensor parallel group it is one rank's share: `config` is that of the
-    whole model, `local` that of the share. quantization: how the layers' linears are kept, fp8 or int8; None: as the
-    rest. ValueError for one that the shapes do not allow. products_version: of the cuBLASLt that multiplies many rows
-    in FP8; where it is not above 0, weights of 8 bits are widened.
+    whole model, `local` that of the share. placement: which rank has which heads, by default in published order.
+    quantization: how the layers' linears are kept, fp8 or int8; None: as the rest. ValueError for one that the shapes
+    do not allow. products_version: of the cuBLASLt that multiplies many rows in FP8; where it is not above 0, weights
+    of 8 bits are widened.
     """
 
-    def __init__(self, config: ModelConfig, dtype: str, group: Group = ALONE, quantization: str | None = None) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: str,
+        group: Group = ALONE,
+        placement: Placement | None = None,
+        quantization: str | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
         self.group = group
+        self.placement = placement or Placement.published(config, group.degree)
+        assert self.placement.degree == group.degree
         self.local = local_config(config, group.degree)
         self.on_gpu = ops.on_gpu()
         dtype, self.compute_dtype = device_dtypes(dtype)
         self.dtype, self.quantization = dtype, quantization
         self.products_version = products_version(self.local, dtype, quantization)
         self.register_buffer("embedding", vocabulary_table(config, group, dtype))
+        in_fp8 = self.products_version > 0
         self.layers = nn.LayerList(
-            [DecoderLayer(config, number, dtype, group, quantization) for number in range(config.num_layers)]
+            [
+                DecoderLayer(config, number, dtype, group, quantization, in_fp8=in_fp8)
+                for number in range(config.num_layers)
+            ]
         )
         self.register_buffer("norm", weight([config.hidden_size], dtype))
         if config.tie_word_embeddings:
@@ -157,36 +220,54 @@ class Qwen2OneM(nn.Layer):
             self.register_buffer("head", vocabulary_table(config, group, dtype))
 
     def layer_by_layer(
-        self, step: Step, caches: Sequence[LayerCache], selectors: Sequence[Selector] | None = None
+        self,
+        step: Step,
+        caches: Sequence[LayerCache],
+        selectors: Sequence[Selector] | None = None,
+        observe: AttentionObserver | None = None,
     ) -> Generator[None, None, paddle.Tensor | None]:
         """The forward pass. Fills the caches, one a layer; pauses behind each layer, and in it behind each group of its
-        attention: at the same points on every rank, with no collective under way.
+        attention: at the same points on every rank, with no collective under way. observe: sees each layer's attention,
+        of a step that wants no logits.
 
-        Returns what `logits` takes for the rows [n, hidden] whose logits the step wants, None without any.
+        Returns what `logits` takes for the rows [n, hidden] whose logits the step wants, None without any. In a
+        prefill's last layer the other rows only have their keys and values cached.
         """
-        eps, vocabulary, group = self.config.rms_norm_eps, self.config.vocab_size, self.group
-        first = group.rank * self.local.vocab_size
-        residual = group.all_reduce(ops.embedding(step.ids, self.embedding, first=first, vocabulary=vocabulary))
-        in_fp8 = self.products_version > 0 and residual.shape[0] > ops.FEW_ROWS_OF_8_BITS
-        norm, add_norm = (ops.rms_norm8, ops.add_rms_norm8) if in_fp8 else (ops.rms_norm, ops.add_rms_norm)
-        normed = norm(residual, self.layers[0].input_norm, eps)
+        assert observe is None or step.logit_rows is None
+        lanes = Lanes(self.group, step.ids.shape[0], self.config.rms_norm_eps, split=step.lengths is None)
+        takes_rows8 = self.layers[0].takes_rows8 if observe is None else None  # who observes sees what is not rounded
+        lanes.add(step.ids, [self._embed], self.layers[0].input_norm, takes_rows8)
+        normed = lanes.all_rows()
         for number, layer in enumerate(self.layers):
-            selector = selectors[number] if selectors else None
-            following = self.layers[number + 1].input_norm if number + 1 < len(self.layers) else self.norm
-            # What is added has no name: its memory is free again while the next is computed.
-            normed = add_norm(
-                (yield from layer.attention(normed, step, caches[number], selector)),
-                residual,
-                layer.post_attention_norm,
-                eps,
-            )
-            last = ops.add_rms_norm if number + 1 == len(self.layers) else add_norm
-            normed = last(layer.mlp(normed), residual, following, eps)
-            group.mark(residual)
+            selector, rows = selectors[number] if selectors else None, None
+            is_last = number + 1 == len(self.layers)
+            if step.lengths is None and observe is None and is_last:
+                if step.logit_rows is None:
+                    self.group.mark(layer.project(normed, step, caches[number])[0])
+                    yield
+                    return None
+                step, rows = step.of_last_layer(), step.logit_rows
+                lanes = lanes.of_rows(rows)
+            following = self.norm if is_last else self.layers[number + 1].input_norm
+            heads = yield from layer.attention(normed, step, caches[number], selector, rows)
+            if observe is not None:
+                observe(layer, normed, heads)
+            del normed  # the memory of what is not needed is free again while the next is computed
+            lanes.add(heads, [layer.output], layer.post_attention_norm, takes_rows8)
+            del heads
+            products = [layer.gate_up, layer.gated, layer.down]
+            lanes.add(None, products, following, None if is_last else takes_rows8)
+            normed = lanes.all_rows()
+            self.group.mark(normed.numbers if isinstance(normed, ops.Rows8) else normed)
             yield
         if step.lengths is not None:
             return normed
-        return None if step.logit_rows is None else ops.gather_rows(normed, step.logit_rows)
+        return None if step.logit_rows is None else normed[: step.num_logits]
+
+    def _embed(self, ids: paddle.Tensor) -> paddle.Tensor:
+        """The rank's part of the residual stream before the first layer."""
+        first, vocabulary = self.group.rank * self.local.vocab_size, self.config.vocab_size
+        return ops.embedding(ids, self.embedding, first=first, vocabulary=vocabulary)
 
     def logits(self, rows: paddle.Tensor) -> paddle.Tensor:
         """Logits float32 [n, vocab] of rows [n, hidden] that a forward pass gave."""
@@ -199,7 +280,7 @@ class Qwen2OneM(nn.Layer):
         for tensor in published_tensors(self.config).values():
             if tensor.parameter is None:
                 continue
-            part = tensor.part(self.group.degree, self.group.rank)
+            part = tensor.part(self.placement, self.group.rank)
             scales = parameters.get(f"{tensor.parameter}{SCALES}")
             slot = Slot(
                 parameters[tensor.parameter],

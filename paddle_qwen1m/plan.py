@@ -43,9 +43,9 @@ def weight_bytes(config: ModelConfig, dtype: str, quantization: str | None = Non
     if quantization is None:
         return whole
     saved = 0
-    for heights, width in linears(config).values():
-        shape = sum(heights), width
-        scales = math.prod(choose_blocks(quantization, heights, width).grid(shape))
+    for heights, widths in linears(config).values():
+        shape = sum(heights), sum(widths)
+        scales = math.prod(choose_blocks(quantization, heights, widths).grid(shape))
         saved += math.prod(shape) * (itemsize(dtype) - 1) - 4 * scales
     return whole - config.num_layers * saved
 
@@ -56,19 +56,23 @@ def widened_weight_bytes(config: ModelConfig, quantization: str | None, dtype: s
     """
     if quantization is None or itemsize(dtype) != 2:
         return 0
-    return max(2 * sum(heights) * width for heights, width in linears(config).values())
+    return max(2 * sum(heights) * sum(widths) for heights, widths in linears(config).values())
 
 
-def cache_bytes_per_token(config: ModelConfig, dtype: str) -> int:
-    """Bytes that the keys and values of one token take over all layers (spec section 1.1), their scales included."""
-    size = 1 if dtype == INT8 else itemsize(dtype)
-    numbers = 2 * config.num_layers * config.num_kv_heads * config.head_dim * size
-    return numbers + scale_bytes_per_token(config, dtype)
+def cache_bytes_per_token(config: ModelConfig, dtype: str, in_16_bits: int = 0) -> int:
+    """Bytes that the keys and values of one token take over all layers (spec section 1.1), their scales included.
+
+    in_16_bits: layers of an int8 cache that are not rounded to int8.
+    """
+    numbers = 2 * config.num_kv_heads * config.head_dim
+    if dtype != INT8:
+        return config.num_layers * numbers * itemsize(dtype)
+    return (config.num_layers + in_16_bits) * numbers + scale_bytes_per_token(config, dtype, in_16_bits)
 
 
-def scale_bytes_per_token(config: ModelConfig, dtype: str) -> int:
+def scale_bytes_per_token(config: ModelConfig, dtype: str, in_16_bits: int = 0) -> int:
     """Those of them that are scales: float16 numbers of an int8 cache, for the key and the value of each KV head."""
-    return 2 * config.num_layers * config.num_kv_heads * 2 if dtype == INT8 else 0
+    return 2 * (config.num_layers - in_16_bits) * config.num_kv_heads * 2 if dtype == INT8 else 0
 
 
 def widened_bytes(config: ModelConfig, length: int, cache_dtype: str, dtype: str) -> int:

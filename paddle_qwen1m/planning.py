@@ -10,6 +10,7 @@ from paddle_qwen1m.config import ModelConfig, SparseBudgets, published_budgets
 from paddle_qwen1m.dtypes import FP8, INT8
 from paddle_qwen1m.engine.admission import LEFT_TO_THE_DRIVER, Allowance, Need, fitting_options, longest_fitting
 from paddle_qwen1m.options import GPU_BATCHED_TOKENS, MAX_NUM_SEQS, EngineOptions
+from paddle_qwen1m.parallel.placement import Placement
 from paddle_qwen1m.parallel.split import check_degree, degrees, local_config
 from paddle_qwen1m.plan import scale_bytes_per_token
 
@@ -84,7 +85,9 @@ class Way:
 class Plan:
     """Bytes on each of `ranks` GPUs, of which the engine may take `allowed`, for contexts of `length` tokens; `longest`
     is the most that fit, None where the weights and the workspace do not. chunk: tokens of a prefill chunk. cache: of
-    keys and values, kept as cache_dtype; scales: of int8 ones. quantization: how weights are kept, None: in 16 bits.
+    keys and values, kept as cache_dtype; scales: of int8 ones; in_16_bits: layers whose are not rounded to int8.
+    quantization: how weights are kept, None: in 16 bits.
+    imbalance: Placement.imbalance of several ranks with budgets, with heads as they are placed and in published order.
     """
 
     ranks: int
@@ -99,6 +102,8 @@ class Plan:
     longest: int | None
     quantization: str | None = None
     ways: tuple[Way, ...] = ()
+    in_16_bits: int = 0
+    imbalance: tuple[float, float] | None = None
 
     @property
     def left(self) -> int:
@@ -122,11 +127,18 @@ class Plan:
         remarks = {
             "may be used": each,
             "weights": "" if self.quantization is None else f", {self.quantization}",
-            "keys and values": f", {self.cache_dtype}",
+            "keys and values": f", {self.cache_dtype}"
+            + (self.in_16_bits > 0) * f", {self.in_16_bits} layers in 16 bits",
             "workspace": f", chunks of {self.chunk:,} tokens",
         }
         for name, size in rows:
             yield f"{name:<16}{size / 1e9:>8.2f} GB{remarks.get(name, '')}"
+        if self.imbalance is not None:
+            placed, published = self.imbalance
+            yield (
+                f"sparse attention: the busiest GPU of each layer visits {placed:.3f} times the mean of keys, with "
+                f"heads in published order {published:.3f} times"
+            )
         longest = "no length" if self.longest is None else f"{self.longest:,} tokens"
         yield f"{self.length:,} tokens {'fit' if self.fits else 'do not fit'}; the longest that fits: {longest}"
         for way in self.ways:
@@ -142,9 +154,11 @@ def plan(
     length: int | None = None,
     options: EngineOptions | None = None,
     budgets: SparseBudgets | None = None,
+    in_16_bits: int = 0,
 ) -> Plan:
     """What a context of `length` tokens takes, the model's longest by default, where the engine may use `memory` bytes
-    of each GPU. budgets: of sparse prefill. ValueError for ranks or a length that the model does not have.
+    of each GPU. budgets: of sparse prefill. in_16_bits: layers that an int8 cache does not round. ValueError for ranks
+    or a length that the model does not have.
 
     Where nobody chose, chunks are smaller and keys and values int8 if it would not fit otherwise, as in the engine.
     Where it does not fit even so, the ways out come in the order of what they cost.
@@ -153,7 +167,7 @@ def plan(
     options = options or EngineOptions()
 
     def longest(ranks: int, options: EngineOptions) -> int | None:
-        return longest_fitting(_need(config, ranks, options, budgets), Allowance(memory))
+        return longest_fitting(_need(config, ranks, options, budgets, in_16_bits), Allowance(memory))
 
     wanted = config.max_position_embeddings if length is None else length
     if not 1 <= wanted <= config.max_position_embeddings:
@@ -162,13 +176,12 @@ def plan(
         )
 
     computed = _computed(config)
-    shape: dict[str, Any] = {"kept": computed, "computed": computed, "on_gpu": True}
+    shape: dict[str, Any] = {"kept": computed, "computed": computed, "on_gpu": True, "in_16_bits": in_16_bits}
     options = fitting_options(config, ranks, options, budgets, Allowance(memory), wanted, **shape)
     cache_dtype = options.kv_cache_dtype or computed
-    own = _need(config, ranks, options, budgets)
-    scales = (
-        -(-wanted // own.page_size) * own.page_size * scale_bytes_per_token(local_config(config, ranks), cache_dtype)
-    )
+    own = _need(config, ranks, options, budgets, in_16_bits)
+    of_token = scale_bytes_per_token(local_config(config, ranks), cache_dtype, in_16_bits)
+    scales = -(-wanted // own.page_size) * own.page_size * of_token
     made = Plan(
         ranks,
         memory,
@@ -181,6 +194,8 @@ def plan(
         own.workspace(wanted),
         longest(ranks, options),
         options.quantization,
+        in_16_bits=in_16_bits if cache_dtype == INT8 else 0,
+        imbalance=None if budgets is None or ranks == 1 else _imbalance(config, ranks, budgets),
     )
     if made.fits:
         return made
@@ -214,10 +229,18 @@ def plan(
     return replace(made, ways=tuple(ways))
 
 
-def _need(config: ModelConfig, ranks: int, options: EngineOptions, budgets: SparseBudgets | None) -> Need:
+def _imbalance(config: ModelConfig, ranks: int, budgets: SparseBudgets) -> tuple[float, float]:
+    placed, published = Placement.balanced(config, ranks, budgets), Placement.published(config, ranks)
+    return placed.imbalance(budgets), published.imbalance(budgets)
+
+
+def _need(
+    config: ModelConfig, ranks: int, options: EngineOptions, budgets: SparseBudgets | None, in_16_bits: int = 0
+) -> Need:
     """Of a GPU, which keeps and computes in 16 bits."""
     computed = _computed(config)
-    return Need.of(config, ranks, options, budgets, kept=computed, computed=computed, on_gpu=True)
+    shape: dict[str, Any] = {"kept": computed, "computed": computed, "on_gpu": True, "in_16_bits": in_16_bits}
+    return Need.of(config, ranks, options, budgets, **shape)
 
 
 def _computed(config: ModelConfig) -> str:

@@ -190,6 +190,7 @@ def test_head_dim_is_what_the_heads_leave_of_the_hidden_size() -> None:
         ("pruned_heads", {"0": [1]}),
         ("tensor_parallel_size", 1),
         ("tensor_parallel_size", "2"),
+        ("tensor_parallel_heads", "0-3 4-7"),
     ],
 )
 def test_what_would_change_the_mathematics_is_refused(key: str, value: Any) -> None:

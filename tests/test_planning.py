@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from paddle_qwen1m import cli
+from paddle_qwen1m.cache.kv_scales import KVScales
 from paddle_qwen1m.config import ModelConfig, published_budgets
 from paddle_qwen1m.engine.admission import LEFT_TO_THE_DRIVER, Allowance, Need, choose_capacity
 from paddle_qwen1m.options import EngineOptions
@@ -61,6 +63,16 @@ def test_bytes_add_up_and_what_is_missing_is_less_than_nothing_left() -> None:
     assert fitting.weights < 0.51 * made.weights and fitting.cache == made.cache // 2
 
 
+def test_ranks_are_as_even_as_their_heads_can_be_placed() -> None:
+    made = planned("14B", 149 * 10**9, ranks=2)
+    assert made.imbalance == pytest.approx((1.007, 1.104), abs=5e-4)
+    (line,) = (line for line in made.lines() if "visits" in line)
+    assert "1.007 times the mean of keys, with heads in published order 1.104 times" in line
+    alone, without = planned("14B", 149 * 10**9), plan(PUBLISHED["14B"], 149 * 10**9, ranks=2)
+    assert alone.imbalance is None and without.imbalance is None
+    assert not [line for one in (alone, without) for line in one.lines() if "visits" in line]
+
+
 @pytest.mark.parametrize("kept", ["bfloat16", "int8"])
 @pytest.mark.parametrize(("name", "memory"), [("7B", 24), ("7B", 40), ("14B", 40), ("14B", 130)])
 def test_every_way_out_lets_as_much_fit_as_it_says(name: str, memory: int, kept: str) -> None:
@@ -109,6 +121,30 @@ def test_int8_is_chosen_where_a_context_fits_no_other_way_and_nobody_chose() -> 
     copied = 2 * WHOLE * 8 * 128 * 2
     assert chosen.workspace - asked.workspace == copied, "one layer's keys and values in 16 bits"
     assert planned("7B", memory).cache_dtype == "bfloat16", "what fits stays as it is computed"
+
+
+def test_layers_in_16_bits_take_twice_the_bytes_and_no_scales() -> None:
+    options = EngineOptions(max_num_batched_tokens=16_384, kv_cache_dtype="int8")
+    none, three = (planned("14B", 141 * 10**9, options=options, in_16_bits=layers) for layers in (0, 3))
+    assert three.cache * 48 == none.cache * 51 and three.scales * 48 == none.scales * 45
+    assert three.longest is not None and none.longest is not None and three.longest < none.longest
+    assert "keys and values   105.51 GB, int8, 3 layers in 16 bits" in list(three.lines())
+    sixteen, same = (planned("14B", 141 * 10**9, options=SIXTEEN_BITS, in_16_bits=layers) for layers in (0, 3))
+    assert (same.cache, same.longest) == (sixteen.cache, sixteen.longest)
+    ways = {way.option: way.length for way in same.ways}
+    with_int8 = replace(SIXTEEN_BITS, kv_cache_dtype="int8")
+    assert ways["--kv-cache-dtype int8"] == planned("14B", 141 * 10**9, options=with_int8, in_16_bits=3).longest
+
+
+def test_the_command_counts_the_layers_of_a_file_of_scales(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = ModelConfig.from_dict(json.loads((NEEDLE / "config.json").read_text()), "config.json")
+    path = tmp_path / "scales.json"
+    replace(KVScales.none(config), in_16_bits=(0, 3)).write(path)
+    command = ["plan", "--gpu-memory", "40GB", "--kv-cache-dtype", "int8", "--kv-scales", str(path)]
+    assert cli.main([*command, "--model", str(NEEDLE)]) == 0
+    assert "int8, 2 layers in 16 bits\n" in capsys.readouterr().out
+    assert cli.main([*command, "--model", "7B"]) == 2
+    assert "another model's" in capsys.readouterr().err
 
 
 def test_a_published_model_is_known_by_its_size_and_its_name() -> None:

@@ -70,7 +70,8 @@ def test_logits_stay_near_those_of_bfloat16_where_rows_are_in_fp8_too(
 ) -> None:
     """As Hopper multiplies many rows: a CPU does the same arithmetic where it is told to."""
     model = load(quantization="fp8")
-    model.model.products_version = 1
+    for layer in model.model.layers:
+        layer.in_fp8 = True
     found = log_probabilities(model, texts)
     assert np.abs(found - log_probabilities(load(quantization="fp8"), texts)).max() > 1e-3
     divergence = (np.exp(exact) * (exact - found)).sum(-1)

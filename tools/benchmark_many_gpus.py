@@ -27,12 +27,15 @@ import paddle
 from paddle_qwen1m.config import published_budgets
 from paddle_qwen1m.engine.admission import Allowance, Need, longest_fitting
 from paddle_qwen1m.options import GPU_BATCHED_TOKENS, EngineOptions
+from paddle_qwen1m.parallel.group import MOST_LANES
 from paddle_qwen1m.parallel.split import degrees
 from paddle_qwen1m.planning import PUBLISHED
+from paddle_qwen1m.weights.convert import convert
+from paddle_qwen1m.weights.source import HUGGINGFACE, PADDLENLP, TENSOR_PARALLEL
 
 TOOLS = Path(__file__).resolve().parent
 NEEDLE = TOOLS.parent / "checkpoints" / "needle"
-NOT_SHARED = ("add_rms_norm", "rms_norm", "embedding", "gather_rows")
+NOT_SHARED = ("embedding", "gather_rows")
 """Ops that every rank does for all rows and the whole width."""
 NEW_TOKENS = 64
 DOCUMENTS = (2_000, 16_000, 60_000)
@@ -98,17 +101,19 @@ def run_model(model: str, degree: int, tokens: int, out: Path) -> Run | None:
 
 def predicted(base: Run, degree: int, measured: Run, layers: int, chunks: float) -> tuple[float, float]:
     """First token in seconds and decode in milliseconds of `degree` ranks from the base's, with the collectives that
-    were measured there and the imbalance that the placement has."""
+    were measured there, of a prefill those of one of its lanes, which lie beside nothing, and the imbalance that the
+    placement has."""
     share = base.degree / degree
     of_all = sum(base.op(name) for name in NOT_SHARED)
     attention = base.op("dca_sparse_prefill")
     collectives = {rows: 2 * layers * 1e-3 * float(ms) for rows, ms in measured.ranks[0]["all_reduce_ms"].items()}
     before = {rows: 2 * layers * 1e-3 * float(ms) for rows, ms in base.ranks[0]["all_reduce_ms"].items()}
     one, chunk = sorted(collectives, key=int)
-    shared = base["first_token_s"] - of_all - attention - chunks * before[chunk]
+    bare = chunks / MOST_LANES
+    shared = base["first_token_s"] - of_all - attention - bare * before[chunk]
     first = shared * share + attention * share * measured.imbalance() / base.imbalance() + of_all
     step = (base["decode_ms"] - 1e3 * before[one]) * share + 1e3 * collectives[one]
-    return first + chunks * collectives[chunk], step
+    return first + bare * collectives[chunk], step
 
 
 def measure_models(models: list[str], lengths: list[int], ranks: list[int], memory: int, out: Path) -> None:
@@ -139,25 +144,43 @@ def measure_models(models: list[str], lengths: list[int], ranks: list[int], memo
 
 
 def compare_answers(degree: int) -> bool:
-    """Whether so many ranks choose the needle checkpoint's tokens that one does; documents dense and sparse."""
-    told = {}
-    for ranks in (1, degree):
-        command = [sys.executable, "-W", "ignore", __file__, "--answer-with", str(ranks)]
+    """Whether so many ranks choose the needle checkpoint's tokens that one does, from each form of its weights, of
+    documents dense and sparse.
+    """
+
+    def asked(ranks: int, checkpoint: Path) -> list[list[int]]:
+        command = [sys.executable, "-W", "ignore", __file__, "--answer-with", str(ranks), str(checkpoint)]
         said = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-        told[ranks] = json.loads(said.splitlines()[-1])
-    equal = told[1] == told[degree]
-    print(f"needle checkpoint, {DOCUMENTS} tokens, dense and sparse: {degree} ranks choose those of one: {equal}")
-    return equal
+        return list(json.loads(said.splitlines()[-1]))
+
+    expected = asked(1, NEEDLE)
+    good = True
+    with tempfile.TemporaryDirectory() as folder:
+        forms = {
+            HUGGINGFACE: NEEDLE,
+            PADDLENLP: Path(folder) / PADDLENLP,
+            TENSOR_PARALLEL: Path(folder) / TENSOR_PARALLEL,
+        }
+        convert(NEEDLE, forms[PADDLENLP], PADDLENLP, progress=False)
+        convert(NEEDLE, forms[TENSOR_PARALLEL], TENSOR_PARALLEL, degree=degree, progress=False)
+        for form, checkpoint in forms.items():
+            equal = asked(degree, checkpoint) == expected
+            print(
+                f"needle checkpoint, {form}, {DOCUMENTS} tokens, dense and sparse: {degree} ranks choose those of one: "
+                f"{equal}", flush=True,
+            )  # fmt: skip
+            good &= equal
+    return good
 
 
-def answer(ranks: int) -> list[list[int]]:
-    """Tokens that the needle checkpoint chooses behind documents of random tokens."""
+def answer(ranks: int, checkpoint: str) -> list[list[int]]:
+    """Tokens that a checkpoint chooses behind documents of random tokens."""
     from paddle_qwen1m import LLM, SamplingParams
 
     answers = []
     for threshold in (4096, 1 << 20):
         options: dict[str, Any] = {"tensor_parallel_size": ranks, "sparse_threshold": threshold}
-        with LLM(str(NEEDLE), max_model_len=65536, **options) as llm:
+        with LLM(checkpoint, max_model_len=65536, **options) as llm:
             vocabulary = len(llm.get_tokenizer())
             prompts = [np.random.default_rng(size).integers(0, vocabulary, size).tolist() for size in DOCUMENTS]
             greedy = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
@@ -182,10 +205,11 @@ def main() -> int:
     parser.add_argument("--ranks", nargs="+", type=int, help="(default: 1, 2, 4, 8 as far as there are GPUs)")
     parser.add_argument("--only", nargs="+", choices=("model", "answers", "failures"))
     parser.add_argument("--out", type=Path, help="where logs and numbers go (default: a folder under /tmp)")
-    parser.add_argument("--answer-with", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--answer-with", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.answer_with:
-        print(json.dumps(answer(arguments.answer_with)))
+        number, checkpoint = arguments.answer_with
+        print(json.dumps(answer(int(number), checkpoint)))
         return 0
     cards = paddle.device.cuda.device_count()
     if not cards:

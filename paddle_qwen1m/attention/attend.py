@@ -33,22 +33,24 @@ def attend(
         )
     out = paddle.empty(q.shape[1:], q.dtype)
     for dense in step.dense_pieces:
-        keys, values, chunk_len, quantised, _ = cache.readable(dense.pages)
-        where = dense.block_tables, dense.pieces, step.scale, chunk_len
+        (keys, values, chunk_len, quantised, _), tables = cache.readable(step.block_tables, dense.copied)
+        where = tables, dense.pieces, step.scale, chunk_len
         ops.dca_prefill(q, out, keys, values, *where, quantised=quantised)
         yield
     for sparse in step.sparse_pieces:
         assert selector is not None
         piece = sparse.piece
-        index = selector.choose(sparse, projected, cache.readable(sparse.pages), heads=q.shape[2])
+        pages = sparse.block_table, sparse.copied
+        index = selector.choose(sparse, projected, *cache.readable(*pages), heads=q.shape[2])
         for first, count in sparse.groups:
-            keys, values, chunk_len, quantised, _ = cache.readable(sparse.pages)  # in a pause others read theirs
+            # once more: in a pause others read theirs
+            (keys, values, chunk_len, quantised, _), table = cache.readable(*pages)
             ops.dca_sparse_prefill(
                 q,
                 out,
                 keys,
                 values,
-                sparse.block_table,
+                table,
                 index,
                 piece.row,
                 piece.begin,

@@ -42,13 +42,17 @@ class Selector:
     budgets: LayerBudgets
     observer: Observer | None = None
 
-    def choose(self, sparse: SparsePiece, projected: Projected, cache: LayerCache, heads: int) -> ops.SparseIndex:
-        """What a piece visits: its last queries score all keys, and the best columns and diagonals stay."""
+    def choose(
+        self, sparse: SparsePiece, projected: Projected, cache: LayerCache, block_table: paddle.Tensor, heads: int
+    ) -> ops.SparseIndex:
+        """What a piece visits: its last queries score all keys, and the best columns and diagonals stay. block_table:
+        int32 [W] of its sequence in `cache`.
+        """
         piece, budgets = sparse.piece, self.budgets
         first = piece.row + piece.rows - piece.probe_rows
         critical = ops.rotate_queries(*projected, sparse.critical_rotary, first, heads)
         sums = ops.dca_probe(
-            critical, cache.keys, sparse.block_table, piece.end, cache.chunk_len, sparse.scale, cache.quantised
+            critical, cache.keys, block_table, piece.end, cache.chunk_len, sparse.scale, cache.quantised
         )
         columns, slashes = ops.select_critical(
             *sums, budgets.vertical, budgets.slash, budgets.max_vertical, budgets.max_slash

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Callable
 
 import numpy as np
 import paddle
@@ -12,7 +13,7 @@ import paddle
 from paddle_qwen1m import ops
 from paddle_qwen1m.attention import positions
 from paddle_qwen1m.attention.positions import Piece
-from paddle_qwen1m.cache import PagedCache
+from paddle_qwen1m.cache import CopiedPages, PagedCache
 from paddle_qwen1m.config import BLOCK, ModelConfig
 
 
@@ -43,7 +44,8 @@ class SequenceRows:
 class SparsePiece:
     """A piece that attends to chosen keys only. `critical_rotary` float32 [V, n, D] rotates its n probe rows.
 
-    groups: the first and the number of the row blocks that are computed between two pauses. pages: as of DensePieces.
+    groups: the first and the number of the row blocks that are computed between two pauses. block_table: int32 [W].
+    copied: as of DensePieces, with a table int32 [W].
     """
 
     piece: Piece
@@ -51,29 +53,40 @@ class SparsePiece:
     scale: float
     critical_rotary: paddle.Tensor
     groups: Sequence[tuple[int, int]]
-    pages: paddle.Tensor | None = None
+    copied: CopiedPages | None = None
+
+    def around(self, rows: np.ndarray) -> SparsePiece | None:
+        """Of its row blocks those that Piece.around names; keys are chosen as for all of them."""
+        part = self.piece.around(rows)
+        if part is None:
+            return None
+        begin = (part.row - self.piece.row) // BLOCK
+        end = begin + part.row_blocks
+        parts = ((max(first, begin), min(first + count, end)) for first, count in self.groups)
+        return replace(self, groups=[(first, last - first) for first, last in parts if first < last])
 
 
 @dataclass(frozen=True)
 class DensePieces:
-    """Pieces that are computed between two pauses: int32 [P, 4] in host memory. block_tables: int32 [S, W].
-
-    pages: int32 [n], what a cache whose pages are copied for its readers is to copy; the tables then count in them.
+    """Pieces that are computed between two pauses: int32 [P, 4] in host memory. copied: what layers whose pages are
+    copied for their readers are to copy, with tables int32 [S, W].
     """
 
     pieces: paddle.Tensor
-    block_tables: paddle.Tensor
-    pages: paddle.Tensor | None = None
+    copied: CopiedPages | None = None
 
 
 @dataclass(frozen=True)
 class Step:
     """One forward pass over T rows of S sequences. Either `lengths` is set and every row is a sequence's next token
-    (decode), or the rows are prefilled: densely where `dense_pieces` say so, sparsely in `sparse_pieces`.
+    (decode), or the rows are prefilled: densely where `dense_pieces` say so, sparsely in `sparse_pieces`; in the last
+    layer, from which nothing but logits follows, only where `last_dense_pieces` and `last_sparse_pieces` do.
 
     ids, slots: int64 [T]. rotary: float32 [V, T, D]. block_tables: int32 [S, W]. scale: float32 [S], D^-0.5 m(n)^2.
     lengths: int32 [S].
-    logit_rows: int64 [n], the rows of a prefill whose logits are wanted; decode gives those of every row.
+    logit_rows: int64 [m], the rows that a prefill's last layer computes: the `num_logits` whose logits are wanted, then
+    copies, since products of as few rows as decode has are rounded otherwise than those of the layers before. Decode
+    gives the logits of every row.
     """
 
     ids: paddle.Tensor
@@ -82,9 +95,16 @@ class Step:
     block_tables: paddle.Tensor
     scale: paddle.Tensor
     logit_rows: paddle.Tensor | None = None
+    num_logits: int = 0
     lengths: paddle.Tensor | None = None
     dense_pieces: Sequence[DensePieces] = ()
     sparse_pieces: Sequence[SparsePiece] = ()
+    last_dense_pieces: Sequence[DensePieces] = ()
+    last_sparse_pieces: Sequence[SparsePiece] = ()
+
+    def of_last_layer(self) -> Step:
+        """The same, attending in the row blocks of `logit_rows` alone."""
+        return replace(self, dense_pieces=self.last_dense_pieces, sparse_pieces=self.last_sparse_pieces)
 
 
 def page_tables(pages: Sequence[Sequence[int]]) -> paddle.Tensor:
@@ -130,9 +150,14 @@ def _host(group: np.ndarray) -> paddle.Tensor:
 
 
 class StepBuilder:
-    """Makes steps for one model: knows its rotary frequencies and attention scale."""
+    """Makes steps for one model: knows its rotary frequencies and attention scale.
 
-    def __init__(self, config: ModelConfig) -> None:
+    padded: how many rows a prefill of so many gets; those behind the sequences' are cached nowhere, attend to nothing
+    and hold whatever was in memory.
+    """
+
+    def __init__(self, config: ModelConfig, padded: Callable[[int], int] = lambda rows: rows) -> None:
+        self._padded = padded
         self._dual_chunk = config.dual_chunk
         self._head_dim = config.head_dim
         self._inv_freq = ops.tensor(positions.inv_freq(config))
@@ -154,20 +179,28 @@ class StepBuilder:
                 else:
                     dense.append((number, piece))
             row += len(rows.ids)
-        where = np.concatenate([np.arange(rows.begin, rows.end) for rows in batch])
+        spare = np.zeros(self._padded(row) - row, np.int64)
+        ids = np.concatenate([*(rows.ids for rows in batch), spare])
+        where = np.concatenate([*(np.arange(rows.begin, rows.end) for rows in batch), spare])
         variants = positions.num_variants(int(where.max()) + 1, self._dual_chunk.chunk_len)
         rotary_positions = positions.query_positions(where, self._dual_chunk, variants)
-        slots = [cache.slots(rows.pages, rows.begin, rows.end) for rows in batch]
+        slots = [*(cache.slots(rows.pages, rows.begin, rows.end) for rows in batch), spare - 1]
         pages = [list(rows.pages[: -(-rows.end // cache.page_size)]) for rows in batch]
+        wanted = np.asarray(logit_rows, np.int64)
+        computed = max(len(wanted), min(len(where), ops.FEW_ROWS + 1))
+        last_dense = [(number, part) for number, piece in dense if (part := piece.around(wanted)) is not None]
         return Step(
-            ids=ops.tensor(np.concatenate([rows.ids for rows in batch])),
+            ids=ops.tensor(ids),
             slots=ops.tensor(np.concatenate(slots)),
             rotary=ops.rotary_table(ops.tensor(rotary_positions), self._inv_freq),
-            block_tables=(tables := page_tables(pages)),
+            block_tables=page_tables(pages),
             scale=ops.tensor(np.asarray([self._scale(rows.length) for rows in batch], np.float32)),
-            logit_rows=ops.tensor(np.asarray(logit_rows, np.int64)) if len(logit_rows) else None,
-            dense_pieces=list(self._dense_pieces(dense, pages, tables, cache, row_blocks)),
+            logit_rows=ops.tensor(np.resize(wanted, computed)) if len(wanted) else None,
+            num_logits=len(wanted),
+            dense_pieces=list(self._dense_pieces(dense, pages, cache, row_blocks)),
             sparse_pieces=sparse,
+            last_dense_pieces=list(self._dense_pieces(last_dense, pages, cache, row_blocks)),
+            last_sparse_pieces=[own for whole in sparse if (own := whole.around(wanted)) is not None],
         )
 
     def decode(self, ids: paddle.Tensor, lengths: paddle.Tensor, block_tables: paddle.Tensor, page_size: int) -> Step:
@@ -191,32 +224,30 @@ class StepBuilder:
         self,
         pieces: Sequence[tuple[int, Piece]],
         pages: Sequence[Sequence[int]],
-        tables: paddle.Tensor,
         cache: PagedCache,
         row_blocks: int,
     ) -> Iterator[DensePieces]:
         if cache.widened is None:
-            yield from (DensePieces(_host(group), tables) for group in groups(pieces, row_blocks))
+            yield from (DensePieces(_host(group)) for group in groups(pieces, row_blocks))
             return
         for together in copied_together(pieces, [len(held) for held in pages], cache.widened.num_pages):
             copied = [page for number in together for page in pages[number]]
             firsts = dict(zip(together, np.cumsum([0, *(len(pages[number]) for number in together)]).tolist()))
             own = [range(firsts[n], firsts[n] + len(held)) if n in firsts else [0] for n, held in enumerate(pages)]
-            where = page_tables(own), ops.tensor(np.asarray(copied, np.int32))
+            where = CopiedPages(ops.tensor(np.asarray(copied, np.int32)), page_tables(own))
             for group in groups([piece for piece in pieces if piece[0] in firsts], row_blocks):
-                yield DensePieces(_host(group), *where)
+                yield DensePieces(_host(group), where)
 
     def _sparse_piece(self, piece: Piece, rows: SequenceRows, cache: PagedCache, row_blocks: int) -> SparsePiece:
-        pages, table = np.asarray(rows.pages[: -(-piece.end // cache.page_size)], np.int32), None
-        if cache.widened is not None:
-            table = np.arange(len(pages), dtype=np.int32)
+        table = ops.tensor(np.asarray(rows.pages[: -(-piece.end // cache.page_size)], np.int32))
+        in_order = None if cache.widened is None else ops.tensor(np.arange(len(table), dtype=np.int32))
         probe = np.arange(piece.end - piece.probe_rows, piece.end)
         variants = positions.num_variants(piece.end, self._dual_chunk.chunk_len)
         critical = positions.critical_positions(probe, self._dual_chunk, variants)
         return SparsePiece(
             piece=piece,
-            block_table=ops.tensor(pages if table is None else table),
-            pages=None if table is None else ops.tensor(pages),
+            block_table=table,
+            copied=None if in_order is None else CopiedPages(table, in_order),
             scale=self._scale(rows.length),
             critical_rotary=ops.rotary_table(ops.tensor(critical), self._inv_freq),
             groups=[

@@ -1,6 +1,6 @@
 """The paged KV cache: its memory, who holds which page, which pages a prompt can reuse, and what is kept in files."""
 
-from paddle_qwen1m.cache.layer_cache import LayerCache, PagedCache
+from paddle_qwen1m.cache.layer_cache import CopiedPages, LayerCache, PagedCache
 from paddle_qwen1m.cache.pool import CacheFull, PagePool, choose_page_size
 from paddle_qwen1m.cache.prefix import (
     M2Range,
@@ -17,6 +17,7 @@ from paddle_qwen1m.cache.transfers import SegmentPages, StoredSegment, Transfers
 
 __all__ = [
     "CacheFull",
+    "CopiedPages",
     "LayerCache",
     "M2Range",
     "MadeUnder",

@@ -14,11 +14,18 @@ from paddle_qwen1m.config import ModelConfig
 from paddle_qwen1m.dtypes import INT8
 
 
+class CopiedPages(NamedTuple):
+    """Pages int32 [n] that are copied for their readers, in that order, and block tables that count in the copies."""
+
+    pages: paddle.Tensor
+    tables: paddle.Tensor
+
+
 class LayerCache(NamedTuple):
     """One layer's rotated keys and values, [pages, page_size, G, D] each; chunk_len is L, tokens of a DCA chunk.
 
-    quantised: what the numbers of an int8 cache stand for. widened: where its pages are copied for kernels that read 16
-    bits; None where they read int8.
+    quantised: what the numbers of int8 pages stand for. widened: where these are copied for kernels that read 16 bits;
+    None where they read the pages themselves.
     """
 
     keys: paddle.Tensor
@@ -27,14 +34,14 @@ class LayerCache(NamedTuple):
     quantised: ops.Quantised | None = None
     widened: WidenedPages | None = None
 
-    def readable(self, pages: paddle.Tensor | None) -> LayerCache:
-        """What prefill reads: this, or a copy of its pages int32 [n] in that order, until those of another layer or
-        step are asked for.
+    def readable(self, tables: paddle.Tensor, copied: CopiedPages | None) -> tuple[LayerCache, paddle.Tensor]:
+        """What prefill reads, with its block tables: this by `tables`, or a copy of pages of it, until those of another
+        layer or step are asked for.
         """
         if self.widened is None:
-            return self
-        assert pages is not None, "a step for this cache names the pages that it reads"
-        return self.widened.copy(self, pages)
+            return self, tables
+        assert copied is not None, "a step for this cache names the pages that it reads"
+        return self.widened.copy(self, copied.pages), copied.tables
 
 
 class WidenedPages:
@@ -64,8 +71,8 @@ class WidenedPages:
 class PagedCache:
     """The memory of a pool of pages in all layers. It is reserved at once; on a CPU it is resident as it is written.
 
-    scales: of an int8 cache, for the KV heads that `config` has. widened: how many pages of it are copied at a time, in
-    which type, for readers that take no int8.
+    scales: of an int8 cache, for the KV heads that `config` has; layers that they keep in 16 bits are of the type
+    `unrounded`. widened: how many int8 pages are copied at a time, in which type, for readers that take no int8.
     """
 
     def __init__(
@@ -76,19 +83,24 @@ class PagedCache:
         dtype: str,
         scales: KVScales | None = None,
         widened: tuple[int, str] | None = None,
+        unrounded: str = "bfloat16",
     ) -> None:
         page = [page_size, config.num_kv_heads, config.head_dim]
-        self.page_size = page_size
+        self.page_size, self.dtype = page_size, dtype
         self.widened = None if widened is None else WidenedPages([widened[0], *page], widened[1])
         self.layers = []
         for layer in range(config.num_layers):
-            quantised = None
+            quantised, copied, kept = None, None, dtype
             if dtype == INT8:
                 assert scales is not None, "int8 numbers mean nothing without scales"
-                frame = ops.tensor(scales.frame(layer))
-                quantised = ops.Quantised(paddle.empty([2, num_pages, *page[:2]], "float16"), frame)
-            keys, values = paddle.empty([num_pages, *page], dtype), paddle.empty([num_pages, *page], dtype)
-            self.layers.append(LayerCache(keys, values, config.dual_chunk.chunk_len, quantised, self.widened))
+                if layer in scales.in_16_bits:
+                    kept = unrounded
+                else:
+                    frame = ops.tensor(scales.frame(layer))
+                    quantised = ops.Quantised(paddle.empty([2, num_pages, *page[:2]], "float16"), frame)
+                    copied = self.widened
+            keys, values = paddle.empty([num_pages, *page], kept), paddle.empty([num_pages, *page], kept)
+            self.layers.append(LayerCache(keys, values, config.dual_chunk.chunk_len, quantised, copied))
 
     def slots(self, pages: Sequence[int], begin: int, end: int) -> np.ndarray:
         """Where tokens [begin, end) of a sequence lie: int64 page * page_size + offset."""
@@ -97,35 +109,34 @@ class PagedCache:
 
     @property
     def piece_bytes(self) -> int:
-        """Of a page's keys in one layer, or its values."""
-        keys = self.layers[0].keys
-        return int(np.prod(keys.shape[1:])) * keys.element_size()
-
-    @property
-    def scale_piece_bytes(self) -> int:
-        """Of the scales of a page's keys in one layer, or its values; 0 without any. A divisor of piece_bytes."""
-        quantised = self.layers[0].quantised
-        return 0 if quantised is None else int(np.prod(quantised.scales.shape[2:])) * quantised.scales.element_size()
+        """Of a page's keys in one layer, or its values, where they take most; a multiple of all pieces."""
+        return max(nbytes for _, nbytes in self._pieces())
 
     @property
     def page_bytes(self) -> int:
         """Of a page in all layers."""
-        return 2 * len(self.layers) * (self.piece_bytes + self.scale_piece_bytes)
+        return sum(len(bases) * nbytes for bases, nbytes in self._pieces())
 
     def addresses(self, pages: Sequence[int]) -> list[tuple[np.ndarray, int]]:
-        """Where pages lie, piece by piece: int64 [2 * layers, pages], a layer's keys before its values, and the bytes
-        of each piece; behind them the same of an int8 cache's scales.
+        """Where pages lie, piece by piece: int64 [pieces, pages], a layer's keys before its values, and the bytes of
+        each piece. Of an int8 cache layers in 16 bits come first, and the scales of the others last.
         """
-        bases = [tensor.data_ptr() for layer in self.layers for tensor in (layer.keys, layer.values)]
-        parts = [(bases, self.piece_bytes)]
-        scales = [layer.quantised.scales for layer in self.layers if layer.quantised is not None]
-        if scales:
-            half = self.scale_piece_bytes * self.layers[0].keys.shape[0]
-            parts.append(
-                ([scale.data_ptr() + side * half for scale in scales for side in (0, 1)], self.scale_piece_bytes)
-            )
         numbers = np.asarray(pages, np.int64)
-        return [(np.asarray(starts, np.int64)[:, None] + numbers * nbytes, nbytes) for starts, nbytes in parts]
+        return [(np.asarray(bases, np.int64)[:, None] + numbers * nbytes, nbytes) for bases, nbytes in self._pieces()]
+
+    def _pieces(self) -> list[tuple[list[int], int]]:
+        """Where the first page's pieces of one size lie, and the size, the largest first."""
+        bases: dict[int, list[int]] = {}
+        for layer in self.layers:
+            for tensor in (layer.keys, layer.values):
+                nbytes = int(np.prod(tensor.shape[1:])) * tensor.element_size()
+                bases.setdefault(nbytes, []).append(tensor.data_ptr())
+            if layer.quantised is not None:
+                scales = layer.quantised.scales
+                nbytes = int(np.prod(scales.shape[2:])) * scales.element_size()
+                halves = (side * nbytes * scales.shape[1] for side in (0, 1))
+                bases.setdefault(nbytes, []).extend(scales.data_ptr() + half for half in halves)
+        return [(bases[nbytes], nbytes) for nbytes in sorted(bases, reverse=True)]
 
     def release(self) -> None:
         """Gives the memory back; the cache holds nothing afterwards."""

@@ -85,9 +85,7 @@ class Transfers:
         pieces = max(1, BLOCK_BYTES // cache.piece_bytes)
         self._block_bytes = pieces * cache.piece_bytes
         self._staging = {writes: Staging(self._block_bytes, gpu=gpu) for writes in (False, True)}
-        keys = cache.layers[0].keys
-        self._shape = [len(cache.layers), 2, *keys.shape[2:]]
-        self._dtype = str(keys.dtype).rpartition(".")[2]
+        self._shape = [len(cache.layers), 2, *cache.layers[0].keys.shape[2:]]
 
     def begin(self, number: int, what: SegmentPages, *, writes: bool, ready: Callable[[], Any]) -> None:
         """Queues a transfer, out of the pages where it `writes`, else into them, under a number that none before it
@@ -229,22 +227,22 @@ class Transfers:
             "begin": segment.begin,
             "end": segment.end,
             "shape": self._shape,
-            "dtype": self._dtype,
+            "dtype": self._cache.dtype,
             "data_bytes": tokens // self._cache.page_size * self._cache.page_bytes,
             "block_bytes": self._block_bytes,
         }
 
     def _blocks(self, what: SegmentPages, segment: StoredSegment) -> Iterator[list[Run]]:
-        """The pieces of each block; those of pages before `first` are not wanted. The scales of an int8 cache stand
-        behind all keys and values: a block holds a whole number of pieces of either size.
+        """The pieces of each block; those of pages before `first` are not wanted. Smaller pieces stand behind larger
+        ones, which are multiples of them: a block holds a whole number of pieces of any size.
         """
-        size, layers = self._cache.page_size, 2 * len(self._cache.layers)
+        size = self._cache.page_size
         begin, end = max(0, segment.begin - what.first) // size, (segment.end - what.first) // size
-        absent = np.zeros((layers, max(0, what.first - segment.begin) // size), np.int64)
+        unwanted = max(0, what.first - segment.begin) // size
         block: list[Run] = []
         filled = 0
         for held, nbytes in self._cache.addresses(what.pages[begin:end]):
-            addresses = np.concatenate([absent, held], axis=1).reshape(-1)
+            addresses = np.pad(held, [(0, 0), (unwanted, 0)]).reshape(-1)
             while addresses.size:
                 count = (self._block_bytes - filled) // nbytes
                 block.append((addresses[:count], nbytes, filled))

@@ -80,7 +80,8 @@ class Layer:
                 residual = ops.tensor(text.residual[rows])
                 normed = ops.rms_norm(residual, layer.input_norm, eps)
                 normed = ops.add_rms_norm(self._attention(normed, step), residual, layer.post_attention_norm, eps)
-                ops.add_rms_norm(layer.mlp(normed), residual, layer.post_attention_norm, eps)
+                inner = ops.silu_mul(layer.gate_up(normed))
+                ops.add_rms_norm(layer.down(inner), residual, layer.post_attention_norm, eps)
                 text.residual[rows] = residual.numpy()
                 yield len(text.residual[rows])
 
@@ -90,8 +91,7 @@ class Layer:
             try:
                 next(running)
             except StopIteration as end:
-                out: paddle.Tensor = end.value
-                return out
+                return self._layer.output(end.value)
 
     def _steps(self, text: Text, *, sparse: bool) -> Iterator[tuple[int, Step]]:
         length = len(text.ids)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Callable
+from typing import Any, Callable
 
 from paddle_qwen1m.cache import choose_page_size
 from paddle_qwen1m.config import ModelConfig, SparseBudgets
@@ -119,8 +119,11 @@ class Need:
         kept: str,
         computed: str,
         on_gpu: bool,
+        in_16_bits: int = 0,
     ) -> Need:
-        """Of one rank of `degree`. kept: the type of the weights; computed: what is computed in."""
+        """Of one rank of `degree`. kept: the type of the weights; computed: what is computed in; in_16_bits: layers of
+        an int8 cache that are not rounded to int8.
+        """
         local = local_config(shapes, degree)
         cached = options.kv_cache_dtype or computed
         chunk = options.max_num_batched_tokens or default_batched_tokens(on_gpu)
@@ -140,7 +143,7 @@ class Need:
 
         return cls(
             weights=weight_bytes(local, kept, options.quantization),
-            page_bytes=page_size * cache_bytes_per_token(local, cached),
+            page_bytes=page_size * cache_bytes_per_token(local, cached, in_16_bits),
             page_size=page_size,
             workspace=workspace,
             longest=shapes.max_position_embeddings,
@@ -171,6 +174,7 @@ def fitting_options(
     kept: str,
     computed: str,
     on_gpu: bool,
+    in_16_bits: int = 0,
 ) -> EngineOptions:
     """The options, or where contexts of max_model_len do not fit with them, the first of those that let them: on a GPU
     chunks of half the tokens, an int8 cache, both. What a user chose stays. The arguments are those of Need.of and
@@ -186,7 +190,8 @@ def fitting_options(
     for kind in kinds:
         for chunk in chunks:
             one = replace(options, kv_cache_dtype=kind, max_num_batched_tokens=chunk)
-            need = Need.of(shapes, degree, one, budgets, kept=kept, computed=computed, on_gpu=on_gpu)
+            shape: dict[str, Any] = {"kept": kept, "computed": computed, "on_gpu": on_gpu, "in_16_bits": in_16_bits}
+            need = Need.of(shapes, degree, one, budgets, **shape)
             if (longest_fitting(need, allowance) or 0) >= wanted:
                 return one
     return options

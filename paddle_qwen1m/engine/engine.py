@@ -63,14 +63,13 @@ from paddle_qwen1m.engine.scheduler import Scheduler, SchedulerLimits
 from paddle_qwen1m.engine.tasks import Task
 from paddle_qwen1m.engine.waiting import WaitingRoom, pages_needed
 from paddle_qwen1m.memory import available_gpu_memory, available_host_memory, kept_in_one_piece
-from paddle_qwen1m.model import Qwen2OneM
+from paddle_qwen1m.model import Qwen2OneM, unrounded_dtype
 from paddle_qwen1m.options import (
     EngineOptions,
     default_batched_tokens,
     default_inter_token_ms,
     default_pause_tokens,
 )
-from paddle_qwen1m.parallel.split import own_heads, own_kv_heads
 from paddle_qwen1m.plan import cache_bytes_per_token, widened_bytes, workspace_bytes
 
 logger = logging.getLogger(__name__)
@@ -194,11 +193,16 @@ class Engine:
         )
 
     def use_scales(self, scales: KVScales) -> None:
-        """From now on an int8 cache is kept in this frame, of the whole model. ValueError for one of another shape."""
+        """From now on an int8 cache is kept by these, of the whole model. ValueError for those of another shape."""
         assert self.is_idle, "what is cached belongs to the scales that it was made with"
         scales.check_fit(self.model.config, "", "scales of an int8 cache")
         self.release_cache()
         self._scales = scales
+
+    @property
+    def in_16_bits(self) -> tuple[int, ...]:
+        """Layers of an int8 cache whose keys and values are not rounded to int8."""
+        return self._scales.in_16_bits
 
     @property
     def is_idle(self) -> bool:
@@ -234,7 +238,9 @@ class Engine:
         return self.runner.is_sparse(prompt_length)
 
     def observe(self, observer: Observer | None) -> None:
-        """From now on `observer` is called with (layer, piece, index) for every piece that is prefilled sparsely."""
+        """From now on `observer` is called with (layer, piece, index) for every piece that is prefilled sparsely; in
+        the last layer only for those in which logits are wanted.
+        """
         self.runner.observe(observer)
 
     # --- requests ---
@@ -623,12 +629,11 @@ class Engine:
 
     def _name(self, request: Request, sparse: SparseRule | None) -> str:
         """What else than tokens and m decides about the keys of a request's prompt."""
-        config, degree = self.model.config, self.model.group.degree
-        heads = tuple((own.start, own.stop) for own in (own_heads(config.num_heads, degree, n) for n in range(degree)))
+        ranks, placement = self.model.group.degree, self.model.placement.digest
         kept = f"{INT8}/{self._scales.digest}" if self.kv_cache_dtype == INT8 else self.kv_cache_dtype
         salt = salt_digest(request.cache_salt)
         computed = self.model.compute_dtype if self.model.products_version <= 0 else FP8
-        return MadeUnder(self._weights, computed, kept, heads, salt, sparse).name
+        return MadeUnder(self._weights, computed, kept, ranks, placement, salt, sparse).name
 
     def _new_id(self) -> str:
         return f"call-{next(self._numbers)}"
@@ -646,7 +651,7 @@ class Engine:
 
     @property
     def _page_bytes(self) -> int:
-        return self.page_size * cache_bytes_per_token(self.model.local, self.kv_cache_dtype)
+        return self.page_size * cache_bytes_per_token(self.model.local, self.kv_cache_dtype, len(self.in_16_bits))
 
     def _make_room(self, requests: ManyOf[Request]) -> None:
         """A cache for these requests and, where memory allows, max_num_batched_tokens more each; see _make_room_for."""
@@ -706,12 +711,11 @@ class Engine:
         model, options = self.model, self.options
         scales, widened = None, None
         if self.kv_cache_dtype == INT8:
-            scales = self._scales.of_heads(
-                own_kv_heads(model.config.num_kv_heads, model.group.degree, model.group.rank)
-            )
+            scales = self._scales.of_heads(model.placement.layers_kv_heads(model.group.rank))
             most = min(pages, self._pages_for(self.max_model_len))
             widened = (most, model.compute_dtype) if model.on_gpu else None
-        cache = PagedCache(model.local, pages, self.page_size, self.kv_cache_dtype, scales, widened)
+        unrounded = unrounded_dtype(model)
+        cache = PagedCache(model.local, pages, self.page_size, self.kv_cache_dtype, scales, widened, unrounded)
         if self._leads:
             self._pool = PagePool(pages, self.page_size, self._copy_page)
             self._chooser = Chooser(options.max_num_seqs, model.config.vocab_size)

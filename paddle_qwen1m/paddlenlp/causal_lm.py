@@ -32,12 +32,14 @@ from paddle_qwen1m.paddlenlp.loading import (
     join_ranks,
     model_config,
     name_weights,
+    place_heads,
     read_defaults,
     read_weights,
     tell_weights,
 )
 from paddle_qwen1m.paddlenlp.scales import find_scales, use_scales
 from paddle_qwen1m.parallel.group import ALONE, Group
+from paddle_qwen1m.parallel.placement import Placement
 from paddle_qwen1m.text import decoder, stopper
 from paddle_qwen1m.weights.digest import checkpoint_digest
 
@@ -56,9 +58,9 @@ class Qwen2OneMForCausalLM(PretrainedModel):  # type: ignore[misc]
 
     It runs on Paddle's device, a GPU where the package was built with CUDA kernels.
     config: PaddleNLP's Qwen2Config with a `dual_chunk_attention_config`. dtype: how weights are kept ("float32",
-    "bfloat16", "float16"; default the config's). weights: names them in a prefix store. A CPU computes in float32
-    whatever they are kept in; a GPU computes in what they are kept in, and keeps float32 as bfloat16, which one line
-    says.
+    "bfloat16", "float16"; default the config's). placement: which rank of the group has which heads. weights: names
+    them in a prefix store. A CPU computes in float32 whatever they are kept in; a GPU computes in what they are kept
+    in, and keeps float32 as bfloat16, which one line says.
     Building it directly, or by `from_config`, gives random weights: normal(0, initializer_range), reproducible by
     `paddle.seed`. `engine` is the engine for callers who need more than generate.
     """
@@ -74,12 +76,13 @@ class Qwen2OneMForCausalLM(PretrainedModel):  # type: ignore[misc]
         options: EngineOptions | None = None,
         budgets: SparseBudgets | None = None,
         group: Group = ALONE,
+        placement: Placement | None = None,
         weights: str = "",
     ) -> None:
         super().__init__(config)
         storage = dtype_name(dtype or config.dtype or "float32")
         options = options or EngineOptions()
-        self.model = Qwen2OneM(model_config(config), storage, group, options.quantization)
+        self.model = Qwen2OneM(model_config(config), storage, group, placement, options.quantization)
         if self.model.dtype != storage:
             logger.info(f"weights are kept as {self.model.dtype}: a GPU does not compute in {storage}")
         self.engine = Engine(self.model, options, budgets, weights=weights)
@@ -128,6 +131,7 @@ class Qwen2OneMForCausalLM(PretrainedModel):  # type: ignore[misc]
                 options=engine_options,
                 budgets=budgets,
                 group=group,
+                placement=place_heads(described, shapes, budgets, group),
                 weights=name_weights(weights, quantization),
             )
         model.use_defaults(defaults)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,31 +36,24 @@ def find_scales(checkpoint: Checkpoint, config: ModelConfig, explicit: Any, weig
     """`explicit`, a file or scales, else the file beside the weights, else those kept since an earlier load, else None.
 
     weights: the checkpoint's digest. ValueError for scales of another model and OSError for a file that cannot be read,
-    explicit ones and those beside the weights.
+    explicit ones and those beside the weights; kept ones that cannot be used are as good as none, with a line.
     """
     if isinstance(explicit, KVScales):
         explicit.check_fit(config, weights, "kv_scales")
         return explicit
-    path = checkpoint.extra_file(KV_SCALES) if explicit is None else Path(explicit)
-    if path is None:
-        return _kept(config, weights)
-    scales = KVScales.from_file(path)
-    scales.check_fit(config, weights, str(path))
-    return scales
-
-
-def _kept(config: ModelConfig, weights: str) -> KVScales | None:
-    """Those of an earlier load; None, with a line, where they cannot be used."""
-    path = kept_scales(weights)
-    if not path.is_file():
+    named = checkpoint.extra_file(KV_SCALES) if explicit is None else Path(explicit)
+    path = named or kept_scales(weights)
+    if named is None and not path.is_file():
         return None
     try:
         scales = KVScales.from_file(path)
         scales.check_fit(config, weights, str(path))
-        return scales
     except (OSError, ValueError) as error:
+        if named is not None:
+            raise
         logger.warning(f"the scales of the int8 cache are made anew: {error}")
         return None
+    return scales
 
 
 def use_scales(engine: Engine, checkpoint: Checkpoint, found: KVScales | None, weights: str) -> None:
@@ -75,17 +69,18 @@ def use_scales(engine: Engine, checkpoint: Checkpoint, found: KVScales | None, w
         if group.rank == 0:
             _keep(found, kept_scales(weights))
     elif group.degree > 1:
-        found = _shared(group, found)
+        found = KVScales.from_json(group.share(None if found is None else found.as_json()))
     assert found is not None
     engine.use_scales(found)
+    if group.rank == 0:
+        logger.info(f"keys and values: {found.summary()}")
 
 
 def make_scales(engine: Engine, tokenizer: Any, text: str, weights: str) -> KVScales:
     """From the keys of the first MOST_TOKENS tokens of a text. ValueError for one that is too short."""
     ids = np.asarray(tokenizer(text, verbose=False)["input_ids"], np.int64)
     most = min(MOST_TOKENS, engine.model.config.dual_chunk.chunk_len)
-    made = calibrate(engine.model, ids[:most])
-    return KVScales(made.exponents, made.centres, weights)
+    return replace(calibrate(engine.model, ids[:most]), weights=weights)
 
 
 def calibrate_checkpoint(name: str, text: str, **options: Any) -> KVScales:
@@ -96,12 +91,6 @@ def calibrate_checkpoint(name: str, text: str, **options: Any) -> KVScales:
     model = Qwen2OneMForCausalLM.from_pretrained(checkpoint, **options)
     tokenizer = AutoTokenizer.from_pretrained(str(checkpoint.fetch_tokenizer()))
     return make_scales(model.engine, tokenizer, text, checkpoint_digest(checkpoint.fetch_weights()))
-
-
-def _shared(group: Any, found: KVScales | None) -> KVScales:
-    """Rank 0's."""
-    numbers = group.share(None if found is None else [found.exponents.tolist(), found.centres.tolist(), found.weights])
-    return KVScales(np.asarray(numbers[0], np.int8), np.asarray(numbers[1], np.float32), numbers[2])
 
 
 def _keep(scales: KVScales, path: Path) -> None:

@@ -37,6 +37,7 @@ from paddle_qwen1m.paddlenlp.loading import (
     join_ranks,
     look_up_budgets,
     name_weights,
+    place_heads,
     read_weights,
     tell_weights,
 )
@@ -155,18 +156,26 @@ def load_engine(model: str, options: Mapping[str, Any]) -> Engine:
     kept, computed = device_dtypes(dtype)
     shape: dict[str, Any] = {"kept": kept, "computed": computed, "on_gpu": ops.on_gpu()}
     allowance = _allowance(group, given)
-    chosen = fitting_options(shapes, group.degree, chosen, budgets, allowance, asked_length, **shape)
-    need = Need.of(shapes, group.degree, chosen, budgets, **shape)
-    capacity = choose_capacity(need, allowance, asked_length)
+
+    def decide(in_16_bits: int) -> Fitted:
+        """What fits, where so many layers of an int8 cache stay in 16 bits."""
+        layers: dict[str, Any] = {**shape, "in_16_bits": in_16_bits}
+        fitting = fitting_options(shapes, group.degree, chosen, budgets, allowance, asked_length, **layers)
+        need = Need.of(shapes, group.degree, fitting, budgets, **layers)
+        return Fitted(fitting, need, choose_capacity(need, allowance, asked_length))
+
+    fitted = decide(0)
     weights = checkpoint_digest(checkpoint.fetch_weights())
-    int8 = chosen.kv_cache_dtype == INT8
+    int8 = fitted.chosen.kv_cache_dtype == INT8
     scales = find_scales(checkpoint, shapes, given.get("kv_scales"), weights) if int8 else None
+    counted = group.share(0 if scales is None else len(scales.in_16_bits))
+    if counted:
+        fitted = decide(counted)
     if group.rank == 0:
-        _tell_choice(chosen, given)
-        _tell(capacity, need, asked_length)
+        fitted.tell(given, asked_length)
     engine = Engine(
-        Qwen2OneM(shapes, dtype, group, quantization),
-        replace(chosen, max_model_len=capacity.max_model_len, cache_tokens=capacity.cache_tokens),
+        Qwen2OneM(shapes, dtype, group, place_heads(described, shapes, budgets, group), quantization),
+        fitted.options,
         budgets,
         weights=name_weights(weights, quantization),
         compile_grammar=_grammars(checkpoint, shapes.vocab_size),
@@ -175,8 +184,45 @@ def load_engine(model: str, options: Mapping[str, Any]) -> Engine:
         tell_weights(engine.model)
     read_weights(engine.model, checkpoint, described, group)
     use_scales(engine, checkpoint, scales, weights)
+    if int8 and len(engine.in_16_bits) != counted:  # measured just now, and kept: found above at the next load
+        fitted = decide(len(engine.in_16_bits))
+        if group.rank == 0:
+            fitted.tell(given, asked_length)
+        engine.configure(fitted.options, budgets)
     engine.reserve()
     return engine
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What was chosen so that contexts fit, and what follows from it."""
+
+    chosen: EngineOptions
+    need: Need
+    capacity: Capacity
+
+    @property
+    def options(self) -> EngineOptions:
+        """The engine's."""
+        capacity = self.capacity
+        return replace(self.chosen, max_model_len=capacity.max_model_len, cache_tokens=capacity.cache_tokens)
+
+    def tell(self, given: Mapping[str, Any], asked_length: int | None) -> None:
+        """What was chosen beside what was given, and how it is chosen otherwise; how large the cache becomes."""
+        capacity, need = self.capacity, self.need
+        for name in ("kv_cache_dtype", "max_num_batched_tokens"):
+            value = getattr(self.chosen, name)
+            if name not in given and value is not None:
+                logger.info(f"{name}={value}, since max_model_len would not fit otherwise; what is given is kept to")
+        if asked_length == AUTO:
+            logger.info(
+                f"max_model_len='auto': {capacity.max_model_len:,} tokens, of {need.longest:,} that the model has"
+            )
+        contexts = capacity.cache_tokens / capacity.max_model_len
+        logger.info(
+            f"KV cache: {capacity.cache_tokens:,} tokens, {need.cache(capacity.cache_tokens) / 1e9:.1f} GB a rank, "
+            f"{contexts:.2f} times max_model_len ({capacity.max_model_len:,})"
+        )
 
 
 def _allowance(group: Group, given: Mapping[str, Any]) -> Allowance:
@@ -195,24 +241,6 @@ def _allowance(group: Group, given: Mapping[str, Any]) -> Allowance:
 def _least(group: Group, size: int | None) -> int | None:
     megabytes = group.smallest(UNKNOWN if size is None else size // MEGABYTE)
     return None if megabytes >= UNKNOWN else megabytes * MEGABYTE
-
-
-def _tell(capacity: Capacity, need: Need, asked_length: int | None) -> None:
-    if asked_length == AUTO:
-        logger.info(f"max_model_len='auto': {capacity.max_model_len:,} tokens, of {need.longest:,} that the model has")
-    contexts = capacity.cache_tokens / capacity.max_model_len
-    logger.info(
-        f"KV cache: {capacity.cache_tokens:,} tokens, {need.cache(capacity.cache_tokens) / 1e9:.1f} GB a rank, "
-        f"{contexts:.2f} times max_model_len ({capacity.max_model_len:,})"
-    )
-
-
-def _tell_choice(chosen: EngineOptions, given: Mapping[str, Any]) -> None:
-    """What was chosen so that a context fits, and how it is chosen otherwise."""
-    for name in ("kv_cache_dtype", "max_num_batched_tokens"):
-        value = getattr(chosen, name)
-        if name not in given and value is not None:
-            logger.info(f"{name}={value}, since max_model_len would not fit otherwise; what is given is kept to")
 
 
 def _grammars(checkpoint: Checkpoint, vocab_size: int) -> Callable[[StructuredOutputsParams], Grammar]:

@@ -1,6 +1,7 @@
 """The tensor parallel group of this process: its rank, and the collectives of a forward pass.
 
-On a CPU they go through gloo, on a GPU through NCCL on the stream of the computation, where a CUDA graph captures them.
+On a CPU they go through gloo, on a GPU through NCCL: on the stream of the computation, where a CUDA graph captures
+them, but for those of a prefill's lanes, which are on the library's own stream beside it.
 """
 
 from __future__ import annotations
@@ -31,7 +32,30 @@ from paddle_qwen1m.parallel.job import (
 
 GROUP_OF_ONE = "PADDLE_QWEN1M_GROUP_OF_ONE"
 """Environment variable: 1 sends the collectives of one rank through a real process group."""
+GPU_LANE_ROWS, CPU_LANE_ROWS = 2048, 64
+"""Least rows of a lane of several: on a GPU products of fewer read weights anew for nothing. On a CPU lanes gain
+nothing, and are the same code.
+"""
+MOST_LANES = 4
+"""What the last of a layer's lanes sends lies beside nothing: with four it is a quarter."""
 LAUNCH = "python -m paddle.distributed.launch"
+
+
+class Pending:
+    """A tensor that a collective fills, on a stream of its own perhaps: whoever uses it has waited before.
+
+    task: Paddle's, None where there is nothing to wait for. kept: what the collective reads, alive until then.
+    """
+
+    def __init__(self, values: paddle.Tensor, task: Any = None, kept: paddle.Tensor | None = None) -> None:
+        self._values, self._task, self._kept = values, task, kept
+
+    def wait(self) -> paddle.Tensor:
+        """The tensor; what is queued from now on comes behind the collective. The host does not wait for a GPU."""
+        if self._task is not None:
+            self._task.wait()
+            self._task = self._kept = None
+        return self._values
 
 
 class Group:
@@ -43,6 +67,23 @@ class Group:
     def all_reduce(self, values: paddle.Tensor) -> paddle.Tensor:
         """`values`, contiguous, replaced by their sum over all ranks."""
         return values
+
+    def lanes(self, rows: int) -> int:
+        """In how many lanes so many rows of a step go (lanes.py): one where they are few or do not divide by degree."""
+        return 1
+
+    def padded(self, rows: int) -> int:
+        """`rows` and as many more as make several lanes of them possible, where that is worth it."""
+        return rows
+
+    def reduce_scatter(self, values: paddle.Tensor) -> Pending:
+        """Of the sum of the ranks' `values` [degree * n, N], contiguous, this rank's n rows: [n, N]."""
+        return Pending(values)
+
+    def all_gather(self, values: paddle.Tensor, out: paddle.Tensor) -> Pending:
+        """`out` [degree * n, N], contiguous, filled with the ranks' `values` [n, N], one rank's below the other's."""
+        out.copy_(values, False)
+        return Pending(out)
 
     def gather_columns(self, values: paddle.Tensor, columns: int) -> paddle.Tensor:
         """The ranks' `values` float32 [n, share] side by side, the first `columns` of them: [n, columns]."""
@@ -86,6 +127,7 @@ class ProcessGroup(Group):
         self.rank, self.degree = (job.rank, job.degree) if job is not None else (0, 1)
         self.job = job
         self._on_gpu = ops.on_gpu()
+        self._lane_rows = GPU_LANE_ROWS if self._on_gpu else CPU_LANE_ROWS
         self._library = library()
         address, port = job.store_address if job is not None else ("127.0.0.1", free_port("127.0.0.1"))
         os.environ.setdefault("PADDLE_TRAINER_ID", str(self.rank))  # Paddle's groups ask for it
@@ -109,6 +151,29 @@ class ProcessGroup(Group):
             else:
                 self._group.all_reduce(values, core.ReduceOp.SUM, True).wait()
         return values
+
+    def lanes(self, rows: int) -> int:
+        return 1 if rows % self.degree else max(1, min(MOST_LANES, rows // self._lane_rows))
+
+    def padded(self, rows: int) -> int:
+        padded = -(-rows // self.degree) * self.degree
+        return padded if self.lanes(padded) > 1 else rows
+
+    def reduce_scatter(self, values: paddle.Tensor) -> Pending:
+        share = values.shape[0] // self.degree
+        if not self._on_gpu:  # gloo has none
+            return Pending(self.all_reduce(values)[self.rank * share : (self.rank + 1) * share])
+        own = paddle.empty([share, values.shape[1]], values.dtype)
+        with self._collective():
+            task = self._group.reduce_scatter_tensor(own, values, core.ReduceOp.SUM, False)
+        return Pending(own, task, values)
+
+    def all_gather(self, values: paddle.Tensor, out: paddle.Tensor) -> Pending:
+        with self._collective():
+            task = self._group.all_gather_into_tensor(out, values, not self._on_gpu)
+            if not self._on_gpu:
+                task.wait()
+        return Pending(out, task if self._on_gpu else None, values)
 
     def gather_columns(self, values: paddle.Tensor, columns: int) -> paddle.Tensor:
         rows, share = values.shape

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import Any
 
+from paddle_qwen1m.config import SPARSE_CONFIG, default_budgets
 from paddle_qwen1m.config_keys import QUANTIZATION, own_quantization_config
 from paddle_qwen1m.dtypes import SAFETENSORS
+from paddle_qwen1m.parallel.placement import Placement
 from paddle_qwen1m.parallel.split import Part, check_degree
 
 from . import names
@@ -20,7 +22,7 @@ from .checkpoint import INDEX_NAME, SINGLE_NAME, index_metadata
 from .eight_bit import FILE_BLOCKS, FILE_DTYPES, LARGEST_BLOCK, SCALES, is_linear
 from .record import RECORD_NAME, PublishedFiles
 from .safetensors import DTYPE_BYTES
-from .sharding import RANK_SETS, rank_directory
+from .sharding import RANK_HEADS, RANK_SETS, rank_directory
 from .source import (
     CONFIG_NAME,
     HUGGINGFACE,
@@ -119,16 +121,15 @@ def plan_conversion(
         check_degree(source.model, degree)
     elif degree != 1:
         raise ValueError(f"a tensor parallel size of {degree} needs the format {TENSOR_PARALLEL}, not {form}")
+    placement = _placement(source, degree)
     _check_quantization(source, form, quantization)
     kind = None if quantization == NOT_QUANTISED else quantization
     partition = source.partition
     if max_shard_bytes is not None:
-        partition = _distribute(source, degree, dtype, kind, max_shard_bytes)
+        partition = _distribute(source, placement, dtype, kind, max_shard_bytes)
     published = source.published
-    groups = [
-        _group(source, form, degree, dtype, kind, file, tensors, published if partition is source.partition else None)
-        for file, tensors in partition.items()
-    ]
+    kept = published if partition is source.partition else None
+    groups = [_group(source, form, placement, dtype, kind, file, tensors, kept) for file, tensors in partition.items()]
     indexes: dict[str, bytes] = {}
     had_index = partition is source.partition and published is not None and published.index is not None
     if had_index or list(partition) != [SINGLE_NAME]:
@@ -141,9 +142,16 @@ def plan_conversion(
         degree,
         tuple(groups),
         _companions(source),
-        {CONFIG_NAME: _config(source, form, degree, dtype, kind)},
+        {CONFIG_NAME: _config(source, form, placement, dtype, kind)},
         indexes,
     )
+
+
+def _placement(source: Source, degree: int) -> Placement:
+    """As the budgets that lie beside the weights, or are published for them, make the ranks' work even."""
+    beside = source.directory / SPARSE_CONFIG
+    budgets, _ = default_budgets(source.model, beside if beside.is_file() else None)
+    return Placement.balanced(source.model, degree, budgets)
 
 
 def _check_quantization(source: Source, form: str, quantization: str | None) -> None:
@@ -186,7 +194,7 @@ def _entries(name: str, dtype: str, shape: tuple[int, ...], kind: str | None) ->
 def _group(
     source: Source,
     form: str,
-    degree: int,
+    placement: Placement,
     dtype: str | None,
     kind: str | None,
     file: str,
@@ -199,14 +207,14 @@ def _group(
     tied = source.model.tie_word_embeddings
     flipped = [form == PADDLENLP and names.is_transposed(name, tied) for name in members]
     targets = []
-    for rank in range(degree):
-        parts = [part_of(source.model, name, degree, rank) for name in members]
+    for rank in range(placement.degree):
+        parts = [part_of(source.model, name, placement, rank) for name in members]
         entries: list[Entry] = []
         for tensor, own, flip, part, rounded in zip(tensors, dtypes, flipped, parts, kinds):
             name = names.to_paddlenlp(tensor.name) if form == PADDLENLP else tensor.name
             entries += _entries(name, own, _shape(tensor.shape, flip, part), rounded)
         header = _header(form, file, entries, published)
-        targets.append(Target(_place(form, rank, degree, file), header, tuple(entries), tuple(parts)))
+        targets.append(Target(_place(form, rank, placement.degree, file), header, tuple(entries), tuple(parts)))
     return Group(tuple(tensors), tuple(dtypes), tuple(flipped), tuple(kinds), tuple(targets))
 
 
@@ -256,11 +264,11 @@ def _index(form: str, targets: Sequence[Target], published: PublishedFiles | Non
     return json.dumps(index, indent=2).encode("utf-8") + b"\n"
 
 
-def _config(source: Source, form: str, degree: int, dtype: str | None, kind: str | None) -> bytes:
+def _config(source: Source, form: str, placement: Placement, dtype: str | None, kind: str | None) -> bytes:
     """The published file itself where it says the same."""
-    values = {key: value for key, value in source.config.items() if key != RANK_SETS}
+    values = {key: value for key, value in source.config.items() if key not in (RANK_SETS, RANK_HEADS)}
     if form == TENSOR_PARALLEL:
-        values[RANK_SETS] = degree
+        values.update({RANK_SETS: placement.degree, RANK_HEADS: placement.text})
     if source.quantization is not None:
         del values[QUANTIZATION]
     if kind is not None:
@@ -287,11 +295,13 @@ def _companions(source: Source) -> tuple[str, ...]:
     )
 
 
-def _distribute(source: Source, degree: int, dtype: str | None, kind: str | None, limit: int) -> dict[str, list[str]]:
+def _distribute(
+    source: Source, placement: Placement, dtype: str | None, kind: str | None, limit: int
+) -> dict[str, list[str]]:
     shards: list[list[str]] = []
     room = 0
     for name in (name for members in source.partition.values() for name in members):
-        tensor, part = source.tensors[name], part_of(source.model, name, degree, 0)
+        tensor, part = source.tensors[name], part_of(source.model, name, placement, 0)
         shape, rounded = _shape(tensor.shape, False, part), kind if is_linear(name) else None
         entries = _entries(name, _dtype(tensor, source, dtype), shape, rounded)
         nbytes = sum(_nbytes(own, size) for _, own, size in entries)

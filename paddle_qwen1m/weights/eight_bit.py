@@ -7,7 +7,7 @@ row, of FP8 a square as large as the FP8 products of Hopper take. Embedding, hea
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -53,29 +53,29 @@ def is_linear(name: str) -> bool:
     return name.endswith("_proj.weight")
 
 
-def choose_blocks(kind: str, heights: Iterable[int], width: int) -> Blocks:
-    """Blocks of a weight that is put together of parts of these heights: the largest powers of two up to 128 that
-    divide each of them and the width. ValueError for a width that is too odd.
+def choose_blocks(kind: str, heights: Iterable[int], widths: Sequence[int]) -> Blocks:
+    """Blocks of a weight that is put together of parts of these heights, and each of parts of these widths: the largest
+    powers of two up to 128 that divide all of them. ValueError for a width that is too odd.
     """
-    columns = math.gcd(LARGEST_BLOCK, width)
+    columns = math.gcd(LARGEST_BLOCK, *widths)
     if columns < LEAST_COLUMNS:
         raise ValueError(
-            f"quantization={kind!r} needs linear layers whose widths are multiples of {LEAST_COLUMNS}, got {width}"
+            f"quantization={kind!r} needs linear layers whose widths are multiples of {LEAST_COLUMNS}, got {widths[0]}"
         )
     return Blocks(math.gcd(LARGEST_BLOCK, *heights) if kind == FP8 else 1, columns)
 
 
-def linears(local: ModelConfig) -> Mapping[str, tuple[tuple[int, ...], int]]:
-    """The weights of a layer of a rank's share, by parameter: the heights of the parts that they are put together of,
-    and their width.
+def linears(local: ModelConfig) -> Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+    """The weights of a layer of a rank's share, by parameter: heights and widths of the parts that they are put
+    together of, a head each where a rank may have heads from anywhere.
     """
-    hidden, inner = local.hidden_size, local.intermediate_size
-    attention, kv = local.num_heads * local.head_dim, local.num_kv_heads * local.head_dim
+    hidden, inner = (local.hidden_size,), (local.intermediate_size,)
+    head = (local.head_dim,)
     return {
-        "qkv_weight": ((attention, kv, kv), hidden),
-        "output_weight": ((hidden,), attention),
-        "gate_up_weight": ((inner, inner), hidden),
-        "down_weight": ((hidden,), inner),
+        "qkv_weight": (head * (local.num_heads + 2 * local.num_kv_heads), hidden),
+        "output_weight": (hidden, head * local.num_heads),
+        "gate_up_weight": (2 * inner, hidden),
+        "down_weight": (hidden, inner),
     }
 
 
@@ -92,20 +92,13 @@ def widen(kind: str, numbers: Array, scales: Array, first_row: int, blocks: Bloc
     """What rows of a file's numbers, uint8 [n, K], stand for, float32: by the scales of the rows of blocks from that on
     in which the first one lies. first_row: in that row of blocks.
     """
-    each = np.empty((len(numbers), scales.shape[1]), np.float32)
-    scales_between(scales, blocks, each, Blocks(1, blocks.columns), first_row, 0)
-    wide: Array = numbers_of(kind)[numbers] * np.repeat(each, blocks.columns, axis=1)[:, : numbers.shape[1]]
+    width = numbers.shape[1]
+    each = scales_of(scales, blocks, first_row + np.arange(len(numbers)), np.arange(0, width, blocks.columns))
+    wide: Array = numbers_of(kind)[numbers] * np.repeat(each, blocks.columns, axis=1)[:, :width]
     return wide
 
 
-def scales_between(
-    stored: Array, blocks: Blocks, target: Array, within: Blocks, first_row: int, first_column: int
-) -> None:
-    """Fills `target`, a scale for each block of `within`, with those of the blocks of a file that these lie in.
-
-    stored: the scales that the file has of rows from that on in which the first row of `target` lies. first_row: of
-    `target`, in that row of blocks. first_column: of the whole tensor.
-    """
-    rows = (first_row + within.rows * np.arange(target.shape[0])) // blocks.rows
-    columns = (first_column + within.columns * np.arange(target.shape[1])) // blocks.columns
-    target[:] = stored[np.ix_(rows, columns)]
+def scales_of(stored: Array, blocks: Blocks, rows: Array, columns: Array) -> Array:
+    """The scales float32 [rows, columns] of values that lie at these rows and columns of what `stored` is of."""
+    found: Array = stored[np.ix_(rows // blocks.rows, columns // blocks.columns)]
+    return found

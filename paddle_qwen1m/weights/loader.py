@@ -25,7 +25,7 @@ from paddle_qwen1m.parallel.split import COLUMNS, ROWS, Part
 
 from .bar import LoadingBar
 from .checkpoint import Checkpoint, check_fit
-from .eight_bit import FILE_BLOCKS, FILE_DTYPES, SCALES, Blocks, scales_between
+from .eight_bit import FILE_BLOCKS, FILE_DTYPES, SCALES, Blocks, scales_of
 from .safetensors import BYTES, DTYPE_BYTES, READ, Array, CheckpointError, TensorInfo, read_rows
 from .tensors import EMBEDDING, HEAD
 from .window import read_matrix
@@ -120,13 +120,16 @@ class Slot:
 
 @dataclass(frozen=True)
 class _Unit:
-    """Rows [begin, end) of what goes to a slot: what a reader reads in one go. scales: those that files have."""
+    """Rows [begin, end) of what goes to a slot: what a reader reads in one go. row: of the published tensor, the first
+    of them; scales: those that files have.
+    """
 
     name: str
     info: TensorInfo
     slot: Slot
     begin: int
     end: int
+    row: int
     scales: TensorInfo | None = None
 
     @property
@@ -150,15 +153,13 @@ class _Unit:
     @property
     def rows(self) -> tuple[int, int]:
         """Of the published tensor."""
-        part = self.slot.part
-        first = part.begin if part is not None and part.axis == ROWS else 0
-        return first + self.begin, first + self.end
+        return self.row, self.row + self.end - self.begin
 
     @property
-    def columns(self) -> tuple[int, int] | None:
+    def columns(self) -> Sequence[tuple[int, int]] | None:
         """Of the published tensor; None for all."""
         part = self.slot.part
-        return (part.begin, part.end) if part is not None and part.axis == COLUMNS else None
+        return part.ranges if part is not None and part.axis == COLUMNS else None
 
     @property
     def bytes_in_file(self) -> tuple[int, int]:
@@ -192,21 +193,19 @@ class _Unit:
         """Reads into host memory, uint8 [nbytes] of each piece."""
         slot, file = self.slot, open_file(self.info.file)
         if slot.weight8 is None:
-            out = memories[0].view(STORAGE[slot.dtype])
+            out = memories[0].view(STORAGE[slot.dtype]).reshape(self.end - self.begin, -1)
             read_matrix(file, self.name, self.info, out, slot.dtype, self.rows, self.columns, on_bytes)
             return
         shape = self.end - self.begin, slot.held_shape[1]
-        numbers, scales = memories[0], memories[1].view(np.float32).reshape(slot.blocks.grid(shape))
+        numbers, scales = memories[0].reshape(shape), memories[1].view(np.float32).reshape(slot.blocks.grid(shape))
         if self.scales is not None:
             info = replace(self.info, dtype=BYTES)
             read_matrix(file, self.name, info, numbers, BYTES, self.rows, self.columns, on_bytes)
             self._fill_scales(scales, FILE_BLOCKS[slot.weight8.kind], self.scales, open_file)
             return
-        values = np.empty(self.count, STORAGE[self.info.dtype])
+        values = np.empty(shape, STORAGE[self.info.dtype])
         read_matrix(file, self.name, self.info, values, self.info.dtype, self.rows, self.columns, on_bytes)
-        if not ops.round_weight(
-            values.reshape(shape), self.info.dtype, slot.weight8.kind, numbers.reshape(shape), scales
-        ):
+        if not ops.round_weight(values, self.info.dtype, slot.weight8.kind, numbers, scales):
             raise CheckpointError(
                 f"{self.info.file}: tensor {self.name!r} holds values that are not finite: they have no place in 8 bits"
             )
@@ -216,16 +215,12 @@ class _Unit:
     ) -> None:
         """Fills those of the parameter's blocks with those of the file's blocks that they lie in."""
         first, last = self.rows[0] // blocks.rows, -(-self.rows[1] // blocks.rows)
-        stored = np.empty((last - first) * info.shape[1], np.float32)
-        read_rows(open_file(info.file), f"{self.name}{SCALES}", info, stored, "F32", (first, last))
-        scales_between(
-            stored.reshape(-1, info.shape[1]),
-            blocks,
-            scales,
-            self.slot.blocks,
-            self.rows[0] - first * blocks.rows,
-            0 if self.columns is None else self.columns[0],
-        )
+        stored = np.empty((last - first, info.shape[1]), np.float32)
+        read_rows(open_file(info.file), f"{self.name}{SCALES}", info, stored.reshape(-1), "F32", (first, last))
+        own, ranges = self.slot.blocks, self.columns or [(0, self.slot.held_shape[1])]
+        rows = np.arange(self.rows[0], self.rows[1], own.rows) - first * blocks.rows
+        columns = np.concatenate([np.arange(begin, end, own.columns) for begin, end in ranges])
+        scales[:] = scales_of(stored, blocks, rows, columns)
 
 
 def load_checkpoint(
@@ -283,7 +278,7 @@ def _speak_of_another_head(checkpoint: Checkpoint, slots: Mapping[str, Slot]) ->
     if head is None or embedding is None or HEAD in slots or EMBEDDING not in slots:
         return
     part = slots[EMBEDDING].part
-    begin, end = (0, embedding.shape[0]) if part is None else (part.begin, part.end)
+    begin, end = (0, embedding.shape[0]) if part is None else part.ranges[0]
     if head.shape != embedding.shape or not _are_equal({HEAD: head, EMBEDDING: embedding}, begin, end):
         logger.warning(
             f"{checkpoint.directory}: tensor {HEAD!r} in {head.file.name} differs from {EMBEDDING!r} in "
@@ -304,7 +299,7 @@ def _are_equal(tensors: Mapping[str, TensorInfo], begin: int, end: int) -> bool:
             rows = first, min(first + step, end)
             one, other = (np.empty((rows[1] - rows[0]) * width, STORAGE[dtype]) for _ in tensors)
             for (name, info), block in zip(tensors.items(), (one, other)):
-                read_matrix(files[name], name, info, block, dtype, rows)
+                read_matrix(files[name], name, info, block.reshape(-1, width), dtype, rows)
             if not np.array_equal(one, other):
                 return False
     return True
@@ -322,8 +317,12 @@ def _units(name: str, info: TensorInfo, slot: Slot, scales: TensorInfo | None) -
         step = max(1, step // slot.blocks.rows) * slot.blocks.rows
     if info.transposed and _is_in_host_memory(slot.tensor):
         step = height
-    for begin in range(0, height, max(1, step)):
-        yield _Unit(name, info, slot, begin, min(begin + step, height), scales)
+    part, at = slot.part, 0
+    for first, last in part.ranges if part is not None and part.axis == ROWS else [(0, height)]:
+        for row in range(first, last, max(1, step)):
+            end = min(row + step, last)
+            yield _Unit(name, info, slot, at + row - first, at + end - first, row, scales)
+        at += last - first
 
 
 class _Loading:

@@ -11,7 +11,8 @@ from typing import Any
 from paddle_qwen1m.config import ModelConfig
 from paddle_qwen1m.config_keys import own_quantization
 from paddle_qwen1m.dtypes import SAFETENSORS
-from paddle_qwen1m.parallel.split import ROWS, check_degree
+from paddle_qwen1m.parallel.placement import Placement
+from paddle_qwen1m.parallel.split import ROWS
 
 from . import names, sharding
 from .checkpoint import INDEX_NAME, Checkpoint, Described, as_published, check_fit, read_weight_map, summarise
@@ -87,7 +88,7 @@ def open_source(directory: Path, *, allow_absent: bool = False) -> Source:
     stored: Mapping[str, Described]
     if degree is not None:
         form = TENSOR_PARALLEL
-        tensors, partition = _rank_set(directory, model, degree)
+        tensors, partition = _rank_set(directory, model, config)
         stored = tensors
     else:
         found, is_paddlenlp = _whole(directory, model, absent if allow_absent else None)
@@ -177,13 +178,15 @@ def _partition(tensors: Mapping[str, TensorInfo]) -> dict[str, list[str]]:
     return partition
 
 
-def _rank_set(directory: Path, model: ModelConfig, degree: Any) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
-    if not isinstance(degree, int) or degree < 2:
-        raise CheckpointError(f"{directory / CONFIG_NAME}: {sharding.RANK_SETS} must be at least 2, got {degree!r}")
+def _rank_set(
+    directory: Path, model: ModelConfig, config: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
     try:
-        check_degree(model, degree)
+        placement = sharding.recorded_placement(config, model)
     except ValueError as error:
         raise CheckpointError(f"{directory / CONFIG_NAME}: {error}") from None
+    assert placement is not None
+    degree = placement.degree
     ranks = [Checkpoint(directory / sharding.rank_directory(rank, degree)) for rank in range(degree)]
     problems: list[str] = []
     tensors: dict[str, Tensor] = {}
@@ -192,7 +195,7 @@ def _rank_set(directory: Path, model: ModelConfig, degree: Any) -> tuple[dict[st
         if len(holders) < degree:
             problems += [f"rank {rank} lacks tensor {name!r}" for rank in range(degree) if rank not in holders]
             continue
-        pieces, whole = _pieces(ranks, model, name, problems)
+        pieces, whole = _pieces(ranks, model, placement, name, problems)
         if {rank.tensors[name].dtype for rank in ranks} != {first.dtype}:
             problems.append(f"tensor {name!r} has several dtypes")
         tensors[name] = Tensor(name, first.dtype, whole, pieces)
@@ -202,15 +205,15 @@ def _rank_set(directory: Path, model: ModelConfig, degree: Any) -> tuple[dict[st
 
 
 def _pieces(
-    ranks: Sequence[Checkpoint], model: ModelConfig, name: str, problems: list[str]
+    ranks: Sequence[Checkpoint], model: ModelConfig, placement: Placement, name: str, problems: list[str]
 ) -> tuple[tuple[Piece, ...], tuple[int, ...]]:
     """The ranks' parts of a tensor, each once, and its whole shape."""
-    parts = [part_of(model, name, len(ranks), rank) for rank in range(len(ranks))]
+    parts = [part_of(model, name, placement, rank) for rank in range(len(ranks))]
     if parts[0] is None:
         return (Piece(name, ranks[0].tensors[name]),), ranks[0].tensors[name].shape
     axis = parts[0].axis
     pieces: dict[int, Piece] = {}
-    size = max(part.end for part in parts if part is not None)
+    size = max(end for part in parts if part is not None for _, end in part.ranges)
     whole = ranks[0].tensors[name].shape
     whole = (*whole[:axis], size, *whole[axis + 1 :])
     for rank, part in enumerate(parts):
@@ -219,7 +222,12 @@ def _pieces(
         expected = (*whole[:axis], part.size, *whole[axis + 1 :])
         if info.shape != expected:
             problems.append(f"rank {rank}: tensor {name!r} has shape {list(info.shape)}, expected {list(expected)}")
-        elif part.size:
-            row, column = (part.begin, 0) if axis == ROWS else (0, part.begin)
-            pieces.setdefault(part.begin, Piece(name, info, row, column))
+            continue
+        at = 0
+        for begin, end in part.ranges:
+            stored, at = (at, at + end - begin), at + end - begin
+            if begin == end:
+                continue
+            piece = Piece(name, info, begin, 0, stored) if axis == ROWS else Piece(name, info, 0, begin, None, stored)
+            pieces.setdefault(begin, piece)
     return tuple(pieces.values()), whole

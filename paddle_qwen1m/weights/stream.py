@@ -89,9 +89,9 @@ def _write_group(
             for first, panel, buffers in _panels(group, number, open_file, memory):
                 last = None
                 for file, target in zip(files, targets):
-                    part = _cut(panel, first, target.parts[number])
-                    if part.size:
-                        last = put(file, part.reshape(-1).view(np.uint8).data)
+                    for part in _cut(panel, first, target.parts[number]):
+                        if part.size:
+                            last = put(file, part.reshape(-1).view(np.uint8).data)
                 if buffers is not None:
                     buffers.give_back(last)
     for file in files:
@@ -167,13 +167,13 @@ def _read_widened(
     cast(wide.reshape(-1), "F32", panel.reshape(-1), dtype, f"{source.file}: tensor {tensor.name!r}")
 
 
-def _cut(panel: Array, first: int, part: Part | None) -> Array:
-    """What a target holds of a panel whose first row is the tensor's row `first`."""
+def _cut(panel: Array, first: int, part: Part | None) -> list[Array]:
+    """What a target holds of a panel whose first row is the tensor's row `first`, in the order of its file."""
     if part is None:
-        return panel
+        return [panel]
     if part.axis == ROWS:
-        return panel[max(0, part.begin - first) : max(0, part.end - first)]
-    return np.ascontiguousarray(panel[:, part.begin : part.end])
+        return [panel[max(0, begin - first) : max(0, end - first)] for begin, end in part.ranges]
+    return [np.concatenate([panel[:, begin:end] for begin, end in part.ranges], axis=1)]
 
 
 def differing_shards(plan: Plan, destination: Path, record: Record, progress: bool) -> list[str]:

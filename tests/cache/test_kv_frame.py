@@ -75,8 +75,12 @@ def test_heads_of_a_rank_are_those_of_the_model(keys: np.ndarray) -> None:
     keys[:, 1] *= 3
     keys[:, 1, 5] += 50
     scales = made(keys)
-    own = scales.of_heads(slice(1, 2))
+    own = scales.of_heads([[1]])
     np.testing.assert_array_equal(own.frame(0)[:, 0], scales.frame(0)[:, 1])
+    two = KVScales(np.concatenate([scales.exponents] * 2), np.concatenate([scales.centres, 2 * scales.centres]))
+    crossed = two.of_heads([[1, 0], [0, 1]])
+    np.testing.assert_array_equal(crossed.frame(0), two.frame(0)[:, ::-1])
+    np.testing.assert_array_equal(crossed.frame(1), two.frame(1))
 
 
 def test_a_file_gives_back_the_same_scales(keys: np.ndarray, tmp_path: Path) -> None:
@@ -89,10 +93,36 @@ def test_a_file_gives_back_the_same_scales(keys: np.ndarray, tmp_path: Path) -> 
     assert replace(read, centres=read.centres + np.float32(1e-3)).digest != scales.digest
 
 
+def test_layers_that_int8_moves_too_far_stay_in_16_bits_where_these_are_nearer(tmp_path: Path) -> None:
+    none = KVScales.none(replace(CONFIG, num_layers=4))
+    scales = none.measured([0.01, 0.2, 0.051, 0.3], [0.0, 0.0, 0.002, 0.4])
+    assert scales.in_16_bits == (1, 2), "in the last one 16 bits round as coarsely"
+    assert scales.summary().endswith("16 bits: 1 (20.0%), 2 (5.1%)")
+    assert scales.digest != none.digest == none.measured([0.01] * 4, [0.0] * 4).digest
+    scales.write(tmp_path / "scales.json")
+    read = KVScales.from_file(tmp_path / "scales.json")
+    assert (read.in_16_bits, read.errors, read.digest) == ((1, 2), (0.01, 0.2, 0.051, 0.3), scales.digest)
+    assert read.of_heads([[0]] * len(read.exponents)).in_16_bits == (1, 2)
+
+
+def test_a_file_of_the_first_format_is_read(tmp_path: Path, keys: np.ndarray) -> None:
+    path, scales = tmp_path / "scales.json", made(keys)
+    content = {key: scales.as_json()[key] for key in ("weights", "exponents", "centres")}
+    path.write_text(json.dumps({"format": 1, **content}))
+    read = KVScales.from_file(path)
+    assert (read.digest, read.in_16_bits, read.errors) == (scales.digest, (), ())
+
+
 @pytest.mark.parametrize(
     "change",
     [
-        {"format": 2},
+        {"format": 3},
+        {"format": 0},
+        {"in_16_bits": [2]},
+        {"in_16_bits": [1, 0]},
+        {"in_16_bits": 1},
+        {"errors": [0.1]},
+        {"errors": [0.1, None]},
         {"exponents": [[[1000]]]},
         {"exponents": [[[0.5]]]},
         {"centres": [[[1.0]]]},

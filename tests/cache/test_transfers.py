@@ -7,6 +7,7 @@ import secrets
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +29,15 @@ BLOCK_PIECES = 3
 """Of a file's blocks: the 16 pieces of a segment are no multiple of it."""
 
 
-@pytest.fixture(params=["float32", "bfloat16", "int8"])
+@pytest.fixture(params=["float32", "bfloat16", "int8", "int8 but the last layer"])
 def dtype(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
 @pytest.fixture
 def cache(dtype: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> PagedCache:
-    made = PagedCache(CONFIG, PAGES, PAGE, dtype, KVScales.none(CONFIG))
+    wide = (CONFIG.num_layers - 1,) if "last" in dtype else ()
+    made = PagedCache(CONFIG, PAGES, PAGE, dtype.split()[0], replace(KVScales.none(CONFIG), in_16_bits=wide))
     for layer in made.layers:
         for tensor in (layer.keys, layer.values, *(layer.quantised or ())[:1]):
             random = ops.tensor((30 * rng.standard_normal(tensor.shape)).astype(np.float32))
@@ -57,14 +59,15 @@ def moving(kept: PrefixStore, cache: PagedCache) -> Iterator[Transfers]:
 
 
 def memory(cache: PagedCache) -> np.ndarray:
-    """What is in all pages: uint8 [2 * layers, pages, bytes of a page], scales behind the numbers they belong to."""
-    parts = []
-    for layer in cache.layers:
-        scales = [] if layer.quantised is None else [layer.quantised.scales.numpy()]
-        for side, numbers in enumerate((layer.keys.numpy(), layer.values.numpy())):
-            both = [numbers, *(scale[side] for scale in scales)]
-            parts.append(np.concatenate([one.reshape(PAGES, -1).view(np.uint8) for one in both], axis=1))
-    return np.stack(parts)
+    """What is in all pages: uint8 [1, pages, bytes of a page]."""
+    return np.concatenate(pieces(cache), axis=1)[None]
+
+
+def pieces(cache: PagedCache) -> list[np.ndarray]:
+    """The same, a piece of every page after the other, as a file has them: uint8 [pages, bytes of it] each."""
+    keys = [tensor.numpy() for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    scales = [scale for layer in cache.layers if layer.quantised for scale in layer.quantised.scales.numpy()]
+    return sorted((one.reshape(PAGES, -1).view(np.uint8) for one in (*keys, *scales)), key=lambda one: -one.shape[1])
 
 
 def segments(count: int) -> list[StoredSegment]:
@@ -101,17 +104,16 @@ def test_other_pages_hold_what_was_saved(moving: Transfers, cache: PagedCache) -
     np.testing.assert_array_equal(memory(cache), expected)
 
 
-def test_the_file_holds_a_layers_keys_then_its_values(
+def test_the_file_holds_a_layers_keys_then_its_values_smaller_pieces_last(
     moving: Transfers, cache: PagedCache, kept: PrefixStore, dtype: str
 ) -> None:
     (segment,) = saved(moving, 1)
     data = kept.path(segment.name).read_bytes()[1 << 16 :]
-    numbers, scales = np.split(memory(cache)[:, :PER_SEGMENT], [cache.piece_bytes], axis=2)
-    assert data.startswith(numbers.tobytes() + scales.tobytes())
+    assert data.startswith(b"".join(piece[:PER_SEGMENT].tobytes() for piece in pieces(cache)))
     with SegmentReader(kept.path(segment.name)) as reader:
         header = reader.header
     assert header["shape"] == [CONFIG.num_layers, 2, CONFIG.num_kv_heads, CONFIG.head_dim]
-    assert (header["dtype"], header["begin"], header["end"]) == (dtype, 0, SEGMENT)
+    assert (header["dtype"], header["begin"], header["end"]) == (dtype.split()[0], 0, SEGMENT)
     assert header["block_bytes"] == BLOCK_PIECES * cache.piece_bytes
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,14 +15,14 @@ from small_model import BUDGETS, CONFIG, random_model
 
 from paddle_qwen1m import ops
 from paddle_qwen1m.cache import PagedCache
-from paddle_qwen1m.cache.kv_scales import KVScales
+from paddle_qwen1m.cache.kv_scales import LARGEST_ERROR, KVScales
 from paddle_qwen1m.engine import Engine, Finished, PrefillProgress, Request, SamplingParams
 from paddle_qwen1m.engine.calibration import _of_all_ranks, calibrate
 from paddle_qwen1m.engine.orders import Advance, Prefill
 from paddle_qwen1m.engine.runner import Runner
 from paddle_qwen1m.model import Qwen2OneM
 from paddle_qwen1m.options import EngineOptions
-from paddle_qwen1m.parallel.split import own_kv_heads
+from paddle_qwen1m.parallel.placement import Placement
 
 PAGE, PAGES = 32, 64
 GREEDY = SamplingParams(max_tokens=6, temperature=0.0)
@@ -32,9 +33,17 @@ def model() -> Qwen2OneM:
     return random_model(np.random.default_rng(0))
 
 
+TEXT = np.random.default_rng(1).integers(0, CONFIG.vocab_size, 120)
+
+
 @pytest.fixture(scope="module")
-def scales(model: Qwen2OneM) -> KVScales:
-    return calibrate(model, np.random.default_rng(1).integers(0, CONFIG.vocab_size, 120))
+def rounded(model: Qwen2OneM) -> KVScales:
+    return calibrate(model, TEXT)
+
+
+@pytest.fixture(params=[(), (0,), (1,)], ids=lambda layers: f"16 bits in {layers or 'none'}")
+def scales(request: pytest.FixtureRequest, rounded: KVScales) -> KVScales:
+    return replace(rounded, in_16_bits=request.param)
 
 
 def runner_of(model: Qwen2OneM, scales: KVScales, copied: int | None) -> Runner:
@@ -43,7 +52,8 @@ def runner_of(model: Qwen2OneM, scales: KVScales, copied: int | None) -> Runner:
     widened = None if copied is None else (copied, "float32")
     cache = PagedCache(model.local, PAGES, PAGE, "int8", scales, widened)
     for layer in cache.layers:
-        assert layer.quantised is not None
+        if layer.quantised is None:
+            continue
         ops.upload(layer.quantised.scales, np.full(layer.quantised.scales.shape, np.nan, np.float16))
     runner.use(cache, max_num_seqs=4, max_model_len=2048)
     return runner
@@ -106,7 +116,7 @@ def test_rounded_keys_move_logits_little(model: Qwen2OneM, scales: KVScales, rng
     one = engine(model)
     one.use_scales(scales)
     error = np.abs(one.logits(prompt) - exact).max() / np.abs(exact).max()
-    assert 1e-5 < error < 0.05
+    assert 1e-5 < error < 0.1
 
 
 def ask(one: Engine, prompt: np.ndarray) -> tuple[list[int], int]:
@@ -133,6 +143,44 @@ def test_a_stored_prefix_comes_back_with_its_scales_and_to_these_alone(
     assert ask(reader, second) == (expected, 320)
     reader.close()
     assert ask(engine(model, folder), second)[1] == 0, "kept under other scales"
+    others = engine(model, folder)
+    others.use_scales(replace(scales, in_16_bits=(0, 1)))
+    assert ask(others, second)[1] == 0, "kept with other layers in 16 bits"
+
+
+def test_a_layer_that_int8_moves_too_far_stays_in_16_bits(rng: np.random.Generator) -> None:
+    """A channel of the values of layer 1 is far larger than the others, and its output projection hardly reads it: what
+    it does read is lost in the rounding. Behind the projection alone can that be seen.
+    """
+    model = random_model(np.random.default_rng(0))
+    layer, dim = model.layers[1], CONFIG.head_dim
+    values = slice((CONFIG.num_heads + CONFIG.num_kv_heads) * dim, None, dim)
+    layer.qkv_bias[values] = 3000.0
+    layer.output_weight[:, ::dim] = 0.0
+    made = calibrate(model, TEXT)
+    assert made.in_16_bits == (1,)
+    assert made.errors[0] < LARGEST_ERROR < made.errors[1]
+    prompt = rng.integers(0, CONFIG.vocab_size, 300)
+    exact = engine(model, kv_cache_dtype="float32").logits(prompt)
+    errors = {}
+    for kept in ((), (1,)):
+        one = engine(model)
+        one.use_scales(replace(made, in_16_bits=kept))
+        errors[kept] = np.abs(one.logits(prompt) - exact).max() / np.abs(exact).max()
+    assert errors[1,] < 0.1 < errors[()]
+
+
+def test_no_layer_of_ordinary_keys_and_values_does(rounded: KVScales) -> None:
+    assert rounded.in_16_bits == () and max(rounded.errors) < 0.02
+
+
+def test_a_page_takes_what_its_layers_do(model: Qwen2OneM, scales: KVScales) -> None:
+    one = engine(model)
+    one.use_scales(scales)
+    one.reserve()
+    numbers, wide = PAGE * CONFIG.num_kv_heads * CONFIG.head_dim, len(scales.in_16_bits)
+    int8 = 2 * (numbers + PAGE * CONFIG.num_kv_heads * 2)
+    assert one.runner.cache.page_bytes == one._page_bytes == (2 - wide) * int8 + wide * 4 * numbers
 
 
 def test_a_fork_of_a_sequence_copies_scales(model: Qwen2OneM, scales: KVScales, rng: np.random.Generator) -> None:
@@ -158,7 +206,10 @@ def test_scales_of_another_shape_are_refused(model: Qwen2OneM, scales: KVScales)
 def test_ranks_add_up_their_heads_to_the_whole_models_scales(
     model: Qwen2OneM, scales: KVScales, degree: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two KV heads on two ranks, and on four, where neighbours have the same one."""
+    """Two KV heads on two ranks, in one layer the other way round, and on four, where two have the same one."""
+    order = (tuple(range(4)), (2, 3, 0, 1))
+    placement = Placement(degree, CONFIG.num_kv_heads, order)
+    monkeypatch.setattr(model, "placement", placement)
     summed: list[np.ndarray] = []
     for rank in range(degree):
         parts: list[np.ndarray] = []
@@ -168,7 +219,7 @@ def test_ranks_add_up_their_heads_to_the_whole_models_scales(
             return values
 
         monkeypatch.setattr(model, "group", SimpleNamespace(rank=rank, degree=degree, all_reduce=keep))
-        _of_all_ranks(model, scales.of_heads(own_kv_heads(CONFIG.num_kv_heads, degree, rank)))
+        _of_all_ranks(model, scales.of_heads([placement.kv_heads(layer, rank) for layer in range(2)]))
         summed = [a + b for a, b in zip(summed, parts)] if summed else parts
     np.testing.assert_array_equal(summed[0], scales.exponents)
     np.testing.assert_array_equal(summed[1], scales.centres)

@@ -31,7 +31,7 @@ from paddle_qwen1m.paddlenlp import Qwen2OneMForCausalLM
 from paddle_qwen1m.parallel.group import ProcessGroup
 
 checkpoint, out = sys.argv[1:]
-calls = {"all_reduce": 0, "gather_columns": 0}
+calls = dict.fromkeys(("all_reduce", "gather_columns", "reduce_scatter", "all_gather"), 0)
 for name in calls:
     def counted(self, *arguments, _call=getattr(ProcessGroup, name), _name=name):
         calls[_name] += 1
@@ -73,6 +73,7 @@ def test_a_nccl_group_of_one_changes_nothing(needle_checkpoint: Path, tmp_path: 
     assert grouped["backend"] == "NCCL"
     layers = json.loads((needle_checkpoint / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"]
     assert grouped["calls"]["all_reduce"] % (2 * layers + 1) == 0 and grouped["calls"]["gather_columns"] > 0
+    assert grouped["calls"]["reduce_scatter"] == grouped["calls"]["all_gather"] > 0, "4,096 rows go in lanes"
     for graph in ("True", "False"):
         for expected, got in zip(plain[graph], grouped[graph]):
             assert [ids for ids, _ in got] == [ids for ids, _ in expected]

@@ -14,7 +14,9 @@ from paddlenlp.transformers import AutoModelForCausalLM, AutoTokenizer
 
 from paddle_qwen1m import cli
 from paddle_qwen1m.cache.kv_scales import KVScales
+from paddle_qwen1m.options import read_llm_options
 from paddle_qwen1m.paddlenlp import scales as module
+from paddle_qwen1m.paddlenlp import serving
 from paddle_qwen1m.weights.digest import checkpoint_digest
 
 
@@ -110,13 +112,51 @@ def test_scales_of_another_checkpoint_are_refused_before_anything_is_loaded(
         load(needle_checkpoint, kv_scales=tmp_path / "none.json")
 
 
+@pytest.mark.parametrize("when", ["beside the weights", "just now"])
+def test_layers_in_16_bits_take_their_room_before_anybody_gets_it(
+    needle_checkpoint: Path, made: KVScales, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """An engine for many requests, whose cache is decided before its weights are read; int8 is taken since nothing else
+    fits, and said; and so is what stays in 16 bits.
+    """
+    lines: list[str] = []
+    monkeypatch.setattr(serving.logger, "info", lines.append)
+    errors = [0.01, 0.3, 0.02, 0.03]
+    kept = made.measured(errors, [0.0] * 4)
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(needle_checkpoint, checkpoint)
+    if when == "just now":
+        monkeypatch.setattr(module, "calibrate", lambda *_: kept)
+    else:
+        kept.write(checkpoint / module.KV_SCALES)
+    room = 40_000_000
+    options = {"kv_cache_memory_bytes": room, "max_model_len": 12_000, "kv_cache_dtype": "auto"}
+    engine = serving.load_engine(str(checkpoint), read_llm_options(options))
+    cache = engine.runner.cache
+    assert [str(layer.keys.dtype).rpartition(".")[2] for layer in cache.layers] == ["int8", "bfloat16", "int8", "int8"]
+    assert cache.page_bytes * engine.pool.num_pages <= room < cache.page_bytes * (engine.pool.num_pages + 1)
+    assert any(line.startswith("kv_cache_dtype=int8, since max_model_len would not fit") for line in lines)
+    assert any("which stay in 16 bits: 1 (30.0%)" in line for line in lines)
+
+
+def test_room_that_layers_in_16_bits_do_not_leave_is_missed_before_anything_is_loaded(
+    needle_checkpoint: Path, made: KVScales, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serving, "read_weights", lambda *_: pytest.fail("weights are read"))
+    options = {"kv_cache_memory_bytes": 40_000_000, "max_model_len": 18_000, "kv_cache_dtype": "int8"}
+    kept = made.measured([0.3] * 4, [0.0] * 4)
+    with pytest.raises(ValueError, match=r"max sequence length \(18000\) is larger than the maximum number"):
+        serving.load_engine(str(needle_checkpoint), read_llm_options({**options, "kv_scales": kept}))
+
+
 def test_the_command_makes_a_file_that_is_used(
     needle_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text, out = tmp_path / "text.txt", tmp_path / "scales.json"
     text.write_text("A cart rolled slowly down the lane in the rain. " * 30)
     assert cli.main(["calibrate-kv", str(needle_checkpoint), "--text", str(text), "--out", str(out)]) == 0
-    assert "4 layers, 2 KV heads; " in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "4 layers, 2 KV heads; " in told and "int8 moves a layer's output by up to " in told
     monkeypatch.setattr(module, "calibrate", None)
     assert load(needle_checkpoint, kv_scales=out).engine.kv_cache_dtype == "int8"
 

@@ -49,7 +49,7 @@ def run(model: str) -> dict[str, list[Any]]:
 
     answers: list[list[int]] = []
     if sampling is not None:
-        prompts = [np.arange(7, 7 + length, dtype=np.int64) % 700 for length in (900, 60)]
+        prompts = [np.arange(7, 7 + length, dtype=np.int64) % 700 for length in (901, 60)]
         pages = [tuple(range(20)), tuple(range(30, 34))]
         chunks = [
             rows(prompt, own, sparse=len(prompt) > 256, wanted=(len(prompt) - 1,))
@@ -69,9 +69,9 @@ def run(model: str) -> dict[str, list[Any]]:
             joins = ()
             post = lead(Advance(3))
         answers[0].append(int(lead(Head(0, 1), whole).result()[0].argmax()))
-        lead(CopyPage(14, 70, 900 % 64))
+        lead(CopyPage(14, 70, 901 % 64))
         sampling.put(0, params, prompt=prompts[0], answer_tokens=answers[0], seed=8)
-        joins = (Join(0, answers[0][0], 900, (*pages[0][:14], 70, *pages[0][15:])),)
+        joins = (Join(0, answers[0][0], 901, (*pages[0][:14], 70, *pages[0][15:])),)
         for _ in range(12):
             ids, *_ = lead(Decode(4, joins, top_logprobs=True)).result()
             joins = ()

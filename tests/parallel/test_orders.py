@@ -10,7 +10,9 @@ from parallel_ranks import NEEDLE, launch
 
 
 def test_ranks_that_follow_orders_decode_what_one_rank_does(tmp_path: Path) -> None:
-    """Chunks that stop at points or are dropped, heads, slots, a copied page: every order, as its message."""
+    """Chunks of rows that do not divide, which stop at points or are dropped, heads, slots, a copied page: every order,
+    as its message.
+    """
     status, output = launch(2, tmp_path / "logs", [Path(orders_rank.__file__), NEEDLE, tmp_path], 120)
     assert status == 0, output[-4000:]
     leader, follower = (json.loads((tmp_path / f"rank-{rank}.json").read_text(encoding="utf-8")) for rank in (0, 1))

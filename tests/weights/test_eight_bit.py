@@ -36,7 +36,7 @@ def config_of(checkpoint: Path) -> ModelConfig:
 
 def loaded(checkpoint: Path, kind: str | None, group: Group = ALONE) -> Mapping[str, paddle.Tensor]:
     """The parameters of a rank, by name."""
-    model = Qwen2OneM(config_of(checkpoint), "bfloat16", group, kind)
+    model = Qwen2OneM(config_of(checkpoint), "bfloat16", group, quantization=kind)
     load_checkpoint(checkpoint, model.slots())
     return dict(model.named_buffers())
 
@@ -115,7 +115,7 @@ def test_a_slot_of_half_a_block_is_refused() -> None:
 @each_kind
 @pytest.mark.parametrize("degree", [1, 2, 4])
 def test_the_plan_counts_the_bytes_that_a_rank_holds(needle_checkpoint: Path, kind: str, degree: int) -> None:
-    model = Qwen2OneM(config_of(needle_checkpoint), "bfloat16", RankOf(0, degree), kind)
+    model = Qwen2OneM(config_of(needle_checkpoint), "bfloat16", RankOf(0, degree), quantization=kind)
     held = sum(tensor.size * tensor.element_size() for tensor in dict(model.named_buffers()).values())
     assert weight_bytes(model.local, "bfloat16", kind) == held
 
@@ -123,7 +123,7 @@ def test_the_plan_counts_the_bytes_that_a_rank_holds(needle_checkpoint: Path, ki
 def test_the_plan_of_the_published_models() -> None:
     """Half of the linears and a little for scales; one weight widened at a time, on a GPU alone."""
     config = PUBLISHED["14B"]
-    linear = config.num_layers * sum(sum(heights) * width for heights, width in linears(config).values())
+    linear = config.num_layers * sum(sum(heights) * sum(widths) for heights, widths in linears(config).values())
     fp8, int8, whole = (weight_bytes(config, "bfloat16", kind) for kind in ("fp8", "int8", None))
     assert whole - fp8 == linear - 4 * linear // 128**2 and whole - int8 == linear - 4 * linear // 128
     assert widened_weight_bytes(config, "fp8", "bfloat16") == 2 * 2 * 13_824 * 5_120
@@ -131,8 +131,8 @@ def test_the_plan_of_the_published_models() -> None:
 
 
 def test_blocks_divide_what_a_weight_is_put_together_of() -> None:
-    assert choose_blocks("fp8", (3584, 512, 512), 3584) == (128, 128)
-    assert choose_blocks("int8", (3584, 512, 512), 3584) == (1, 128)
-    assert choose_blocks("fp8", (1728, 1728), 1728) == (64, 64)
+    assert choose_blocks("fp8", (3584, 512, 512), (3584,)) == (128, 128)
+    assert choose_blocks("int8", (3584, 512, 512), (3584,)) == (1, 128)
+    assert choose_blocks("fp8", (1728, 1728), (1728,)) == (64, 64)
     with pytest.raises(ValueError, match="multiples of 16, got 1000"):
-        choose_blocks("fp8", (64,), 1000)
+        choose_blocks("fp8", (64,), (1000,))

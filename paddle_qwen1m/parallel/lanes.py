@@ -1,0 +1,142 @@
+"""How the rows of a step go through the layers on several ranks: what is summed over all of them waits for nobody.
+
+Few rows, of a decode step above all, are one lane: behind each product one all-reduce of all of them. Many rows are two
+to four lanes. A rank keeps the residual stream of one share of a lane's rows: a product's sums come to it by a
+reduce-scatter, it norms its share, and an all-gather gives all ranks the lane's rows. While those of one lane are under
+way, on the library's stream, the computation goes on with the next one's. Lanes are of the rows alone: attention has
+all of them, its keys are cached before any are chosen, and nothing is under way at its beginning, nor where a prefill
+stands still.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Callable, Union
+
+import paddle
+
+from paddle_qwen1m import ops
+from paddle_qwen1m.parallel.group import Group, Pending
+
+Activations = Union[paddle.Tensor, ops.Rows8]
+Product = Callable[[Any], Any]
+"""Of rows [n, K] as many new ones, the last of several products a tensor."""
+TakesRows8 = Callable[[int], bool]
+"""Whether so many rows behind a norm are wanted in FP8."""
+
+
+class Lane:
+    """Rows [first, last) of a step. residual: of this rank's share of them, float32 [share, N]."""
+
+    def __init__(self, first: int, last: int) -> None:
+        self.first, self.last = first, last
+        self.residual: paddle.Tensor | None = None
+        self.sums: Pending | None = None
+        self.normed: Pending | None = None
+        self.normed8: ops.Rows8 | None = None
+
+    def of(self, values: paddle.Tensor) -> paddle.Tensor:
+        """Its rows of all of them [T, ...], a view."""
+        return values if self.last - self.first == values.shape[0] else values[self.first : self.last]
+
+
+class Lanes:
+    """The lanes of a step of `rows` rows, and what is under way of them. eps: of the norms. split: whether they may be
+    several; a decode step's, which a graph captures, are one.
+
+    `add` takes the products of the layers one after the other; `all_rows` gives what is behind the last norm.
+    """
+
+    def __init__(self, group: Group, rows: int, eps: float, *, split: bool = True) -> None:
+        self._group, self._rows, self._eps = group, rows, eps
+        count, shares = group.lanes(rows) if split else 1, rows // group.degree
+        borders = [0, *(group.degree * (shares * number // count) for number in range(1, count)), rows]
+        self._lanes = [Lane(first, last) for first, last in zip(borders, borders[1:])]
+        self._is_split = count > 1
+        self._late: tuple[Lane, paddle.Tensor, TakesRows8 | None] | None = None
+        self._gathered: paddle.Tensor | None = None
+
+    def add(
+        self,
+        rows: paddle.Tensor | None,
+        products: Sequence[Product],
+        norm: paddle.Tensor,
+        takes_rows8: TakesRows8 | None = None,
+    ) -> None:
+        """Puts each lane's part of `rows` [T, K], None: what is behind the last norm, through the products, one behind
+        the other, adds what comes out over the ranks and to the residual stream, and norms that by `norm` [N]: in FP8
+        where that is wanted, and the rows need not be gathered.
+
+        What the lane before has added is normed behind the first product, which its sums' way is beside.
+        """
+        for lane in self._lanes:
+            values = products[0](self._normed(lane) if rows is None else lane.of(rows))
+            self._norm_late()
+            for product in products[1:]:
+                values = product(values)
+            split = self._is_split
+            lane.sums = self._group.reduce_scatter(values) if split else Pending(self._group.all_reduce(values))
+            del values
+            self._late = lane, norm, takes_rows8
+
+    def all_rows(self) -> Activations:
+        """All rows behind the last norm, activations [T, N]. No collective is under way then."""
+        found = [self._normed(lane) for lane in self._lanes]
+        whole, self._gathered = found[0] if self._gathered is None else self._gathered, None
+        for lane in self._lanes:
+            lane.normed = lane.normed8 = None
+        return whole
+
+    def of_rows(self, rows: paddle.Tensor) -> Lanes:
+        """Of some rows of the step, int64 [n], in one lane, where the layers go on with those alone."""
+        others = Lanes(self._group, rows.shape[0], self._eps, split=False)
+        others._lanes[0].residual = ops.gather_rows(self._residual(), rows)
+        return others
+
+    def _residual(self) -> paddle.Tensor:
+        """The residual stream of all rows, float32 [T, N], on every rank."""
+        assert self._late is None
+        shares: list[paddle.Tensor] = [lane.residual for lane in self._lanes]
+        if not self._is_split:
+            return shares[0]
+        whole = paddle.empty([self._rows, shares[0].shape[1]], shares[0].dtype)
+        for pending in [self._group.all_gather(own, lane.of(whole)) for own, lane in zip(shares, self._lanes)]:
+            pending.wait()
+        return whole
+
+    def _normed(self, lane: Lane) -> Activations:
+        """A lane's rows behind the last norm, activations [n, N]."""
+        if self._late is not None and self._late[0] is lane:
+            self._norm_late()
+        if lane.normed8 is not None:
+            return lane.normed8
+        assert lane.normed is not None, "nothing has been added since all rows were given"
+        return lane.normed.wait()
+
+    def _norm_late(self) -> None:
+        """Norms the sums that came last, a rank its share of them, and sends that on its way to all."""
+        if self._late is None:
+            return
+        (lane, weight, takes_rows8), self._late = self._late, None
+        assert lane.sums is not None
+        sums, lane.sums = lane.sums.wait(), None
+        lane.normed = lane.normed8 = None
+        if takes_rows8 is not None and not self._is_split and takes_rows8(sums.shape[0]):
+            if lane.residual is None:
+                lane.residual = sums
+                lane.normed8 = ops.rms_norm8(sums, weight, self._eps)
+            else:
+                lane.normed8 = ops.add_rms_norm8(sums, lane.residual, weight, self._eps)
+            return
+        if lane.residual is None:
+            lane.residual = sums
+            own = ops.rms_norm(sums, weight, self._eps)
+        else:
+            own = ops.add_rms_norm(sums, lane.residual, weight, self._eps)
+        if not self._is_split:
+            lane.normed = Pending(own)
+            return
+        if lane is self._lanes[0]:
+            self._gathered = paddle.empty([self._rows, own.shape[1]], own.dtype)
+        assert self._gathered is not None
+        lane.normed = self._group.all_gather(own, lane.of(self._gathered))

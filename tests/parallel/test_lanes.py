@@ -1,0 +1,188 @@
+"""Lanes: ranks in threads give what one does, with any number of rows; nothing is under way where all rows are."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import paddle
+import pytest
+
+from paddle_qwen1m.parallel.group import Group, Pending, ProcessGroup
+from paddle_qwen1m.parallel.lanes import Lanes
+
+WIDTH, INNER, LAYERS, EPS = 32, 24, 3, 1e-6
+
+
+class Job:
+    """What ranks that are threads exchange."""
+
+    def __init__(self, degree: int) -> None:
+        self.barrier = threading.Barrier(degree)
+        self.values: list[np.ndarray] = [np.zeros(0)] * degree
+
+
+class Rank(Group):
+    """One of them. `log`: its collectives and waits, in order; `under_way`: those that nobody has waited for."""
+
+    def __init__(self, job: Job, rank: int, least: int) -> None:
+        self.job, self.rank, self.degree, self._lane_rows = job, rank, len(job.values), least
+        self.log: list[str] = []
+        self.under_way = 0
+
+    lanes, padded = ProcessGroup.lanes, ProcessGroup.padded
+
+    def all_reduce(self, values: paddle.Tensor) -> paddle.Tensor:
+        self.log.append("all_reduce")
+        return paddle.to_tensor(sum(self._all(values)))
+
+    def reduce_scatter(self, values: paddle.Tensor) -> Pending:
+        total = sum(self._all(values))
+        share = len(total) // self.degree
+        return self._pending("reduce_scatter", paddle.to_tensor(total[self.rank * share : (self.rank + 1) * share]))
+
+    def all_gather(self, values: paddle.Tensor, out: paddle.Tensor) -> Pending:
+        out.copy_(paddle.to_tensor(np.concatenate(self._all(values))), False)
+        return self._pending("all_gather", out)
+
+    def _all(self, values: paddle.Tensor) -> list[np.ndarray]:
+        self.job.values[self.rank] = values.numpy()
+        self.job.barrier.wait(60)
+        found = list(self.job.values)
+        self.job.barrier.wait(60)
+        return found
+
+    def _pending(self, name: str, values: paddle.Tensor) -> Pending:
+        self.log.append(name)
+        self.under_way += 1
+        rank = self
+
+        class Task:
+            def wait(self) -> None:
+                rank.under_way -= 1
+                rank.log.append(f"wait {name}")
+
+        return Pending(values, Task())
+
+
+class Layers:
+    """Random ones, each two products of which a rank has a part: rows add up over the ranks."""
+
+    def __init__(self, rng: np.random.Generator) -> None:
+        def draw(*shape: int) -> np.ndarray:
+            return rng.standard_normal(shape).astype(np.float32) / np.float32(np.sqrt(shape[0]))
+
+        self.norms = [1 + 0.1 * draw(WIDTH) for _ in range(2 * LAYERS + 1)]
+        self.output = [draw(WIDTH, WIDTH) for _ in range(LAYERS)]
+        self.up = [draw(WIDTH, INNER) for _ in range(LAYERS)]
+        self.down = [draw(INNER, WIDTH) for _ in range(LAYERS)]
+        self.first = draw(WIDTH, WIDTH)
+
+    def alone(self, rows: np.ndarray) -> list[np.ndarray]:
+        """What is behind every layer, in float64."""
+
+        def norm(values: np.ndarray, weight: np.ndarray) -> np.ndarray:
+            return values / np.sqrt((values**2).mean(axis=-1, keepdims=True) + EPS) * weight
+
+        residual = rows.astype(np.float64) @ self.first
+        found = [norm(residual, self.norms[0])]
+        for layer in range(LAYERS):
+            residual = residual + found[-1] @ self.output[layer]
+            inner = norm(residual, self.norms[2 * layer + 1])
+            residual = residual + np.tanh(inner @ self.up[layer]) @ self.down[layer]
+            found.append(norm(residual, self.norms[2 * layer + 2]))
+        return found
+
+    def on(self, group: Rank, rows: np.ndarray) -> list[np.ndarray]:
+        """The same on one of several ranks, whose rows are padded as it says; there with what memory holds."""
+        rank, degree = group.rank, group.degree
+        own, inner = (slice(rank * size // degree, (rank + 1) * size // degree) for size in (WIDTH, INNER))
+
+        def product(weight: np.ndarray, act: Any = np.asarray) -> Any:
+            return lambda values: paddle.to_tensor(act(values.numpy() @ weight))
+
+        padded = np.full((group.padded(len(rows)), WIDTH), np.nan, np.float32)
+        padded[: len(rows)] = rows
+        norms = [paddle.to_tensor(one) for one in self.norms]
+        lanes = Lanes(group, len(padded), EPS)
+        lanes.add(paddle.to_tensor(padded[:, own]), [product(self.first[own])], norms[0])
+        found = [lanes.all_rows().numpy()]
+        for layer in range(LAYERS):
+            lanes.add(paddle.to_tensor(found[-1][:, own]), [product(self.output[layer][own])], norms[2 * layer + 1])
+            up, down = product(self.up[layer][:, inner], np.tanh), product(self.down[layer][inner])
+            lanes.add(None, [up, down], norms[2 * layer + 2])
+            found.append(lanes.all_rows().numpy())
+            assert group.under_way == 0, "a prefill stands still here"
+        return [values[: len(rows)] for values in found]
+
+
+@pytest.mark.parametrize("degree", [2, 4])
+@pytest.mark.parametrize("rows", [1, 2, 3, 8, 9, 10, 11, 13, 18, 67])
+def test_ranks_give_what_one_does_with_any_number_of_rows(rng: np.random.Generator, degree: int, rows: int) -> None:
+    """In two lanes from 8 rows on, from 16 on in four."""
+    layers, given = Layers(rng), rng.standard_normal((rows, WIDTH)).astype(np.float32)
+    expected, job = layers.alone(given), Job(degree)
+    ranks = [Rank(job, rank, least=4) for rank in range(degree)]
+    with ThreadPoolExecutor(degree) as pool:
+        results = list(pool.map(lambda rank: layers.on(rank, given), ranks))
+    for found in results:
+        for one, other in zip(found, expected):
+            np.testing.assert_allclose(one, other, rtol=0, atol=2e-5)
+        for one, other in zip(found, results[0]):
+            np.testing.assert_array_equal(one, other)
+    assert all(rank.log == ranks[0].log for rank in ranks)
+    padded = -(-rows // degree) * degree
+    lanes = min(4, padded // 4) if padded >= 8 else 0
+    assert ranks[0].log.count("all_gather") == (2 * LAYERS + 1) * lanes
+    assert ("all_reduce" in ranks[0].log) == (lanes == 0) != ("reduce_scatter" in ranks[0].log)
+
+
+def test_a_lane_computes_while_the_others_sums_are_under_way(rng: np.random.Generator) -> None:
+    """Between two points: the way of a lane's sums, and of its normed rows, lies beside a product of the other one."""
+    log: list[str] = []
+    job = Job(1)
+    group = Rank(job, 0, least=2)
+    group.log = log
+
+    def product(name: str) -> Any:
+        def compute(values: paddle.Tensor) -> paddle.Tensor:
+            log.append(f"{name}{len(values)}")
+            return values + 0.0
+
+        return compute
+
+    weight, lanes = paddle.ones([WIDTH]), Lanes(group, 5, EPS)  # of 2 and 3 rows
+    lanes.add(paddle.to_tensor(rng.standard_normal((5, WIDTH)).astype(np.float32)), [product("embed")], weight)
+    rows = lanes.all_rows()
+    log.clear()
+    lanes.add(rows, [product("output")], weight)
+    lanes.add(None, [product("up"), product("down")], weight)
+    lanes.all_rows()
+    scatter, gather = "reduce_scatter", "all_gather"
+    assert log == [
+        "output2", scatter, "output3", f"wait {scatter}", gather, scatter,
+        f"wait {gather}", "up2", f"wait {scatter}", gather, "down2", scatter,
+        f"wait {gather}", "up3", f"wait {scatter}", gather, "down3", scatter,
+        f"wait {gather}", f"wait {scatter}", gather, f"wait {gather}",
+    ]  # fmt: skip
+
+
+def test_a_decode_step_is_one_lane_however_many_rows_it_has(rng: np.random.Generator) -> None:
+    group, weight = Rank(Job(1), 0, least=2), paddle.ones([WIDTH])
+    lanes = Lanes(group, 8, EPS, split=False)
+    for _ in range(3):
+        lanes.add(paddle.to_tensor(rng.standard_normal((8, WIDTH)).astype(np.float32)), [lambda rows: rows + 0], weight)
+        lanes.all_rows()
+    assert group.log == ["all_reduce"] * 3
+
+
+def test_an_alone_rank_sends_nothing(rng: np.random.Generator) -> None:
+    layers, given = Layers(rng), rng.standard_normal((300, WIDTH)).astype(np.float32)
+    rank = Group()
+    assert rank.padded(299) == 299 and rank.lanes(1 << 20) == 1
+    lanes = Lanes(rank, 300, EPS)
+    first, norm = paddle.to_tensor(layers.first), paddle.to_tensor(layers.norms[0])
+    lanes.add(paddle.to_tensor(given), [lambda rows: rows @ first], norm)
+    np.testing.assert_allclose(lanes.all_rows().numpy(), layers.alone(given)[0], rtol=0, atol=2e-5)
