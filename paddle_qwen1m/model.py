@@ -16,13 +16,13 @@ from paddle_qwen1m.attention.selector import Projected, Selector
 from paddle_qwen1m.attention.step import Step
 from paddle_qwen1m.cache import LayerCache
 from paddle_qwen1m.config import ModelConfig
-from paddle_qwen1m.dtypes import itemsize
+from paddle_qwen1m.dtypes import FP8, dtype_name, itemsize
 from paddle_qwen1m.parallel.group import ALONE, Group
-from paddle_qwen1m.parallel.lanes import Lanes, Product
+from paddle_qwen1m.parallel.lanes import Activations, Lanes, Product
 from paddle_qwen1m.parallel.placement import Placement
 from paddle_qwen1m.parallel.split import local_config
 from paddle_qwen1m.weights import Slot
-from paddle_qwen1m.weights.eight_bit import SCALES, choose_blocks, linears
+from paddle_qwen1m.weights.eight_bit import FILE_BLOCKS, SCALES, choose_blocks, linears
 from paddle_qwen1m.weights.tensors import published_tensors
 
 
@@ -58,6 +58,20 @@ def device_dtypes(dtype: str) -> tuple[str, str]:
     return kept, kept
 
 
+def products_version(local: ModelConfig, dtype: str, quantization: str | None) -> int:
+    """The version of the cuBLASLt that multiplies rows of a rank's share in FP8, as `ops.product8_version` tells it."""
+    if quantization != FP8 or not ops.on_gpu():
+        return 0
+    found = 0
+    for heights, widths in linears(local).values():
+        if choose_blocks(FP8, heights, widths) != FILE_BLOCKS[FP8]:
+            return 0
+        found = ops.product8_version(sum(widths), sum(heights), dtype)
+        if found <= 0:
+            break
+    return found
+
+
 def unrounded_dtype(model: Qwen2OneM) -> str:
     """Of keys and values that an int8 cache does not round: the type of the weights, where that has 16 bits."""
     return model.dtype if itemsize(model.dtype) == 2 else "bfloat16"
@@ -66,17 +80,25 @@ def unrounded_dtype(model: Qwen2OneM) -> str:
 class DecoderLayer(nn.Layer):
     """Pre-norm attention and SwiGLU of a rank's share. The projections of q, k, v and of gate, up are a weight each.
 
-    quantization: how the weights of its four linears are kept, fp8 or int8; None: as `dtype`, like the rest.
+    quantization: how the weights of its four linears are kept, fp8 or int8; None: as `dtype`, like the rest. in_fp8:
+    many rows are multiplied in FP8, too.
     """
 
     def __init__(
-        self, config: ModelConfig, number: int, dtype: str, group: Group, quantization: str | None = None
+        self,
+        config: ModelConfig,
+        number: int,
+        dtype: str,
+        group: Group,
+        quantization: str | None = None,
+        *,
+        in_fp8: bool = False,
     ) -> None:
         super().__init__()
         self.config = config
         self.local = local = local_config(config, group.degree)
         self.number = number
-        self.quantization = quantization
+        self.quantization, self.in_fp8 = quantization, in_fp8
         self.register_buffer("input_norm", weight([local.hidden_size], dtype))
         self._register_linear("qkv_weight", dtype)
         self.register_buffer("qkv_bias", weight([local.qkv_width], dtype))
@@ -95,16 +117,16 @@ class DecoderLayer(nn.Layer):
         self.register_buffer(name, weight(shape, "uint8"))
         self.register_buffer(f"{name}{SCALES}", weight([*blocks.grid((shape[0], shape[1]))], "float32"))
 
-    def linear(self, x: paddle.Tensor, name: str) -> paddle.Tensor:
+    def linear(self, x: Activations, name: str) -> paddle.Tensor:
         """x [T, K] times the transpose of the weight of that name [N, K]: activations [T, N]."""
-        return ops.linear(x, self._held(name))
+        return self._multiply(x, self._held(name))
 
     def product(self, name: str, times: int) -> Product:
         """`linear` by the weight of that name, for so many calls. What is widened for several is widened once."""
         held = self._held(name)
         if times > 1 and isinstance(held, ops.Weight8):
             held = ops.WidenedOnce(*held)
-        return lambda x: ops.linear(x, held)
+        return lambda x: self._multiply(x, held)
 
     def _held(self, name: str) -> paddle.Tensor | ops.Weight8:
         held = getattr(self, name)
@@ -112,7 +134,20 @@ class DecoderLayer(nn.Layer):
             held = ops.Weight8(held, getattr(self, f"{name}{SCALES}"), self.quantization)
         return held
 
-    def project(self, hidden: paddle.Tensor, step: Step, cache: LayerCache) -> tuple[paddle.Tensor, Projected]:
+    def _multiply(self, x: Activations, held: paddle.Tensor | ops.Weight8) -> paddle.Tensor:
+        if not isinstance(held, ops.Weight8):
+            return ops.linear(x, held)
+        if not isinstance(x, ops.Rows8):
+            if not self.takes_rows8(x.shape[0]):
+                return ops.linear(x, held)
+            x = ops.round_rows(x)
+        return ops.product8(x, held, dtype_name(self.qkv_bias.dtype))
+
+    def takes_rows8(self, rows: int) -> bool:
+        """Whether so many rows are multiplied in FP8."""
+        return self.in_fp8 and rows > ops.FEW_ROWS_OF_8_BITS
+
+    def project(self, hidden: Activations, step: Step, cache: LayerCache) -> tuple[paddle.Tensor, Projected]:
         """Queries [V, T, H, D], rotated, and what they are of. Keys and values go to the cache."""
         projected = Projected(self.linear(hidden, "qkv_weight"), self.qkv_bias)
         q = ops.rotate_and_cache(*projected, step.rotary, step.slots, cache.keys, cache.values, cache.quantised)
@@ -120,7 +155,7 @@ class DecoderLayer(nn.Layer):
 
     def attention(
         self,
-        hidden: paddle.Tensor,
+        hidden: Activations,
         step: Step,
         cache: LayerCache,
         selector: Selector | None,
@@ -130,8 +165,12 @@ class DecoderLayer(nn.Layer):
         "output_weight".
         """
         q, projected = self.project(hidden, step, cache)
-        heads = (yield from attend(q, projected, cache, step, selector)).reshape([hidden.shape[0], -1])
+        heads = (yield from attend(q, projected, cache, step, selector)).reshape([q.shape[1], -1])
         return heads if rows is None else ops.gather_rows(heads, rows)
+
+    def gated(self, gate_up: paddle.Tensor) -> Activations:
+        """What the MLP's second product takes."""
+        return ops.silu_mul8(gate_up) if self.takes_rows8(gate_up.shape[0]) else ops.silu_mul(gate_up)
 
 
 AttentionObserver = Callable[[DecoderLayer, paddle.Tensor, paddle.Tensor], None]
@@ -143,7 +182,8 @@ class Qwen2OneM(nn.Layer):
     the activations: see `device_dtypes`. In a tensor parallel group it is one rank's share: `config` is that of the
     whole model, `local` that of the share. placement: which rank has which heads, by default in published order.
     quantization: how the layers' linears are kept, fp8 or int8; None: as the rest. ValueError for one that the shapes
-    do not allow.
+    do not allow. products_version: of the cuBLASLt that multiplies many rows in FP8; where it is not above 0, weights
+    of 8 bits are widened.
     """
 
     def __init__(
@@ -163,9 +203,14 @@ class Qwen2OneM(nn.Layer):
         self.on_gpu = ops.on_gpu()
         dtype, self.compute_dtype = device_dtypes(dtype)
         self.dtype, self.quantization = dtype, quantization
+        self.products_version = products_version(self.local, dtype, quantization)
         self.register_buffer("embedding", vocabulary_table(config, group, dtype))
+        in_fp8 = self.products_version > 0
         self.layers = nn.LayerList(
-            [DecoderLayer(config, number, dtype, group, quantization) for number in range(config.num_layers)]
+            [
+                DecoderLayer(config, number, dtype, group, quantization, in_fp8=in_fp8)
+                for number in range(config.num_layers)
+            ]
         )
         self.register_buffer("norm", weight([config.hidden_size], dtype))
         if config.tie_word_embeddings:
@@ -189,28 +234,30 @@ class Qwen2OneM(nn.Layer):
         """
         assert observe is None or step.logit_rows is None
         lanes = Lanes(self.group, step.ids.shape[0], self.config.rms_norm_eps, split=step.lengths is None)
-        lanes.add(step.ids, [self._embed], self.layers[0].input_norm)
+        takes_rows8 = self.layers[0].takes_rows8 if observe is None else None  # who observes sees what is not rounded
+        lanes.add(step.ids, [self._embed], self.layers[0].input_norm, takes_rows8)
         normed = lanes.all_rows()
         for number, layer in enumerate(self.layers):
             selector, rows = selectors[number] if selectors else None, None
-            if step.lengths is None and observe is None and number + 1 == len(self.layers):
+            is_last = number + 1 == len(self.layers)
+            if step.lengths is None and observe is None and is_last:
                 if step.logit_rows is None:
                     self.group.mark(layer.project(normed, step, caches[number])[0])
                     yield
                     return None
                 step, rows = step.of_last_layer(), step.logit_rows
                 lanes = lanes.of_rows(rows)
-            following = self.layers[number + 1].input_norm if number + 1 < len(self.layers) else self.norm
+            following = self.norm if is_last else self.layers[number + 1].input_norm
             heads = yield from layer.attention(normed, step, caches[number], selector, rows)
             if observe is not None:
                 observe(layer, normed, heads)
             del normed  # the memory of what is not needed is free again while the next is computed
-            lanes.add(heads, [layer.product("output_weight", lanes.count)], layer.post_attention_norm)
+            lanes.add(heads, [layer.product("output_weight", lanes.count)], layer.post_attention_norm, takes_rows8)
             del heads
             gate_up, down = (layer.product(name, lanes.count) for name in ("gate_up_weight", "down_weight"))
-            lanes.add(None, [gate_up, ops.silu_mul, down], following)
+            lanes.add(None, [gate_up, layer.gated, down], following, None if is_last else takes_rows8)
             normed = lanes.all_rows()
-            self.group.mark(normed)
+            self.group.mark(normed.numbers if isinstance(normed, ops.Rows8) else normed)
             yield
         if step.lengths is not None:
             return normed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from paddlenlp.transformers import AutoModelForCausalLM, AutoTokenizer
 from paddle_qwen1m import LLM, SamplingParams
 from paddle_qwen1m.cli import main
 from paddle_qwen1m.options import EngineOptions
+from paddle_qwen1m.paddlenlp import loading
 
 each_kind = pytest.mark.parametrize("kind", ["int8", "fp8"])
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24)
@@ -60,6 +62,20 @@ def test_logits_stay_near_those_of_bfloat16(
     found = log_probabilities(load(quantization=kind), texts)
     divergence = (np.exp(exact) * (exact - found)).sum(-1)
     assert 0 < divergence.mean() < LARGEST_KL
+    assert (found.argmax(-1) == exact.argmax(-1)).mean() > 0.99
+
+
+def test_logits_stay_near_those_of_bfloat16_where_rows_are_in_fp8_too(
+    load: Callable[..., Any], texts: list[np.ndarray], exact: np.ndarray
+) -> None:
+    """As Hopper multiplies many rows: a CPU does the same arithmetic where it is told to."""
+    model = load(quantization="fp8")
+    for layer in model.model.layers:
+        layer.in_fp8 = True
+    found = log_probabilities(model, texts)
+    assert np.abs(found - log_probabilities(load(quantization="fp8"), texts)).max() > 1e-3
+    divergence = (np.exp(exact) * (exact - found)).sum(-1)
+    assert divergence.mean() < LARGEST_KL
     assert (found.argmax(-1) == exact.argmax(-1)).mean() > 0.99
 
 
@@ -136,3 +152,22 @@ def test_the_command_answers_and_plans(needle_checkpoint: Path, capsys: pytest.C
     assert made[1]["weights"] < made[2]["weights"] < 0.6 * made[0]["weights"]
     assert made[1]["workspace"] - made[0]["workspace"] == 2 * 2 * 13_824 * 5_120
     assert main(["check", name, "--quantization", "int8"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "version", "words"),
+    [
+        ("fp8", 130002, "kept in fp8; many rows are multiplied in FP8, by cuBLASLt 13.0.2"),
+        ("fp8", -120605, "widened to bfloat16 as they are multiplied: cuBLASLt 12.6.5 has no FP8 products"),
+        ("fp8", 0, "kept in fp8 and widened to bfloat16 as they are multiplied"),
+        ("int8", 0, "kept in int8 and widened to bfloat16 as they are multiplied"),
+        (None, 0, ""),
+    ],
+)
+def test_the_log_names_what_computes(
+    kind: str | None, version: int, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr(loading.logger, "info", lines.append)
+    loading.tell_weights(SimpleNamespace(quantization=kind, products_version=version, compute_dtype="bfloat16"))
+    assert len(lines) == (kind is not None) and words in "".join(lines)

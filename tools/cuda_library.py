@@ -24,6 +24,7 @@ FAMILIES = (
     "keys",
     "attention",
     "step",
+    "weight8",
     "sampling",
     "post",
     "pieces",
@@ -99,6 +100,12 @@ class CudaLibrary:
             return 0
         function.restype = ctypes.c_int64
         return int(function(ctypes.byref(self.struct(op, fields))))
+
+    def product8_version(self, in_features: int, out_features: int, dtype: Any) -> int:
+        """See qwen1m_cuda_product8_version."""
+        function = self._library.qwen1m_cuda_product8_version
+        function.argtypes, function.restype = (ctypes.c_int64, ctypes.c_int64, ctypes.c_int), ctypes.c_int64
+        return int(function(in_features, out_features, self._dtypes[str(dtype).replace("torch.", "")]))
 
     def make_workspace(self, size: int) -> Any:
         """Device memory of `size` bytes, poisoned."""

@@ -33,6 +33,12 @@ class Runtime:
         if status != 0:
             raise RuntimeError(f"{name}: CUDA error {status}")
 
+    def compute_capability(self) -> int:
+        """The major number of the first device's."""
+        major, attribute = ctypes.c_int(), 75
+        self.call("cudaDeviceGetAttribute", ctypes.byref(major), attribute, 0)
+        return major.value
+
 
 class DeviceArray:
     """A copy of a numpy array on the device, of exactly its size."""
@@ -385,6 +391,51 @@ class Kernels:
                 dtype=half,
             )
 
+    def weights_of_8_bits(self, tokens: int, width: int, features: int) -> None:
+        """Products with them and, on Hopper, rows in FP8; width: a multiple of 128."""
+        half = "bfloat16"
+        for kind, rows, columns in (("int8", 1, 128), ("e4m3", 1, 64)):
+            weight = {
+                "numbers": self.integers(np.uint8, 120, features, width),
+                "scales": self.floats(features // rows, width // columns),
+                "kind": kind,
+                "rows": rows,
+                "columns": columns,
+            }
+            shape = {"in_features": width, "out_features": features}
+            self.cuda(
+                "linear8",
+                x=self.normal(tokens, width),
+                weight=weight,
+                y=self.normal(tokens, features),
+                tokens=tokens,
+                activation=half,
+                out_dtype=half,
+                **shape,
+            )
+            self.cuda("widen_weight", weight=weight, out=self.normal(features, width), out_dtype=half, **shape)
+        if self.runtime.compute_capability() != 9:
+            return
+        padded = -(-tokens // 4) * 4
+        rows8 = {
+            "numbers": self.integers(np.uint8, 120, padded, width),
+            "scales": self.floats(width // 128, padded),
+            "rows": padded,
+        }
+        common = {"tokens": tokens, "width": width, "activation": half}
+        self.cuda("round_rows", values=self.normal(tokens, width), out=rows8, **common)
+        norm = {
+            "delta": self.normal(tokens, width),
+            "residual": self.floats(tokens, width),
+            "weight": self.normal(width),
+            "out": None,
+            "eps": 1e-6,
+            "dtype": half,
+            **common,
+        }
+        self.cuda("rms_norm8", norm=norm, out=rows8)
+        self.cuda("silu_mul8", silu={"gate_up": self.normal(tokens, 2 * width), "out": None, **common}, out=rows8)
+
     def sample(self, vocab: int) -> None:
         temperatures = np.asarray([0.0, 0.7, 1.0, 1.3], np.float32)
         batch = len(temperatures)
@@ -433,6 +484,8 @@ def run() -> None:
         kernels.decode([1, 65, 257, 700])
         kernels.layers(1, 64)
         kernels.layers(19, 264)
+        kernels.weights_of_8_bits(1, 128, 77)
+        kernels.weights_of_8_bits(19, 640, 33)
         kernels.pages(5)
         kernels.sample(4100)
         kernels.runtime.call("cudaDeviceSynchronize")

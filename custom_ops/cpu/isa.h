@@ -65,7 +65,11 @@ constexpr Kernels table(const char* isa) {
           dequantize_pages_any,
           linear8,
           widen_weight,
-          round_weight};
+          round_weight,
+          round_rows,
+          rms_norm8,
+          silu_mul8,
+          product8};
 }
 
 }  // namespace QWEN1M_ISA

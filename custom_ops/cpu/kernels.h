@@ -27,6 +27,10 @@ struct Kernels {
   void (*linear8)(const qwen1m_linear8&);
   void (*widen_weight)(const qwen1m_widen_weight&);
   int (*round_weight)(const qwen1m_round_weight&);
+  void (*round_rows)(const qwen1m_round_rows&);
+  void (*rms_norm8)(const qwen1m_rms_norm8&);
+  void (*silu_mul8)(const qwen1m_silu_mul8&);
+  void (*product8)(const qwen1m_product8&);
 };
 
 extern const Kernels kGeneric;

@@ -1,7 +1,9 @@
 // Linear layers on the CPU whose weights are bytes with scales: few rows widen them in registers, so that a step reads
-// half the bytes of 16-bit weights; many rows widen tiles for the GEMM of linear.h. And how weights become such bytes.
+// half the bytes of 16-bit weights; many rows widen tiles for the GEMM of linear.h. How weights become such bytes, and
+// rows of activations.
 #pragma once
 
+#include "elementwise.h"
 #include "linear.h"
 
 namespace qwen1m {
@@ -23,14 +25,22 @@ template <typename T, int ROWS>
 inline void dot_rows8(const float* x, const T* weight, const float* scales, float power, int64_t columns, int64_t depth,
                       float* y, int64_t y_stride) {
   Floats sums[ROWS] = {};
+  const int64_t paired = columns / (2 * kLanes) * (2 * kLanes);
   for (int64_t block = 0; block < depth; block += columns) {
-    Floats products[ROWS] = {};
-    for (int64_t k = block; k < block + columns; k += kLanes) {
+    Floats products[ROWS][2] = {};
+    for (int64_t k = block; k < block + paired; k += 2 * kLanes) {
+      const Floats w0 = load(weight + k), w1 = load(weight + k + kLanes);
+      for (int r = 0; r < ROWS; ++r) {
+        products[r][0] += w0 * load(x + r * depth + k);
+        products[r][1] += w1 * load(x + r * depth + k + kLanes);
+      }
+    }
+    for (int64_t k = block + paired; k < block + columns; k += kLanes) {
       const Floats w = load(weight + k);
-      for (int r = 0; r < ROWS; ++r) products[r] += w * load(x + r * depth + k);
+      for (int r = 0; r < ROWS; ++r) products[r][0] += w * load(x + r * depth + k);
     }
     const Floats scale = broadcast(*scales++ * power);
-    for (int r = 0; r < ROWS; ++r) sums[r] += products[r] * scale;
+    for (int r = 0; r < ROWS; ++r) sums[r] += (products[r][0] + products[r][1]) * scale;
   }
   for (int r = 0; r < ROWS; ++r) y[r * y_stride] = sum(sums[r]);
 }
@@ -168,6 +178,58 @@ inline int round_weight(const qwen1m_round_weight& a) {
     }
   });
   return finite ? 0 : 1;
+}
+
+// Row t of `out`: of values [width], or zeros where there are none.
+inline void round_row8(const float* values, const qwen1m_rows8& out, int64_t t, int64_t width) {
+  uint8_t* numbers = out.numbers + t * width;
+  for (int64_t block = 0; block < width; block += QWEN1M_ROWS8_BLOCK) {
+    float most = 0.0f;
+    for (int64_t k = 0; values && k < QWEN1M_ROWS8_BLOCK; ++k) {
+      const float size = values[block + k] < 0 ? -values[block + k] : values[block + k];
+      most = size > most ? size : most;
+    }
+    const float scale = most > 0 ? (most > 0x1p-100f ? most : 0x1p-100f) / kLargestE4M3 : 1.0f;
+    out.scales[block / QWEN1M_ROWS8_BLOCK * out.rows + t] = scale;
+    for (int64_t k = block; k < block + QWEN1M_ROWS8_BLOCK; ++k) numbers[k] = values ? to_e4m3(values[k] / scale) : 0;
+  }
+}
+
+// values: float32 [tokens, width]
+inline void round_rows8(const float* values, const qwen1m_rows8& out, int64_t tokens, int64_t width) {
+  parallel_ranges(out.rows, kGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) round_row8(t < tokens ? values + t * width : nullptr, out, t, width);
+  });
+}
+
+inline void round_rows(const qwen1m_round_rows& a) { round_rows8(floats(a.values), a.out, a.tokens, a.width); }
+
+inline void rms_norm8(const qwen1m_rms_norm8& a) {
+  const Scratch wide(static_cast<size_t>(a.norm.tokens * a.norm.width));
+  qwen1m_rms_norm norm = a.norm;
+  norm.out = wide.data;
+  with_type(norm.dtype, [&](auto type) { rms_norm<decltype(type)>(norm); });
+  round_rows8(wide.data, a.out, norm.tokens, norm.width);
+}
+
+inline void silu_mul8(const qwen1m_silu_mul8& a) {
+  const Scratch wide(static_cast<size_t>(a.silu.tokens * a.silu.width));
+  qwen1m_silu_mul silu = a.silu;
+  silu.out = wide.data;
+  silu_mul(silu);
+  round_rows8(wide.data, a.out, silu.tokens, silu.width);
+}
+
+inline void product8(const qwen1m_product8& a) {
+  const Scratch wide(static_cast<size_t>(a.x.rows * a.in_features));
+  parallel_ranges(a.x.rows, kGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin * a.in_features; i < end * a.in_features; i += kLanes) {
+      const int64_t t = i / a.in_features, block = i % a.in_features / QWEN1M_ROWS8_BLOCK;
+      const Floats scale = broadcast(a.x.scales[block * a.x.rows + t] * kE4M3ByHalf);
+      store(wide.data + i, load(reinterpret_cast<const E4M3*>(a.x.numbers) + i) * scale);
+    }
+  });
+  linear8({wide.data, a.weight, a.y, a.x.rows, a.in_features, a.out_features, QWEN1M_FLOAT32, QWEN1M_FLOAT32});
 }
 
 }  // namespace QWEN1M_ISA

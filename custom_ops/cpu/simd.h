@@ -1,4 +1,5 @@
-// Vectors of the instruction set this file is compiled for: one source, no intrinsics but the half conversions.
+// Vectors of the instruction set this file is compiled for: one source, no intrinsics but for what compilers convert
+// value by value.
 //
 // Included once for each instruction set (isa_*.cpp), which defines QWEN1M_ISA (a namespace), QWEN1M_VECTOR_BYTES and
 // QWEN1M_TILE_ROWS. Nothing here may instantiate standard templates: the linker would be free to keep the copy that
@@ -79,9 +80,16 @@ QWEN1M_INLINE Floats load(const BFloat16* p) {
 }
 
 QWEN1M_INLINE Floats load(const int8_t* p) {
+#if defined(__F16C__) && QWEN1M_VECTOR_BYTES == 64
+  return (Floats)_mm512_maskz_cvtepi32_ps(
+      0xffff, _mm512_maskz_cvtepi8_epi32(0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif defined(__F16C__) && QWEN1M_VECTOR_BYTES == 32
+  return (Floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
   Bytes b;
   memcpy(&b, p, sizeof(b));
   return __builtin_convertvector(b, Floats);
+#endif
 }
 
 QWEN1M_INLINE float widen(float x) { return x; }
@@ -131,12 +139,17 @@ QWEN1M_INLINE float widen(E4M3 x) { return widen(Float16{as_half(x)}) * kE4M3ByH
 
 // Of the numbers times kE4M3ByHalf, which belongs into their scale.
 QWEN1M_INLINE Floats load(const E4M3* p) {
-  Bytes b;
-  memcpy(&b, p, sizeof(b));
-  const Halves halves = (Halves)((__builtin_convertvector(b, Shorts) << 8) >> 1) & 0xbfff;
-  Float16 bits[kLanes];
-  memcpy(bits, &halves, sizeof(halves));
-  return load(bits);
+#if defined(__F16C__) && QWEN1M_VECTOR_BYTES == 64
+  const Shorts high = (Shorts)_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))) << 8;
+  return (Floats)_mm512_maskz_cvtph_ps(0xffff, (__m256i)((high >> 1) & static_cast<int16_t>(0xbfff)));
+#elif defined(__F16C__) && QWEN1M_VECTOR_BYTES == 32
+  const Shorts high = (Shorts)_mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))) << 8;
+  return (Floats)_mm256_cvtph_ps((__m128i)((high >> 1) & static_cast<int16_t>(0xbfff)));
+#else
+  Floats v;
+  for (int i = 0; i < kLanes; ++i) v[i] = widen(Float16{as_half(p[i])});
+  return v;
+#endif
 }
 
 QWEN1M_INLINE void narrow(float x, float* p) { *p = x; }

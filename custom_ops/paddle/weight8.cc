@@ -68,6 +68,124 @@ Tensors widen_weight(const Tensor& numbers, const Tensor& scales, const std::str
   return {out};
 }
 
+// Memory for T rows of FP8, which is what an op returns: numbers and scales.
+struct Rows8 {
+  Tensor numbers, scales;
+
+  Rows8(const Call& call, int64_t tokens, int64_t width)
+      : numbers(call.make({padded(tokens), width}, DataType::UINT8)),
+        scales(call.make({width / QWEN1M_ROWS8_BLOCK, padded(tokens)}, DataType::FLOAT32)) {
+    QWEN1M_REQUIRE(width % QWEN1M_ROWS8_BLOCK == 0,
+                   "rows of FP8 must hold a multiple of " + text(QWEN1M_ROWS8_BLOCK) + " values, got " + text(width));
+  }
+
+  static int64_t padded(int64_t tokens) {
+    return (tokens + QWEN1M_ROWS8_MULTIPLE - 1) / QWEN1M_ROWS8_MULTIPLE * QWEN1M_ROWS8_MULTIPLE;
+  }
+
+  qwen1m_rows8 fields() const { return {pointer<uint8_t>(numbers), pointer<float>(scales), numbers.shape()[0]}; }
+};
+
+Tensors round_rows(const Tensor& values) {
+  Call call(values);
+  const qwen1m_dtype activation = call.expect_activation(values, "values", {-1, -1});
+  const int64_t tokens = values.shape()[0], width = values.shape()[1];
+  const Rows8 out(call, tokens, width);
+  call.run(
+      qwen1m_round_rows{
+          .values = values.data(),
+          .out = out.fields(),
+          .tokens = tokens,
+          .width = width,
+          .activation = activation,
+      },
+      QWEN1M_KERNEL(round_rows));
+  return {out.numbers, out.scales};
+}
+
+Tensors normalise8(const Tensor* delta, const Tensor& residual, const Tensor& weight, float eps) {
+  Call call(residual);
+  call.expect(residual, delta ? "residual" : "hidden", DataType::FLOAT32, {-1, -1});
+  const int64_t tokens = residual.shape()[0], width = residual.shape()[1];
+  if (delta) call.expect_activation(*delta, "delta", {tokens, width});
+  const qwen1m_dtype type = call.expect_stored(weight, "weight", {width});
+  const Rows8 out(call, tokens, width);
+  call.run(
+      qwen1m_rms_norm8{
+          .norm =
+              {
+                  .delta = delta ? delta->data() : nullptr,
+                  .residual = pointer<float>(residual),
+                  .weight = weight.data(),
+                  .out = nullptr,
+                  .tokens = tokens,
+                  .width = width,
+                  .eps = eps,
+                  .activation = call.on_gpu() ? type : QWEN1M_FLOAT32,
+                  .dtype = type,
+              },
+          .out = out.fields(),
+      },
+      QWEN1M_KERNEL(rms_norm8));
+  return {out.numbers, out.scales};
+}
+
+Tensors rms_norm8(const Tensor& hidden, const Tensor& weight, float eps) {
+  return normalise8(nullptr, hidden, weight, eps);
+}
+
+Tensors add_rms_norm8(const Tensor& delta, Tensor& residual, const Tensor& weight, float eps) {
+  return normalise8(&delta, residual, weight, eps);
+}
+
+Tensors silu_mul8(const Tensor& gate_up) {
+  Call call(gate_up);
+  const qwen1m_dtype activation = call.expect_activation(gate_up, "gate_up", {-1, -1});
+  const int64_t tokens = gate_up.shape()[0], width = gate_up.shape()[1] / 2;
+  QWEN1M_REQUIRE(width * 2 == gate_up.shape()[1], "gate_up's width must be even, got " + text(gate_up.shape()[1]));
+  const Rows8 out(call, tokens, width);
+  call.run(
+      qwen1m_silu_mul8{
+          .silu =
+              {
+                  .gate_up = gate_up.data(),
+                  .out = nullptr,
+                  .tokens = tokens,
+                  .width = width,
+                  .activation = activation,
+              },
+          .out = out.fields(),
+      },
+      QWEN1M_KERNEL(silu_mul8));
+  return {out.numbers, out.scales};
+}
+
+Tensors product8(const Tensor& x, const Tensor& x_scales, const Tensor& numbers, const Tensor& scales,
+                 const std::string& dtype) {
+  const Call call(x);
+  call.expect(x, "x", DataType::UINT8, {-1, -1});
+  const int64_t rows = x.shape()[0], depth = x.shape()[1];
+  QWEN1M_REQUIRE(rows % QWEN1M_ROWS8_MULTIPLE == 0,
+                 "x must have a multiple of " + text(QWEN1M_ROWS8_MULTIPLE) + " rows, got " + text(rows));
+  call.expect(x_scales, "x_scales", DataType::FLOAT32, {depth / QWEN1M_ROWS8_BLOCK, rows});
+  const qwen1m_weight8 weight = expect_weight(call, numbers, scales, "fp8", depth);
+  QWEN1M_REQUIRE(weight.rows == 128 && weight.columns == 128,
+                 "scales must be of blocks of 128 x 128, got " + text(weight.rows) + " x " + text(weight.columns));
+  const int64_t features = numbers.shape()[0];
+  const Tensor y = call.make({rows, features}, call.on_gpu() ? named_type(dtype) : DataType::FLOAT32);
+  call.run(
+      qwen1m_product8{
+          .x = {pointer<uint8_t>(x), pointer<float>(x_scales), rows},
+          .weight = weight,
+          .y = memory(y),
+          .in_features = depth,
+          .out_features = features,
+          .out_dtype = storage_type(y, "y"),
+      },
+      QWEN1M_WORKSPACE_KERNEL(product8));
+  return {y};
+}
+
 }  // namespace
 }  // namespace qwen1m
 
@@ -82,3 +200,32 @@ PD_BUILD_OP(qwen1m_widen_weight)
     .Outputs({"out"})
     .Attrs({"kind: std::string", "dtype: std::string"})
     .SetKernelFn(PD_KERNEL(qwen1m::widen_weight));
+
+PD_BUILD_OP(qwen1m_round_rows)
+    .Inputs({"values"})
+    .Outputs({"numbers", "scales"})
+    .SetKernelFn(PD_KERNEL(qwen1m::round_rows));
+
+PD_BUILD_OP(qwen1m_rms_norm8)
+    .Inputs({"hidden", "weight"})
+    .Outputs({"numbers", "scales"})
+    .Attrs({"eps: float"})
+    .SetKernelFn(PD_KERNEL(qwen1m::rms_norm8));
+
+PD_BUILD_OP(qwen1m_add_rms_norm8)
+    .Inputs({"delta", "residual", "weight"})
+    .Outputs({"sum", "numbers", "scales"})
+    .Attrs({"eps: float"})
+    .SetInplaceMap({{"residual", "sum"}})
+    .SetKernelFn(PD_KERNEL(qwen1m::add_rms_norm8));
+
+PD_BUILD_OP(qwen1m_silu_mul8)
+    .Inputs({"gate_up"})
+    .Outputs({"numbers", "scales"})
+    .SetKernelFn(PD_KERNEL(qwen1m::silu_mul8));
+
+PD_BUILD_OP(qwen1m_product8)
+    .Inputs({"x", "x_scales", "numbers", "scales"})
+    .Outputs({"y"})
+    .Attrs({"dtype: std::string"})
+    .SetKernelFn(PD_KERNEL(qwen1m::product8));

@@ -35,7 +35,7 @@ from paddle_qwen1m.cache import (
 from paddle_qwen1m.cache.kv_scales import KVScales
 from paddle_qwen1m.cache.transfers import UNFINISHED
 from paddle_qwen1m.config import ModelConfig, SparseBudgets
-from paddle_qwen1m.dtypes import INT8
+from paddle_qwen1m.dtypes import FP8, INT8
 from paddle_qwen1m.engine.admission import Budget, Limits, cache_pages
 from paddle_qwen1m.engine.borders import Chunking
 from paddle_qwen1m.engine.choosing import Chooser
@@ -632,7 +632,8 @@ class Engine:
         ranks, placement = self.model.group.degree, self.model.placement.digest
         kept = f"{INT8}/{self._scales.digest}" if self.kv_cache_dtype == INT8 else self.kv_cache_dtype
         salt = salt_digest(request.cache_salt)
-        return MadeUnder(self._weights, self.model.compute_dtype, kept, ranks, placement, salt, sparse).name
+        computed = self.model.compute_dtype if self.model.products_version <= 0 else FP8
+        return MadeUnder(self._weights, computed, kept, ranks, placement, salt, sparse).name
 
     def _new_id(self) -> str:
         return f"call-{next(self._numbers)}"

@@ -1,4 +1,4 @@
-"""Linear layers whose weights are bytes with scales, and how weights become such bytes."""
+"""Linear layers whose weights are bytes with scales, rows in FP8 beside them, and how weights become such bytes."""
 
 from __future__ import annotations
 
@@ -58,6 +58,61 @@ def linear8(x: paddle.Tensor, weight: Weight8) -> paddle.Tensor:
 def widen_weight(weight: Weight8, dtype: str) -> paddle.Tensor:
     """What the weight stands for, as "float32", "bfloat16" or "float16" [N, K], rounded to nearest even."""
     return call("widen_weight", *weight, dtype)[0]
+
+
+class Rows8(NamedTuple):
+    """Activations [T, K] in FP8 (E4M3) with scales: numbers[t, k] * scales[k // 128, t].
+
+    numbers: uint8 [R, K], scales: float32 [K / 128, R], R being `tokens`, T, up to a multiple of 4; the rows behind T
+    are zeros. K is a multiple of 128.
+    """
+
+    numbers: paddle.Tensor
+    scales: paddle.Tensor
+    tokens: int
+
+
+def round_rows(values: paddle.Tensor) -> Rows8:
+    """Activations [T, K] in FP8."""
+    return _rows(call("round_rows", values), values)
+
+
+def rms_norm8(hidden: paddle.Tensor, weight: paddle.Tensor, eps: float) -> Rows8:
+    """`rms_norm` of float32 [T, K], rounded to FP8 in place of the activations' type."""
+    return _rows(call("rms_norm8", hidden, weight, eps), hidden)
+
+
+def add_rms_norm8(delta: paddle.Tensor, residual: paddle.Tensor, weight: paddle.Tensor, eps: float) -> Rows8:
+    """The same of `add_rms_norm`, which adds `delta` [T, K] to `residual` in place."""
+    return _rows(call("add_rms_norm8", delta, residual, weight, eps)[1:], residual)
+
+
+def silu_mul8(gate_up: paddle.Tensor) -> Rows8:
+    """The same of `silu_mul` of [T, 2K]."""
+    return _rows(call("silu_mul8", gate_up), gate_up)
+
+
+def _rows(made: list[paddle.Tensor], of: paddle.Tensor) -> Rows8:
+    numbers, scales = made
+    return Rows8(numbers, scales, of.shape[0])
+
+
+def product8(x: Rows8, weight: Weight8, dtype: str) -> paddle.Tensor:
+    """x [T, K] times the transpose of an FP8 weight in blocks of 128 x 128: [T, N] as `dtype`, on a CPU float32.
+
+    On a GPU by cuBLASLt, where `product8_version` names one.
+    """
+    y = call("product8", x.numbers, x.scales, weight.numbers, weight.scales, dtype)[0]
+    return y if x.tokens == y.shape[0] else y[: x.tokens]
+
+
+def product8_version(in_features: int, out_features: int, dtype: str) -> int:
+    """The version, such as 120901, of the cuBLASLt that computes `product8` of such a weight on Paddle's GPU; 0 where
+    there is none that is known, and minus its version where the one that there is cannot.
+    """
+    function = library().qwen1m_cuda_product8_version
+    function.argtypes, function.restype = (ctypes.c_int64, ctypes.c_int64, ctypes.c_int), ctypes.c_int64
+    return int(function(in_features, out_features, DTYPES[{"bfloat16": "BF16", "float16": "F16"}[dtype]]))
 
 
 class _Weight8(ctypes.Structure):

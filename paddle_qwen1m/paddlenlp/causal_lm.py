@@ -35,6 +35,7 @@ from paddle_qwen1m.paddlenlp.loading import (
     place_heads,
     read_defaults,
     read_weights,
+    tell_weights,
 )
 from paddle_qwen1m.paddlenlp.scales import find_scales, use_scales
 from paddle_qwen1m.parallel.group import ALONE, Group
@@ -134,6 +135,8 @@ class Qwen2OneMForCausalLM(PretrainedModel):  # type: ignore[misc]
                 weights=name_weights(weights, quantization),
             )
         model.use_defaults(defaults)
+        if group.rank == 0:
+            tell_weights(model.model)
         read_weights(model.model, checkpoint, described, group)
         use_scales(model.engine, checkpoint, scales, weights)
         return model

@@ -39,6 +39,7 @@ from paddle_qwen1m.paddlenlp.loading import (
     name_weights,
     place_heads,
     read_weights,
+    tell_weights,
 )
 from paddle_qwen1m.paddlenlp.scales import find_scales, use_scales
 from paddle_qwen1m.parallel.group import Group
@@ -179,6 +180,8 @@ def load_engine(model: str, options: Mapping[str, Any]) -> Engine:
         weights=name_weights(weights, quantization),
         compile_grammar=_grammars(checkpoint, shapes.vocab_size),
     )
+    if group.rank == 0:
+        tell_weights(engine.model)
     read_weights(engine.model, checkpoint, described, group)
     use_scales(engine, checkpoint, scales, weights)
     if int8 and len(engine.in_16_bits) != counted:  # measured just now, and kept: found above at the next load

@@ -11,15 +11,19 @@ stands still.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Callable
+from typing import Any, Callable, Union
 
 import paddle
 
 from paddle_qwen1m import ops
 from paddle_qwen1m.parallel.group import Group, Pending
 
-Product = Callable[[paddle.Tensor], paddle.Tensor]
-"""Of rows [n, K] a new tensor of as many rows."""
+Activations = Union[paddle.Tensor, ops.Rows8]
+"""Of T rows: [T, N] in the activations' type, or in FP8."""
+Product = Callable[[Any], Any]
+"""Of rows [n, K] as many new ones, the last of several products a tensor."""
+TakesRows8 = Callable[[int], bool]
+"""Whether so many rows behind a norm are wanted in FP8."""
 
 
 class Lane:
@@ -30,6 +34,7 @@ class Lane:
         self.residual: paddle.Tensor | None = None
         self.sums: Pending | None = None
         self.normed: Pending | None = None
+        self.normed8: ops.Rows8 | None = None
 
     def of(self, values: paddle.Tensor) -> paddle.Tensor:
         """Its rows of all of them [T, ...], a view."""
@@ -49,7 +54,7 @@ class Lanes:
         borders = [0, *(group.degree * (shares * number // count) for number in range(1, count)), rows]
         self._lanes = [Lane(first, last) for first, last in zip(borders, borders[1:])]
         self._is_split = count > 1
-        self._late: tuple[Lane, paddle.Tensor] | None = None
+        self._late: tuple[Lane, paddle.Tensor, TakesRows8 | None] | None = None
         self._gathered: paddle.Tensor | None = None
 
     @property
@@ -57,9 +62,16 @@ class Lanes:
         """How often a product is computed."""
         return len(self._lanes)
 
-    def add(self, rows: paddle.Tensor | None, products: Sequence[Product], norm: paddle.Tensor) -> None:
+    def add(
+        self,
+        rows: paddle.Tensor | None,
+        products: Sequence[Product],
+        norm: paddle.Tensor,
+        takes_rows8: TakesRows8 | None = None,
+    ) -> None:
         """Puts each lane's part of `rows` [T, K], None: what is behind the last norm, through the products, one behind
-        the other, adds what comes out over the ranks and to the residual stream, and norms that by `norm` [N].
+        the other, adds what comes out over the ranks and to the residual stream, and norms that by `norm` [N]: in FP8
+        where that is wanted, and the rows need not be gathered.
 
         What the lane before has added is normed behind the first product, which its sums' way is beside.
         """
@@ -71,14 +83,14 @@ class Lanes:
             split = self._is_split
             lane.sums = self._group.reduce_scatter(values) if split else Pending(self._group.all_reduce(values))
             del values
-            self._late = lane, norm
+            self._late = lane, norm, takes_rows8
 
-    def all_rows(self) -> paddle.Tensor:
+    def all_rows(self) -> Activations:
         """All rows behind the last norm, activations [T, N]. No collective is under way then."""
         found = [self._normed(lane) for lane in self._lanes]
         whole, self._gathered = found[0] if self._gathered is None else self._gathered, None
         for lane in self._lanes:
-            lane.normed = None
+            lane.normed = lane.normed8 = None
         return whole
 
     def of_rows(self, rows: paddle.Tensor) -> Lanes:
@@ -98,10 +110,12 @@ class Lanes:
             pending.wait()
         return whole
 
-    def _normed(self, lane: Lane) -> paddle.Tensor:
+    def _normed(self, lane: Lane) -> Activations:
         """A lane's rows behind the last norm, activations [n, N]."""
         if self._late is not None and self._late[0] is lane:
             self._norm_late()
+        if lane.normed8 is not None:
+            return lane.normed8
         assert lane.normed is not None, "nothing has been added since all rows were given"
         return lane.normed.wait()
 
@@ -109,9 +123,17 @@ class Lanes:
         """Norms the sums that came last, a rank its share of them, and sends that on its way to all."""
         if self._late is None:
             return
-        (lane, weight), self._late = self._late, None
+        (lane, weight, takes_rows8), self._late = self._late, None
         assert lane.sums is not None
         sums, lane.sums = lane.sums.wait(), None
+        lane.normed = lane.normed8 = None
+        if takes_rows8 is not None and not self._is_split and takes_rows8(sums.shape[0]):
+            if lane.residual is None:
+                lane.residual = sums
+                lane.normed8 = ops.rms_norm8(sums, weight, self._eps)
+            else:
+                lane.normed8 = ops.add_rms_norm8(sums, lane.residual, weight, self._eps)
+            return
         if lane.residual is None:
             lane.residual = sums
             own = ops.rms_norm(sums, weight, self._eps)

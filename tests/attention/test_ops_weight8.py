@@ -137,3 +137,61 @@ def test_a_weight_of_several_products_is_widened_once(rng: np.random.Generator, 
     np.testing.assert_array_equal(array(first), array(ops.widen_weight(plain, "float32")))
     x = rng.standard_normal((3, 64)).astype(np.float32)
     np.testing.assert_array_equal(array(ops.linear(tensor(x), kept)), array(ops.linear(tensor(x), plain)))
+
+
+def assert_rounded(found: ops.Rows8, values: np.ndarray) -> None:
+    """Rows in FP8 are the oracle's of values that differ from these by float32's rounding: a number in a thousand may
+    be the next one.
+    """
+    numbers, scales = oracle.round_rows(values)
+    assert found.tokens == len(values)
+    np.testing.assert_allclose(found.scales.numpy(), scales, rtol=1e-5)
+    same = found.numbers.numpy() == numbers
+    assert same.mean() > 0.999 and same[len(values) :].all()
+    got = oracle.widen_rows(found.numbers.numpy(), found.scales.numpy())[: len(values)]
+    largest = np.repeat(np.abs(values).reshape(len(values), -1, 128).max(-1), 128, 1)
+    assert (np.abs(got - values) <= np.abs(values) / 16 * 1.001 + largest / 400_000).all()
+
+
+@pytest.mark.parametrize("tokens, width", [(1, 128), (4, 512), (7, 3584), (66, 256)])
+def test_rows_are_rounded_as_they_are_made(rng: np.random.Generator, tokens: int, width: int) -> None:
+    """By a norm, with something added or not, by SiLU and by themselves; a row of zeros, and one of large values."""
+    values = stored(rng.standard_normal((tokens, width)), "float32")
+    values[0] *= 1e6
+    values[-1] = 0.0
+    found = ops.round_rows(tensor(values))
+    numbers, scales = oracle.round_rows(values)
+    np.testing.assert_array_equal(found.numbers.numpy(), numbers)
+    np.testing.assert_array_equal(found.scales.numpy(), scales)
+    assert (scales[:, tokens - 1 :] == 1).all()
+
+    gain, delta = stored(rng.standard_normal(width), "bfloat16"), stored(rng.standard_normal(values.shape), "float32")
+    assert_rounded(ops.rms_norm8(tensor(values), tensor(gain, "bfloat16"), 1e-6), oracle.rms_norm(values, gain, 1e-6))
+    sums = tensor(values), values.copy()
+    normed = oracle.add_rms_norm(delta, sums[1], gain, 1e-6)
+    assert_rounded(ops.add_rms_norm8(tensor(delta), sums[0], tensor(gain, "bfloat16"), 1e-6), normed)
+    assert error(array(sums[0]), sums[1]) < 2e-7
+    gate_up = stored(rng.standard_normal((tokens, 2 * width)), "float32")
+    assert_rounded(ops.silu_mul8(tensor(gate_up)), oracle.silu_mul(gate_up))
+
+
+@pytest.mark.parametrize("tokens, inner, outer", [(1, 128, 128), (5, 512, 384), (70, 896, 256)])
+def test_product_of_fp8_rows(rng: np.random.Generator, tokens: int, inner: int, outer: int) -> None:
+    """With float64 on the same numbers and scales, for as many rows as there are."""
+    rows = ops.round_rows(tensor(rng.standard_normal((tokens, inner)) * 10.0 ** rng.uniform(-3, 3, (tokens, 1))))
+    numbers, scales = rounded(rng.standard_normal((outer, inner)), "float32", "fp8", 128, 128)
+    got = array(ops.product8(rows, weight(numbers, scales, "fp8"), "float32"))
+    exact = oracle.widen_rows(rows.numbers.numpy(), rows.scales.numpy())[:tokens]
+    expected = oracle.linear(exact, oracle.widen_weight("fp8", numbers, scales))
+    assert got.shape == (tokens, outer)
+    for row, wanted in zip(got, expected):
+        assert error(row, wanted) < 1e-5
+
+
+def test_fp8_rows_refuse_what_does_not_fit() -> None:
+    with pytest.raises(ValueError, match=r"round_rows.*multiple of 128 values, got 64"):
+        ops.round_rows(tensor(np.zeros((4, 64))))
+    rows = ops.round_rows(tensor(np.zeros((4, 128))))
+    numbers = paddle.to_tensor(np.zeros((128, 128), np.uint8))
+    with pytest.raises(ValueError, match="blocks of 128 x 128, got 64 x 128"):
+        ops.product8(rows, ops.Weight8(numbers, tensor(np.ones((2, 1))), "fp8"), "float32")

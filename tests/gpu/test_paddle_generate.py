@@ -133,6 +133,22 @@ def test_an_int8_cache_gives_the_logits_and_the_answer_of_a_16_bit_one(
     assert narrow.generate([ids], GREEDY)[0].token_ids == wide.generate([ids], GREEDY)[0].token_ids
 
 
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_weights_of_8_bits_give_the_logits_and_the_answer_of_16(
+    engine: Engine, needle_checkpoint: Path, prompt: Any, kind: str
+) -> None:
+    """Read by few rows and by many, in decode by a graph; the mean KL divergence of the logits to those of bfloat16."""
+    record = RECORD["16384"]
+    ids = prompt(16384, record["seed"])
+    narrow = load(needle_checkpoint, "gpu", sparse=False, quantization=kind)
+    print(f"{kind}: products by cuBLASLt {narrow.model.products_version}")
+    wanted = range(len(ids) - 64, len(ids))
+    exact, got = (one.logits(ids, wanted).astype(np.float64) for one in (engine, narrow))
+    exact, got = (one - np.logaddexp.reduce(one, axis=-1, keepdims=True) for one in (exact, got))
+    assert (np.exp(exact) * (exact - got)).sum(-1).mean() < 1e-2
+    assert narrow.generate([ids], GREEDY)[0].token_ids == engine.generate([ids], GREEDY)[0].token_ids
+
+
 @pytest.mark.parametrize("tokens", LENGTHS)
 def test_the_answer_is_the_cpus(engine: Engine, prompt: Any, tokens: int) -> None:
     """Greedy, dense: the same tokens up to the first of which the CPU was not sure; up to 65,536, the whole answer."""

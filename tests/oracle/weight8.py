@@ -54,3 +54,17 @@ def widen_weight(kind: str, numbers: Array, scales: Array) -> Array:
     """What bytes and scales stand for, float64 [N, K]."""
     result: Array = numbers_of(kind)[numbers] * over_blocks(wide(scales), numbers.shape)
     return result
+
+
+def round_rows(values: Array) -> tuple[Array, Array]:
+    """FP8 numbers uint8 [R, K] of activations [T, K] and their scales float32 [K / 128, R]: R is T up to a multiple of
+    4, zeros behind T. The largest of 128 neighbours is the largest number.
+    """
+    padded = np.pad(values, ((0, -len(values) % 4), (0, 0)))
+    numbers, scales = round_weight("fp8", padded, 1, 128)
+    return numbers, scales.T
+
+
+def widen_rows(numbers: Array, scales: Array) -> Array:
+    """What they stand for, float64 [R, K]."""
+    return widen_weight("fp8", numbers, scales.T)

@@ -18,7 +18,7 @@ from paddle_qwen1m.model import Qwen2OneM
 from paddle_qwen1m.parallel.group import ALONE, Group
 from paddle_qwen1m.weights import Checkpoint, CheckpointError, load_checkpoint
 from paddle_qwen1m.weights.convert import ConversionError, convert, plan
-from paddle_qwen1m.weights.eight_bit import Blocks, numbers_of, scales_between
+from paddle_qwen1m.weights.eight_bit import Blocks, numbers_of, scales_of
 
 each_kind = pytest.mark.parametrize("kind", ["int8", "fp8"])
 INDEX = "model.safetensors.index.json"
@@ -32,7 +32,7 @@ class RankOf(Group):
 def parameters(checkpoint: Path, kind: str | None, group: Group = ALONE) -> dict[str, np.ndarray]:
     """What a rank holds, float64: numbers and scales as what they stand for."""
     config = ModelConfig.from_dict(json.loads((checkpoint / "config.json").read_text(encoding="utf-8")))
-    model = Qwen2OneM(config, "bfloat16", group, kind)
+    model = Qwen2OneM(config, "bfloat16", group, quantization=kind)
     load_checkpoint(checkpoint, model.slots())
     held = dict(model.named_buffers())
     return {
@@ -201,6 +201,6 @@ def test_numpys_numbers_are_the_kernels(kind: str) -> None:
     found, expected = numbers_of(kind), oracle.numbers_of(kind)
     finite = ~np.isnan(expected)
     np.testing.assert_array_equal(found[finite], expected[finite])
-    target = np.empty((3, 4), np.float32)
-    scales_between(np.arange(6.0).reshape(2, 3), Blocks(128, 128), target, Blocks(64, 64), 64, 128)
-    np.testing.assert_array_equal(target, [[1, 1, 2, 2], [4, 4, 5, 5], [4, 4, 5, 5]])
+    rows, columns = 64 + 64 * np.arange(3), 128 + 64 * np.arange(4)
+    scales = scales_of(np.arange(6.0).reshape(2, 3), Blocks(128, 128), rows, columns)
+    np.testing.assert_array_equal(scales, [[1, 1, 2, 2], [4, 4, 5, 5], [4, 4, 5, 5]])

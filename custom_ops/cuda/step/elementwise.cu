@@ -1,6 +1,7 @@
 // Embedding and row gathering, casts, RMSNorm and SiLU: all bound by memory, each value read and written once.
 #include "overlap.cuh"
 #include "qwen1m/step.h"
+#include "step/rms_norm.cuh"
 #include "vectors.cuh"
 
 namespace qwen1m {
@@ -10,8 +11,6 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int64_t kGridRows = 65535;  // of gridDim.y; rows beyond it are taken by a loop
-constexpr int kNormValues = 8;        // values of a row that a thread of RMSNorm keeps in registers
-constexpr int kNormThreads = 1024;
 
 // Blocks for rows of `width` values, of which a thread takes `per_thread` vectors of N.
 template <int N>
@@ -106,70 +105,12 @@ __global__ void __launch_bounds__(kThreads) cast_kernel(const T* from, Out* to, 
   }
 }
 
-// A block a row. Everything is loaded before the sum: a decode step waits for memory once, and for the weight while the
-// launch before still runs.
 template <typename T>
 __global__ void __launch_bounds__(kNormThreads) rms_norm_kernel(const qwen1m_rms_norm a) {
-  constexpr int N = 4, kVectors = kNormValues / N;
-  __shared__ float partial[kNormThreads / kWarp];
-  const int64_t row = blockIdx.x * a.width;
-  const int width = static_cast<int>(a.width), stride = static_cast<int>(blockDim.x) * N;
-  const int first = static_cast<int>(threadIdx.x) * N;
-  float* residual = a.residual + row;
-
-  float values[kVectors][N] = {};
-  Vector<T, N> weight[kVectors];
-#pragma unroll
-  for (int j = 0; j < kVectors; ++j) {
-    const int i = first + j * stride;
-    if (i < width) weight[j] = load_vector<N>(static_cast<const T*>(a.weight) + i);
-  }
-  await_previous();
-  admit_next();
-#pragma unroll
-  for (int j = 0; j < kVectors; ++j) {
-    const int i = first + j * stride;
-    if (i < width) load_widened(residual + i, values[j]);
-  }
-  if (a.delta) {
-    Vector<T, N> delta[kVectors];
-#pragma unroll
-    for (int j = 0; j < kVectors; ++j) {
-      const int i = first + j * stride;
-      if (i < width) delta[j] = load_vector<N>(static_cast<const T*>(a.delta) + row + i);
-    }
-#pragma unroll
-    for (int j = 0; j < kVectors; ++j) {
-      const int i = first + j * stride;
-      if (i < width) {
-#pragma unroll
-        for (int n = 0; n < N; ++n) values[j][n] += widen(delta[j].values[n]);
-        store_narrowed(values[j], residual + i);
-      }
-    }
-  }
-
-  float squares = 0;
-#pragma unroll
-  for (int j = 0; j < kVectors; ++j) {
-    for (int n = 0; n < N; ++n) squares += values[j][n] * values[j][n];
-  }
-  squares = warp_sum(squares);
-  const int lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
-  if (lane == 0) partial[threadIdx.x / kWarp] = squares;
-  __syncthreads();
-  const float total = warp_sum(lane < warps ? partial[lane] : 0.0f);
-  const float inverse = rsqrtf(total / static_cast<float>(width) + a.eps);
-
-#pragma unroll
-  for (int j = 0; j < kVectors; ++j) {
-    const int i = first + j * stride;
-    if (i < width) {
-#pragma unroll
-      for (int n = 0; n < N; ++n) values[j][n] *= inverse * widen(weight[j].values[n]);
-      store_narrowed(values[j], static_cast<T*>(a.out) + row + i);
-    }
-  }
+  T* out = static_cast<T*>(a.out) + blockIdx.x * a.width;
+  normalise_row<T>(a, [&](int i, bool inside, const float (&values)[kNormVector]) {
+    if (inside) store_narrowed(values, out + i);
+  });
 }
 
 constexpr int kSiluVectors = 2;
@@ -254,7 +195,7 @@ int qwen1m_cuda_rms_norm(const qwen1m_rms_norm* a, qwen1m_stream stream) {
     return cudaErrorInvalidValue;
   }
   if (a->tokens == 0 || a->width == 0) return cudaSuccess;
-  const auto threads = static_cast<unsigned>(ceil_div(a->width, kNormValues * kWarp) * kWarp);
+  const unsigned threads = norm_threads(a->width);
   return with_half_type(a->activation, [&](auto type) -> int {
     return launch_overlapping(rms_norm_kernel<decltype(type)>, static_cast<unsigned>(a->tokens), threads, 0,
                               as_stream(stream), *a);

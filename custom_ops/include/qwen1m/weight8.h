@@ -1,7 +1,8 @@
-// Linear layers whose weights are bytes with scales: weight-only products, the widening to 16 bits, the rounding.
+// Linear layers whose weights are bytes with scales: weight-only products, the widening to 16 bits, the rounding; and
+// products of FP8 weights with rows that are rounded to FP8 too, as they are made.
 #pragma once
 
-#include "qwen1m/types.h"
+#include "qwen1m/step.h"
 
 // W[n, k] is the number in byte n, k times scales[n / rows, k / columns]. Blocks are powers of two that divide N and K.
 typedef struct {
@@ -38,6 +39,60 @@ typedef struct {
   int64_t in_features, out_features;
   qwen1m_dtype dtype;
 } qwen1m_round_weight;
+
+// Rows of activations in FP8 (E4M3): numbers [rows, K], a scale for each 128 of a row, scales [K / 128, rows]. `rows`
+// is T up to a multiple of four; those behind T are zeros. The largest number of a block is 448; one of zeros has
+// scale 1.
+typedef struct {
+  uint8_t* numbers;
+  float* scales;
+  int64_t rows;
+} qwen1m_rows8;
+
+enum { QWEN1M_ROWS8_BLOCK = 128, QWEN1M_ROWS8_MULTIPLE = 4 };
+
+// out = values [T, K], rounded
+typedef struct {
+  const void* values;
+  qwen1m_rows8 out;
+  int64_t tokens, width;
+  qwen1m_dtype activation;
+} qwen1m_round_rows;
+
+// What an op makes, rounded to `out` in the place of its own, which is null.
+typedef struct {
+  qwen1m_rms_norm norm;
+  qwen1m_rows8 out;
+} qwen1m_rms_norm8;
+
+typedef struct {
+  qwen1m_silu_mul silu;
+  qwen1m_rows8 out;
+} qwen1m_silu_mul8;
+
+// y[rows, N] = x[rows, K] * W^T, of an FP8 weight in blocks of 128 x 128; sums of 128 products are added in float32.
+typedef struct {
+  qwen1m_rows8 x;
+  qwen1m_weight8 weight;
+  void* y;
+  int64_t in_features, out_features;
+  qwen1m_dtype out_dtype;
+} qwen1m_product8;
+
+QWEN1M_API void qwen1m_cpu_round_rows(const qwen1m_round_rows*);
+QWEN1M_API void qwen1m_cpu_rms_norm8(const qwen1m_rms_norm8*);
+QWEN1M_API void qwen1m_cpu_silu_mul8(const qwen1m_silu_mul8*);
+QWEN1M_API void qwen1m_cpu_product8(const qwen1m_product8*);
+
+// On Hopper alone, by a cuBLASLt of 12.9 or newer; cudaErrorNotSupported elsewhere.
+QWEN1M_API int qwen1m_cuda_round_rows(const qwen1m_round_rows*, qwen1m_stream);
+QWEN1M_API int qwen1m_cuda_rms_norm8(const qwen1m_rms_norm8*, qwen1m_stream);
+QWEN1M_API int qwen1m_cuda_silu_mul8(const qwen1m_silu_mul8*, qwen1m_stream);
+QWEN1M_API int qwen1m_cuda_product8(const qwen1m_product8*, void* workspace, qwen1m_stream);
+QWEN1M_API int64_t qwen1m_cuda_product8_workspace(const qwen1m_product8*);
+// The version of the cuBLASLt that computes such products of [., K] and [N, K] on the current device; 0 where none
+// does, and minus its version where the one that is loaded has not got them.
+QWEN1M_API int64_t qwen1m_cuda_product8_version(int64_t in_features, int64_t out_features, qwen1m_dtype out_dtype);
 
 QWEN1M_API void qwen1m_cpu_linear8(const qwen1m_linear8*);
 QWEN1M_API void qwen1m_cpu_widen_weight(const qwen1m_widen_weight*);

@@ -1,0 +1,157 @@
+// Rows of activations that are rounded to FP8 as they are made, a scale for each 128 of a row: RMSNorm, SiLU, and what
+// comes from elsewhere. As rms_norm and silu_mul bound by memory, of which they write half.
+#include "overlap.cuh"
+#include "qwen1m/weight8.h"
+#include "step/rms_norm.cuh"
+#include "vectors.cuh"
+
+namespace qwen1m {
+namespace cuda {
+namespace {
+
+constexpr float kLargest = 448.0f;   // of FP8 (E4M3)
+constexpr float kLeast = 0x1p-100f;  // smaller maxima count as this, so that scales and their inverses are normal
+constexpr int kThreads = 256;
+constexpr int64_t kGridRows = 65535;  // of gridDim.y; rows beyond it are taken by a loop
+
+// The scale of a block whose largest value is `most`, in `lanes` neighbouring lanes of which each knows its own.
+template <int kLanes>
+__device__ inline float block_scale(float most) {
+#pragma unroll
+  for (int mask = kLanes / 2; mask > 0; mask /= 2) most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, mask));
+  return most > 0.0f ? fmaxf(most, kLeast) / kLargest : 1.0f;
+}
+
+template <int N>
+__device__ inline float largest_of(const float (&values)[N]) {
+  float most = 0.0f;
+#pragma unroll
+  for (int n = 0; n < N; ++n) most = fmaxf(most, fabsf(values[n]));
+  return most;
+}
+
+// Four numbers in their bytes, rounded to nearest even; what is too large becomes the largest.
+__device__ inline uint32_t to_e4m3(float a, float b, float c, float d) {
+  uint16_t low, high;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(low) : "f"(b), "f"(a));
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(high) : "f"(d), "f"(c));
+  return static_cast<uint32_t>(high) << 16 | low;
+}
+
+// A block a row: a warp has 128 neighbours of it at a time.
+template <typename T>
+__global__ void __launch_bounds__(kNormThreads) rms_norm8_kernel(const qwen1m_rms_norm8 a) {
+  static_assert(kNormVector * kWarp == QWEN1M_ROWS8_BLOCK, "a block of a row is a warp's");
+  const int64_t row = blockIdx.x;
+  uint8_t* numbers = a.out.numbers + row * a.norm.width;
+  const auto put = [&](int i, bool inside, const float (&values)[kNormVector]) {
+    const float scale = block_scale<kWarp>(inside ? largest_of(values) : 0.0f), inverse = 1.0f / scale;
+    if (!inside) return;
+    if (threadIdx.x % kWarp == 0) a.out.scales[i / QWEN1M_ROWS8_BLOCK * a.out.rows + row] = scale;
+    *reinterpret_cast<uint32_t*>(numbers + i) =
+        to_e4m3(values[0] * inverse, values[1] * inverse, values[2] * inverse, values[3] * inverse);
+  };
+  if (row < a.norm.tokens) {
+    normalise_row<T>(a.norm, put);
+    return;
+  }
+  await_previous();
+  admit_next();
+  const float zeros[kNormVector] = {};
+  for (int64_t i = threadIdx.x * kNormVector; i < a.norm.width; i += blockDim.x * kNormVector) {
+    put(static_cast<int>(i), true, zeros);
+  }
+}
+
+// 16 lanes have a block of a row. value(t, i, values): eight of row t from column i on.
+constexpr int kBlockLanes = QWEN1M_ROWS8_BLOCK / kPack;
+
+template <typename Value>
+__device__ inline void round_values(const qwen1m_rows8& out, int64_t tokens, int64_t width, const Value& value) {
+  await_previous();
+  admit_next();
+  const int64_t i = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kPack;
+  for (int64_t t = blockIdx.y; t < out.rows; t += gridDim.y) {
+    float values[kPack] = {};
+    if (i < width && t < tokens) value(t, i, values);
+    const float scale = block_scale<kBlockLanes>(largest_of(values)), inverse = 1.0f / scale;
+    if (i >= width) continue;
+    if (threadIdx.x % kBlockLanes == 0) out.scales[i / QWEN1M_ROWS8_BLOCK * out.rows + t] = scale;
+#pragma unroll
+    for (int n = 0; n < kPack; ++n) values[n] *= inverse;
+    const uint2 bytes = {to_e4m3(values[0], values[1], values[2], values[3]),
+                         to_e4m3(values[4], values[5], values[6], values[7])};
+    *reinterpret_cast<uint2*>(out.numbers + t * width + i) = bytes;
+  }
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads) silu_mul8_kernel(const qwen1m_silu_mul8 a) {
+  const qwen1m_silu_mul& silu = a.silu;
+  round_values(a.out, silu.tokens, silu.width, [&](int64_t t, int64_t i, float (&values)[kPack]) {
+    const T* from = static_cast<const T*>(silu.gate_up) + t * 2 * silu.width + i;
+    const auto gates = load_vector<kPack>(from), ups = load_vector<kPack>(from + silu.width);
+#pragma unroll
+    for (int n = 0; n < kPack; ++n) {
+      const float gate = widen(gates.values[n]);
+      values[n] = __fdividef(gate, 1.0f + __expf(-gate)) * widen(ups.values[n]);
+    }
+  });
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads) round_rows_kernel(const qwen1m_round_rows a) {
+  round_values(a.out, a.tokens, a.width, [&](int64_t t, int64_t i, float (&values)[kPack]) {
+    load_widened(static_cast<const T*>(a.values) + t * a.width + i, values);
+  });
+}
+
+dim3 round_grid(const qwen1m_rows8& out, int64_t width) {
+  return dim3(static_cast<unsigned>(ceil_div(width, kThreads * kPack)),
+              static_cast<unsigned>(out.rows < kGridRows ? out.rows : kGridRows));
+}
+
+bool fits(const qwen1m_rows8& out, int64_t tokens, int64_t width) {
+  return width % QWEN1M_ROWS8_BLOCK == 0 && out.rows >= tokens && aligned(out.numbers, out.scales);
+}
+
+}  // namespace
+}  // namespace cuda
+}  // namespace qwen1m
+
+using namespace qwen1m::cuda;
+
+// Rows of at most 8,192 values.
+int qwen1m_cuda_rms_norm8(const qwen1m_rms_norm8* a, qwen1m_stream stream) {
+  const qwen1m_rms_norm& norm = a->norm;
+  if (!is_hopper()) return cudaErrorNotSupported;
+  if (!fits(a->out, norm.tokens, norm.width) || norm.width > kNormThreads * kNormValues ||
+      norm.dtype != norm.activation || !aligned(norm.delta, norm.residual, norm.weight)) {
+    return cudaErrorInvalidValue;
+  }
+  if (a->out.rows == 0) return cudaSuccess;
+  return with_half_type(norm.activation, [&](auto type) -> int {
+    return launch_overlapping(rms_norm8_kernel<decltype(type)>, static_cast<unsigned>(a->out.rows),
+                              norm_threads(norm.width), 0, as_stream(stream), *a);
+  });
+}
+
+int qwen1m_cuda_silu_mul8(const qwen1m_silu_mul8* a, qwen1m_stream stream) {
+  if (!is_hopper()) return cudaErrorNotSupported;
+  if (!fits(a->out, a->silu.tokens, a->silu.width) || !aligned(a->silu.gate_up)) return cudaErrorInvalidValue;
+  if (a->out.rows == 0) return cudaSuccess;
+  return with_half_type(a->silu.activation, [&](auto type) -> int {
+    return launch_overlapping(silu_mul8_kernel<decltype(type)>, round_grid(a->out, a->silu.width), kThreads, 0,
+                              as_stream(stream), *a);
+  });
+}
+
+int qwen1m_cuda_round_rows(const qwen1m_round_rows* a, qwen1m_stream stream) {
+  if (!is_hopper()) return cudaErrorNotSupported;
+  if (!fits(a->out, a->tokens, a->width) || !aligned(a->values)) return cudaErrorInvalidValue;
+  if (a->out.rows == 0) return cudaSuccess;
+  return with_half_type(a->activation, [&](auto type) -> int {
+    return launch_overlapping(round_rows_kernel<decltype(type)>, round_grid(a->out, a->width), kThreads, 0,
+                              as_stream(stream), *a);
+  });
+}

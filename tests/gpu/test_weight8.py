@@ -1,0 +1,237 @@
+"""The CUDA kernels of 8-bit weights and of rows in FP8 against float64 on the same numbers and scales."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import oracle
+import pytest
+
+torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+
+from test_step_ops import DEVICE, ROUNDING, check, each_half, exact, poisoned, same_bits, stored  # noqa: E402
+
+Array = npt.NDArray[Any]
+KINDS = {"int8": "int8", "fp8": "e4m3"}
+each_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+class Weight:
+    """Random numbers, every byte among them, and scales of blocks, on the GPU and as float64."""
+
+    def __init__(
+        self, rng: np.random.Generator, kind: str, features: int, depth: int, rows: int, columns: int = 128
+    ) -> None:
+        finite = np.flatnonzero(~np.isnan(oracle.numbers_of(kind)))
+        numbers = rng.choice(finite, (features, depth)).astype(np.uint8)
+        scales = rng.uniform(0.5, 1.5, (features // rows, depth // columns)).astype(np.float32) / (
+            448 if kind == "fp8" else 127
+        )
+        self.exact = oracle.widen_weight(kind, numbers, scales)
+        self.numbers, self.scales = torch.from_numpy(numbers).to(DEVICE), torch.from_numpy(scales).to(DEVICE)
+        self.fields = {
+            "numbers": self.numbers,
+            "scales": self.scales,
+            "kind": KINDS[kind],
+            "rows": rows,
+            "columns": columns,
+        }
+
+
+class Rows:
+    """Memory for FP8 rows, poisoned."""
+
+    def __init__(self, tokens: int, width: int) -> None:
+        rows = -(-tokens // 4) * 4
+        self.tokens, self.rows = tokens, rows
+        self.numbers = poisoned(rows, width, dtype=torch.uint8)
+        self.scales = poisoned(width // 128, rows, dtype=torch.float32)
+        self.fields = {"numbers": self.numbers, "scales": self.scales, "rows": rows}
+
+    @property
+    def exact(self) -> Array:
+        return oracle.widen_rows(self.numbers.cpu().numpy(), self.scales.cpu().numpy())
+
+
+def run_linear8(cuda: Any, x: torch.Tensor, weight: Weight, spare_rows: int = 0) -> torch.Tensor:
+    tokens, (features, depth) = len(x), weight.numbers.shape
+    y = poisoned(tokens + spare_rows, features, dtype=x.dtype)
+    cuda(
+        "linear8",
+        x=x,
+        weight=weight.fields,
+        y=y,
+        tokens=tokens,
+        in_features=depth,
+        out_features=features,
+        activation=x.dtype,
+        out_dtype=x.dtype,
+    )
+    return y
+
+
+SHAPES = [(64, 1, 1, 64), (64, 16, 16, 64), (128, 17, 1, 128), (192, 100, 4, 64), (3584, 4608, 128, 128),
+          (5120, 1544, 1, 128), (18944, 264, 8, 128), (1728, 512, 64, 64)]  # fmt: skip
+
+
+@each_kind
+@each_half
+@pytest.mark.parametrize("depth, features, rows, columns", SHAPES)
+@pytest.mark.parametrize("tokens", [1, 8, 9, 16, 33, 64])
+def test_few_rows(
+    cuda: Any,
+    rng: np.random.Generator,
+    tokens: int,
+    depth: int,
+    features: int,
+    rows: int,
+    columns: int,
+    kind: str,
+    dtype: torch.dtype,
+) -> None:
+    """Depths and features that fill no step or tile, blocks of every form, rows in several turns; nothing behind y."""
+    x = stored(rng.standard_normal((tokens, depth)), dtype)
+    weight = Weight(rng, kind, features, depth, rows, columns)
+    y = run_linear8(cuda, x, weight, spare_rows=16)
+    check(y[:tokens], oracle.linear(exact(x), weight.exact), 2e-5 * depth**0.5)
+    assert same_bits(y[tokens:], poisoned(16, features, dtype=dtype))
+
+
+@each_kind
+@pytest.mark.parametrize("tokens", range(1, 17))
+def test_rows_behind_those_of_x_have_no_part_in_it(cuda: Any, rng: np.random.Generator, tokens: int, kind: str) -> None:
+    x = stored(np.concatenate([rng.standard_normal((tokens, 896)), np.full((16, 896), np.nan)]), torch.bfloat16)
+    weight = Weight(rng, kind, 1200, 896, 1)
+    check(run_linear8(cuda, x[:tokens], weight), oracle.linear(exact(x[:tokens]), weight.exact), 2e-5 * 30)
+
+
+@pytest.mark.parametrize("depth, columns", [(96, 32), (64, 32), (48, 16)])
+def test_blocks_that_are_too_narrow_are_refused(cuda: Any, rng: np.random.Generator, depth: int, columns: int) -> None:
+    x = torch.zeros(1, depth, dtype=torch.bfloat16, device=DEVICE)
+    with pytest.raises(RuntimeError, match="linear8: CUDA error 1"):
+        run_linear8(cuda, x, Weight(rng, "int8", 16, depth, 1, columns))
+
+
+@each_kind
+@each_half
+@pytest.mark.parametrize("depth, features, rows, columns", SHAPES)
+def test_widened_weights_are_rounded_once(
+    cuda: Any,
+    rng: np.random.Generator,
+    depth: int,
+    features: int,
+    rows: int,
+    columns: int,
+    kind: str,
+    dtype: torch.dtype,
+) -> None:
+    weight = Weight(rng, kind, features, depth, rows, columns)
+    out = poisoned(features, depth, dtype=dtype)
+    cuda(
+        "widen_weight",
+        weight=weight.fields,
+        out=out,
+        in_features=depth,
+        out_features=features,
+        out_dtype=dtype,
+    )
+    expected = stored(weight.exact.astype(np.float32), dtype)
+    assert same_bits(out, expected)
+
+
+@pytest.fixture
+def hopper() -> None:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("rows in FP8 are Hopper's")
+
+
+def assert_rounded(found: Rows, values: Array, dtype: torch.dtype) -> None:
+    """Within a step of FP8 of values that are known to a rounding of float32 functions; zeros behind them."""
+    tokens = found.tokens
+    got = found.exact
+    assert (got[tokens:] == 0).all() and (found.scales[:, tokens:] == 1).all()
+    largest = np.repeat(np.abs(values).reshape(tokens, -1, 128).max(-1), 128, 1)
+    bound = np.abs(values) * (1 / 16 + ROUNDING[dtype]) + largest / 400_000
+    bad = ~(np.abs(got[:tokens] - values) <= bound)
+    assert not bad.any(), f"{bad.sum()} of {bad.size}, first at {np.argwhere(bad)[0]}"
+    scales = found.scales.cpu().numpy()[:, :tokens].T
+    wanted = np.where(largest[:, ::128] > 0, largest[:, ::128] / 448, 1.0)
+    np.testing.assert_allclose(scales, wanted, rtol=1e-4)
+
+
+@pytest.mark.usefixtures("hopper")
+@each_half
+@pytest.mark.parametrize("tokens, width", [(1, 128), (7, 3584), (66, 5120), (300, 896), (70001, 128)])
+def test_rows_are_rounded_as_they_are_made(
+    cuda: Any, rng: np.random.Generator, tokens: int, width: int, dtype: torch.dtype
+) -> None:
+    """By a norm, with something added or not, by SiLU and by themselves; large rows, and one of zeros."""
+    values = rng.standard_normal((tokens, width)) * 10.0 ** rng.uniform(-2, 2, (tokens, 1))
+    values[-1] = 0.0
+    plain = stored(values, dtype)
+    rows = Rows(tokens, width)
+    cuda("round_rows", values=plain, out=rows.fields, tokens=tokens, width=width, activation=dtype)
+    numbers, _ = oracle.round_rows(exact(plain))
+    assert (rows.numbers.cpu().numpy() == numbers).mean() > 0.999
+    assert_rounded(rows, exact(plain), dtype)
+
+    gain, delta = stored(rng.standard_normal(width), dtype), stored(rng.standard_normal((tokens, width)), dtype)
+    for added in (None, delta):
+        residual, rows = stored(values, torch.float32), Rows(tokens, width)
+        total = exact(residual) + (0.0 if added is None else exact(added))
+        norm = {
+            "delta": added,
+            "residual": residual,
+            "weight": gain,
+            "out": None,
+            "tokens": tokens,
+            "width": width,
+            "eps": 1e-6,
+            "activation": dtype,
+            "dtype": dtype,
+        }
+        cuda("rms_norm8", norm=norm, out=rows.fields)
+        assert_rounded(rows, oracle.rms_norm(total, exact(gain), 1e-6), torch.bfloat16)
+        np.testing.assert_allclose(exact(residual), total, rtol=1e-6, atol=1e-6)
+
+    gate_up, rows = stored(3 * rng.standard_normal((tokens, 2 * width)), dtype), Rows(tokens, width)
+    silu = {"gate_up": gate_up, "out": None, "tokens": tokens, "width": width, "activation": dtype}
+    cuda("silu_mul8", silu=silu, out=rows.fields)
+    assert_rounded(rows, oracle.silu_mul(exact(gate_up)), torch.bfloat16)
+
+
+PRODUCTS = [(128, 128), (256, 384), (896, 512), (3584, 4608), (1792, 3584), (5120, 1024)]
+
+
+@pytest.mark.usefixtures("hopper")
+@each_half
+@pytest.mark.parametrize("depth, features", PRODUCTS)
+@pytest.mark.parametrize("tokens", [1, 66, 129, 515])
+def test_fp8_products(
+    cuda: Any, rng: np.random.Generator, tokens: int, depth: int, features: int, dtype: torch.dtype
+) -> None:
+    """cuBLASLt's on the same numbers and scales, which are all different: an order that it does not have would show.
+    Rows of blocks that are no multiple of four, odd numbers of rows.
+    """
+    if cuda.product8_version(depth, features, dtype) <= 0:
+        pytest.skip("the cuBLASLt that is loaded has no FP8 products with scales of blocks")
+    x = stored(rng.standard_normal((tokens, depth)) * 10.0 ** rng.uniform(-1, 1, (tokens, 1)), dtype)
+    rows, weight = Rows(tokens, depth), Weight(rng, "fp8", features, depth, 128)
+    cuda("round_rows", values=x, out=rows.fields, tokens=tokens, width=depth, activation=dtype)
+    y = poisoned(rows.rows, features, dtype=dtype)
+    cuda(
+        "product8",
+        x=rows.fields,
+        weight=weight.fields,
+        y=y,
+        in_features=depth,
+        out_features=features,
+        out_dtype=dtype,
+    )
+    expected = oracle.linear(rows.exact, weight.exact)
+    largest = np.abs(expected).max(-1, keepdims=True)
+    # the tensor cores keep some 14 bits of a sum of 128 products
+    check(y[:tokens], expected[:tokens], 2e-3 * largest[:tokens])
+    assert (y[tokens:] == 0).all()
