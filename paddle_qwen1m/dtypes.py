@@ -26,9 +26,11 @@ SAFETENSORS = {dtype.name: dtype.safetensors for dtype in TABLE}
 """The spelling in a safetensors header of a name."""
 STORAGE = {dtype.safetensors: dtype.storage for dtype in TABLE}
 """numpy's type of a spelling in a safetensors header."""
-INT8 = "int8"
-"""Of keys and values alone, with scales beside them."""
-CACHE_DTYPES = (*DTYPES, INT8)
+INT8, FP8 = "int8", "fp8"
+"""Of keys and values alone, with scales beside them; FP8 is E4M3."""
+QUANTISED = (INT8, FP8)
+"""A byte a number."""
+CACHE_DTYPES = (*DTYPES, *QUANTISED)
 _SIZES = {dtype.name: dtype.storage.itemsize for dtype in TABLE}
 
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from paddle_qwen1m.config import ModelConfig, SparseBudgets, published_budgets
-from paddle_qwen1m.dtypes import INT8
+from paddle_qwen1m.dtypes import INT8, QUANTISED
 from paddle_qwen1m.engine.admission import LEFT_TO_THE_DRIVER, Allowance, Need, fitting_options, longest_fitting
 from paddle_qwen1m.options import GPU_BATCHED_TOKENS, MAX_NUM_SEQS, EngineOptions
 from paddle_qwen1m.parallel.split import check_degree, degrees, local_config
@@ -84,7 +84,7 @@ class Way:
 class Plan:
     """Bytes on each of `ranks` GPUs, of which the engine may take `allowed`, for contexts of `length` tokens; `longest`
     is the most that fit, None where the weights and the workspace do not. chunk: tokens of a prefill chunk. cache: of
-    keys and values, kept as cache_dtype; scales: of int8 ones; in_16_bits: layers whose are not rounded to int8.
+    keys and values, kept as cache_dtype; scales: of those of a byte; in_16_bits: layers whose are not.
     """
 
     ranks: int
@@ -145,7 +145,7 @@ def plan(
     in_16_bits: int = 0,
 ) -> Plan:
     """What a context of `length` tokens takes, the model's longest by default, where the engine may use `memory` bytes
-    of each GPU. budgets: of sparse prefill. in_16_bits: layers that an int8 cache does not round. ValueError for ranks
+    of each GPU. budgets: of sparse prefill. in_16_bits: layers that an 8-bit cache does not round. ValueError for ranks
     or a length that the model does not have.
 
     Where nobody chose, chunks are smaller and keys and values int8 if it would not fit otherwise, as in the engine.
@@ -181,7 +181,7 @@ def plan(
         scales,
         own.workspace(wanted),
         longest(ranks, options),
-        in_16_bits=in_16_bits if cache_dtype == INT8 else 0,
+        in_16_bits=in_16_bits if cache_dtype in QUANTISED else 0,
     )
     if made.fits:
         return made
@@ -200,7 +200,7 @@ def plan(
             for chunk in chunks
         ),
     )
-    if cache_dtype != INT8:
+    if cache_dtype not in QUANTISED:
         int8 = longest(ranks, replace(options, kv_cache_dtype=INT8))
         ways.append(Way(f"--kv-cache-dtype {INT8}", "keys and values rounded to a byte, with scales", int8))
     more = [degree for degree in degrees(config) if degree > ranks and degree in TABLE_RANKS]

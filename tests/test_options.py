@@ -104,7 +104,7 @@ def test_values_are_read(name: str, value: Any, read: Any) -> None:
         ("sparse", "false", "sparse must be True or False, got 'false'"),
         ("from_hf_hub", "yes", "from_hf_hub must be True or False, got 'yes'"),
         ("dtype", "int8", "dtype must be one of float32, bfloat16, float16, got 'int8'"),
-        ("kv_cache_dtype", 8, "kv_cache_dtype must be one of float32, bfloat16, float16, int8, got 8"),
+        ("kv_cache_dtype", 8, "kv_cache_dtype must be one of float32, bfloat16, float16, int8, fp8, got 8"),
         ("cache_dir", 3, "cache_dir must be a path, got 3"),
         ("tensor_parallel_degree", "2", "tensor_parallel_degree must be a whole number of at least -1, got '2'"),
     ],
@@ -154,8 +154,12 @@ def test_llm_reads_what_users_of_vllm_write() -> None:
     ("name", "value", "message"),
     [
         ("quantization", "fp8", "quantization='fp8': there are no kernels .* leave it out, or spread the model"),
-        ("kv_cache_dtype", "fp8_e4m3", "kv_cache_dtype='fp8_e4m3': biases of these models .* int8 takes as little"),
-        ("kv_cache_dtype", "float64", "kv_cache_dtype must be one of float32, bfloat16, float16, int8, got 'float64'"),
+        ("kv_cache_dtype", "fp8_e5m2", "kv_cache_dtype='fp8_e5m2': biases of these models .* int8 takes a byte"),
+        (
+            "kv_cache_dtype",
+            "float64",
+            "kv_cache_dtype must be one of float32, .*, int8, fp8, got 'float64'",
+        ),
         ("enable_chunked_prefill", False, "enable_chunked_prefill=False: it is always on; .* max_num_batched_tokens"),
         ("max_model_len", 0, "at least 1, got 0; 'auto' takes the longest that fits"),
         ("max_model_len", "1.01e6", "got '1.01e6'; 'auto' takes the longest that fits"),

@@ -10,6 +10,7 @@
 
 #include <utility>
 
+#include "qwen1m/e4m3.h"
 #include "qwen1m/types.h"
 
 #if defined(__F16C__)
@@ -35,15 +36,19 @@ struct BFloat16 {
 struct Float16 {
   uint16_t bits;
 };
+struct E4M3 {
+  uint8_t bits;
+};
 
-// Calls f with a value of the floating type that a tensor is stored in; int8 numbers mean nothing by themselves.
+// Calls f with a value of the floating type that a tensor is stored in; bytes mean nothing by themselves.
 template <typename F>
 void with_type(qwen1m_dtype dtype, const F& f) {
   switch (dtype) {
     case QWEN1M_FLOAT32: return f(float{});
     case QWEN1M_BFLOAT16: return f(BFloat16{});
     case QWEN1M_FLOAT16: return f(Float16{});
-    case QWEN1M_INT8: return;
+    case QWEN1M_INT8:
+    case QWEN1M_FP8: return;
   }
 }
 
@@ -79,7 +84,22 @@ QWEN1M_INLINE Floats load(const int8_t* p) {
   return __builtin_convertvector(b, Floats);
 }
 
+// The exponent is that of a float, and 0 stands for that of 1, without the leading one.
+QWEN1M_INLINE Floats load(const E4M3* p) {
+  Bytes b;
+  memcpy(&b, p, sizeof(b));
+  const Words words = (Words) __builtin_convertvector(b, Ints), magnitude = words & 0x7f;
+  const Words small = (Words)(magnitude < 8);
+  const Floats number = bits_to_floats((magnitude << 20) + (120u << 23) + (small & (1u << 23)));
+  const Floats positive = number - bits_to_floats(small & (121u << 23));
+  Words bits;
+  memcpy(&bits, &positive, sizeof(bits));
+  return bits_to_floats(bits | (words & 0x80) << 24);
+}
+
 QWEN1M_INLINE float widen(float x) { return x; }
+QWEN1M_INLINE float widen(int8_t x) { return x; }
+QWEN1M_INLINE float widen(E4M3 x) { return of_e4m3(x.bits); }
 
 QWEN1M_INLINE float widen(BFloat16 x) {
   const uint32_t word = static_cast<uint32_t>(x.bits) << 16;

@@ -35,7 +35,7 @@ from paddle_qwen1m.cache import (
 from paddle_qwen1m.cache.kv_scales import KVScales
 from paddle_qwen1m.cache.transfers import UNFINISHED
 from paddle_qwen1m.config import ModelConfig, SparseBudgets
-from paddle_qwen1m.dtypes import INT8
+from paddle_qwen1m.dtypes import QUANTISED
 from paddle_qwen1m.engine.admission import Budget, Limits, cache_pages
 from paddle_qwen1m.engine.borders import Chunking
 from paddle_qwen1m.engine.choosing import Chooser
@@ -135,9 +135,10 @@ class Engine:
                 f"max_model_len must be at most max_position_embeddings, {config.max_position_embeddings}, got "
                 f"{options.max_model_len}"
             )
-        if model.on_gpu and options.kv_cache_dtype not in (None, model.compute_dtype, INT8):
+        if model.on_gpu and options.kv_cache_dtype not in (None, model.compute_dtype, *QUANTISED):
             raise ValueError(
-                f"kv_cache_dtype on a GPU must be that of the computation, {model.compute_dtype}, or {INT8}, got "
+                f"kv_cache_dtype on a GPU must be that of the computation, {model.compute_dtype}, or "
+                f"{' or '.join(QUANTISED)}, got "
                 f"{options.kv_cache_dtype}"
             )
         page_size = choose_page_size(config.dual_chunk.chunk_len, options.page_size)
@@ -189,15 +190,15 @@ class Engine:
         )
 
     def use_scales(self, scales: KVScales) -> None:
-        """From now on an int8 cache is kept by these, of the whole model. ValueError for those of another shape."""
+        """From now on an 8-bit cache is kept by these, of the whole model. ValueError for those of another shape."""
         assert self.is_idle, "what is cached belongs to the scales that it was made with"
-        scales.check_fit(self.model.config, "", "scales of an int8 cache")
+        scales.check_fit(self.model.config, "", "scales of an 8-bit cache")
         self.release_cache()
         self._scales = scales
 
     @property
     def in_16_bits(self) -> tuple[int, ...]:
-        """Layers of an int8 cache whose keys and values are not rounded to int8."""
+        """Layers of an 8-bit cache whose keys and values are not rounded to int8."""
         return self._scales.in_16_bits
 
     @property
@@ -625,7 +626,9 @@ class Engine:
         """What else than tokens and m decides about the keys of a request's prompt."""
         config, degree = self.model.config, self.model.group.degree
         heads = tuple((own.start, own.stop) for own in (own_heads(config.num_heads, degree, n) for n in range(degree)))
-        kept = f"{INT8}/{self._scales.digest}" if self.kv_cache_dtype == INT8 else self.kv_cache_dtype
+        kept = self.kv_cache_dtype
+        if kept in QUANTISED:
+            kept = f"{kept}/{self._scales.digest}"
         salt = salt_digest(request.cache_salt)
         return MadeUnder(self._weights, self.model.compute_dtype, kept, heads, salt, sparse).name
 
@@ -703,7 +706,7 @@ class Engine:
             return
         model, options = self.model, self.options
         scales, widened = None, None
-        if self.kv_cache_dtype == INT8:
+        if self.kv_cache_dtype in QUANTISED:
             scales = self._scales.of_heads(
                 own_kv_heads(model.config.num_kv_heads, model.group.degree, model.group.rank)
             )
