@@ -74,8 +74,8 @@ def test_sparse_prefill_keeps_them_too(out: Path) -> None:
 def test_a_run_goes_on_from_what_was_answered(
     out: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing is loaded where all is answered; other questions are refused."""
-    monkeypatch.setattr(outlying_keys, "InProcess", lambda *_: pytest.fail("a model is loaded"))
+    """Nothing is asked where all is answered; other questions are refused."""
+    monkeypatch.setattr(outlying_keys.Engine, "logits", lambda *_: pytest.fail("it is asked again"))
     assert outlying_keys.main(["--out", str(out), *SMALL, "--keys", "dense", "sparse", "--caches", "int8"]) == 0
     assert "bias 600: int8 moves a layer's output by up to " in capsys.readouterr().out
     losses = json.loads((out / "table.json").read_text())["losses"]

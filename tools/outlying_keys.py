@@ -34,10 +34,11 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from itertools import product
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, cast
 
 import numpy as np
 import paddle
+from needle_documents import DocumentMaker, prompt_head, prompt_tail
 from paddlenlp.transformers import AutoModelForCausalLM, AutoTokenizer
 from paddlenlp.utils.log import logger
 from retrieval import BUDGETS, CHECKPOINT
@@ -45,15 +46,19 @@ from retrieval import BUDGETS, CHECKPOINT
 import paddle_qwen1m  # noqa: F401  (importing it registers the model)
 from paddle_qwen1m import ops
 from paddle_qwen1m.attention.positions import inv_freq
+from paddle_qwen1m.cache import budgets_digest
 from paddle_qwen1m.cache.kv_scales import KVScales, centre_of, exponents_of
+from paddle_qwen1m.config import SparseBudgets
+from paddle_qwen1m.engine import Engine
 from paddle_qwen1m.engine.calibration import keys_of, measure
 from paddle_qwen1m.evaluate import needle, ruler
-from paddle_qwen1m.evaluate.asking import Job, about_reading, ask
-from paddle_qwen1m.evaluate.results import Journal
-from paddle_qwen1m.evaluate.samples import Prompter, Sample
+from paddle_qwen1m.evaluate.asking import Job, ask
+from paddle_qwen1m.evaluate.results import Journal, Record
+from paddle_qwen1m.evaluate.samples import Prompter
 from paddle_qwen1m.evaluate.statistics import Interval, paired_difference
-from paddle_qwen1m.evaluate.subject import InProcess
+from paddle_qwen1m.evaluate.subject import Subject
 from paddle_qwen1m.model import Qwen2OneM
+from paddle_qwen1m.options import EngineOptions
 from paddle_qwen1m.paddlenlp.scales import MOST_TOKENS, TEXT
 from paddle_qwen1m.weights.checkpoint import Checkpoint
 from paddle_qwen1m.weights.digest import checkpoint_digest
@@ -136,29 +141,57 @@ def scales_of(model: Qwen2OneM, ids: np.ndarray) -> dict[str, KVScales]:
 
 @dataclass(frozen=True)
 class Copy:
-    """A rewritten checkpoint with the files of scales of every cache, by what is left of them."""
+    """A rewritten checkpoint, its engine, and the scales of every cache by what is left of them."""
 
     bias: float
-    directory: Path
-    scales: dict[str, Path]
+    folder: Path
+    engine: Engine
+    scales: dict[str, KVScales]
 
     @classmethod
     def make(cls, out: Path, source: Path, pairs: int, bias: float) -> Copy:
-        """In a folder of `out`, where it may be from an earlier run: its last file is the mark that it is whole."""
+        """In a folder of `out`, where it may be from an earlier run: files of scales are the mark that it is whole."""
         folder = out / f"bias {bias:g}, {pairs} pairs"
-        scales = {what: folder / f"scales, {what}.json" for what in dict.fromkeys(what for _, what in CACHES.values())}
-        del scales[""]
-        made = cls(bias, folder / "checkpoint", scales)
-        if all(path.exists() for path in scales.values()):
-            return made
-        rewrite(source, made.directory, pairs, bias)
-        model = AutoModelForCausalLM.from_pretrained(str(made.directory)).model
-        tokenizer = AutoTokenizer.from_pretrained(str(source))
-        ids = np.asarray(tokenizer(TEXT.read_text(encoding="utf-8"), verbose=False)["input_ids"], np.int64)
-        ids = ids[: min(MOST_TOKENS, model.config.dual_chunk.chunk_len)]
-        for what, found in scales_of(model, ids).items():
-            found.write(scales[what])
-        return made
+        files = {what: folder / f"scales, {what}.json" for _, what in CACHES.values() if what}
+        whole = all(path.exists() for path in files.values())
+        if not whole:
+            rewrite(source, folder / "checkpoint", pairs, bias)
+        engine = AutoModelForCausalLM.from_pretrained(str(folder / "checkpoint")).engine
+        if not whole:
+            tokenizer = AutoTokenizer.from_pretrained(str(source))
+            ids = np.asarray(tokenizer(TEXT.read_text(encoding="utf-8"), verbose=False)["input_ids"], np.int64)
+            ids = ids[: min(MOST_TOKENS, engine.model.config.dual_chunk.chunk_len)]
+            for what, scales in scales_of(engine.model, ids).items():
+                scales.write(files[what])
+        return cls(bias, folder, engine, {what: KVScales.from_file(path) for what, path in files.items()})
+
+    def set_up(self, tokens: int, keys: str, cache: str, threshold: int) -> dict[str, Any]:
+        """Makes the engine one with that cache, dense or sparse; what answers depend on."""
+        dtype, what = CACHES[cache]
+        options: dict[str, Any] = {
+            "kv_cache_dtype": dtype,
+            "sparse": keys == "sparse",
+            "sparse_threshold": threshold,
+            "enable_prefix_caching": True,
+            "prefix_temperature_tolerance": 1e-3,
+        }
+        file = self.folder / "checkpoint" / BUDGETS[max(start for start in BUDGETS if start <= tokens)]
+        config, budgets = self.engine.model.config, self.engine.budgets
+        if file.exists():
+            budgets = SparseBudgets.from_file(file, config.num_layers, config.num_heads)
+        self.engine.configure(EngineOptions(**options), budgets)
+        scales = self.scales[what] if what else KVScales.none(config)
+        self.engine.use_scales(scales)
+        rule = "" if budgets is None else budgets_digest(budgets.vertical, budgets.slash)
+        return {**options, "scales": scales.digest, "budgets": rule, "on_gpu": self.engine.model.on_gpu}
+
+
+@dataclass(frozen=True)
+class Document:
+    """Token ids int64: `head`, and behind it a question and its right answer, of each question."""
+
+    head: np.ndarray
+    asked: tuple[tuple[np.ndarray, np.ndarray], ...]
 
 
 @dataclass(frozen=True)
@@ -170,19 +203,54 @@ class Questions:
     each: int
     prompter: Prompter
 
-    def jobs(self, tokens: int) -> list[Job]:
+    def jobs(self, engine: Engine, tokens: int) -> list[Job]:
         """About documents whose prompts, right answers included, take up to so many tokens."""
         each = self.each if self.task == needle.TASK else 1
-        return [
-            about_reading(self.task, tokens, number, each, partial(self._sample, tokens, number), self.prompter)
-            for number in range(self.documents)
-        ]
+        numbers = range(self.documents)
+        return [Job(self.task, tokens, one, each, partial(self._ask, engine, tokens, one)) for one in numbers]
 
-    @lru_cache(64)  # noqa: B019  (there is one for the whole run)
-    def _sample(self, tokens: int, number: int) -> Sample:
+    def _ask(self, engine: Engine, tokens: int, number: int, _: Subject, asked: Sequence[int]) -> Iterator[Record]:
+        document, decode = self._document(tokens, number), self.prompter.decode
+        for one in asked:
+            question, answer = document.asked[one]
+            ids = np.concatenate([document.head, question, answer])
+            begin = len(ids) - len(answer)
+            found = engine.logits(ids, range(begin - 1, len(ids) - 1)).argmax(-1)
+            right, said = decode(answer.tolist()), decode(found.tolist())
+            yield Record(
+                self.task, tokens, number, one, len(ids), float(np.array_equal(found, answer)), [right], said, None,
+                None, len(answer), "", "",
+            )  # fmt: skip
+
+    @lru_cache(128)  # noqa: B019  (there is one for the whole run)
+    def _document(self, tokens: int, number: int) -> Document:
+        encode = self.prompter.encode
         if self.task == needle.TASK:
-            return needle.make(tokens, number, self.prompter, self.each)
-        return ruler.make(self.task, tokens, number, self.prompter)
+            maker = DocumentMaker(encode)
+            made = maker.make(tokens, self.each, number)
+            asked = [(encode(prompt_tail(one)), encode(one.sentence)) for one in made.needles]
+            pairs = tuple((np.asarray(question, np.int64), np.asarray(answer, np.int64)) for question, answer in asked)
+            return Document(np.asarray(encode(prompt_head()) + maker.ids(made), np.int64), pairs)
+        (question,) = ruler.make(self.task, tokens, number, self.prompter).questions
+        text = self.prompter.text(question)
+        before, whole = (np.asarray(encode(one), np.int64) for one in (text, text + question.answer))
+        same = before == whole[: len(before)]
+        begin = len(before) if same.all() else int(same.argmin())
+        return Document(whole[:begin], ((whole[begin:begin], whole[begin:]),))
+
+
+@dataclass
+class Nobody:
+    """Stands for an engine that the jobs know: there is nothing to open or close."""
+
+    name: str
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+def nobody(name: str) -> Subject:
+    return cast(Subject, Nobody(name))
 
 
 @dataclass(frozen=True)
@@ -195,44 +263,25 @@ class Cell:
 
 def run(
     out: Path, copies: Iterable[Copy], questions: Questions, keys: Sequence[tuple[int, str, str]], threshold: int
-) -> dict[Key, Cell]:
+) -> None:
     """Asks what has not been asked. keys: tokens, dense or sparse, cache."""
-    cells = {}
+    cells: dict[Key, Cell] = {}
     for copy in copies:
-        digest = checkpoint_digest(copy.directory)
+        weights = checkpoint_digest(copy.folder / "checkpoint")
+        print(f"bias {copy.bias:g}: {copy.scales['kept'].summary()}", flush=True)
         for tokens, name, cache in keys:
-            dtype, what = CACHES[cache]
-            options: dict[str, Any] = {
-                "kv_cache_dtype": dtype,
-                "max_model_len": tokens + 1,
-                "max_num_seqs": 1,
-                "sparse_threshold": threshold,
-            }
-            if what:
-                options["kv_scales"] = str(copy.scales[what])
-            budgets = copy.directory / BUDGETS[max(start for start in BUDGETS if start <= tokens)]
-            if budgets.exists():
-                options["sparse_budgets"] = str(budgets)
-            given = {
-                **options,
-                "weights": digest,
-                "scales": KVScales.from_file(copy.scales[what]).digest if what else None,
-                "task": questions.task,
-                "questions": questions.each,
-                "on_gpu": ops.on_gpu(),
-            }
-            jobs = questions.jobs(tokens)
-            with Journal(copy.directory.parent / f"{tokens} {name}" / cache, given) as journal:
-                ask(jobs, journal, partial(InProcess, str(copy.directory), name, options))
-                asked = {(job.task, job.length, job.number, one) for job in jobs for one in range(job.questions)}
-                records = [journal.records[key] for key in sorted(asked)]
+            given = {**copy.set_up(tokens, name, cache, threshold), "weights": weights, "task": questions.task}
+            given["questions"] = questions.each
+            jobs = questions.jobs(copy.engine, tokens)
+            title = f"bias {copy.bias:g}, {tokens:,} tokens, {name}, {cache}"
+            with Journal(copy.folder / f"{tokens} {name}" / cache, given) as journal:
+                ask(jobs, journal, partial(nobody, title))
+                asked = [(job.task, job.length, job.number, one) for job in jobs for one in range(job.questions)]
+                records = [journal.records[key] for key in asked]
             cell = Cell([record.score for record in records], [record.document for record in records])
             cells[copy.bias, tokens, name, cache] = cell
-            print(
-                f"bias {copy.bias:g}, {tokens:,} tokens, {name}, {cache}: {np.mean(cell.right):.3f} right", flush=True
-            )
+            print(f"{title}: {np.mean(cell.right):.3f} right", flush=True)
             write_tables(out, cells)
-    return cells
 
 
 @dataclass(frozen=True)
@@ -342,9 +391,7 @@ def main(given: Sequence[str] | None = None) -> int:
     prompter = Prompter(AutoTokenizer.from_pretrained(str(arguments.checkpoint)))
     questions = Questions(arguments.task, arguments.documents, arguments.questions, prompter)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    copies = [Copy.make(arguments.out, arguments.checkpoint, arguments.pairs, bias) for bias in arguments.biases]
-    for copy in copies:
-        print(f"bias {copy.bias:g}: {KVScales.from_file(copy.scales['kept']).summary()}")
+    copies = (Copy.make(arguments.out, arguments.checkpoint, arguments.pairs, bias) for bias in arguments.biases)
     keys = list(product(arguments.tokens, arguments.keys, caches))
     run(arguments.out, copies, questions, keys, arguments.sparse_threshold)
     print((arguments.out / "table.md").read_text(encoding="utf-8"), end="")
