@@ -22,8 +22,11 @@ from paddle_qwen1m.weights.digest import checkpoint_digest
 
 KV_SCALES = "kv_scales.json"
 TEXT = CONFIGS / "kv_calibration.txt"
-FP8_LOSES = "TODO"
-"""By tools/outlying_keys.py."""
+FP8_LOSES = (
+    "a number keeps 3 bits of mantissa. On a needle checkpoint whose keys have outliers as Qwen2.5's have, it moves a "
+    "layer's output by up to 7.4 % of its size, int8 by 1.3 %, and finds 96.1 % of the hidden codes, int8 98.4 %"
+)
+"""By tools/outlying_keys.py: docs/performance.md."""
 MOST_TOKENS = 4096
 """Of a text that scales are made from."""
 
