@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Callable
 
-from paddle_qwen1m.dtypes import itemsize
+from paddle_qwen1m.config_keys import own_quantization
 from paddle_qwen1m.memory import available_gpu_memory, available_host_memory
-from paddle_qwen1m.plan import MemoryPlan, longest_context, parameters, plan_memory
+from paddle_qwen1m.plan import MemoryPlan, longest_context, parameters, plan_memory, weight_bytes
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -43,6 +43,7 @@ class CheckOptions:
     max_num_batched_tokens: int | None = None
     dtype: str | None = None
     kv_cache_dtype: str | None = None
+    quantization: str | None = None
     sparse_budgets: str | None = None
     sparse: bool = True
 
@@ -220,7 +221,8 @@ def _tokenizer(checkpoint: Checkpoint) -> Iterator[Finding]:
 
 
 def _budgets(checkpoint: Checkpoint, options: CheckOptions) -> Iterator[Finding]:
-    from paddle_qwen1m.paddlenlp import SPARSE_CONFIG, look_up_budgets
+    from paddle_qwen1m.config import SPARSE_CONFIG
+    from paddle_qwen1m.paddlenlp import look_up_budgets
 
     if not options.sparse:
         yield Finding(OK, "sparse budgets", "sparse prefill is switched off")
@@ -250,7 +252,8 @@ def _memory(checkpoint: Checkpoint, options: CheckOptions) -> Iterator[Finding]:
     budgets = look_up_budgets(checkpoint, config, options.sparse_budgets)[0] if options.sparse else None
     rows = options.max_num_batched_tokens or default_batched_tokens(ops.on_gpu())
     storage, compute = device_dtypes(options.dtype or config.dtype)
-    weights = parameters(held) * itemsize(storage)
+    quantization = options.quantization or own_quantization(checkpoint.read_config())
+    weights = weight_bytes(held, storage, quantization)
 
     def plan(length: int) -> MemoryPlan:
         return plan_memory(
@@ -261,6 +264,7 @@ def _memory(checkpoint: Checkpoint, options: CheckOptions) -> Iterator[Finding]:
             weight_bytes=weights,
             budgets=budgets,
             dtype=compute,
+            quantization=quantization,
         )
 
     most = config.max_position_embeddings
@@ -293,9 +297,9 @@ def _memory(checkpoint: Checkpoint, options: CheckOptions) -> Iterator[Finding]:
         yield Finding(WARN, "memory", f"{text}: give --max-model-len {longest} or less")
 
 
-def read_shapes(name: str) -> tuple[ModelConfig, SparseBudgets | None, Path | None]:
-    """The shapes and sparse budgets of a checkpoint, a directory or a hub name, of which no weights are fetched, and
-    the file of an 8-bit cache's scales beside them.
+def read_shapes(name: str) -> tuple[ModelConfig, SparseBudgets | None, str | None, Path | None]:
+    """The shapes, sparse budgets and quantization of a checkpoint, a directory or a hub name, of which no weights are
+    fetched, and the file of an 8-bit cache's scales beside them.
     """
     from paddle_qwen1m.paddlenlp import look_up_budgets
     from paddle_qwen1m.paddlenlp.hub import locate
@@ -303,7 +307,8 @@ def read_shapes(name: str) -> tuple[ModelConfig, SparseBudgets | None, Path | No
 
     checkpoint = locate(name)
     config = _read_config(checkpoint)
-    return config, look_up_budgets(checkpoint, config, None)[0], checkpoint.extra_file(KV_SCALES)
+    budgets = look_up_budgets(checkpoint, config, None)[0]
+    return config, budgets, own_quantization(checkpoint.read_config()), checkpoint.extra_file(KV_SCALES)
 
 
 def _read_config(checkpoint: Checkpoint) -> ModelConfig:

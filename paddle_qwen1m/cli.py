@@ -27,9 +27,19 @@ from typing import TYPE_CHECKING, Any, Callable
 
 from paddle_qwen1m import __version__
 from paddle_qwen1m.calibrate import flags as calibrate_flags
-from paddle_qwen1m.dtypes import DTYPES, QUANTISED
+from paddle_qwen1m.dtypes import DTYPES, QUANTIZATIONS
 from paddle_qwen1m.evaluate import flags as evaluate_flags
-from paddle_qwen1m.options import TEMPERATURE_TOLERANCE, Dtype, Face, Place, Size, Switch, Whole, options_of
+from paddle_qwen1m.options import (
+    TEMPERATURE_TOLERANCE,
+    Dtype,
+    Face,
+    Place,
+    Quantization,
+    Size,
+    Switch,
+    Whole,
+    options_of,
+)
 from paddle_qwen1m.parallel.job import launched_rank, launched_ranks
 from paddle_qwen1m.progress import Progress
 from paddle_qwen1m.server.flags import add_flags, spelled
@@ -108,6 +118,8 @@ def _add_model_options(parser: argparse.ArgumentParser, without: Collection[str]
             kind = {"action": "store_true"} if option.default == "off" else {"action": "store_false", "default": None}
         elif isinstance(option.type, Dtype):
             kind = {"choices": option.type.names}
+        elif isinstance(option.type, Quantization):
+            kind = {"choices": option.type.texts}
         elif isinstance(option.type, Whole):
             kind = {"metavar": "N", "type": _at_least(option.type.lowest)}
         elif isinstance(option.type, Size):
@@ -174,13 +186,14 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{name.replace('_', '-')}", type=_at_least(1), metavar="N", help=_llm_help(name))
     parser.add_argument("--max-model-len", type=_length, metavar="N", help=f"{_llm_help('max_model_len')}, or auto")
     parser.add_argument(
-        "--kv-cache-dtype", choices=("bfloat16", *QUANTISED), help="default: int8 where a context fits no other way"
+        "--kv-cache-dtype", choices=("bfloat16", *QUANTIZATIONS), help="default: int8 where a context fits no other way"
     )
     parser.add_argument(
         "--kv-scales",
         metavar="FILE",
         help="whose layers in 16 bits an 8-bit cache has (default: those of kv_scales.json beside the weights)",
     )
+    parser.add_argument("--quantization", choices=QUANTIZATIONS, help=_llm_help("quantization"))
     _add_debug(parser)
 
 
@@ -200,7 +213,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 
     chunk = arguments.max_num_batched_tokens
     if arguments.table:
-        for line in table(chunk or GPU_BATCHED_TOKENS, arguments.kv_cache_dtype):
+        for line in table(chunk or GPU_BATCHED_TOKENS, arguments.kv_cache_dtype, arguments.quantization):
             say(line)
         return 0
     if arguments.model is None or (arguments.gpu is None and arguments.gpu_memory is None):
@@ -209,16 +222,22 @@ def _plan(arguments: argparse.Namespace) -> int:
         raise InputError(f"--gpu {arguments.gpu}: give its --gpu-memory, or one of {', '.join(GPUS)}")
     memory = arguments.gpu_memory or GPUS[arguments.gpu.upper()] - LEFT_TO_THE_DRIVER
     with as_input():
-        config = published(arguments.model)
+        config, quantization = published(arguments.model), arguments.quantization
         budgets = None if config is None else published_budgets(config)
         beside = None
         if config is None:
             from paddle_qwen1m.check import read_shapes
 
-            config, budgets, beside = read_shapes(name_argument("--model", arguments.model))
+            config, budgets, stored, beside = read_shapes(name_argument("--model", arguments.model))
+            quantization = quantization or stored
         in_16_bits = _layers_in_16_bits(arguments.kv_scales or beside, config)
         given = {"max_num_seqs": arguments.max_num_seqs} if arguments.max_num_seqs else {}
-        options = EngineOptions(max_num_batched_tokens=chunk, kv_cache_dtype=arguments.kv_cache_dtype, **given)
+        options = EngineOptions(
+            max_num_batched_tokens=chunk,
+            kv_cache_dtype=arguments.kv_cache_dtype,
+            quantization=quantization,
+            **given,
+        )
         ranks = arguments.tensor_parallel_size or 1
         length = arguments.max_model_len
         made = plan(config, memory, ranks=ranks, length=length, options=options, budgets=budgets, in_16_bits=in_16_bits)
@@ -257,6 +276,7 @@ def _check(arguments: argparse.Namespace) -> int:
             max_num_batched_tokens=arguments.max_num_batched_tokens,
             dtype=arguments.dtype,
             kv_cache_dtype=arguments.kv_cache_dtype,
+            quantization=arguments.quantization,
             sparse_budgets=arguments.sparse_budgets,
             sparse=arguments.sparse is not False,
         )
@@ -562,7 +582,11 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
         "--tensor-parallel-size", type=_at_least(1), default=1, metavar="N", help="ranks of the format tensor-parallel"
     )
     parser.add_argument("--dtype", choices=DTYPES, help="round to this type (default: as in the checkpoint)")
-    parser.add_argument("--quantization", choices=["none", "int8", "fp8"], default="none", help="default %(default)s")
+    parser.add_argument(
+        "--quantization",
+        choices=[*QUANTIZATIONS, "none"],
+        help="round the linears' weights to 8 bits, or back to 16 what was rounded (default: as in the checkpoint)",
+    )
     parser.add_argument(
         "--max-shard-size", type=_size, metavar="SIZE", help="such as 5GB or 512MiB (default: shards as they are)"
     )
@@ -581,17 +605,14 @@ def _size(text: str) -> int:
 
 def _convert(arguments: argparse.Namespace) -> int:
     from paddle_qwen1m.weights.convert import convert, describe, plan
+    from paddle_qwen1m.weights.eight_bit import LOSSES
 
-    if arguments.quantization != "none":
-        raise InputError(
-            f"--quantization {arguments.quantization}: there are no kernels that compute with {arguments.quantization} "
-            "weights yet; leave it out"
-        )
     directory_argument("SRC", arguments.source)
     file_argument("DST", arguments.destination)
     wanted = {
         "degree": arguments.tensor_parallel_size,
         "dtype": arguments.dtype,
+        "quantization": arguments.quantization,
         "max_shard_bytes": arguments.max_shard_size,
     }
     with as_input():
@@ -608,6 +629,8 @@ def _convert(arguments: argparse.Namespace) -> int:
         f"{f', {outcome.kept} of them there already' if outcome.kept else ''}"
         f"{', verified' if arguments.verify else ''}; {seconds:.1f} s"
     )
+    if arguments.quantization in LOSSES:
+        say(f"rounded to {arguments.quantization}: {LOSSES[arguments.quantization]}")
     return 0
 
 

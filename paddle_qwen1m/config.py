@@ -20,6 +20,8 @@ CONFIGS = Path(__file__).with_name("configs")
 if not CONFIGS.is_dir():  # a source checkout
     CONFIGS = Path(__file__).parents[1] / "configs"
 
+SPARSE_CONFIG = "sparse_attention_config.json"
+PUBLISHED_SOURCE = "those published for this shape, which the package carries"
 SINK_COLUMNS = 30  # the first columns and the last diagonals are always kept
 LOCAL_DIAGONALS = 100
 BLOCK = 64  # rows of a row block, keys of a block of keys
@@ -283,6 +285,19 @@ def _is_budget(entry: Any) -> bool:
 def _show_budget(entry: Any) -> str:
     whole = isinstance(entry, list) and len(entry) in (3, 4)
     return f"{entry[0]} {entry[1]!r} {entry[2]!r}" if whole else reprlib.repr(entry)
+
+
+def default_budgets(config: ModelConfig, beside: Path | None) -> tuple[SparseBudgets | None, str]:
+    """The budgets of a checkpoint where nobody gives others, and their source: the file `beside` the weights
+    (SPARSE_CONFIG; None: there is none), else those in config.json, else those published for the shape, else None.
+    Raises ValueError for budgets that do not fit the model.
+    """
+    if beside is not None:
+        return SparseBudgets.from_file(beside, config.num_layers, config.num_heads), str(beside)
+    inline = config.dual_chunk.sparse_budgets
+    if inline is not None:
+        return inline, f"the {DUAL_CHUNK} of config.json"
+    return published_budgets(config), PUBLISHED_SOURCE
 
 
 def published_budgets(config: ModelConfig) -> SparseBudgets | None:

@@ -11,6 +11,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Callable, Final, Optional, Union
 
+from paddle_qwen1m.dtypes import QUANTIZATIONS
+
 DUAL_CHUNK = "dual_chunk_attention_config"
 REQUIRED: Final = object()
 SPARSE_THRESHOLD = 32768
@@ -87,6 +89,7 @@ Key = Optional[Union[Read, Only]]
 FLAG = one_of(True, False)
 OBJECT = Rule("an object", lambda value: isinstance(value, dict))
 LIST = Rule("a list", lambda value: isinstance(value, list))
+TEXTS = Rule("a list of texts", lambda value: isinstance(value, list) and all(type(one) is str for one in value))
 NOT_TRUE = one_of(False, None)
 NOT_FALSE = one_of(True, None)
 ONE = one_of(1.0, None)
@@ -115,9 +118,35 @@ def quantisation(value: Any) -> str | None:
     return None if "weight_quantize_algo" in value else reprlib.repr(value)
 
 
+OWN_METHOD = "paddle-qwen1m"
+QUANTIZATION = "quantization_config"
+
+
+def own_quantization(values: Mapping[str, Any]) -> str | None:
+    """In which of QUANTIZATIONS a config.json says that this package wrote the weights; None: in none."""
+    found = values.get(QUANTIZATION)
+    if not isinstance(found, dict) or found.get("quant_method") != OWN_METHOD or "format" not in found:
+        return None
+    return str(found["format"])
+
+
+def own_quantization_config(kind: str) -> dict[str, str]:
+    """What config.json says of weights that this package wrote in one of QUANTIZATIONS."""
+    return {"quant_method": OWN_METHOD, "format": kind}
+
+
 UNQUANTISED = Only(
     Rule("null", lambda value: quantisation(value) is None),
     "quantised weights are not read; load the checkpoint they were made from",
+    lambda value: str(quantisation(value)),
+)
+OWN_OR_UNQUANTISED = Only(
+    Rule(
+        f"null or {' or '.join(QUANTIZATIONS)} by {OWN_METHOD}",
+        lambda value: quantisation(value) is None or own_quantization({QUANTIZATION: value}) in QUANTIZATIONS,
+    ),
+    "weights that others quantised are not read; load the checkpoint they were made from, with quantization='fp8' or "
+    "'int8' if they are to take as little",
     lambda value: str(quantisation(value)),
 )
 
@@ -169,6 +198,7 @@ KEYS: Mapping[str, Key] = {
     "dtype": DTYPE,
     DUAL_CHUNK: Read(OBJECT),
     "tensor_parallel_size": Read(whole(2).or_null(), None),
+    "tensor_parallel_heads": Read(TEXTS.or_null(), None),
     **_only(one_of("qwen2"), "the model is Qwen2", "model_type"),
     **_only(one_of("silu", "swish"), "the MLP is Qwen2's", "hidden_act"),
     **_only(one_of("silu", "swish", None), "the MLP is Qwen2's", "hidden_activation"),
@@ -187,7 +217,8 @@ KEYS: Mapping[str, Key] = {
     **_only(ONE, "dual chunk attention is the only extension of RoPE", "rope_scaling_factor"),
     **_only(NOT_TRUE, "the model is a decoder alone", "is_encoder_decoder", "add_cross_attention"),
     **_only(one_of({}, None), "heads are not pruned", "pruned_heads"),
-    **dict.fromkeys(("quantization_config", "quantization", "compression_config"), UNQUANTISED),
+    QUANTIZATION: OWN_OR_UNQUANTISED,
+    **dict.fromkeys(("quantization", "compression_config"), UNQUANTISED),
     **{name: NO_EFFECT for names in HARMLESS.values() for name in names.split()},
 }
 

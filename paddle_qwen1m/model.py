@@ -18,8 +18,10 @@ from paddle_qwen1m.cache import LayerCache
 from paddle_qwen1m.config import ModelConfig
 from paddle_qwen1m.dtypes import itemsize
 from paddle_qwen1m.parallel.group import ALONE, Group
+from paddle_qwen1m.parallel.placement import Placement
 from paddle_qwen1m.parallel.split import local_config
 from paddle_qwen1m.weights import Slot
+from paddle_qwen1m.weights.eight_bit import SCALES, choose_blocks, linears
 from paddle_qwen1m.weights.tensors import published_tensors
 
 
@@ -61,35 +63,68 @@ def unrounded_dtype(model: Qwen2OneM) -> str:
 
 
 class DecoderLayer(nn.Layer):
-    """Pre-norm attention and SwiGLU of a rank's share. The projections of q, k, v and of gate, up are a weight each."""
+    """Pre-norm attention and SwiGLU of a rank's share. The projections of q, k, v and of gate, up are a weight each.
 
-    def __init__(self, config: ModelConfig, number: int, dtype: str, group: Group) -> None:
+    quantization: how the weights of its four linears are kept, fp8 or int8; None: as `dtype`, like the rest.
+    """
+
+    def __init__(
+        self, config: ModelConfig, number: int, dtype: str, group: Group, quantization: str | None = None
+    ) -> None:
         super().__init__()
         self.config = config
         self.local = local = local_config(config, group.degree)
         self.group = group
         self.number = number
-        hidden, inner = local.hidden_size, local.intermediate_size
-        self.register_buffer("input_norm", weight([hidden], dtype))
-        self.register_buffer("qkv_weight", weight([local.qkv_width, hidden], dtype))
+        self.quantization = quantization
+        self.register_buffer("input_norm", weight([local.hidden_size], dtype))
+        self._register_linear("qkv_weight", dtype)
         self.register_buffer("qkv_bias", weight([local.qkv_width], dtype))
-        self.register_buffer("output_weight", weight([hidden, local.num_heads * local.head_dim], dtype))
-        self.register_buffer("post_attention_norm", weight([hidden], dtype))
-        self.register_buffer("gate_up_weight", weight([2 * inner, hidden], dtype))
-        self.register_buffer("down_weight", weight([hidden, inner], dtype))
+        self._register_linear("output_weight", dtype)
+        self.register_buffer("post_attention_norm", weight([local.hidden_size], dtype))
+        self._register_linear("gate_up_weight", dtype)
+        self._register_linear("down_weight", dtype)
+
+    def _register_linear(self, name: str, dtype: str) -> None:
+        heights, widths = linears(self.local)[name]
+        shape = [sum(heights), sum(widths)]
+        if self.quantization is None:
+            self.register_buffer(name, weight(shape, dtype))
+            return
+        blocks = choose_blocks(self.quantization, heights, widths)
+        self.register_buffer(name, weight(shape, "uint8"))
+        self.register_buffer(f"{name}{SCALES}", weight([*blocks.grid((shape[0], shape[1]))], "float32"))
+
+    def linear(self, x: paddle.Tensor, name: str) -> paddle.Tensor:
+        """x [T, K] times the transpose of the weight of that name [N, K]: activations [T, N]."""
+        held = getattr(self, name)
+        if self.quantization is not None:
+            held = ops.Weight8(held, getattr(self, f"{name}{SCALES}"), self.quantization)
+        return ops.linear(x, held)
+
+    def project(self, hidden: paddle.Tensor, step: Step, cache: LayerCache) -> tuple[paddle.Tensor, Projected]:
+        """Queries [V, T, H, D], rotated, and what they are of. Keys and values go to the cache."""
+        projected = Projected(self.linear(hidden, "qkv_weight"), self.qkv_bias)
+        q = ops.rotate_and_cache(*projected, step.rotary, step.slots, cache.keys, cache.values, cache.quantised)
+        return q, projected
 
     def attention(
-        self, hidden: paddle.Tensor, step: Step, cache: LayerCache, selector: Selector | None
+        self,
+        hidden: paddle.Tensor,
+        step: Step,
+        cache: LayerCache,
+        selector: Selector | None,
+        rows: paddle.Tensor | None = None,
     ) -> Generator[None, None, paddle.Tensor]:
-        projected = Projected(ops.linear(hidden, self.qkv_weight), self.qkv_bias)
-        q = ops.rotate_and_cache(*projected, step.rotary, step.slots, cache.keys, cache.values, cache.quantised)
-        out = yield from attend(q, projected, cache, step, selector)
-        return self.group.all_reduce(ops.linear(out.reshape([hidden.shape[0], -1]), self.output_weight))
+        """What attention adds to `rows` int64 [n] of the step, by default to all: [n, hidden]."""
+        q, projected = self.project(hidden, step, cache)
+        out = (yield from attend(q, projected, cache, step, selector)).reshape([hidden.shape[0], -1])
+        if rows is not None:
+            out = ops.gather_rows(out, rows)
+        return self.group.all_reduce(self.linear(out, "output_weight"))
 
     def mlp(self, hidden: paddle.Tensor) -> paddle.Tensor:
-        return self.group.all_reduce(
-            ops.linear(ops.silu_mul(ops.linear(hidden, self.gate_up_weight)), self.down_weight)
-        )
+        return self.group.all_reduce(self.linear(ops.silu_mul(self.linear(hidden, "gate_up_weight")), "down_weight"))
 
 
 AttentionObserver = Callable[[DecoderLayer, paddle.Tensor, paddle.Tensor], None]
@@ -99,19 +134,32 @@ AttentionObserver = Callable[[DecoderLayer, paddle.Tensor, paddle.Tensor], None]
 class Qwen2OneM(nn.Layer):
     """Qwen2 for 1M tokens, on Paddle's current device. `dtype` is how the weights are kept, `compute_dtype` the type of
     the activations: see `device_dtypes`. In a tensor parallel group it is one rank's share: `config` is that of the
-    whole model, `local` that of the share.
+    whole model, `local` that of the share. placement: which rank has which heads, by default in published order.
+    quantization: how the layers' linears are kept, fp8 or int8; None: as the rest. ValueError for one that the shapes
+    do not allow.
     """
 
-    def __init__(self, config: ModelConfig, dtype: str, group: Group = ALONE) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: str,
+        group: Group = ALONE,
+        placement: Placement | None = None,
+        quantization: str | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
         self.group = group
+        self.placement = placement or Placement.published(config, group.degree)
+        assert self.placement.degree == group.degree
         self.local = local_config(config, group.degree)
         self.on_gpu = ops.on_gpu()
         dtype, self.compute_dtype = device_dtypes(dtype)
-        self.dtype = dtype
+        self.dtype, self.quantization = dtype, quantization
         self.register_buffer("embedding", vocabulary_table(config, group, dtype))
-        self.layers = nn.LayerList([DecoderLayer(config, number, dtype, group) for number in range(config.num_layers)])
+        self.layers = nn.LayerList(
+            [DecoderLayer(config, number, dtype, group, quantization) for number in range(config.num_layers)]
+        )
         self.register_buffer("norm", weight([config.hidden_size], dtype))
         if config.tie_word_embeddings:
             self.head = self.embedding
@@ -126,20 +174,30 @@ class Qwen2OneM(nn.Layer):
         observe: AttentionObserver | None = None,
     ) -> Generator[None, None, paddle.Tensor | None]:
         """The forward pass. Fills the caches, one a layer; pauses behind each layer, and in it behind each group of its
-        attention: at the same points on every rank, with no collective under way. observe: sees each layer's attention.
+        attention: at the same points on every rank, with no collective under way. observe: sees each layer's attention,
+        of a step that wants no logits.
 
-        Returns what `logits` takes for the rows [n, hidden] whose logits the step wants, None without any.
+        Returns what `logits` takes for the rows [n, hidden] whose logits the step wants, None without any. In a
+        prefill's last layer the other rows only have their keys and values cached.
         """
+        assert observe is None or step.logit_rows is None
         eps, vocabulary, group = self.config.rms_norm_eps, self.config.vocab_size, self.group
         first = group.rank * self.local.vocab_size
         residual = group.all_reduce(ops.embedding(step.ids, self.embedding, first=first, vocabulary=vocabulary))
         normed = ops.rms_norm(residual, self.layers[0].input_norm, eps)
         for number, layer in enumerate(self.layers):
-            selector = selectors[number] if selectors else None
+            selector, rows = selectors[number] if selectors else None, None
+            if step.lengths is None and observe is None and number + 1 == len(self.layers):
+                if step.logit_rows is None:
+                    group.mark(layer.project(normed, step, caches[number])[0])
+                    yield
+                    return None
+                step, rows = step.of_last_layer(), step.logit_rows
+                residual = ops.gather_rows(residual, rows)
             following = self.layers[number + 1].input_norm if number + 1 < len(self.layers) else self.norm
             # What is added has no name: its memory is free again while the next is computed.
             normed = ops.add_rms_norm(
-                (yield from _observed(layer, normed, step, caches[number], selector, observe)),
+                (yield from _observed(layer, normed, step, caches[number], selector, rows, observe)),
                 residual,
                 layer.post_attention_norm,
                 eps,
@@ -149,7 +207,7 @@ class Qwen2OneM(nn.Layer):
             yield
         if step.lengths is not None:
             return normed
-        return None if step.logit_rows is None else ops.gather_rows(normed, step.logit_rows)
+        return None if step.logit_rows is None else normed[: step.num_logits]
 
     def logits(self, rows: paddle.Tensor) -> paddle.Tensor:
         """Logits float32 [n, vocab] of rows [n, hidden] that a forward pass gave."""
@@ -162,8 +220,15 @@ class Qwen2OneM(nn.Layer):
         for tensor in published_tensors(self.config).values():
             if tensor.parameter is None:
                 continue
-            part = tensor.part(self.group.degree, self.group.rank)
-            slot = Slot(parameters[tensor.parameter], taken[tensor.parameter], tensor.shape, part)
+            part = tensor.part(self.placement, self.group.rank)
+            scales = parameters.get(f"{tensor.parameter}{SCALES}")
+            slot = Slot(
+                parameters[tensor.parameter],
+                taken[tensor.parameter],
+                tensor.shape,
+                part,
+                None if scales is None else ops.Weight8(parameters[tensor.parameter], scales, str(self.quantization)),
+            )
             taken[tensor.parameter] += slot.held_shape[0]
             slots[tensor.name] = slot
         return slots
@@ -175,9 +240,10 @@ def _observed(
     step: Step,
     cache: LayerCache,
     selector: Selector | None,
+    rows: paddle.Tensor | None,
     observe: AttentionObserver | None,
 ) -> Generator[None, None, paddle.Tensor]:
-    out = yield from layer.attention(normed, step, cache, selector)
+    out = yield from layer.attention(normed, step, cache, selector, rows)
     if observe is not None:
         observe(layer, normed, out)
     return out

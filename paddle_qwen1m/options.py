@@ -13,7 +13,7 @@ from textwrap import fill
 from typing import Any
 
 from paddle_qwen1m.config import SPARSE_THRESHOLD
-from paddle_qwen1m.dtypes import CACHE_DTYPES, DTYPES, FP8, INT8, dtype_name
+from paddle_qwen1m.dtypes import CACHE_DTYPES, DTYPES, FP8, INT8, QUANTIZATIONS, dtype_name
 
 CPU_BATCHED_TOKENS, GPU_BATCHED_TOKENS = 2048, 32768
 CPU_PAUSE_TOKENS, GPU_PAUSE_TOKENS = 256, 2048
@@ -106,14 +106,18 @@ class CacheDtype(Dtype):
 
 
 @dataclass(frozen=True)
-class NoKernels:
-    """An option of other engines that asks for kernels which are not there yet."""
+class Quantization:
+    """One of QUANTIZATIONS, for which other engines have names of formats of files."""
 
-    def read(self, name: str, value: Any) -> Any:
-        raise ValueError(
-            f"{name}={value!r}: there are no kernels that compute with such weights yet; leave it out, or spread the "
-            "model over more ranks (tensor_parallel_size)"
-        )
+    texts: tuple[str, ...] = QUANTIZATIONS
+
+    def read(self, name: str, value: Any) -> str:
+        if value not in self.texts:
+            raise ValueError(
+                f"{name} must be {' or '.join(self.texts)}, got {value!r}: weights are rounded as they are loaded, or "
+                "come from what `paddle-qwen1m convert` wrote; those that others quantised are not read"
+            )
+        return str(value)
 
 
 @dataclass(frozen=True)
@@ -197,7 +201,7 @@ class Option:
     """A keyword. `default` says in words what holds without it. README lists those that the command or LLM has."""
 
     name: str
-    type: Whole | Number | Dtype | Switch | Place | Size | Given | NoKernels | Always | Choice
+    type: Whole | Number | Dtype | Switch | Place | Size | Given | Quantization | Always | Choice
     default: str
     help: str
     faces: Face = Face.LOADING
@@ -234,6 +238,14 @@ OPTIONS = (
         "as in the checkpoint",
         "how weights are kept: float32, bfloat16 or float16; a CPU computes in float32 whatever they are kept in, a "
         "GPU in what they are kept in, float32 as bfloat16",
+        EVERYWHERE,
+    ),
+    Option(
+        "quantization",
+        Quantization(),
+        "as in the checkpoint: none, or what it was converted to",
+        "how the weights of the layers' linears are kept: fp8 or int8 take half of 16 bits, rounded as they are "
+        "loaded; head and embedding stay as dtype says",
         EVERYWHERE,
     ),
     Option(
@@ -389,7 +401,6 @@ OPTIONS = (
         "accepted: a prompt is always read in chunks",
         Face.LLM,
     ),
-    Option("quantization", NoKernels(), "none", "refused: there are no kernels for 8-bit weights yet", Face.LLM),
 )
 
 ANY = object()
@@ -426,8 +437,8 @@ INSTEAD = {
     "trust_remote_code": "nothing: no code is fetched, `import paddle_qwen1m` is the code",
     "attn_implementation": "nothing: attention is always this package's own",
     "use_flash_attention": "nothing: attention is always this package's own",
-    "load_in_8bit": "nothing: weights are float32, bfloat16 or float16",
-    "load_in_4bit": "nothing: weights are float32, bfloat16 or float16",
+    "load_in_8bit": 'quantization="int8"',
+    "load_in_4bit": 'quantization="int8"; there are none of 4 bits',
     "token": "the environment variable HF_TOKEN",
     "revision": "the directory of a copy of that revision",
     "local_files_only": "the environment variable HF_HUB_OFFLINE=1, or the directory itself",
@@ -515,6 +526,7 @@ class EngineOptions:
     sparse_threshold: int = SPARSE_THRESHOLD
     page_size: int | None = None
     kv_cache_dtype: str | None = None
+    quantization: str | None = None
     cuda_graph: bool = True
     cache_tokens: int | None = None
     enable_prefix_caching: bool = False

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Callable
 
 from paddle_qwen1m.config import BLOCK, ModelConfig, SparseBudgets
-from paddle_qwen1m.dtypes import QUANTISED, itemsize
+from paddle_qwen1m.dtypes import QUANTIZATIONS, itemsize
+from paddle_qwen1m.weights.eight_bit import choose_blocks, linears
 from paddle_qwen1m.weights.tensors import published_shapes
 
 FEW_ROWS, SHARED_ROWS = 1024, 8192
@@ -33,27 +34,52 @@ def parameters(config: ModelConfig) -> int:
     return sum(map(math.prod, published_shapes(config).values()))
 
 
+def weight_bytes(config: ModelConfig, dtype: str, quantization: str | None = None) -> int:
+    """Bytes of the weights, of `dtype` or where `quantization` says so the linears' of a byte each, with their scales.
+
+    config: of the model, or of a rank's share.
+    """
+    whole = parameters(config) * itemsize(dtype)
+    if quantization is None:
+        return whole
+    saved = 0
+    for heights, widths in linears(config).values():
+        shape = sum(heights), sum(widths)
+        scales = math.prod(choose_blocks(quantization, heights, widths).grid(shape))
+        saved += math.prod(shape) * (itemsize(dtype) - 1) - 4 * scales
+    return whole - config.num_layers * saved
+
+
+def widened_weight_bytes(config: ModelConfig, quantization: str | None, dtype: str) -> int:
+    """Bytes of the largest weight of 8 bits in 16, for as long as one product of many rows reads it so; a CPU, which
+    computes in float32, widens tiles of a few MB.
+    """
+    if quantization is None or itemsize(dtype) != 2:
+        return 0
+    return max(2 * sum(heights) * sum(widths) for heights, widths in linears(config).values())
+
+
 def cache_bytes_per_token(config: ModelConfig, dtype: str, in_16_bits: int = 0) -> int:
     """Bytes that the keys and values of one token take over all layers (spec section 1.1), their scales included.
 
     in_16_bits: layers of an 8-bit cache that stay in 16 bits.
     """
     numbers = 2 * config.num_kv_heads * config.head_dim
-    if dtype not in QUANTISED:
+    if dtype not in QUANTIZATIONS:
         return config.num_layers * numbers * itemsize(dtype)
     return (config.num_layers + in_16_bits) * numbers + scale_bytes_per_token(config, dtype, in_16_bits)
 
 
 def scale_bytes_per_token(config: ModelConfig, dtype: str, in_16_bits: int = 0) -> int:
     """Those of them that are scales: float16 numbers of an 8-bit cache, for the key and the value of each KV head."""
-    return 2 * (config.num_layers - in_16_bits) * config.num_kv_heads * 2 if dtype in QUANTISED else 0
+    return 2 * (config.num_layers - in_16_bits) * config.num_kv_heads * 2 if dtype in QUANTIZATIONS else 0
 
 
 def widened_bytes(config: ModelConfig, length: int, cache_dtype: str, dtype: str) -> int:
     """Bytes of the room where a layer's 8-bit keys and values of a context are copied for kernels that read 16 bits; a
     CPU, which computes in float32, has none.
     """
-    if cache_dtype not in QUANTISED or itemsize(dtype) != 2:
+    if cache_dtype not in QUANTIZATIONS or itemsize(dtype) != 2:
         return 0
     return 2 * length * config.num_kv_heads * config.head_dim * itemsize(dtype)
 
@@ -124,6 +150,7 @@ def workspace_bytes(
     max_num_seqs: int,
     budgets: SparseBudgets | None = None,
     dtype: str = "float32",
+    quantization: str | None = None,
 ) -> int:
     """Peak bytes of all that may be under way at once while contexts of up to `length` tokens are served.
 
@@ -133,7 +160,7 @@ def workspace_bytes(
     product may not fit into what is free.
     """
     rows = min(length, max_num_batched_tokens)
-    chunk = prefill_bytes(config, rows, length, budgets, dtype)
+    chunk = prefill_bytes(config, rows, length, budgets, dtype) + widened_weight_bytes(config, quantization, dtype)
     if itemsize(dtype) == 2:
         chunk += 2 * rows * config.intermediate_size
     step = activation_bytes(config, max_num_seqs, length, None, dtype) + 4 * max_num_seqs * config.vocab_size
@@ -152,6 +179,7 @@ def plan_memory(
     weight_bytes: int,
     budgets: SparseBudgets | None = None,
     dtype: str = "float32",
+    quantization: str | None = None,
 ) -> MemoryPlan:
     """What one request of `length` tokens, prompt and answer together, needs beside the process itself.
 
@@ -166,7 +194,8 @@ def plan_memory(
         weights=weight_bytes,
         cache=length * cache_bytes_per_token(config, cache_dtype),
         activations=prefill_bytes(config, min(length, max_num_batched_tokens), length, budgets, dtype)
-        + widened_bytes(config, length, cache_dtype, dtype),
+        + widened_bytes(config, length, cache_dtype, dtype)
+        + widened_weight_bytes(config, quantization, dtype),
     )
 
 

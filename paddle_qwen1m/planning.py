@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from paddle_qwen1m.config import ModelConfig, SparseBudgets, published_budgets
-from paddle_qwen1m.dtypes import INT8, QUANTISED
+from paddle_qwen1m.dtypes import FP8, INT8, QUANTIZATIONS
 from paddle_qwen1m.engine.admission import LEFT_TO_THE_DRIVER, Allowance, Need, fitting_options, longest_fitting
 from paddle_qwen1m.options import GPU_BATCHED_TOKENS, MAX_NUM_SEQS, EngineOptions
+from paddle_qwen1m.parallel.placement import Placement
 from paddle_qwen1m.parallel.split import check_degree, degrees, local_config
 from paddle_qwen1m.plan import scale_bytes_per_token
 
@@ -85,6 +86,8 @@ class Plan:
     """Bytes on each of `ranks` GPUs, of which the engine may take `allowed`, for contexts of `length` tokens; `longest`
     is the most that fit, None where the weights and the workspace do not. chunk: tokens of a prefill chunk. cache: of
     keys and values, kept as cache_dtype; scales: of those of a byte; in_16_bits: layers whose are not.
+    quantization: how weights are kept, None: in 16 bits.
+    imbalance: Placement.imbalance of several ranks with budgets, with heads as they are placed and in published order.
     """
 
     ranks: int
@@ -97,8 +100,10 @@ class Plan:
     scales: int
     workspace: int
     longest: int | None
+    quantization: str | None = None
     ways: tuple[Way, ...] = ()
     in_16_bits: int = 0
+    imbalance: tuple[float, float] | None = None
 
     @property
     def left(self) -> int:
@@ -121,12 +126,19 @@ class Plan:
         rows += [("workspace", self.workspace), ("left" if self.left >= 0 else "missing", abs(self.left))]
         remarks = {
             "may be used": each,
+            "weights": "" if self.quantization is None else f", {self.quantization}",
             "keys and values": f", {self.cache_dtype}"
             + (self.in_16_bits > 0) * f", {self.in_16_bits} layers in 16 bits",
             "workspace": f", chunks of {self.chunk:,} tokens",
         }
         for name, size in rows:
             yield f"{name:<16}{size / 1e9:>8.2f} GB{remarks.get(name, '')}"
+        if self.imbalance is not None:
+            placed, published = self.imbalance
+            yield (
+                f"sparse attention: the busiest GPU of each layer visits {placed:.3f} times the mean of keys, with "
+                f"heads in published order {published:.3f} times"
+            )
         longest = "no length" if self.longest is None else f"{self.longest:,} tokens"
         yield f"{self.length:,} tokens {'fit' if self.fits else 'do not fit'}; the longest that fits: {longest}"
         for way in self.ways:
@@ -181,7 +193,9 @@ def plan(
         scales,
         own.workspace(wanted),
         longest(ranks, options),
-        in_16_bits=in_16_bits if cache_dtype in QUANTISED else 0,
+        options.quantization,
+        in_16_bits=in_16_bits if cache_dtype in QUANTIZATIONS else 0,
+        imbalance=None if budgets is None or ranks == 1 else _imbalance(config, ranks, budgets),
     )
     if made.fits:
         return made
@@ -200,9 +214,12 @@ def plan(
             for chunk in chunks
         ),
     )
-    if cache_dtype not in QUANTISED:
+    if cache_dtype not in QUANTIZATIONS:
         int8 = longest(ranks, replace(options, kv_cache_dtype=INT8))
         ways.append(Way(f"--kv-cache-dtype {INT8}", "keys and values rounded to a byte, with scales", int8))
+    if options.quantization is None:
+        rounded = longest(ranks, replace(options, quantization=FP8))
+        ways.append(Way(f"--quantization {FP8}", "weights rounded to a byte, with scales", rounded))
     more = [degree for degree in degrees(config) if degree > ranks and degree in TABLE_RANKS]
     ways += _enough(
         wanted, (Way(f"--tensor-parallel-size {degree}", "more GPUs", longest(degree, options)) for degree in more)
@@ -210,6 +227,11 @@ def plan(
     if made.longest is not None:
         ways.append(Way(f"--max-model-len {made.longest}", "shorter contexts", made.longest))
     return replace(made, ways=tuple(ways))
+
+
+def _imbalance(config: ModelConfig, ranks: int, budgets: SparseBudgets) -> tuple[float, float]:
+    placed, published = Placement.balanced(config, ranks, budgets), Placement.published(config, ranks)
+    return placed.imbalance(budgets), published.imbalance(budgets)
 
 
 def _need(
@@ -234,11 +256,18 @@ def _enough(wanted: int, ways: Iterable[Way]) -> list[Way]:
     return [] if last is None else [last]
 
 
-def table(chunk: int = GPU_BATCHED_TOKENS, kv_cache_dtype: str | None = None) -> Iterator[str]:
+def table(
+    chunk: int = GPU_BATCHED_TOKENS, kv_cache_dtype: str | None = None, quantization: str | None = None
+) -> Iterator[str]:
     """Lines of a Markdown table: a row a model and number of cards, a column a card, thousands of tokens in a cell."""
     yield f"| | cards | {' | '.join(f'{memory} GB' for memory in MEMORIES)} |"
     yield "|---" * (2 + len(MEMORIES)) + "|"
-    options = EngineOptions(max_num_batched_tokens=chunk, max_num_seqs=MAX_NUM_SEQS, kv_cache_dtype=kv_cache_dtype)
+    options = EngineOptions(
+        max_num_batched_tokens=chunk,
+        max_num_seqs=MAX_NUM_SEQS,
+        kv_cache_dtype=kv_cache_dtype,
+        quantization=quantization,
+    )
     for name, config in PUBLISHED.items():
         for ranks in degrees(config):
             if ranks in TABLE_RANKS:

@@ -18,13 +18,13 @@ progress
 streams
 text
 threads
-config_keys
+config_keys        dtypes
 config             config_keys dtypes
 options            config dtypes
 ops                config threads
 fileio             ops
 parallel           config ops
-weights            config dtypes fileio ops parallel progress
+weights            config config_keys dtypes fileio ops parallel progress
 plan               config dtypes weights
 cache              config dtypes fileio ops
 attention          cache config ops

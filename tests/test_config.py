@@ -9,7 +9,16 @@ from typing import Any
 import pytest
 
 from paddle_qwen1m.config import ModelConfig, SparseBudgets, is_ours, load_json, read_json
-from paddle_qwen1m.config_keys import DUAL_CHUNK, DUAL_CHUNK_KEYS, HARMLESS, KEYS, Only, Read, remarks
+from paddle_qwen1m.config_keys import (
+    DUAL_CHUNK,
+    DUAL_CHUNK_KEYS,
+    HARMLESS,
+    KEYS,
+    Only,
+    Read,
+    own_quantization,
+    remarks,
+)
 
 ROOT = Path(__file__).parents[1]
 NEEDLE = json.loads((ROOT / "checkpoints" / "needle" / "config.json").read_text())
@@ -181,6 +190,7 @@ def test_head_dim_is_what_the_heads_leave_of_the_hidden_size() -> None:
         ("pruned_heads", {"0": [1]}),
         ("tensor_parallel_size", 1),
         ("tensor_parallel_size", "2"),
+        ("tensor_parallel_heads", "0-3 4-7"),
     ],
 )
 def test_what_would_change_the_mathematics_is_refused(key: str, value: Any) -> None:
@@ -228,7 +238,18 @@ def test_what_says_what_is_computed_anyway_is_accepted_without_a_word(key: str, 
     ],
 )
 def test_quantised_weights_are_refused_by_name(key: str, value: Any, name: str) -> None:
-    assert f"{key} must be null, got {name}: quantised weights are not read" in refusal(changed(**{key: value}))
+    own = " or fp8 or int8 by paddle-qwen1m" if key == "quantization_config" else ""
+    assert f"{key} must be null{own}, got {name}: " in refusal(changed(**{key: value}))
+
+
+def test_quantised_weights_of_this_package_are_taken_and_strange_ones_refused() -> None:
+    for kind in ("fp8", "int8"):
+        own = changed(quantization_config={"quant_method": "paddle-qwen1m", "format": kind})
+        assert ModelConfig.from_dict(own) == ModelConfig.from_dict(PUBLISHED)
+        assert own_quantization(own) == kind
+    assert own_quantization(PUBLISHED) is None
+    strange = changed(quantization_config={"quant_method": "paddle-qwen1m", "format": "int4"})
+    assert "got paddle-qwen1m, int4: weights that others quantised are not read" in refusal(strange)
 
 
 @pytest.mark.parametrize("key", ["chunk_size", "local_size", "original_max_position_embeddings"])

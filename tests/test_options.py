@@ -153,13 +153,9 @@ def test_llm_reads_what_users_of_vllm_write() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("quantization", "fp8", "quantization='fp8': there are no kernels .* leave it out, or spread the model"),
+        ("quantization", "awq", "quantization must be fp8 or int8, got 'awq': .* those that others quantised are not"),
         ("kv_cache_dtype", "fp8_e5m2", "kv_cache_dtype='fp8_e5m2': biases of these models .* int8 takes a byte"),
-        (
-            "kv_cache_dtype",
-            "float64",
-            "kv_cache_dtype must be one of float32, .*, int8, fp8, got 'float64'",
-        ),
+        ("kv_cache_dtype", "float64", "kv_cache_dtype must be one of float32, .*, int8, fp8, got 'float64'"),
         ("enable_chunked_prefill", False, "enable_chunked_prefill=False: it is always on; .* max_num_batched_tokens"),
         ("max_model_len", 0, "at least 1, got 0; 'auto' takes the longest that fits"),
         ("max_model_len", "1.01e6", "got '1.01e6'; 'auto' takes the longest that fits"),

@@ -63,6 +63,16 @@ def test_bytes_add_up_and_what_is_missing_is_less_than_nothing_left() -> None:
     assert fitting.weights < 0.51 * made.weights and fitting.cache == made.cache // 2
 
 
+def test_ranks_are_as_even_as_their_heads_can_be_placed() -> None:
+    made = planned("14B", 149 * 10**9, ranks=2)
+    assert made.imbalance == pytest.approx((1.007, 1.104), abs=5e-4)
+    (line,) = (line for line in made.lines() if "visits" in line)
+    assert "1.007 times the mean of keys, with heads in published order 1.104 times" in line
+    alone, without = planned("14B", 149 * 10**9), plan(PUBLISHED["14B"], 149 * 10**9, ranks=2)
+    assert alone.imbalance is None and without.imbalance is None
+    assert not [line for one in (alone, without) for line in one.lines() if "visits" in line]
+
+
 @pytest.mark.parametrize("kept", ["bfloat16", "int8"])
 @pytest.mark.parametrize(("name", "memory"), [("7B", 24), ("7B", 40), ("14B", 40), ("14B", 130)])
 def test_every_way_out_lets_as_much_fit_as_it_says(name: str, memory: int, kept: str) -> None:
@@ -77,8 +87,8 @@ def test_every_way_out_lets_as_much_fit_as_it_says(name: str, memory: int, kept:
             ranks = int(number)
         elif flag == "--max-model-len":
             length = int(number)
-        elif flag == "--kv-cache-dtype":
-            changed["kv_cache_dtype"] = number
+        elif flag in ("--kv-cache-dtype", "--quantization"):
+            changed[flag[2:].replace("-", "_")] = number
         else:
             changed[flag[2:].replace("-", "_")] = int(number)
         assert length is None or admitted(name, memory * 10**9, ranks, EngineOptions(**changed), length), way
@@ -88,6 +98,7 @@ def test_every_way_out_lets_as_much_fit_as_it_says(name: str, memory: int, kept:
             "--max-num-seqs",
             "--max-num-batched-tokens",
             "--kv-cache-dtype",
+            "--quantization",
             "--tensor-parallel-size",
             "--max-model-len",
         ].index,

@@ -2,6 +2,7 @@
 
     python tools/benchmark_gpu_model.py prefill [--model 7B] [--tokens 262144] [--decode 64] [--lines published:21]
     python tools/benchmark_gpu_model.py decode [--model 14B] [--tokens 4096]
+    either with [--quantization fp8], prefill with [--kv-cache-dtype int8] [--max-num-batched-tokens 16384]
     python -m paddle.distributed.launch --devices 0,1 tools/benchmark_gpu_model.py prefill ...  for each rank
 
 Random weights have no structure, and the diagonals that they would choose scatter. So the prefill runs probe and top-k
@@ -18,6 +19,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -31,27 +33,35 @@ from paddle_qwen1m.attention.positions import pieces
 from paddle_qwen1m.attention.selector import Selector
 from paddle_qwen1m.attention.step import SparsePiece
 from paddle_qwen1m.config import ModelConfig, SparseBudgets, published_budgets
+from paddle_qwen1m.dtypes import INT8
 from paddle_qwen1m.engine import Engine, PrefillProgress, SamplingParams
 from paddle_qwen1m.model import Qwen2OneM
 from paddle_qwen1m.options import EngineOptions
 from paddle_qwen1m.parallel.group import ALONE, Group, ProcessGroup, start
 from paddle_qwen1m.parallel.job import launched_ranks
-from paddle_qwen1m.plan import parameters, plan_memory
+from paddle_qwen1m.parallel.placement import Placement
+from paddle_qwen1m.plan import plan_memory, weight_bytes
 from paddle_qwen1m.planning import PUBLISHED
 
 NOISE = 1 << 26
 ONE = 0x3F80
 
 
-def random_model(name: str, group: Group = ALONE) -> Qwen2OneM:
-    """A rank's share of a model of the published shape; weights normal(0, 0.02), norms 1, in bfloat16."""
-    model = Qwen2OneM(PUBLISHED[name], "bfloat16", group)
+def random_model(
+    name: str, group: Group = ALONE, budgets: SparseBudgets | None = None, quantization: str | None = None
+) -> Qwen2OneM:
+    """A rank's share of a model of the published shape, heads placed by `budgets`; weights normal(0, 0.02), norms 1,
+    in bfloat16, the linears' where `quantization` says so in 8 bits.
+    """
+    config = PUBLISHED[name]
+    placement = Placement.balanced(config, group.degree, budgets)
+    model = Qwen2OneM(config, "bfloat16", group, placement, quantization)
     noise = np.random.default_rng(0).standard_normal(NOISE, np.float32) * np.float32(0.02)
     bits = (noise.view(np.uint32) >> 16).astype(np.uint16)
     for name, slot in model.slots().items():
         ones = name.endswith("norm.weight")
         values = np.full(slot.held_shape, ONE, np.uint16) if ones else np.resize(bits, slot.held_shape)
-        slot.write(paddle.to_tensor(values, place=paddle.CPUPlace()))
+        slot.write(values)
     return model
 
 
@@ -158,6 +168,11 @@ class OpTimes:
         return dict(sorted(self._totals.items(), key=lambda item: -item[1]))
 
 
+def kept_as(options: EngineOptions) -> str:
+    """How weights and keys are kept, in words."""
+    return f"weights in {options.quantization or 'bf16'}, keys and values in {options.kv_cache_dtype or 'bf16'}"
+
+
 def random_prompt(model: Qwen2OneM, tokens: int) -> np.ndarray:
     return np.random.default_rng(1).integers(0, model.config.vocab_size, tokens)
 
@@ -174,24 +189,27 @@ def token_seconds(engine: Engine, prompt: np.ndarray, new_tokens: int, **hooks: 
     return times
 
 
-def prefill(name: str, tokens: int, new_tokens: int, budgeted: str, group: Group) -> dict[str, Any]:
+def prefill(
+    name: str, tokens: int, new_tokens: int, budgeted: str, group: Group, options: EngineOptions
+) -> dict[str, Any]:
     """What is printed, as numbers of this rank."""
-    model = random_model(name, group)
+    budgets = budgets_of(PUBLISHED[name], budgeted)
+    model = random_model(name, group, budgets, options.quantization)
     config, local = model.config, model.local
-    budgets = budgets_of(config, budgeted)
-    engine = Engine(model, EngineOptions(cache_tokens=tokens + new_tokens), budgets)
+    engine = Engine(model, replace(options, cache_tokens=tokens + new_tokens), budgets)
     rows = engine.max_num_batched_tokens
     plan = plan_memory(
         local,
         tokens + new_tokens,
         max_num_batched_tokens=rows,
-        cache_dtype="bfloat16",
-        weight_bytes=2 * parameters(local),
+        cache_dtype=engine.kv_cache_dtype,
+        weight_bytes=weight_bytes(local, "bfloat16", options.quantization),
         budgets=budgets,
         dtype="bfloat16",
+        quantization=options.quantization,
     )
     ranks = "" if group.degree == 1 else f" (rank {group.rank} of {group.degree})"
-    print(f"{name}, random weights, bf16{ranks}: the plan takes {plan.total / 1e9:.2f} GB", flush=True)
+    print(f"{name}, random weights, {kept_as(options)}{ranks}: the plan takes {plan.total / 1e9:.2f} GB", flush=True)
     prompt = random_prompt(model, tokens)
     progress: list[PrefillProgress] = []
     chunks = [(begin, min(begin + rows, tokens)) for begin in range(0, tokens, rows)]
@@ -259,19 +277,34 @@ def copy_bandwidth() -> float:
     return 8 * 2 * 2**32 / (time.perf_counter() - start)
 
 
-def decode(name: str, tokens: int, new_tokens: int) -> None:
+def decode(name: str, tokens: int, new_tokens: int, options: EngineOptions) -> None:
     """Steps of the captured graph, host and all, beside the time that reading the weights once takes."""
-    model = random_model(name)
-    engine = Engine(model, EngineOptions(sparse=False, cache_tokens=tokens + new_tokens))
+    model = random_model(name, quantization=options.quantization)
+    engine = Engine(model, replace(options, sparse=False, cache_tokens=tokens + new_tokens))
     times = token_seconds(engine, random_prompt(model, tokens), new_tokens)
     step = median(np.diff(times)[4:])
     config = model.config
-    read = 2 * (parameters(config) - config.vocab_size * config.hidden_size)
+    read = weight_bytes(config, "bfloat16", options.quantization) - 2 * config.vocab_size * config.hidden_size
     bandwidth = copy_bandwidth()
     print(
-        f"{name}, random weights, bf16: a decode step at {tokens:,} tokens takes {step * 1e3:.2f} ms (median of "
-        f"{new_tokens - 5}); its {read / 1e9:.2f} GB of weights at {bandwidth / 1e12:.2f} TB/s, what a copy moves, "
-        f"{read / bandwidth * 1e3:.2f} ms: {step * bandwidth / read:.2f}x"
+        f"{name}, random weights, {kept_as(options)}: a decode step at {tokens:,} tokens takes {step * 1e3:.2f} ms "
+        f"(median of {new_tokens - 5}); its {read / 1e9:.2f} GB of weights at {bandwidth / 1e12:.2f} TB/s, what a copy "
+        f"moves, {read / bandwidth * 1e3:.2f} ms: {step * bandwidth / read:.2f}x"
+    )
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--kv-cache-dtype", choices=("bfloat16", INT8))
+    parser.add_argument("--quantization", choices=("fp8", "int8"), help="of the layers' linears")
+    parser.add_argument("--max-num-batched-tokens", type=int, help="rows of a chunk")
+
+
+def options_of(arguments: argparse.Namespace) -> EngineOptions:
+    """The engine's options that `add_options` reads."""
+    return EngineOptions(
+        kv_cache_dtype=arguments.kv_cache_dtype,
+        quantization=arguments.quantization,
+        max_num_batched_tokens=arguments.max_num_batched_tokens,
     )
 
 
@@ -283,16 +316,19 @@ def main() -> int:
     parser.add_argument("--lines", default="published", help='or "published:LAYER" (default: %(default)s)')
     parser.add_argument("--decode", type=int, default=64, help="new tokens (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also as numbers; FILE.RANK.json for several ranks")
+    add_options(parser)
     arguments = parser.parse_args()
+    options = options_of(arguments)
     paddle.device.set_device("gpu")
     if arguments.what == "prefill":
         group = start(launched_ranks())
-        told = prefill(arguments.model or "7B", arguments.tokens or 262144, arguments.decode, arguments.lines, group)
+        name, tokens = arguments.model or "7B", arguments.tokens or 262144
+        told = prefill(name, tokens, arguments.decode, arguments.lines, group, options)
         if arguments.json is not None:
             path = arguments.json.with_suffix(f".{group.rank}.json") if group.degree > 1 else arguments.json
             path.write_text(json.dumps(told), encoding="utf-8")
     else:
-        decode(arguments.model or "14B", arguments.tokens or 4096, arguments.decode)
+        decode(arguments.model or "14B", arguments.tokens or 4096, arguments.decode, options)
     return 0
 
 

@@ -22,11 +22,12 @@ import paddle
 from resident_memory import peak_bytes, reset_peak, resident_bytes
 
 from paddle_qwen1m import ops
-from paddle_qwen1m.config import ModelConfig
+from paddle_qwen1m.config import SPARSE_CONFIG, ModelConfig, default_budgets
 from paddle_qwen1m.model import Qwen2OneM
 from paddle_qwen1m.parallel.group import Group
+from paddle_qwen1m.parallel.placement import Placement
 from paddle_qwen1m.weights import load_checkpoint
-from paddle_qwen1m.weights.sharding import rank_directory, rank_sets
+from paddle_qwen1m.weights.sharding import rank_directory, rank_sets, recorded_placement
 from paddle_qwen1m.weights.tensors import HEAD
 
 
@@ -52,7 +53,10 @@ def load_here(directory: Path, rank: int, degree: int) -> None:
     described = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     config, group = ModelConfig.from_dict(described, "config.json"), Group()
     group.rank, group.degree = rank, degree
-    model = Qwen2OneM(config, config.dtype, group)
+    beside = directory / SPARSE_CONFIG
+    budgets, _ = default_budgets(config, beside if beside.is_file() else None)
+    placement = recorded_placement(described, config) or Placement.balanced(config, degree, budgets)
+    model = Qwen2OneM(config, config.dtype, group, placement)
     slots = model.slots()
     if rank_sets(described) is not None:
         directory = directory / rank_directory(rank, degree)

@@ -93,15 +93,16 @@ def read(
             engine.observe(watch)
             begin = len(ids) - len(answer)
             logits = engine.logits(np.asarray(ids, np.int64), range(begin - 1, len(ids) - 1))
-            rows = (len(ids) - len(head)) * engine.model.config.num_layers
-            answers.append(Answer(logits.argmax(-1).tolist() == answer, watch.chose == rows))
+            answers.append(Answer(logits.argmax(-1).tolist() == answer, watch.chose == len(ids) - len(head)))
         engine.observe(None)
     return answers
 
 
 @dataclass
 class _Watch:
-    """Tells pieces of a document, of `document_end` tokens, from those of a question. chose: rows of the latter."""
+    """Tells pieces of a document, of `document_end` tokens, from those of a question. chose: rows of the latter whose
+    keys are chosen.
+    """
 
     document_end: int
     in_document: Observer | None
@@ -110,7 +111,7 @@ class _Watch:
 
     def __call__(self, layer: int, piece: Piece, index: ops.SparseIndex) -> None:
         if piece.end > self.document_end:
-            self.chose += piece.end - max(piece.begin, self.document_end)
+            self.chose += piece.end - max(piece.begin, self.document_end) if layer == 0 else 0
             self.in_question(layer, piece, index)
         elif self.in_document is not None:
             self.in_document(layer, piece, index)

@@ -26,7 +26,7 @@ MEASURED = ("niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_2"
 TRAINED_LENGTH = 4096
 LEVELS = 5
 BUDGETS = {
-    "needles": (512, 1024, 1024, 2048, 4096),
+    "needles": (256, 512, 1024, 2048, 4096),
     "variables": (512, 512, 1024, 2048, 4096),
     "words": (512, 1024, 2048, 4096, 4096),
 }
@@ -34,6 +34,10 @@ BUDGETS = {
 HOPS = (1, 2, 4, 4, 4)
 WORDS = ((3, 6, 1), (5, 8, 1), (10, 10, 1), (10, 20, 2), (10, 30, 3))
 """Common words, how often these are there, and how often others, a level."""
+SHARES = (0.5, 0.3, 0.2)
+"""Of a batch's documents, how many each kind has."""
+UUIDS = (0.2, 0.5, 0.6, 0.6, 0.6)
+"""Share of needles whose values are UUIDs, a level; the others are numbers."""
 FEW_NEEDLES = 0.3
 """Share of documents with one or two needles, whose answer is a plain copy: without them the lookup seldom begins."""
 OWN_LEVEL = 0.6
@@ -41,6 +45,9 @@ OWN_LEVEL = 0.6
 MOST_TURNS = 8
 """Needles of a document that are asked for, one after the other."""
 TEXT_WEIGHT, ANSWER_WEIGHT = 0.02, 1.0
+FIRST_WEIGHTS = (1.0, 8.0, 6.0, 4.0, 2.0)
+"""Of a needle's first tokens, a space and what tells it from the others: what follows is a plain copy, learnt at once,
+and without these the lookup is a thirtieth of the loss."""
 MOST_CHOICES = 10
 NO_ANSWER, NO_CHOICE = -1, -1
 FACT = re.compile(r"A secret (?:number|uuid) of (\S+) is (\S+)\.")
@@ -115,7 +122,8 @@ class Documents:
         ]
         rows = []
         for _ in range(max(1, self._tokens // length)):
-            kind = int(rng.choice([one for one, possible in enumerate(fitting) if possible]))
+            shares = np.array([share if possible else 0.0 for share, possible in zip(SHARES, fitting)])
+            kind = int(rng.choice(len(KINDS), p=shares / shares.sum()))
             own = rng.random() < OWN_LEVEL
             rows.append(self._row(rng, kind, fitting[kind][-1] if own else int(rng.choice(fitting[kind]))))
         return _batch(rows, length)
@@ -197,7 +205,7 @@ def _task(rng: np.random.Generator, kind: str, level: int) -> tuple[ruler.Task, 
     if kind == "words":
         common, often, seldom = WORDS[level]
         return ruler.CommonWords(common, often, seldom, shown), False
-    values = "uuid" if rng.random() < 0.6 else "number"
+    values = "uuid" if rng.random() < UUIDS[level] else "number"
     keyed = values == "uuid" and level >= 1 and rng.random() < 0.5
     few = rng.random() < FEW_NEEDLES
     alone = rng.random() < (0.5 if few else 0.6)
@@ -215,6 +223,9 @@ def _batch(rows: Sequence[Row], length: int) -> Batch:
         weights[number, 1 : len(row.ids)] = TEXT_WEIGHT
         for answer in row.answers:
             weights[number, answer.begin : answer.end] = ANSWER_WEIGHT
+            if KINDS[answer.kind] == "needles":
+                first = FIRST_WEIGHTS[: answer.end - answer.begin]
+                weights[number, answer.begin : answer.begin + len(first)] = first
             answers[number, answer.begin : answer.end] = len(kinds)
             kinds.append(answer.kind)
             for place, right in answer.choices:

@@ -66,7 +66,7 @@ SHAPE = Shape(
 BUDGETS = 1000, 400
 HEAD_SIZE = 128
 EPSILON = 1e-6
-PEAK_RATE, WARMUP_STEPS, FALLING = 6e-4, 200, 0.25
+WARMUP_STEPS, FALLING = 200, 0.25
 """FALLING: the last part of the time, over which the rate falls to nothing."""
 TOOK = 0.75
 FEWEST_ANSWERS = 100
@@ -255,9 +255,9 @@ class Training:
                 self.levels[kind] += 1
 
 
-def rate(step: int, progress: float) -> float:
+def rate(peak: float, step: int, progress: float) -> float:
     """The learning rate; progress: 0 to 1, of the time or the steps."""
-    return PEAK_RATE * min(1.0, (step + 1) / WARMUP_STEPS, max(0.0, 1.0 - progress) / FALLING)
+    return peak * min(1.0, (step + 1) / WARMUP_STEPS, max(0.0, 1.0 - progress) / FALLING)
 
 
 def train(training: Training, batches: Batches, state: Path, options: argparse.Namespace) -> None:
@@ -284,7 +284,7 @@ def train(training: Training, batches: Batches, state: Path, options: argparse.N
                 break
             of_all = training.step / options.steps if options.steps else training.seconds / options.seconds
             for group in training.optimizer.param_groups:
-                group["lr"] = rate(training.step, of_all)
+                group["lr"] = rate(options.rate, training.step, of_all)
             batch = {name: tensor.to(device, non_blocking=True) for name, tensor in arrived.items()}
             with precision:
                 logits = model(batch["ids"])
@@ -374,6 +374,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=480.0, help="training time in all (default: %(default)s)")
     parser.add_argument("--steps", type=int, help="stop after so many steps and let the learning rate follow them")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the documents (default: %(default)s)")
+    parser.add_argument("--rate", type=float, default=6e-4, help="the highest learning rate (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=65536, help="a step (default: %(default)s)")
     parser.add_argument(
         "--length", type=int, default=TRAINED_LENGTH, help="of the longest documents (default: %(default)s)"

@@ -49,3 +49,6 @@ QWEN1M_FORWARD(silu_mul)
 QWEN1M_FORWARD(cast)
 QWEN1M_FORWARD(decode_inputs)
 QWEN1M_FORWARD(dequantize_pages)
+QWEN1M_FORWARD(linear8)
+QWEN1M_FORWARD(widen_weight)
+int qwen1m_cpu_round_weight(const qwen1m_round_weight* a) { return qwen1m::kernels().round_weight(*a); }

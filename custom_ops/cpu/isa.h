@@ -5,6 +5,7 @@
 #include "elementwise.h"
 #include "kernels.h"
 #include "linear.h"
+#include "linear8.h"
 
 namespace qwen1m {
 namespace QWEN1M_ISA {
@@ -29,7 +30,7 @@ QWEN1M_ATTENTION(dca_sparse_prefill)
 inline void rotate_and_cache_any(const qwen1m_rotate_and_cache& a) {
   with_type(a.bias_dtype, [&](auto bias) {
     if (a.cache.dtype == QWEN1M_INT8) return rotate_and_cache<decltype(bias), int8_t>(a);
-    if (a.cache.dtype == QWEN1M_FP8) return rotate_and_cache<decltype(bias), E4M3>(a);
+    if (a.cache.dtype == QWEN1M_E4M3) return rotate_and_cache<decltype(bias), E4M3>(a);
     with_type(a.cache.dtype, [&](auto cache) { rotate_and_cache<decltype(bias), decltype(cache)>(a); });
   });
 }
@@ -51,10 +52,24 @@ inline void cast_any(const qwen1m_cast& a) {
 }
 
 constexpr Kernels table(const char* isa) {
-  return {
-      isa,           rotary_table,           rotate_and_cache_any, rotate_queries_any, dca_prefill_any, dca_decode_any,
-      dca_probe_any, dca_sparse_prefill_any, linear_any,           embedding_any,      rms_norm_any,    silu_mul,
-      cast_any,      decode_inputs,          dequantize_pages_any};
+  return {isa,
+          rotary_table,
+          rotate_and_cache_any,
+          rotate_queries_any,
+          dca_prefill_any,
+          dca_decode_any,
+          dca_probe_any,
+          dca_sparse_prefill_any,
+          linear_any,
+          embedding_any,
+          rms_norm_any,
+          silu_mul,
+          cast_any,
+          decode_inputs,
+          dequantize_pages_any,
+          linear8,
+          widen_weight,
+          round_weight};
 }
 
 }  // namespace QWEN1M_ISA

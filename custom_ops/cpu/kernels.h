@@ -4,6 +4,7 @@
 #include "qwen1m/attention.h"
 #include "qwen1m/keys.h"
 #include "qwen1m/step.h"
+#include "qwen1m/weight8.h"
 
 namespace qwen1m {
 
@@ -23,6 +24,9 @@ struct Kernels {
   void (*cast)(const qwen1m_cast&);
   void (*decode_inputs)(const qwen1m_decode_inputs&);
   void (*dequantize_pages)(const qwen1m_dequantize_pages&);
+  void (*linear8)(const qwen1m_linear8&);
+  void (*widen_weight)(const qwen1m_widen_weight&);
+  int (*round_weight)(const qwen1m_round_weight&);
 };
 
 extern const Kernels kGeneric;

@@ -5,6 +5,7 @@
 #include "cblas.h"
 #include "parallel.h"
 #include "qwen1m/step.h"
+#include "qwen1m/weight8.h"
 #include "simd.h"
 
 namespace qwen1m {
@@ -65,37 +66,48 @@ inline const float* widen_tile(const T* weight, int64_t count, float* tile) {
   return tile;
 }
 
+// y[T, N] = x[T, K] times the transpose of a weight, plus y where `adds`, by shares of the N columns that
+// tile(begin, width, memory) gives in float32 [width, K], in that memory if need be. prepare(begin, width) comes first.
+template <typename Prepare, typename Tile>
+void multiply_tiles(const float* x, float* y, int64_t tokens, int64_t depth, int64_t features, bool adds,
+                    const Prepare& prepare, const Tile& tile) {
+  const int64_t fit = kTileFloats / depth;
+  const int64_t widest = fit < 16 ? 16 : fit < kTileColumns ? fit : kTileColumns;
+  const int64_t threads = num_threads();
+  const int64_t rounds = (features + widest * threads - 1) / (widest * threads);
+  const int64_t columns = (features + rounds * threads - 1) / (rounds * threads);
+  const int64_t tasks = (features + columns - 1) / columns;
+  parallel_tasks(tasks, static_cast<size_t>(columns * depth), [&](int64_t task, float* arena) {
+    const int64_t begin = task * columns;
+    const int64_t width = begin + columns < features ? columns : features - begin;
+    const float* weight = tile(begin, width, arena);
+    prepare(begin, width);
+    for (int64_t t = 0; t < tokens; t += kTileTokens) {
+      const int64_t rows = tokens - t < kTileTokens ? tokens - t : kTileTokens;
+      scipy_cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, static_cast<blasint>(rows),
+                        static_cast<blasint>(width), static_cast<blasint>(depth), 1.0f, x + t * depth,
+                        static_cast<blasint>(depth), weight, static_cast<blasint>(depth), adds ? 1.0f : 0.0f,
+                        y + t * features + begin, static_cast<blasint>(features));
+      advance();
+    }
+  });
+}
+
 template <typename T>
 void linear(const qwen1m_linear& a) {
   if (a.tokens <= kDotRows) return linear_few<T>(a);
   const T* weight = static_cast<const T*>(a.weight);
   const T* bias = static_cast<const T*>(a.bias);
-  const float* x = floats(a.x);
   float* y = floats(a.y);
-  const int64_t fit = kTileFloats / a.in_features;
-  const int64_t widest = fit < 16 ? 16 : fit < kTileColumns ? fit : kTileColumns;
-  const int64_t threads = num_threads();
-  const int64_t rounds = (a.out_features + widest * threads - 1) / (widest * threads);
-  const int64_t columns = (a.out_features + rounds * threads - 1) / (rounds * threads);
-  const int64_t tasks = (a.out_features + columns - 1) / columns;
-  parallel_tasks(tasks, static_cast<size_t>(columns * a.in_features), [&](int64_t task, float* arena) {
-    const int64_t begin = task * columns;
-    const int64_t width = begin + columns < a.out_features ? columns : a.out_features - begin;
-    const float* tile = widen_tile(weight + begin * a.in_features, width * a.in_features, arena);
-    if (bias) {
-      for (int64_t t = 0; t < a.tokens; ++t) {
-        for (int64_t n = 0; n < width; ++n) y[t * a.out_features + begin + n] = widen(bias[begin + n]);
-      }
+  const auto start_at_bias = [&](int64_t begin, int64_t width) {
+    for (int64_t t = 0; bias && t < a.tokens; ++t) {
+      for (int64_t n = 0; n < width; ++n) y[t * a.out_features + begin + n] = widen(bias[begin + n]);
     }
-    for (int64_t t = 0; t < a.tokens; t += kTileTokens) {
-      const int64_t rows = a.tokens - t < kTileTokens ? a.tokens - t : kTileTokens;
-      scipy_cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, static_cast<blasint>(rows),
-                        static_cast<blasint>(width), static_cast<blasint>(a.in_features), 1.0f, x + t * a.in_features,
-                        static_cast<blasint>(a.in_features), tile, static_cast<blasint>(a.in_features),
-                        bias ? 1.0f : 0.0f, y + t * a.out_features + begin, static_cast<blasint>(a.out_features));
-      advance();
-    }
-  });
+  };
+  multiply_tiles(floats(a.x), y, a.tokens, a.in_features, a.out_features, bias != nullptr, start_at_bias,
+                 [&](int64_t begin, int64_t width, float* memory) {
+                   return widen_tile(weight + begin * a.in_features, width * a.in_features, memory);
+                 });
 }
 
 }  // namespace QWEN1M_ISA

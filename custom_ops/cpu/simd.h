@@ -28,6 +28,7 @@ typedef float Floats __attribute__((vector_size(QWEN1M_VECTOR_BYTES)));
 typedef int32_t Ints __attribute__((vector_size(QWEN1M_VECTOR_BYTES)));
 typedef uint32_t Words __attribute__((vector_size(QWEN1M_VECTOR_BYTES)));
 typedef uint16_t Halves __attribute__((vector_size(QWEN1M_VECTOR_BYTES / 2)));
+typedef int16_t Shorts __attribute__((vector_size(QWEN1M_VECTOR_BYTES / 2)));
 typedef int8_t Bytes __attribute__((vector_size(QWEN1M_VECTOR_BYTES / 4)));
 
 struct BFloat16 {
@@ -48,7 +49,7 @@ void with_type(qwen1m_dtype dtype, const F& f) {
     case QWEN1M_BFLOAT16: return f(BFloat16{});
     case QWEN1M_FLOAT16: return f(Float16{});
     case QWEN1M_INT8:
-    case QWEN1M_FP8: return;
+    case QWEN1M_E4M3: return;
   }
 }
 
@@ -84,22 +85,8 @@ QWEN1M_INLINE Floats load(const int8_t* p) {
   return __builtin_convertvector(b, Floats);
 }
 
-// The exponent is that of a float, and 0 stands for that of 1, without the leading one.
-QWEN1M_INLINE Floats load(const E4M3* p) {
-  Bytes b;
-  memcpy(&b, p, sizeof(b));
-  const Words words = (Words) __builtin_convertvector(b, Ints), magnitude = words & 0x7f;
-  const Words small = (Words)(magnitude < 8);
-  const Floats number = bits_to_floats((magnitude << 20) + (120u << 23) + (small & (1u << 23)));
-  const Floats positive = number - bits_to_floats(small & (121u << 23));
-  Words bits;
-  memcpy(&bits, &positive, sizeof(bits));
-  return bits_to_floats(bits | (words & 0x80) << 24);
-}
-
 QWEN1M_INLINE float widen(float x) { return x; }
 QWEN1M_INLINE float widen(int8_t x) { return x; }
-QWEN1M_INLINE float widen(E4M3 x) { return of_e4m3(x.bits); }
 
 QWEN1M_INLINE float widen(BFloat16 x) {
   const uint32_t word = static_cast<uint32_t>(x.bits) << 16;
@@ -136,6 +123,22 @@ QWEN1M_INLINE Floats load(const Float16* p) {
   for (int i = 0; i < kLanes; ++i) v[i] = widen(p[i]);
   return v;
 #endif
+}
+
+// The same bits as a float16: sign, one bit more of exponent, mantissa. It stands for 2^-8 of the number.
+constexpr float kE4M3ByHalf = 256.0f;
+QWEN1M_INLINE uint16_t as_half(E4M3 x) { return static_cast<uint16_t>((x.bits & 0x80) << 8 | (x.bits & 0x7f) << 7); }
+
+QWEN1M_INLINE float widen(E4M3 x) { return widen(Float16{as_half(x)}) * kE4M3ByHalf; }
+
+// Of the numbers times kE4M3ByHalf, which belongs into their scale.
+QWEN1M_INLINE Floats load(const E4M3* p) {
+  Bytes b;
+  memcpy(&b, p, sizeof(b));
+  const Halves halves = (Halves)((__builtin_convertvector(b, Shorts) << 8) >> 1) & 0xbfff;
+  Float16 bits[kLanes];
+  memcpy(bits, &halves, sizeof(halves));
+  return load(bits);
 }
 
 QWEN1M_INLINE void narrow(float x, float* p) { *p = x; }

@@ -91,7 +91,7 @@ struct KeyTile {
   template <typename F>
   void with_keys(const F& f) const {
     if (dtype == QWEN1M_INT8) return f(framed_keys<int8_t>());
-    if (dtype == QWEN1M_FP8) return f(framed_keys<E4M3>());
+    if (dtype == QWEN1M_E4M3) return f(framed_keys<E4M3>());
     with_type(dtype, [&](auto type) {
       f([this](int i, int d) { return load(reinterpret_cast<const decltype(type)*>(key[i]) + d); });
     });
@@ -101,7 +101,7 @@ struct KeyTile {
   template <typename F>
   void with_values(const F& f) const {
     if (dtype == QWEN1M_INT8) return f(scaled_values<int8_t>());
-    if (dtype == QWEN1M_FP8) return f(scaled_values<E4M3>());
+    if (dtype == QWEN1M_E4M3) return f(scaled_values<E4M3>());
     with_type(dtype, [&](auto type) {
       f([this](int i, int d) { return load(reinterpret_cast<const decltype(type)*>(value[i]) + d); });
     });
@@ -269,8 +269,9 @@ struct PagedRows {
     tile->position[i] = position;
     tile->dtype = cache.dtype;
     if (!qwen1m_is_quantised(cache.dtype)) return;
-    tile->key_scale[i] = widen(static_cast<const Float16*>(cache.frame.key_scale)[row]);
-    tile->value_scale[i] = widen(static_cast<const Float16*>(cache.frame.value_scale)[row]);
+    const float left = cache.dtype == QWEN1M_E4M3 ? kE4M3ByHalf : 1.0f;  // by load()
+    tile->key_scale[i] = widen(static_cast<const Float16*>(cache.frame.key_scale)[row]) * left;
+    tile->value_scale[i] = widen(static_cast<const Float16*>(cache.frame.value_scale)[row]) * left;
     tile->power = cache.frame.power + kv_head * cache.head_dim;
     tile->centre = cache.frame.centre + kv_head * cache.head_dim;
   }

@@ -32,7 +32,11 @@ __device__ inline float widen(float x) { return x; }
 __device__ inline float widen(bf16 x) { return __bfloat162float(x); }
 __device__ inline float widen(f16 x) { return __half2float(x); }
 __device__ inline float widen(int8_t x) { return static_cast<float>(x); }
-__device__ inline float widen(fp8 x) { return of_e4m3(x.bits); }
+// The same bits as a float16: sign, one bit more of exponent, mantissa. It stands for 2^-8 of the number.
+__device__ inline float widen(fp8 x) {
+  const auto half = static_cast<uint16_t>((x.bits & 0x80) << 8 | (x.bits & 0x7f) << 7);
+  return 256.0f * __half2float(__ushort_as_half(half));
+}
 
 template <typename T>
 __device__ inline T narrow(float x);
@@ -87,7 +91,7 @@ template <typename F>
 int with_number(qwen1m_dtype dtype, F&& f) {
   switch (dtype) {
     case QWEN1M_INT8: return f(int8_t{});
-    case QWEN1M_FP8: return f(fp8{});
+    case QWEN1M_E4M3: return f(fp8{});
     default: return cudaErrorInvalidValue;
   }
 }

@@ -64,6 +64,14 @@ inline qwen1m_dtype storage_type(const Tensor& tensor, const char* name) {
   refuse(std::string(name) + " must be float32, bfloat16 or float16, got " + phi::DataTypeToString(tensor.dtype()));
 }
 
+// "float32", "bfloat16" or "float16"
+inline DataType named_type(const std::string& dtype) {
+  if (dtype == "float32") return DataType::FLOAT32;
+  if (dtype == "bfloat16") return DataType::BFLOAT16;
+  if (dtype == "float16") return DataType::FLOAT16;
+  refuse("dtype must be float32, bfloat16 or float16, got " + dtype);
+}
+
 class Call {
  public:
   // The op runs where `like` lies.
@@ -121,7 +129,7 @@ class Call {
                        phi::DataTypeToString(key.dtype()));
     if (quantised) expect_shape(key, "key_cache", {-1, -1, -1, -1});
     const qwen1m_dtype type = int8        ? QWEN1M_INT8
-                              : quantised ? QWEN1M_FP8
+                              : quantised ? QWEN1M_E4M3
                                           : expect_stored(key, "key_cache", {-1, -1, -1, -1});
     expect(value, "value_cache", key.dtype(), key.shape());
     const Shape shape = key.shape();

@@ -296,12 +296,7 @@ Tensors silu_mul(const Tensor& gate_up) {
 Tensors cast(const Tensor& values, const std::string& dtype) {
   Call call(values);
   const qwen1m_dtype type = storage_type(values, "values");
-  const DataType wanted = dtype == "float32"    ? DataType::FLOAT32
-                          : dtype == "bfloat16" ? DataType::BFLOAT16
-                          : dtype == "float16"  ? DataType::FLOAT16
-                                                : DataType::UNDEFINED;
-  QWEN1M_REQUIRE(wanted != DataType::UNDEFINED, "dtype must be float32, bfloat16 or float16, got " + dtype);
-  const Tensor out = call.make(values.shape(), wanted);
+  const Tensor out = call.make(values.shape(), named_type(dtype));
   call.run(
       qwen1m_cast{
           .values = values.data(),

@@ -47,6 +47,16 @@ class Piece:
             return self, None
         return Piece(self.row, self.begin, rows), Piece(self.row + rows, self.begin + rows, self.rows - rows)
 
+    def around(self, rows: np.ndarray) -> Piece | None:
+        """From the row block of the first of those `rows` of the step, int64 [n], that are the piece's to the last of
+        them; None without any.
+        """
+        own = rows[(rows >= self.row) & (rows < self.row + self.rows)] - self.row
+        if len(own) == 0:
+            return None
+        skipped, end = int(own.min()) // BLOCK * BLOCK, int(own.max()) + 1
+        return Piece(self.row + skipped, self.begin + skipped, end - skipped)
+
 
 def pieces(begin: int, end: int, chunk_len: int, row: int = 0) -> Iterator[Piece]:
     """Cuts positions [begin, end) at multiples of chunk_len (spec 4.2); the first stands in row `row` of the step."""

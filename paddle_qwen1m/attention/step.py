@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import paddle
@@ -54,6 +54,16 @@ class SparsePiece:
     groups: Sequence[tuple[int, int]]
     copied: CopiedPages | None = None
 
+    def around(self, rows: np.ndarray) -> SparsePiece | None:
+        """Of its row blocks those that Piece.around names; keys are chosen as for all of them."""
+        part = self.piece.around(rows)
+        if part is None:
+            return None
+        begin = (part.row - self.piece.row) // BLOCK
+        end = begin + part.row_blocks
+        parts = ((max(first, begin), min(first + count, end)) for first, count in self.groups)
+        return replace(self, groups=[(first, last - first) for first, last in parts if first < last])
+
 
 @dataclass(frozen=True)
 class DensePieces:
@@ -68,11 +78,14 @@ class DensePieces:
 @dataclass(frozen=True)
 class Step:
     """One forward pass over T rows of S sequences. Either `lengths` is set and every row is a sequence's next token
-    (decode), or the rows are prefilled: densely where `dense_pieces` say so, sparsely in `sparse_pieces`.
+    (decode), or the rows are prefilled: densely where `dense_pieces` say so, sparsely in `sparse_pieces`; in the last
+    layer, from which nothing but logits follows, only where `last_dense_pieces` and `last_sparse_pieces` do.
 
     ids, slots: int64 [T]. rotary: float32 [V, T, D]. block_tables: int32 [S, W]. scale: float32 [S], D^-0.5 m(n)^2.
     lengths: int32 [S].
-    logit_rows: int64 [n], the rows of a prefill whose logits are wanted; decode gives those of every row.
+    logit_rows: int64 [m], the rows that a prefill's last layer computes: the `num_logits` whose logits are wanted, then
+    copies, since products of as few rows as decode has are rounded otherwise than those of the layers before. Decode
+    gives the logits of every row.
     """
 
     ids: paddle.Tensor
@@ -81,9 +94,16 @@ class Step:
     block_tables: paddle.Tensor
     scale: paddle.Tensor
     logit_rows: paddle.Tensor | None = None
+    num_logits: int = 0
     lengths: paddle.Tensor | None = None
     dense_pieces: Sequence[DensePieces] = ()
     sparse_pieces: Sequence[SparsePiece] = ()
+    last_dense_pieces: Sequence[DensePieces] = ()
+    last_sparse_pieces: Sequence[SparsePiece] = ()
+
+    def of_last_layer(self) -> Step:
+        """The same, attending in the row blocks of `logit_rows` alone."""
+        return replace(self, dense_pieces=self.last_dense_pieces, sparse_pieces=self.last_sparse_pieces)
 
 
 def page_tables(pages: Sequence[Sequence[int]]) -> paddle.Tensor:
@@ -158,15 +178,21 @@ class StepBuilder:
         rotary_positions = positions.query_positions(where, self._dual_chunk, variants)
         slots = [cache.slots(rows.pages, rows.begin, rows.end) for rows in batch]
         pages = [list(rows.pages[: -(-rows.end // cache.page_size)]) for rows in batch]
+        wanted = np.asarray(logit_rows, np.int64)
+        computed = max(len(wanted), min(len(where), ops.FEW_ROWS + 1))
+        last_dense = [(number, part) for number, piece in dense if (part := piece.around(wanted)) is not None]
         return Step(
             ids=ops.tensor(np.concatenate([rows.ids for rows in batch])),
             slots=ops.tensor(np.concatenate(slots)),
             rotary=ops.rotary_table(ops.tensor(rotary_positions), self._inv_freq),
             block_tables=page_tables(pages),
             scale=ops.tensor(np.asarray([self._scale(rows.length) for rows in batch], np.float32)),
-            logit_rows=ops.tensor(np.asarray(logit_rows, np.int64)) if len(logit_rows) else None,
+            logit_rows=ops.tensor(np.resize(wanted, computed)) if len(wanted) else None,
+            num_logits=len(wanted),
             dense_pieces=list(self._dense_pieces(dense, pages, cache, row_blocks)),
             sparse_pieces=sparse,
+            last_dense_pieces=list(self._dense_pieces(last_dense, pages, cache, row_blocks)),
+            last_sparse_pieces=[own for whole in sparse if (own := whole.around(wanted)) is not None],
         )
 
     def decode(self, ids: paddle.Tensor, lengths: paddle.Tensor, block_tables: paddle.Tensor, page_size: int) -> Step:

@@ -86,9 +86,10 @@ class KVScales:
         powers = np.exp2(self.exponents.astype(np.float32))
         return float(np.abs(self.centres * np.concatenate([powers, powers], axis=-1)).max())
 
-    def of_heads(self, heads: slice) -> KVScales:
-        """Those of some KV heads."""
-        exponents, centres = (np.ascontiguousarray(part[:, heads]) for part in (self.exponents, self.centres))
+    def of_heads(self, heads: Sequence[Sequence[int]]) -> KVScales:
+        """Those of some KV heads, as many of each layer, in that order."""
+        exponents = np.stack([self.exponents[layer, list(own)] for layer, own in enumerate(heads)])
+        centres = np.stack([self.centres[layer, list(own)] for layer, own in enumerate(heads)])
         return replace(self, exponents=exponents, centres=centres)
 
     def measured(self, errors: Sequence[float], errors_in_16_bits: Sequence[float]) -> KVScales:

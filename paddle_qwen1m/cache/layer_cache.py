@@ -11,7 +11,7 @@ import paddle
 from paddle_qwen1m import ops
 from paddle_qwen1m.cache.kv_scales import KVScales
 from paddle_qwen1m.config import ModelConfig
-from paddle_qwen1m.dtypes import FP8, QUANTISED
+from paddle_qwen1m.dtypes import FP8, QUANTIZATIONS
 
 
 class CopiedPages(NamedTuple):
@@ -92,7 +92,7 @@ class PagedCache:
         self.layers = []
         for layer in range(config.num_layers):
             quantised, copied, kept = None, None, dtype
-            if dtype in QUANTISED:
+            if dtype in QUANTIZATIONS:
                 assert scales is not None, "bytes mean nothing without scales"
                 if layer in scales.in_16_bits:
                     kept = unrounded

@@ -33,14 +33,16 @@ class MadeUnder:
     """What decides about a prompt's keys but its tokens, its cuts and m: prefixes are shared under the same alone.
 
     weights: the checkpoint's digest, its configuration included. compute_dtype, cache_dtype: what is computed in, and
-    what keys are kept in. heads: the query heads [begin, end) of each rank. salt: a digest of the request's cache_salt.
-    sparse: None for a prompt that is prefilled densely, whose keys do not depend on chunks.
+    what keys are kept in. ranks: how many share the model. placement: the digest of which rank has which heads. salt: a
+    digest of the request's cache_salt. sparse: None for a prompt that is prefilled densely, whose keys do not depend on
+    chunks.
     """
 
     weights: str
     compute_dtype: str
     cache_dtype: str
-    heads: tuple[tuple[int, int], ...]
+    ranks: int
+    placement: str
     salt: str = ""
     sparse: SparseRule | None = None
 

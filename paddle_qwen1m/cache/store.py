@@ -39,6 +39,8 @@ NAME_BYTES = 16
 """Of the digests in a file's name."""
 FILE = re.compile(r"([0-9a-f]{32})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{16})\.([0-9]{1,4})of([0-9]{1,4})\.kv")
 SUBFOLDER = re.compile("[0-9a-f]{2}")
+WORDS = {"ranks": "tensor parallel ranks", "placement": "placement of heads"}
+"""What is said of fields of MadeUnder."""
 
 logger = logging.getLogger(__name__)
 
@@ -368,18 +370,17 @@ def _entries(directory: Path) -> list[os.DirEntry[str]]:
 def _differences(there: Any, here: Any, key: str = "") -> list[tuple[str, Any, Any]]:
     """Where two values of JSON differ, in words that a line of a log can take."""
     if isinstance(there, dict) and isinstance(here, dict):
+        told = {*there, *here}
+        if there.get("ranks") != here.get("ranks"):
+            told.discard("placement")  # other ranks cannot have the same
         return [
-            found
-            for name in sorted({*there, *here})
-            for found in _differences(there.get(name), here.get(name), f"{key}{name}")
+            found for name in sorted(told) for found in _differences(there.get(name), here.get(name), f"{key}{name}")
         ]
     if there == here:
         return []
     if key == "sparse":
         return [("prefill", "dense" if there is None else "sparse", "dense" if here is None else "sparse")]
-    if key == "heads" and isinstance(there, list) and isinstance(here, list) and len(there) != len(here):
-        return [("tensor parallel ranks", len(there), len(here))]
-    return [(key, _short(there), _short(here))]
+    return [(WORDS.get(key, key), _short(there), _short(here))]
 
 
 def _short(value: Any) -> str:

@@ -114,7 +114,7 @@ class Layer:
             normed = ops.rms_norm(
                 ops.tensor(text.residual[begin : begin + self._chunk]), layer.input_norm, self._config.rms_norm_eps
             )
-            projected = Projected(ops.linear(normed, layer.qkv_weight), layer.qkv_bias)
+            projected = Projected(layer.linear(normed, "qkv_weight"), layer.qkv_bias)
             q = ops.rotate_and_cache(*projected, step.rotary, step.slots, cache.keys, cache.values)
             for sparse in step.sparse_pieces:
                 if _is_measured(sparse.piece, len(text.ids)):

@@ -8,11 +8,11 @@ from typing import Any, Callable
 
 from paddle_qwen1m.cache import choose_page_size
 from paddle_qwen1m.config import ModelConfig, SparseBudgets
-from paddle_qwen1m.dtypes import INT8, itemsize
+from paddle_qwen1m.dtypes import INT8
 from paddle_qwen1m.engine.core import Request
 from paddle_qwen1m.options import AUTO, EngineOptions, default_batched_tokens, default_pause_tokens
 from paddle_qwen1m.parallel.split import local_config
-from paddle_qwen1m.plan import cache_bytes_per_token, longest_context, parameters, widened_bytes, workspace_bytes
+from paddle_qwen1m.plan import cache_bytes_per_token, longest_context, weight_bytes, widened_bytes, workspace_bytes
 
 LEFT_TO_THE_DRIVER = 1_500_000_000
 """Bytes of a GPU that nobody asked for share of it: libraries' buffers, and what allocators round up."""
@@ -138,10 +138,11 @@ class Need:
                 max_num_seqs=options.max_num_seqs,
                 budgets=budgets if length > options.sparse_threshold else None,
                 dtype=computed,
+                quantization=options.quantization,
             )
 
         return cls(
-            weights=parameters(local) * itemsize(kept),
+            weights=weight_bytes(local, kept, options.quantization),
             page_bytes=page_size * cache_bytes_per_token(local, cached, in_16_bits),
             page_size=page_size,
             workspace=workspace,
@@ -271,9 +272,10 @@ def _out_of_memory(need: Need, allowance: Allowance, length: int, fitting: int |
         "reduce max_num_batched_tokens or max_num_seqs",
         "increase tensor_parallel_size",
         "on a GPU raise gpu_memory_utilization, on a CPU give dtype='bfloat16'",
+        "give quantization='fp8' or 'int8'",
     ]
     if allowance.exact:
-        ways[-1] = "reduce kv_cache_memory_bytes"
+        ways[2] = "reduce kv_cache_memory_bytes"
     if fitting is not None and fitting < length:
         ways.insert(0, f"reduce max_model_len ({length}) to at most {fitting}")
     needed = need.weights + workspace + (cache or 0)

@@ -14,9 +14,8 @@ from paddle_qwen1m.attention.positions import inv_freq
 from paddle_qwen1m.attention.step import SequenceRows, Step, StepBuilder
 from paddle_qwen1m.cache import LayerCache, PagedCache, choose_page_size
 from paddle_qwen1m.cache.kv_scales import LARGEST_ERROR, KVScales, centre_of, exponents_of
-from paddle_qwen1m.dtypes import INT8, QUANTISED, itemsize
+from paddle_qwen1m.dtypes import INT8, QUANTIZATIONS, itemsize
 from paddle_qwen1m.model import AttentionObserver, DecoderLayer, Qwen2OneM, unrounded_dtype
-from paddle_qwen1m.parallel.split import own_kv_heads
 
 CHUNK_TOKENS = 512
 """Of a text in which a chunk after the other is read; no memory that a prefill does not take anyway."""
@@ -39,7 +38,7 @@ def measure(model: Qwen2OneM, scales: KVScales, token_ids: np.ndarray) -> KVScal
     """Scales of the whole model with what rounding does to each layer, and so with the layers that stay in 16 bits, by
     a text int64 [n]. Every rank calls it and gets the same. ValueError as `keys_of`.
     """
-    own = scales.of_heads(own_kv_heads(model.config.num_kv_heads, model.group.degree, model.group.rank))
+    own = scales.of_heads(model.placement.layers_kv_heads(model.group.rank))
     errors = model.group.share(output_errors(model, INT8, replace(own, in_16_bits=()), token_ids))
     in_16_bits = [0.0] * len(errors)
     if itemsize(model.compute_dtype) != 2 and max(errors) > LARGEST_ERROR:
@@ -91,7 +90,7 @@ def _cache_of(model: Qwen2OneM, token_ids: np.ndarray, dtype: str, scales: KVSca
     """Room for the keys and values of a text on this rank."""
     page_size = choose_page_size(model.config.dual_chunk.chunk_len)
     pages = -(-len(token_ids) // page_size)
-    widened = (pages, model.compute_dtype) if model.on_gpu and dtype in QUANTISED else None
+    widened = (pages, model.compute_dtype) if model.on_gpu and dtype in QUANTIZATIONS else None
     return PagedCache(model.local, pages, page_size, dtype, scales, widened)
 
 
@@ -124,13 +123,14 @@ def _unrotated(layer: LayerCache, length: int, frequencies: np.ndarray) -> np.nd
 
 def _of_all_ranks(model: Qwen2OneM, own: KVScales) -> KVScales:
     """Every rank's KV heads in one; where several have the same head, the first of them counts."""
-    config, group = model.config, model.group
-    heads = own_kv_heads(config.num_kv_heads, group.degree, group.rank)
-    counts = group.rank == 0 or heads != own_kv_heads(config.num_kv_heads, group.degree, group.rank - 1)
+    config, group, placement = model.config, model.group, model.placement
     whole = []
     for part in (own.exponents, own.centres):
         everywhere = np.zeros((config.num_layers, config.num_kv_heads, part.shape[-1]), np.float32)
-        if counts:
-            everywhere[:, heads] = part
+        for layer in range(config.num_layers):
+            before = {head for rank in range(group.rank) for head in placement.kv_heads(layer, rank)}
+            for number, head in enumerate(placement.kv_heads(layer, group.rank)):
+                if head not in before:
+                    everywhere[layer, head] = part[layer, number]
         whole.append(group.all_reduce(ops.tensor(everywhere)).numpy())
     return KVScales(whole[0].astype(np.int8), whole[1])

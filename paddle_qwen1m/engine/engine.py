@@ -35,7 +35,7 @@ from paddle_qwen1m.cache import (
 from paddle_qwen1m.cache.kv_scales import KVScales
 from paddle_qwen1m.cache.transfers import UNFINISHED
 from paddle_qwen1m.config import ModelConfig, SparseBudgets
-from paddle_qwen1m.dtypes import QUANTISED
+from paddle_qwen1m.dtypes import QUANTIZATIONS
 from paddle_qwen1m.engine.admission import Budget, Limits, cache_pages
 from paddle_qwen1m.engine.borders import Chunking
 from paddle_qwen1m.engine.choosing import Chooser
@@ -70,7 +70,6 @@ from paddle_qwen1m.options import (
     default_inter_token_ms,
     default_pause_tokens,
 )
-from paddle_qwen1m.parallel.split import own_heads, own_kv_heads
 from paddle_qwen1m.plan import cache_bytes_per_token, widened_bytes, workspace_bytes
 
 logger = logging.getLogger(__name__)
@@ -135,11 +134,16 @@ class Engine:
                 f"max_model_len must be at most max_position_embeddings, {config.max_position_embeddings}, got "
                 f"{options.max_model_len}"
             )
-        if model.on_gpu and options.kv_cache_dtype not in (None, model.compute_dtype, *QUANTISED):
+        if model.on_gpu and options.kv_cache_dtype not in (None, model.compute_dtype, *QUANTIZATIONS):
             raise ValueError(
                 f"kv_cache_dtype on a GPU must be that of the computation, {model.compute_dtype}, or "
-                f"{' or '.join(QUANTISED)}, got "
+                f"{' or '.join(QUANTIZATIONS)}, got "
                 f"{options.kv_cache_dtype}"
+            )
+        if options.quantization != model.quantization:
+            raise ValueError(
+                f"quantization is of the weights, which are kept as {model.quantization or model.dtype}, got "
+                f"{options.quantization}: it is chosen when they are loaded"
             )
         page_size = choose_page_size(config.dual_chunk.chunk_len, options.page_size)
         if budgets is not None and budgets.vertical.shape != (config.num_layers, config.num_heads):
@@ -235,7 +239,9 @@ class Engine:
         return self.runner.is_sparse(prompt_length)
 
     def observe(self, observer: Observer | None) -> None:
-        """From now on `observer` is called with (layer, piece, index) for every piece that is prefilled sparsely."""
+        """From now on `observer` is called with (layer, piece, index) for every piece that is prefilled sparsely; in
+        the last layer only for those in which logits are wanted.
+        """
         self.runner.observe(observer)
 
     # --- requests ---
@@ -624,13 +630,12 @@ class Engine:
 
     def _name(self, request: Request, sparse: SparseRule | None) -> str:
         """What else than tokens and m decides about the keys of a request's prompt."""
-        config, degree = self.model.config, self.model.group.degree
-        heads = tuple((own.start, own.stop) for own in (own_heads(config.num_heads, degree, n) for n in range(degree)))
+        ranks, placement = self.model.group.degree, self.model.placement.digest
         kept = self.kv_cache_dtype
-        if kept in QUANTISED:
+        if kept in QUANTIZATIONS:
             kept = f"{kept}/{self._scales.digest}"
         salt = salt_digest(request.cache_salt)
-        return MadeUnder(self._weights, self.model.compute_dtype, kept, heads, salt, sparse).name
+        return MadeUnder(self._weights, self.model.compute_dtype, kept, ranks, placement, salt, sparse).name
 
     def _new_id(self) -> str:
         return f"call-{next(self._numbers)}"
@@ -696,6 +701,7 @@ class Engine:
             max_num_seqs=self.options.max_num_seqs,
             budgets=self.budgets if self.is_sparse(longest) else None,
             dtype=self.model.compute_dtype,
+            quantization=self.model.quantization,
         )
 
     def _make_cache(self, pages: int) -> None:
@@ -706,10 +712,8 @@ class Engine:
             return
         model, options = self.model, self.options
         scales, widened = None, None
-        if self.kv_cache_dtype in QUANTISED:
-            scales = self._scales.of_heads(
-                own_kv_heads(model.config.num_kv_heads, model.group.degree, model.group.rank)
-            )
+        if self.kv_cache_dtype in QUANTIZATIONS:
+            scales = self._scales.of_heads(model.placement.layers_kv_heads(model.group.rank))
             most = min(pages, self._pages_for(self.max_model_len))
             widened = (most, model.compute_dtype) if model.on_gpu else None
         unrounded = unrounded_dtype(model)

@@ -30,7 +30,6 @@ from paddle_qwen1m.engine.orders import (
     Save,
 )
 from paddle_qwen1m.model import Qwen2OneM
-from paddle_qwen1m.parallel.split import own_heads
 
 Chunk = Generator[None, None, Optional[paddle.Tensor]]
 """A prefill that can stand at a point."""
@@ -218,6 +217,8 @@ class Runner:
 
 def selectors(model: Qwen2OneM, budgets: SparseBudgets) -> list[Selector]:
     """Each layer's choice of keys, with the budgets of this rank's heads."""
-    own = own_heads(budgets.vertical.shape[1], model.group.degree, model.group.rank)
-    sizes = zip(np.ascontiguousarray(budgets.vertical[:, own]), np.ascontiguousarray(budgets.slash[:, own]))
-    return [Selector(number, LayerBudgets(*of_layer)) for number, of_layer in enumerate(sizes)]
+    made = []
+    for layer in range(model.config.num_layers):
+        own = list(model.placement.query_heads(layer, model.group.rank))
+        made.append(Selector(layer, LayerBudgets(budgets.vertical[layer, own], budgets.slash[layer, own])))
+    return made

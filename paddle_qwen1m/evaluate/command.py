@@ -146,11 +146,10 @@ def _jobs(arguments: argparse.Namespace, tokenizer: Any, text: str | None, data:
         return ruler.make(task, length, number, prompter, kind=kinds[task, number], **common)
 
     for task in tasks:
-        make(task, lengths[0], 0)
-        if task in data:  # which have an end, and passages that differ in length
+        for number in numbers if task in data else [0]:  # data have passages that differ in length
+            make(task, lengths[0], number)
+        if task in data:  # and an end
             make(task, lengths[-1], 0)
-            for number in numbers:
-                make(task, lengths[0], number)
     return [
         about(task, length, number, 1, partial(make, task, length, number), prompter)
         for length in lengths

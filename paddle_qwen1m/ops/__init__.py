@@ -11,6 +11,8 @@ A cache may be of 8 bits, int8 or uint8 that hold E4M3 (Paddle 2.6 has no type f
 is a `Quantised`, which the ops that read or write them take beside it. On a GPU rotate_and_cache, dca_decode and
 copy_page do; others read pages that `dequantize_pages` has widened.
 
+A weight may be bytes with scales, a `Weight8`.
+
 An op runs where its tensors lie, all on one device. Activations are float32 on a CPU, where weights and caches are
 float32, bfloat16 or float16; on a GPU activations, weights and caches are of one type, bfloat16 or float16, and a page
 holds a power of two of tokens, at least 64. The residual stream, rotary tables, scales, LSE, sums and logits are
@@ -45,6 +47,7 @@ from paddle_qwen1m.ops.step import (
     rotate_queries,
     silu_mul,
 )
+from paddle_qwen1m.ops.weight8 import Weight8, round_weight, widen_weight
 
 __all__ = [
     "FEW_ROWS",
@@ -57,6 +60,7 @@ __all__ = [
     "Quantised",
     "SparseIndex",
     "Stage",
+    "Weight8",
     "add_rms_norm",
     "cast",
     "copy_page",
@@ -80,6 +84,7 @@ __all__ = [
     "rotary_table",
     "rotate_and_cache",
     "rotate_queries",
+    "round_weight",
     "sample",
     "select_critical",
     "set_num_threads",
@@ -88,4 +93,5 @@ __all__ = [
     "tensor",
     "top_logprobs",
     "upload",
+    "widen_weight",
 ]

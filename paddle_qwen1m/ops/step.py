@@ -6,6 +6,7 @@ import paddle
 
 from paddle_qwen1m.ops.library import call
 from paddle_qwen1m.ops.pages import NOT_QUANTISED, Quantised
+from paddle_qwen1m.ops.weight8 import Weight8, linear8
 
 FEW_ROWS = 16
 """Up to so many rows a linear layer on a GPU is a custom op, which reads the weights once; above, a GEMM of cuBLAS."""
@@ -32,13 +33,18 @@ def add_rms_norm(delta: paddle.Tensor, residual: paddle.Tensor, weight: paddle.T
 
 
 def linear(
-    x: paddle.Tensor, weight: paddle.Tensor, bias: paddle.Tensor | None = None, *, float32: bool = False
+    x: paddle.Tensor, weight: paddle.Tensor | Weight8, bias: paddle.Tensor | None = None, *, float32: bool = False
 ) -> paddle.Tensor:
     """x [T, K] times the transpose of `weight` [N, K] (as published, out by in), plus `bias` [N]: [T, N].
 
     The result is activations, or float32 when asked for, which is never rounded on the way. On a GPU more than FEW_ROWS
-    rows of activations are a product of Paddle's matmul, which takes no bias (ValueError).
+    rows of activations are a product of Paddle's matmul, which takes no bias (ValueError). A weight of 8 bits takes
+    none either, and gives activations.
     """
+    if isinstance(weight, Weight8):
+        if bias is not None or float32:
+            raise ValueError("linear: a weight of 8 bits takes no bias and gives activations, not float32")
+        return linear8(x, weight)
     if float32 or x.shape[0] <= FEW_ROWS or not x.place.is_gpu_place():
         return call("linear", x, weight, bias, float32)[0]
     if bias is not None:

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from paddle_qwen1m.paddlenlp.causal_lm import Qwen2OneMForCausalLM
     from paddle_qwen1m.paddlenlp.loading import (
         HUB_OPTIONS,
-        SPARSE_CONFIG,
         config_dict,
         find_budgets,
         find_ours,
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "HUB_OPTIONS",
-    "SPARSE_CONFIG",
     "Qwen2OneMForCausalLM",
     "config_dict",
     "find_budgets",

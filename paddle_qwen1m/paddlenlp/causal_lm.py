@@ -16,7 +16,7 @@ from paddlenlp.transformers.model_utils import no_init_weights
 from paddlenlp.utils.log import logger
 
 from paddle_qwen1m.config import SparseBudgets
-from paddle_qwen1m.dtypes import QUANTISED, dtype_name
+from paddle_qwen1m.dtypes import QUANTIZATIONS, dtype_name
 from paddle_qwen1m.engine import Engine, SamplingParams
 from paddle_qwen1m.model import Qwen2OneM
 from paddle_qwen1m.options import EngineOptions, Face, describe_options, read_loading_options
@@ -25,16 +25,20 @@ from paddle_qwen1m.paddlenlp.generation import OPTIONS, Defaults, Request, drawn
 from paddle_qwen1m.paddlenlp.hub import Checkpoint
 from paddle_qwen1m.paddlenlp.loading import (
     choose_engine_options,
+    choose_quantization,
     describe,
     find_budgets,
     find_checkpoint,
     join_ranks,
     model_config,
+    name_weights,
+    place_heads,
     read_defaults,
     read_weights,
 )
 from paddle_qwen1m.paddlenlp.scales import find_scales, use_scales
 from paddle_qwen1m.parallel.group import ALONE, Group
+from paddle_qwen1m.parallel.placement import Placement
 from paddle_qwen1m.text import decoder, stopper
 from paddle_qwen1m.weights.digest import checkpoint_digest
 
@@ -53,9 +57,9 @@ class Qwen2OneMForCausalLM(PretrainedModel):  # type: ignore[misc]
 
     It runs on Paddle's device, a GPU where the package was built with CUDA kernels.
     config: PaddleNLP's Qwen2Config with a `dual_chunk_attention_config`. dtype: how weights are kept ("float32",
-    "bfloat16", "float16"; default the config's). weights: names them in a prefix store. A CPU computes in float32
-    whatever they are kept in; a GPU computes in what they are kept in, and keeps float32 as bfloat16, which one line
-    says.
+    "bfloat16", "float16"; default the config's). placement: which rank of the group has which heads. weights: names
+    them in a prefix store. A CPU computes in float32 whatever they are kept in; a GPU computes in what they are kept
+    in, and keeps float32 as bfloat16, which one line says.
     Building it directly, or by `from_config`, gives random weights: normal(0, initializer_range), reproducible by
     `paddle.seed`. `engine` is the engine for callers who need more than generate.
     """
@@ -71,14 +75,16 @@ class Qwen2OneMForCausalLM(PretrainedModel):  # type: ignore[misc]
         options: EngineOptions | None = None,
         budgets: SparseBudgets | None = None,
         group: Group = ALONE,
+        placement: Placement | None = None,
         weights: str = "",
     ) -> None:
         super().__init__(config)
         storage = dtype_name(dtype or config.dtype or "float32")
-        self.model = Qwen2OneM(model_config(config), storage, group)
+        options = options or EngineOptions()
+        self.model = Qwen2OneM(model_config(config), storage, group, placement, options.quantization)
         if self.model.dtype != storage:
             logger.info(f"weights are kept as {self.model.dtype}: a GPU does not compute in {storage}")
-        self.engine = Engine(self.model, options or EngineOptions(), budgets, weights=weights)
+        self.engine = Engine(self.model, options, budgets, weights=weights)
         self.use_defaults(Defaults.of(GenerationConfig.from_model_config(config)))
         self.eval()
 
@@ -97,6 +103,7 @@ class Qwen2OneMForCausalLM(PretrainedModel):  # type: ignore[misc]
         config = Qwen2Config.from_dict(described)
         shapes = model_config(config)
         # Every row comes out as it would alone: a prefix is reused where nothing depends on who was there first.
+        given["quantization"] = quantization = choose_quantization(checkpoint, given)
         own = {"enable_prefix_caching": True, "prefix_temperature_tolerance": 0.0}
         engine_options = choose_engine_options(shapes, {**own, **given})
         group = join_ranks(
@@ -112,7 +119,7 @@ class Qwen2OneMForCausalLM(PretrainedModel):  # type: ignore[misc]
             else None
         )
         defaults = read_defaults(checkpoint, described)
-        quantised = engine_options.kv_cache_dtype in QUANTISED
+        quantised = engine_options.kv_cache_dtype in QUANTIZATIONS
         named = quantised or engine_options.prefix_store is not None
         weights = checkpoint_digest(checkpoint.fetch_weights()) if named else ""
         scales = find_scales(checkpoint, shapes, given.get("kv_scales"), weights) if quantised else None
@@ -123,7 +130,8 @@ class Qwen2OneMForCausalLM(PretrainedModel):  # type: ignore[misc]
                 options=engine_options,
                 budgets=budgets,
                 group=group,
-                weights=weights,
+                placement=place_heads(described, shapes, budgets, group),
+                weights=name_weights(weights, quantization),
             )
         model.use_defaults(defaults)
         read_weights(model.model, checkpoint, described, group)
@@ -147,7 +155,7 @@ class Qwen2OneMForCausalLM(PretrainedModel):  # type: ignore[misc]
                     values = np.zeros(slot.held_shape, dtype=np.float32)
                 else:
                     values = random.standard_normal(slot.held_shape, dtype=np.float32) * self.config.initializer_range
-                slot.write(paddle.to_tensor(values, place=paddle.CPUPlace()).astype(slot.tensor.dtype))
+                slot.write(values)
 
     def use_defaults(self, defaults: Defaults) -> None:
         """Make these generate()'s defaults; `generation_config` shows them and may be changed."""

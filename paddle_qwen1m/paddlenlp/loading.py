@@ -10,25 +10,24 @@ from typing import Any
 from paddlenlp.transformers.configuration_utils import PretrainedConfig
 from paddlenlp.utils.log import logger
 
-from paddle_qwen1m.config import ModelConfig, SparseBudgets, published_budgets
+from paddle_qwen1m.config import PUBLISHED_SOURCE, SPARSE_CONFIG, ModelConfig, SparseBudgets, default_budgets
 from paddle_qwen1m.config import is_ours as is_ours
-from paddle_qwen1m.config_keys import BASE, DUAL_CHUNK, remarks
+from paddle_qwen1m.config_keys import BASE, DUAL_CHUNK, own_quantization, remarks
 from paddle_qwen1m.model import Qwen2OneM
 from paddle_qwen1m.options import EngineOptions
 from paddle_qwen1m.paddlenlp.generation import Defaults
 from paddle_qwen1m.paddlenlp.generation_keys import is_known
 from paddle_qwen1m.paddlenlp.hub import Checkpoint, HubError, locate, read_json
 from paddle_qwen1m.parallel.group import Group, start
+from paddle_qwen1m.parallel.placement import Placement
 from paddle_qwen1m.parallel.split import check_degree
 from paddle_qwen1m.weights import LoadingBar, load_checkpoint
 from paddle_qwen1m.weights.foreign import describe_adapter, describe_file
 from paddle_qwen1m.weights.rotary_tables import compare_rotary_tables
-from paddle_qwen1m.weights.sharding import rank_directory, rank_sets
+from paddle_qwen1m.weights.sharding import rank_directory, rank_sets, recorded_placement
 from paddle_qwen1m.weights.tensors import HEAD
 
-SPARSE_CONFIG = "sparse_attention_config.json"
 GENERATION_CONFIG = "generation_config.json"
-PUBLISHED = "those published for this shape, which the package carries"
 HUB_OPTIONS = ("from_hf_hub", "from_aistudio", "cache_dir", "subfolder")
 
 
@@ -86,8 +85,24 @@ def describe(checkpoint: Checkpoint, config: PretrainedConfig | dict[str, Any] |
     shapes = ModelConfig.from_dict(described, source)
     for line in remarks(described):
         logger.warning(f"{source}: {line}")
-    others = ("dtype", "rope_parameters", "rope_scaling")
+    others = ("dtype", "rope_parameters", "rope_scaling", "quantization_config")
     return {**{key: value for key, value in described.items() if key not in others}, **shapes.to_dict()}
+
+
+def choose_quantization(checkpoint: Checkpoint, given: dict[str, Any]) -> str | None:
+    """How the linears' weights are kept: as given, else as in the files. ValueError for two ways that differ."""
+    stored, asked = own_quantization(checkpoint.read_config()), given.get("quantization")
+    if stored is not None and asked not in (None, stored):
+        raise ValueError(
+            f"{checkpoint.name} holds weights in {stored}, got quantization={asked!r}: leave it out, or load the "
+            "checkpoint that it was made from"
+        )
+    return stored or asked
+
+
+def name_weights(digest: str, quantization: str | None) -> str:
+    """The name of a checkpoint's weights as they are kept."""
+    return digest if quantization is None or not digest else f"{digest}-{quantization}"
 
 
 def join_ranks(
@@ -110,6 +125,20 @@ def join_ranks(
     if rank not in (None, -1, group.rank):
         raise ValueError(f"this process is rank {group.rank} of {degree}, got tensor_parallel_rank {rank}")
     return group
+
+
+def place_heads(
+    described: dict[str, Any], shapes: ModelConfig, budgets: SparseBudgets | None, group: Group
+) -> Placement:
+    """Which rank holds which heads: as a rank set says, else evenly by the budgets in use, else in published order.
+    Every rank calls it and gets rank 0's.
+    """
+    placement = recorded_placement(described, shapes)
+    if placement is None:
+        placement = Placement.balanced(shapes, group.degree, budgets)
+    if group.degree == 1:
+        return placement
+    return Placement.from_text(shapes, group.degree, group.share(placement.text))
 
 
 def choose_engine_options(shapes: ModelConfig, given: dict[str, Any]) -> EngineOptions:
@@ -149,7 +178,7 @@ def find_budgets(
             "prefilled densely; give sparse_budgets=FILE (--sparse-budgets FILE) for sparse prefill, or find some with "
             f"`paddle-qwen1m calibrate {checkpoint.name} --text FILE... --out {SPARSE_CONFIG}`"
         )
-    elif source == PUBLISHED:
+    elif source == PUBLISHED_SOURCE:
         logger.info(f"{checkpoint.name} has no {SPARSE_CONFIG}: using the budgets published for this shape")
     return budgets
 
@@ -163,15 +192,12 @@ def look_up_budgets(
     if isinstance(explicit, SparseBudgets):
         explicit.check_fit(config.num_layers, config.num_heads, "sparse_budgets: ")
         return explicit, "given"
-    path = checkpoint.extra_file(SPARSE_CONFIG) if explicit is None else Path(explicit)
-    inline = config.dual_chunk.sparse_budgets
-    if path is not None:
-        if explicit is None and inline is not None:
-            logger.warning(f"{path} counts, not the sparse_attention_config in config.json")
-        return SparseBudgets.from_file(path, config.num_layers, config.num_heads), str(path)
-    if inline is not None:
-        return inline, f"the {DUAL_CHUNK} of config.json"
-    return published_budgets(config), PUBLISHED
+    if explicit is not None:
+        return SparseBudgets.from_file(Path(explicit), config.num_layers, config.num_heads), str(explicit)
+    path = checkpoint.extra_file(SPARSE_CONFIG)
+    if path is not None and config.dual_chunk.sparse_budgets is not None:
+        logger.warning(f"{path} counts, not the sparse_attention_config in config.json")
+    return default_budgets(config, path)
 
 
 def read_defaults(checkpoint: Checkpoint, described: dict[str, Any]) -> Defaults:

@@ -13,7 +13,7 @@ from paddlenlp.utils.log import logger
 
 from paddle_qwen1m.cache.kv_scales import KVScales
 from paddle_qwen1m.config import CONFIGS, ModelConfig
-from paddle_qwen1m.dtypes import FP8, INT8, QUANTISED
+from paddle_qwen1m.dtypes import FP8, INT8, QUANTIZATIONS
 from paddle_qwen1m.engine import Engine
 from paddle_qwen1m.engine.calibration import calibrate
 from paddle_qwen1m.paddlenlp.hub import Checkpoint
@@ -65,7 +65,7 @@ def use_scales(engine: Engine, checkpoint: Checkpoint, found: KVScales | None, w
     """Gives an engine whose weights are read the scales that its cache needs; where there are none they are made, and
     kept for the next load. Every rank calls it; what rank 0 has found counts.
     """
-    if engine.kv_cache_dtype not in QUANTISED:
+    if engine.kv_cache_dtype not in QUANTIZATIONS:
         return
     group = engine.model.group
     if not group.share(found is not None):

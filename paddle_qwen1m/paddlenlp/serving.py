@@ -15,7 +15,7 @@ from paddlenlp.utils.log import logger
 
 from paddle_qwen1m import ops
 from paddle_qwen1m.config import ModelConfig, SparseBudgets
-from paddle_qwen1m.dtypes import QUANTISED
+from paddle_qwen1m.dtypes import QUANTIZATIONS
 from paddle_qwen1m.engine import Engine, SamplingParams
 from paddle_qwen1m.engine.admission import Allowance, Capacity, Need, choose_capacity, fitting_options
 from paddle_qwen1m.engine.grammar import GrammarCompiler
@@ -30,11 +30,14 @@ from paddle_qwen1m.paddlenlp.loading import (
     GENERATION_CONFIG,
     HUB_OPTIONS,
     choose_engine_options,
+    choose_quantization,
     describe,
     find_budgets,
     find_checkpoint,
     join_ranks,
     look_up_budgets,
+    name_weights,
+    place_heads,
     read_weights,
 )
 from paddle_qwen1m.paddlenlp.scales import find_scales, use_scales
@@ -142,6 +145,7 @@ def load_engine(model: str, options: Mapping[str, Any]) -> Engine:
     checkpoint = find_checkpoint(model, given)
     described = describe(checkpoint, None)
     shapes = ModelConfig.from_dict(described, "config.json")
+    given["quantization"] = quantization = choose_quantization(checkpoint, given)
     asked_length = given.pop("max_model_len", None)
     chosen = choose_engine_options(shapes, {"enable_prefix_caching": True, **given})
     chosen = replace(chosen, cuda_graph=not given.get("enforce_eager", False))
@@ -161,7 +165,7 @@ def load_engine(model: str, options: Mapping[str, Any]) -> Engine:
 
     fitted = decide(0)
     weights = checkpoint_digest(checkpoint.fetch_weights())
-    quantised = fitted.chosen.kv_cache_dtype in QUANTISED
+    quantised = fitted.chosen.kv_cache_dtype in QUANTIZATIONS
     scales = find_scales(checkpoint, shapes, given.get("kv_scales"), weights) if quantised else None
     counted = group.share(0 if scales is None else len(scales.in_16_bits))
     if counted:
@@ -169,10 +173,10 @@ def load_engine(model: str, options: Mapping[str, Any]) -> Engine:
     if group.rank == 0:
         fitted.tell(given, asked_length)
     engine = Engine(
-        Qwen2OneM(shapes, dtype, group),
+        Qwen2OneM(shapes, dtype, group, place_heads(described, shapes, budgets, group), quantization),
         fitted.options,
         budgets,
-        weights=weights,
+        weights=name_weights(weights, quantization),
         compile_grammar=_grammars(checkpoint, shapes.vocab_size),
     )
     read_weights(engine.model, checkpoint, described, group)

@@ -1,4 +1,4 @@
-"""Who holds what: to how many ranks a model can be split, and what of it each of them has. No Paddle in here."""
+"""To how many ranks a model can be split, and in which parts; placement.py says whose the heads are. No Paddle here."""
 
 from __future__ import annotations
 
@@ -12,31 +12,23 @@ ROWS, COLUMNS = 0, 1
 
 
 class Part(NamedTuple):
-    """Rows (axis 0) or columns (axis 1) [begin, end) of a published tensor."""
+    """Rows (axis 0) or columns (axis 1) of a published tensor: `ranges` [begin, end), ascending, one after another."""
 
     axis: int
-    begin: int
-    end: int
+    ranges: tuple[tuple[int, int], ...]
 
     @property
     def size(self) -> int:
-        return self.end - self.begin
+        return sum(end - begin for begin, end in self.ranges)
 
 
-class Cut(NamedTuple):
-    """In equal parts along `axis`; where there are more ranks than `units`, neighbours hold the same part."""
+def equal_part(axis: int, size: int, degree: int, rank: int) -> Part:
+    """What `rank` of `degree` holds of `size` rows or columns in equal parts, the first the first rank's.
 
-    axis: int
-    units: int | None = None
-
-    def part(self, size: int, degree: int, rank: int) -> Part:
-        """What `rank` of `degree` holds of `size` rows or columns.
-
-        Where it does not divide, the last ranks hold fewer, or none.
-        """
-        parts = degree if self.units is None else min(degree, self.units)
-        share, number = -(-size // parts), rank * parts // degree
-        return Part(self.axis, min(number * share, size), min((number + 1) * share, size))
+    Where it does not divide, the last ranks hold fewer, or none.
+    """
+    share = -(-size // degree)
+    return Part(axis, ((min(rank * share, size), min((rank + 1) * share, size)),))
 
 
 def degrees(config: ModelConfig) -> list[int]:
@@ -83,16 +75,5 @@ def local_config(config: ModelConfig, degree: int) -> ModelConfig:
         num_heads=config.num_heads // degree,
         num_kv_heads=max(1, config.num_kv_heads // degree),
         intermediate_size=config.intermediate_size // degree,
-        vocab_size=Cut(ROWS).part(config.vocab_size, degree, 0).size,
+        vocab_size=equal_part(ROWS, config.vocab_size, degree, 0).size,
     )
-
-
-def own_heads(num_heads: int, degree: int, rank: int) -> slice:
-    """Which of the model's query heads are a rank's."""
-    return slice(rank * num_heads // degree, (rank + 1) * num_heads // degree)
-
-
-def own_kv_heads(num_kv_heads: int, degree: int, rank: int) -> slice:
-    """Which of the model's KV heads are a rank's; where there are more ranks, neighbours have the same one."""
-    part = Cut(ROWS, num_kv_heads).part(num_kv_heads, degree, rank)
-    return slice(part.begin, part.end)

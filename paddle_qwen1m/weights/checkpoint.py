@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from paddle_qwen1m.dtypes import STORAGE
 
 from . import names
+from .eight_bit import FILE_BLOCKS, FILE_DTYPES, SCALES, is_linear
 from .foreign import describe_adapter, describe_quantised, describe_weights
 from .record import refuse_unfinished
 from .safetensors import CheckpointError, TensorInfo, read_header
@@ -112,11 +113,16 @@ def check_fit(
 ) -> None:
     """CheckpointError, naming file and tensor, unless the published `tensors` of `directory` are those of `shapes`.
 
-    Those in `spare` and rotary tables may be there too.
+    Those in `spare` and rotary tables may be there too. A linear's numbers may have 8 bits, with scales beside them as
+    this package writes them.
     """
     problems = [f"missing: tensor {name!r} is in none of the files" for name in shapes if name not in tensors]
     for name, tensor in tensors.items():
-        if name not in shapes:
+        of = name[: -len(SCALES)] if name.endswith(SCALES) else ""
+        if is_linear(of) and of in tensors:
+            if of in shapes:
+                problems += _unfit_scales(name, tensor, tensors[of])
+        elif name not in shapes:
             if name not in spare and not name.endswith(names.DERIVED_SUFFIX):
                 problems.append(
                     f"{tensor.file.name}: tensor {name!r} has no place in the model, which without it would compute "
@@ -127,7 +133,7 @@ def check_fit(
                 f"{tensor.file.name}: tensor {name!r} has shape {list(tensor.shape)}, "
                 f"the model's config.json asks for {list(shapes[name])}"
             )
-        elif tensor.dtype not in STORAGE:
+        elif tensor.dtype not in STORAGE and not _has_scales(name, tensor, tensors):
             problems.append(f"{tensor.file.name}: tensor {name!r} is {tensor.dtype}, not one of {', '.join(STORAGE)}")
     if problems:
         quantised = describe_quantised(tensors)
@@ -140,6 +146,23 @@ def check_fit(
         raise CheckpointError(
             f"{directory} does not fit the model that its config.json describes:\n{summarise(problems)}\n{advice}"
         )
+
+
+def _has_scales(name: str, tensor: Described, tensors: Mapping[str, Described]) -> bool:
+    """Whether these are numbers of 8 bits as this package writes them."""
+    return is_linear(name) and tensor.dtype in FILE_DTYPES.values() and f"{name}{SCALES}" in tensors
+
+
+def _unfit_scales(name: str, scales: Described, numbers: Described) -> list[str]:
+    """What is wrong with the scales of a weight."""
+    kinds = {dtype: kind for kind, dtype in FILE_DTYPES.items()}
+    kind = kinds.get(numbers.dtype)
+    if kind is None:
+        return [f"{scales.file.name}: tensor {name!r} scales numbers of {numbers.dtype}, not {' or '.join(kinds)}"]
+    wanted = FILE_BLOCKS[kind].grid(numbers.shape)
+    if scales.dtype == "F32" and scales.shape == wanted:
+        return []
+    return [f"{scales.file.name}: tensor {name!r} is {scales.dtype} {list(scales.shape)}, expected F32 {list(wanted)}"]
 
 
 def read_weight_map(index: Path) -> dict[str, str]:

@@ -11,14 +11,18 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import Any
 
+from paddle_qwen1m.config import SPARSE_CONFIG, default_budgets
+from paddle_qwen1m.config_keys import QUANTIZATION, own_quantization_config
 from paddle_qwen1m.dtypes import SAFETENSORS
+from paddle_qwen1m.parallel.placement import Placement
 from paddle_qwen1m.parallel.split import Part, check_degree
 
 from . import names
 from .checkpoint import INDEX_NAME, SINGLE_NAME, index_metadata
+from .eight_bit import FILE_BLOCKS, FILE_DTYPES, LARGEST_BLOCK, SCALES, is_linear
 from .record import RECORD_NAME, PublishedFiles
 from .safetensors import DTYPE_BYTES
-from .sharding import RANK_SETS, rank_directory
+from .sharding import RANK_HEADS, RANK_SETS, rank_directory
 from .source import (
     CONFIG_NAME,
     HUGGINGFACE,
@@ -31,6 +35,7 @@ from .tensors import part_of
 
 COMPANIONS = ("*.json", "*.txt", "*.jinja", "*.md", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*")
 FORMATS = {HUGGINGFACE: "pt", PADDLENLP: "np", TENSOR_PARALLEL: "pt"}  # what safetensors metadata says of the layout
+NOT_QUANTISED = "none"
 Entry = tuple[str, str, tuple[int, ...]]
 
 
@@ -50,11 +55,14 @@ class Target:
 
 @dataclass(frozen=True)
 class Group:
-    """Files that are written in one pass over the same tensors; `flipped`: which of them are written transposed."""
+    """Files that are written in one pass over the same tensors; `flipped`: which of them are written transposed,
+    `kinds`: which become numbers of 8 bits, whose scales lie behind them.
+    """
 
     tensors: tuple[Tensor, ...]
     dtypes: tuple[str, ...]
     flipped: tuple[bool, ...]
+    kinds: tuple[str | None, ...]
     targets: tuple[Target, ...]
 
 
@@ -90,11 +98,19 @@ class Plan:
 
 
 def plan_conversion(
-    source: Source, form: str, *, degree: int = 1, dtype: str | None = None, max_shard_bytes: int | None = None
+    source: Source,
+    form: str,
+    *,
+    degree: int = 1,
+    dtype: str | None = None,
+    quantization: str | None = None,
+    max_shard_bytes: int | None = None,
 ) -> Plan:
     """What it takes to write `source` in `form`; the same every time.
 
     dtype: convert every tensor to "float32", "float16" or "bfloat16"; None keeps each as it is.
+    quantization: "fp8" or "int8" rounds the linears' weights, "none" gives those of a rounded source their type in
+        config.json; None keeps what is there.
     max_shard_bytes: distribute the tensors anew, over files that are no larger unless one tensor is; None keeps the
         partition of the published form, as far as it is known, or of the source.
     Raises ValueError for a degree that does not fit form or model.
@@ -105,14 +121,15 @@ def plan_conversion(
         check_degree(source.model, degree)
     elif degree != 1:
         raise ValueError(f"a tensor parallel size of {degree} needs the format {TENSOR_PARALLEL}, not {form}")
+    placement = _placement(source, degree)
+    _check_quantization(source, form, quantization)
+    kind = None if quantization == NOT_QUANTISED else quantization
     partition = source.partition
     if max_shard_bytes is not None:
-        partition = _distribute(source, degree, dtype, max_shard_bytes)
+        partition = _distribute(source, placement, dtype, kind, max_shard_bytes)
     published = source.published
-    groups = [
-        _group(source, form, degree, dtype, file, tensors, published if partition is source.partition else None)
-        for file, tensors in partition.items()
-    ]
+    kept = published if partition is source.partition else None
+    groups = [_group(source, form, placement, dtype, kind, file, tensors, kept) for file, tensors in partition.items()]
     indexes: dict[str, bytes] = {}
     had_index = partition is source.partition and published is not None and published.index is not None
     if had_index or list(partition) != [SINGLE_NAME]:
@@ -125,34 +142,80 @@ def plan_conversion(
         degree,
         tuple(groups),
         _companions(source),
-        {CONFIG_NAME: _config(source, form, degree, dtype)},
+        {CONFIG_NAME: _config(source, form, placement, dtype, kind)},
         indexes,
     )
+
+
+def _placement(source: Source, degree: int) -> Placement:
+    """As the budgets that lie beside the weights, or are published for them, make the ranks' work even."""
+    beside = source.directory / SPARSE_CONFIG
+    budgets, _ = default_budgets(source.model, beside if beside.is_file() else None)
+    return Placement.balanced(source.model, degree, budgets)
+
+
+def _check_quantization(source: Source, form: str, quantization: str | None) -> None:
+    """ValueError for what is not written: see plan_conversion."""
+    if source.quantization is not None and quantization != NOT_QUANTISED:
+        raise ValueError(
+            f"{source.directory} holds weights in {source.quantization}, which are converted back alone: give the "
+            f"quantization {NOT_QUANTISED}, or convert the checkpoint that they were made from"
+        )
+    if source.quantization is None and quantization in (None, NOT_QUANTISED):
+        return
+    if form != HUGGINGFACE:
+        raise ValueError(
+            f"weights of 8 bits are written to and read from the format {HUGGINGFACE} alone, of which each rank reads "
+            f"its own part, got {form}"
+        )
+    if quantization == NOT_QUANTISED:
+        return
+    for name, tensor in source.tensors.items():
+        if is_linear(name) and any(size % LARGEST_BLOCK for size in tensor.shape):
+            raise ValueError(
+                f"weights of 8 bits are written in blocks of {LARGEST_BLOCK}, tensor {name!r} is {list(tensor.shape)}"
+            )
+
+
+def _dtype(tensor: Tensor, source: Source, dtype: str | None) -> str:
+    """How a tensor that is not rounded is written."""
+    if dtype is not None:
+        return SAFETENSORS[dtype]
+    return tensor.dtype if tensor.scales is None else SAFETENSORS[source.model.dtype]
+
+
+def _entries(name: str, dtype: str, shape: tuple[int, ...], kind: str | None) -> list[Entry]:
+    """What a file holds of a tensor."""
+    if kind is None:
+        return [(name, dtype, shape)]
+    return [(name, FILE_DTYPES[kind], shape), (f"{name}{SCALES}", "F32", FILE_BLOCKS[kind].grid(shape))]
 
 
 def _group(
     source: Source,
     form: str,
-    degree: int,
+    placement: Placement,
     dtype: str | None,
+    kind: str | None,
     file: str,
     members: Sequence[str],
     published: PublishedFiles | None,
 ) -> Group:
     tensors = [source.tensors[name] for name in members]
-    dtypes = [SAFETENSORS[dtype] if dtype else tensor.dtype for tensor in tensors]
+    kinds = [kind if is_linear(name) else None for name in members]
+    dtypes = [tensor.dtype if own is not None else _dtype(tensor, source, dtype) for tensor, own in zip(tensors, kinds)]
     tied = source.model.tie_word_embeddings
     flipped = [form == PADDLENLP and names.is_transposed(name, tied) for name in members]
     targets = []
-    for rank in range(degree):
-        parts = [part_of(source.model, name, degree, rank) for name in members]
+    for rank in range(placement.degree):
+        parts = [part_of(source.model, name, placement, rank) for name in members]
         entries: list[Entry] = []
-        for tensor, own, flip, part in zip(tensors, dtypes, flipped, parts):
+        for tensor, own, flip, part, rounded in zip(tensors, dtypes, flipped, parts, kinds):
             name = names.to_paddlenlp(tensor.name) if form == PADDLENLP else tensor.name
-            entries.append((name, own, _shape(tensor.shape, flip, part)))
+            entries += _entries(name, own, _shape(tensor.shape, flip, part), rounded)
         header = _header(form, file, entries, published)
-        targets.append(Target(_place(form, rank, degree, file), header, tuple(entries), tuple(parts)))
-    return Group(tuple(tensors), tuple(dtypes), tuple(flipped), tuple(targets))
+        targets.append(Target(_place(form, rank, placement.degree, file), header, tuple(entries), tuple(parts)))
+    return Group(tuple(tensors), tuple(dtypes), tuple(flipped), tuple(kinds), tuple(targets))
 
 
 def _shape(shape: tuple[int, ...], flipped: bool, part: Part | None) -> tuple[int, ...]:
@@ -201,11 +264,15 @@ def _index(form: str, targets: Sequence[Target], published: PublishedFiles | Non
     return json.dumps(index, indent=2).encode("utf-8") + b"\n"
 
 
-def _config(source: Source, form: str, degree: int, dtype: str | None) -> bytes:
+def _config(source: Source, form: str, placement: Placement, dtype: str | None, kind: str | None) -> bytes:
     """The published file itself where it says the same."""
-    values = {key: value for key, value in source.config.items() if key != RANK_SETS}
+    values = {key: value for key, value in source.config.items() if key not in (RANK_SETS, RANK_HEADS)}
     if form == TENSOR_PARALLEL:
-        values[RANK_SETS] = degree
+        values.update({RANK_SETS: placement.degree, RANK_HEADS: placement.text})
+    if source.quantization is not None:
+        del values[QUANTIZATION]
+    if kind is not None:
+        values[QUANTIZATION] = own_quantization_config(kind)
     if dtype is not None:
         spelled = [key for key in ("torch_dtype", "dtype") if key in values]
         values.update(dict.fromkeys(spelled or ["torch_dtype"], dtype))
@@ -228,12 +295,16 @@ def _companions(source: Source) -> tuple[str, ...]:
     )
 
 
-def _distribute(source: Source, degree: int, dtype: str | None, limit: int) -> dict[str, list[str]]:
+def _distribute(
+    source: Source, placement: Placement, dtype: str | None, kind: str | None, limit: int
+) -> dict[str, list[str]]:
     shards: list[list[str]] = []
     room = 0
     for name in (name for members in source.partition.values() for name in members):
-        tensor, part = source.tensors[name], part_of(source.model, name, degree, 0)
-        nbytes = _nbytes(SAFETENSORS[dtype] if dtype else tensor.dtype, _shape(tensor.shape, False, part))
+        tensor, part = source.tensors[name], part_of(source.model, name, placement, 0)
+        shape, rounded = _shape(tensor.shape, False, part), kind if is_linear(name) else None
+        entries = _entries(name, _dtype(tensor, source, dtype), shape, rounded)
+        nbytes = sum(_nbytes(own, size) for _, own, size in entries)
         if not shards or nbytes > room:
             shards.append([])
             room = limit

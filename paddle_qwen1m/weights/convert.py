@@ -39,13 +39,21 @@ def plan(
     *,
     degree: int = 1,
     dtype: str | None = None,
+    quantization: str | None = None,
     max_shard_bytes: int | None = None,
     allow_absent: bool = True,
 ) -> Plan:
     """The plan alone, for which the shards that an index names need not be there unless `allow_absent` is False."""
     checkpoint = open_source(Path(source), allow_absent=allow_absent)
     try:
-        return plan_conversion(checkpoint, form, degree=degree, dtype=dtype, max_shard_bytes=max_shard_bytes)
+        return plan_conversion(
+            checkpoint,
+            form,
+            degree=degree,
+            dtype=dtype,
+            quantization=quantization,
+            max_shard_bytes=max_shard_bytes,
+        )
     except ValueError as error:
         raise ConversionError(str(error)) from None
 
@@ -72,6 +80,7 @@ def convert(
     *,
     degree: int = 1,
     dtype: str | None = None,
+    quantization: str | None = None,
     max_shard_bytes: int | None = None,
     verify: bool = False,
     progress: bool = True,
@@ -81,7 +90,7 @@ def convert(
     form: "paddlenlp", which PaddleNLP's own Qwen2ForCausalLM loads, "tensor-parallel", a folder for each of `degree`
         ranks, or "huggingface", the published one. The source may have any of the three.
     dtype: "float32", "float16" or "bfloat16", rounded to nearest even; None keeps what is there.
-    max_shard_bytes: see conversion.plan_conversion.
+    quantization, max_shard_bytes: see conversion.plan_conversion.
     verify: read everything again afterwards and compare sizes, headers and SHA-256.
     progress: stderr tells how far it is: a bar on a terminal, lines elsewhere.
 
@@ -92,7 +101,15 @@ def convert(
     """
     source, destination = Path(source), Path(destination)
     _check_apart(source, destination)
-    wanted = plan(source, form, degree=degree, dtype=dtype, max_shard_bytes=max_shard_bytes, allow_absent=False)
+    wanted = plan(
+        source,
+        form,
+        degree=degree,
+        dtype=dtype,
+        quantization=quantization,
+        max_shard_bytes=max_shard_bytes,
+        allow_absent=False,
+    )
     with _alone_in(destination):
         record = _begin(wanted, destination)
         kept = len(record.files)

@@ -35,5 +35,5 @@ def _is_of_base(name: str, info: TensorInfo, config: ModelConfig) -> bool:
         return False
     found = np.empty(info.shape[0], np.float32)
     with open(info.file, "rb", buffering=0) as file:
-        read_matrix(file, name, info, found, "F32", (0, info.shape[0]))
+        read_matrix(file, name, info, found.reshape(-1, 1), "F32", (0, info.shape[0]))
     return np.allclose(found, frequencies, rtol=ANGLE_TOLERANCE, atol=0)

@@ -30,6 +30,9 @@ Array = npt.NDArray[Any]
 MAX_HEADER_BYTES = 100_000_000
 TILE_ELEMENTS = 1 << 20
 FLOAT16_MAX = 65504.0
+BYTES = "U8"
+"""In place of a type: bytes as they lie there."""
+READ = {**STORAGE, BYTES: np.dtype(np.uint8)}
 
 
 class CheckpointError(ValueError):
@@ -192,12 +195,12 @@ def read_rows(
     """Read tensor `name`, or its rows [rows[0], rows[1]) along the first axis, into `out`; of a row those columns.
 
     `file` is `info.file` opened unbuffered, and asked for no other bytes. `out` is a flat contiguous array of exactly
-    those elements, in the storage of `dtype` (F32, BF16 or F16; see dtypes.py). Equal dtypes are read without a copy;
-    otherwise tiles of TILE_ELEMENTS are converted, narrowing rounded to nearest even. `on_bytes` is told the bytes of
-    the file as they are read.
+    those elements, in the storage of `dtype` (F32, BF16 or F16, see dtypes.py; U8 of a U8 alone). Equal dtypes are read
+    without a copy; otherwise tiles of TILE_ELEMENTS are converted, narrowing rounded to nearest even. `on_bytes` is
+    told the bytes of the file as they are read.
     Raises CheckpointError when the file ends early, its dtype is none of the three, or a value is beyond float16.
     """
-    if info.dtype not in STORAGE:
+    if info.dtype not in (READ if dtype == BYTES else STORAGE):
         raise CheckpointError(
             f"{info.file}: tensor {name!r} is {info.dtype}; this loader reads {', '.join(STORAGE)}: "
             "use the bfloat16 or float16 edition of the checkpoint"
@@ -212,10 +215,10 @@ def read_rows(
         raise ValueError(f"columns [{left}, {right}) are not within the {whole} columns of tensor {name!r}")
     width = right - left
     count = (end - begin) * width
-    if out.shape != (count,) or out.dtype != STORAGE[dtype] or not out.flags.c_contiguous:
-        raise ValueError(f"tensor {name!r} needs a flat {STORAGE[dtype]} array of {count}, got {out.dtype} {out.shape}")
+    if out.shape != (count,) or out.dtype != READ[dtype] or not out.flags.c_contiguous:
+        raise ValueError(f"tensor {name!r} needs a flat {READ[dtype]} array of {count}, got {out.dtype} {out.shape}")
     where = f"{info.file}: tensor {name!r}"
-    source_type = STORAGE[info.dtype]
+    source_type = READ[info.dtype]
     # Neighbours in the file are read as they come; of rows with others between them as many at once as a tile holds.
     run = width if width < whole else count
     step = TILE_ELEMENTS if run == count else max(1, TILE_ELEMENTS // max(1, run)) * run
@@ -231,7 +234,7 @@ def read_rows(
             rows_of_bytes = source.view(np.uint8).reshape(-1, run * source_type.itemsize)
             _read_runs(file, rows_of_bytes, position + start // run * pitch, pitch, where)
         if info.dtype != dtype:
-            _convert(source, info.dtype, target, dtype, where)
+            cast(source, info.dtype, target, dtype, where)
         if on_bytes is not None:
             on_bytes(source.nbytes)
 
@@ -268,7 +271,10 @@ def _ended(where: str, position: int) -> CheckpointError:
     return CheckpointError(f"{where}: the file ended at byte {position} while it was read; download it again")
 
 
-def _convert(source: Array, source_dtype: str, target: Array, target_dtype: str, where: str) -> None:
+def cast(source: Array, source_dtype: str, target: Array, target_dtype: str, where: str) -> None:
+    """Fills `target` with values of another type, rounded to nearest even. CheckpointError, which begins with `where`,
+    for one beyond float16.
+    """
     wide = _widen(source) if source_dtype == "BF16" else source
     if target_dtype == "BF16":
         target[:] = _bfloat16_bits(wide.astype(np.float32, copy=False))

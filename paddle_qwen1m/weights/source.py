@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from paddle_qwen1m.config import ModelConfig
+from paddle_qwen1m.config_keys import own_quantization
 from paddle_qwen1m.dtypes import SAFETENSORS
-from paddle_qwen1m.parallel.split import ROWS, check_degree
+from paddle_qwen1m.parallel.placement import Placement
+from paddle_qwen1m.parallel.split import ROWS
 
 from . import names, sharding
-from .checkpoint import INDEX_NAME, Checkpoint, as_published, check_fit, read_weight_map, summarise
+from .checkpoint import INDEX_NAME, Checkpoint, Described, as_published, check_fit, read_weight_map, summarise
+from .eight_bit import FILE_DTYPES, SCALES, is_linear
 from .record import PublishedFiles, Record, refuse_unfinished
 from .safetensors import CheckpointError, TensorInfo, read_header
 from .tensors import HEAD, part_of, published_shapes
@@ -25,12 +28,15 @@ HUGGINGFACE, PADDLENLP, TENSOR_PARALLEL = "huggingface", "paddlenlp", "tensor-pa
 
 @dataclass(frozen=True)
 class Tensor:
-    """A published tensor: its shape, and the stored pieces of the matrix it is; see window.Piece."""
+    """A published tensor: its shape, and the stored pieces of the matrix it is; see window.Piece. scales: of numbers
+    of 8 bits.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
+    scales: TensorInfo | None = None
 
     @property
     def file(self) -> Path:
@@ -42,7 +48,8 @@ class Tensor:
 class Source:
     """`partition`: the files of the published form, and their tensors in the order of the data.
 
-    `published`: what the published form looked like, where that is known. `absent`: files of weights that are not
+    `published`: what the published form looked like, where that is known. quantization: how the linears' weights are
+    kept, None: like the rest. `absent`: files of weights that are not
     there; shapes and dtypes of their tensors are then those of config.json.
     """
 
@@ -53,6 +60,7 @@ class Source:
     tensors: Mapping[str, Tensor]
     partition: Mapping[str, Sequence[str]]
     published: PublishedFiles | None
+    quantization: str | None = None
     absent: Sequence[str] = ()
 
     @property
@@ -77,15 +85,24 @@ def open_source(directory: Path, *, allow_absent: bool = False) -> Source:
     record = Record.read(directory)
     degree = sharding.rank_sets(config)
     absent: list[str] = []
+    stored: Mapping[str, Described]
     if degree is not None:
         form = TENSOR_PARALLEL
-        tensors, partition = _rank_set(directory, model, degree)
+        tensors, partition = _rank_set(directory, model, config)
+        stored = tensors
     else:
         found, is_paddlenlp = _whole(directory, model, absent if allow_absent else None)
-        form = PADDLENLP if is_paddlenlp else HUGGINGFACE
-        tensors = {name: Tensor(name, info.dtype, info.shape, (Piece(name, info),)) for name, info in found.items()}
-        partition = _partition(found)
-    check_fit(directory, tensors, published_shapes(model), spare={HEAD})
+        form, stored = PADDLENLP if is_paddlenlp else HUGGINGFACE, found
+        weights = {name: info for name, info in found.items() if not _are_scales(name, found)}
+        tensors = {
+            name: Tensor(name, info.dtype, info.shape, (Piece(name, info),), found.get(f"{name}{SCALES}"))
+            for name, info in weights.items()
+        }
+        partition = _partition(weights)
+    check_fit(directory, stored, published_shapes(model), spare={HEAD})
+    quantization = own_quantization(config)
+    if not absent:
+        _check_quantization(directory, tensors, quantization)
     published = record.published if record is not None and form != HUGGINGFACE else None
     if form == HUGGINGFACE and not absent:
         published = PublishedFiles.of(directory, CONFIG_NAME, INDEX_NAME, list(partition))
@@ -95,7 +112,22 @@ def open_source(directory: Path, *, allow_absent: bool = False) -> Source:
             partition = known
         else:
             published = None
-    return Source(directory, form, config, model, tensors, partition, published, absent)
+    return Source(directory, form, config, model, tensors, partition, published, quantization, absent)
+
+
+def _are_scales(name: str, found: Mapping[str, TensorInfo]) -> bool:
+    return name.endswith(SCALES) and name[: -len(SCALES)] in found
+
+
+def _check_quantization(directory: Path, tensors: Mapping[str, Tensor], quantization: str | None) -> None:
+    """CheckpointError unless the linears, and nothing else, are what config.json says."""
+    for name, tensor in tensors.items():
+        dtype = FILE_DTYPES[quantization] if quantization is not None and is_linear(name) else None
+        if (tensor.dtype if tensor.scales is not None else None) != dtype:
+            raise CheckpointError(
+                f"{directory / CONFIG_NAME} says that weights are kept as {quantization or 'they were published'}, "
+                f"tensor {name!r} is {tensor.dtype}: the directory is put together of two checkpoints"
+            )
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -146,13 +178,15 @@ def _partition(tensors: Mapping[str, TensorInfo]) -> dict[str, list[str]]:
     return partition
 
 
-def _rank_set(directory: Path, model: ModelConfig, degree: Any) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
-    if not isinstance(degree, int) or degree < 2:
-        raise CheckpointError(f"{directory / CONFIG_NAME}: {sharding.RANK_SETS} must be at least 2, got {degree!r}")
+def _rank_set(
+    directory: Path, model: ModelConfig, config: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
     try:
-        check_degree(model, degree)
+        placement = sharding.recorded_placement(config, model)
     except ValueError as error:
         raise CheckpointError(f"{directory / CONFIG_NAME}: {error}") from None
+    assert placement is not None
+    degree = placement.degree
     ranks = [Checkpoint(directory / sharding.rank_directory(rank, degree)) for rank in range(degree)]
     problems: list[str] = []
     tensors: dict[str, Tensor] = {}
@@ -161,7 +195,7 @@ def _rank_set(directory: Path, model: ModelConfig, degree: Any) -> tuple[dict[st
         if len(holders) < degree:
             problems += [f"rank {rank} lacks tensor {name!r}" for rank in range(degree) if rank not in holders]
             continue
-        pieces, whole = _pieces(ranks, model, name, problems)
+        pieces, whole = _pieces(ranks, model, placement, name, problems)
         if {rank.tensors[name].dtype for rank in ranks} != {first.dtype}:
             problems.append(f"tensor {name!r} has several dtypes")
         tensors[name] = Tensor(name, first.dtype, whole, pieces)
@@ -171,15 +205,15 @@ def _rank_set(directory: Path, model: ModelConfig, degree: Any) -> tuple[dict[st
 
 
 def _pieces(
-    ranks: Sequence[Checkpoint], model: ModelConfig, name: str, problems: list[str]
+    ranks: Sequence[Checkpoint], model: ModelConfig, placement: Placement, name: str, problems: list[str]
 ) -> tuple[tuple[Piece, ...], tuple[int, ...]]:
     """The ranks' parts of a tensor, each once, and its whole shape."""
-    parts = [part_of(model, name, len(ranks), rank) for rank in range(len(ranks))]
+    parts = [part_of(model, name, placement, rank) for rank in range(len(ranks))]
     if parts[0] is None:
         return (Piece(name, ranks[0].tensors[name]),), ranks[0].tensors[name].shape
     axis = parts[0].axis
     pieces: dict[int, Piece] = {}
-    size = max(part.end for part in parts if part is not None)
+    size = max(end for part in parts if part is not None for _, end in part.ranges)
     whole = ranks[0].tensors[name].shape
     whole = (*whole[:axis], size, *whole[axis + 1 :])
     for rank, part in enumerate(parts):
@@ -188,7 +222,12 @@ def _pieces(
         expected = (*whole[:axis], part.size, *whole[axis + 1 :])
         if info.shape != expected:
             problems.append(f"rank {rank}: tensor {name!r} has shape {list(info.shape)}, expected {list(expected)}")
-        elif part.size:
-            row, column = (part.begin, 0) if axis == ROWS else (0, part.begin)
-            pieces.setdefault(part.begin, Piece(name, info, row, column))
+            continue
+        at = 0
+        for begin, end in part.ranges:
+            stored, at = (at, at + end - begin), at + end - begin
+            if begin == end:
+                continue
+            piece = Piece(name, info, begin, 0, stored) if axis == ROWS else Piece(name, info, 0, begin, None, stored)
+            pieces.setdefault(begin, piece)
     return tuple(pieces.values()), whole

@@ -7,6 +7,7 @@ import io
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Callable
 
@@ -19,8 +20,10 @@ from paddle_qwen1m.parallel.split import ROWS, Part
 from paddle_qwen1m.progress import Progress
 
 from .conversion import Group, Plan, Target
+from .eight_bit import FILE_BLOCKS, FILE_DTYPES, LARGEST_BLOCK, SCALES, widen
 from .record import Record
-from .safetensors import Array
+from .safetensors import BYTES, Array, CheckpointError, cast, read_rows
+from .source import Tensor
 from .window import as_matrix, read_window
 from .writer import Buffers, OutputFile, Piece, Writer
 
@@ -86,18 +89,22 @@ def _write_group(
             for first, panel, buffers in _panels(group, number, open_file, memory):
                 last = None
                 for file, target in zip(files, targets):
-                    part = _cut(panel, first, target.parts[number])
-                    if part.size:
-                        last = put(file, part.reshape(-1).view(np.uint8).data)
-                buffers.give_back(last)
+                    for part in _cut(panel, first, target.parts[number]):
+                        if part.size:
+                            last = put(file, part.reshape(-1).view(np.uint8).data)
+                if buffers is not None:
+                    buffers.give_back(last)
     for file in files:
         writer.finish(file)
 
 
 def _panels(
     group: Group, number: int, open_file: Callable[[Path], io.RawIOBase], memory: tuple[Buffers, Buffers]
-) -> Iterator[tuple[int, Array, Buffers]]:
-    """A tensor as it is written, in ranges of rows, each with its first row and the ring its memory is of."""
+) -> Iterator[tuple[int, Array, Buffers | None]]:
+    """A tensor as it is written, in ranges of rows, each with its first row and the ring its memory is of, if any."""
+    if group.kinds[number] is not None:
+        yield from _rounded_panels(group, number, open_file, memory[0])
+        return
     tensor, dtype = group.tensors[number], STORAGE[group.dtypes[number]]
     pieces = tensor.pieces
     rows, width = as_matrix(tensor.shape)
@@ -108,17 +115,65 @@ def _panels(
     step = max(1, (TRANSPOSED_PANEL_BYTES if transposed else PANEL_BYTES) // max(1, width * dtype.itemsize))
     for first in range(0, rows, step):
         panel = memory[transposed].take((min(step, rows - first), width), dtype)
-        read_window(open_file, pieces, first, panel, group.dtypes[number])
+        if tensor.scales is None:
+            read_window(open_file, pieces, first, panel, group.dtypes[number])
+        else:
+            _read_widened(open_file, tensor, first, panel, group.dtypes[number])
         yield first, panel, memory[transposed]
 
 
-def _cut(panel: Array, first: int, part: Part | None) -> Array:
-    """What a target holds of a panel whose first row is the tensor's row `first`."""
+def _rounded_panels(
+    group: Group, number: int, open_file: Callable[[Path], io.RawIOBase], memory: Buffers
+) -> Iterator[tuple[int, Array, Buffers | None]]:
+    """The numbers of a tensor that becomes 8 bits, in ranges of rows of whole blocks, and then all scales."""
+    from paddle_qwen1m import ops
+
+    tensor, dtype, kind = group.tensors[number], group.dtypes[number], group.kinds[number]
+    assert kind is not None
+    (rows, width), blocks = as_matrix(tensor.shape), FILE_BLOCKS[kind]
+    scales = np.empty(blocks.grid((rows, width)), np.float32)
+    transposed = any(piece.info.transposed for piece in tensor.pieces)
+    most = (TRANSPOSED_PANEL_BYTES if transposed else PANEL_BYTES) // (width * STORAGE[dtype].itemsize)
+    step = max(1, most // LARGEST_BLOCK) * LARGEST_BLOCK
+    panel = np.empty((min(step, rows), width), STORAGE[dtype])
+    for first in range(0, rows, step):
+        values = panel[: min(step, rows - first)]
+        read_window(open_file, tensor.pieces, first, values, dtype)
+        numbers = memory.take((len(values), width), np.dtype(np.uint8))
+        own = scales[first // blocks.rows :][: len(values) // blocks.rows]
+        if not ops.round_weight(values, dtype, kind, numbers, own):
+            raise CheckpointError(
+                f"{tensor.file}: tensor {tensor.name!r} holds values that are not finite: they have no place in 8 bits"
+            )
+        yield first, numbers, memory
+    yield 0, scales, None
+
+
+def _read_widened(
+    open_file: Callable[[Path], io.RawIOBase], tensor: Tensor, first: int, panel: Array, dtype: str
+) -> None:
+    """Fills rows of a tensor of 8 bits from `first` on with what the numbers stand for."""
+    assert tensor.scales is not None
+    kind = next(kind for kind, stored in FILE_DTYPES.items() if stored == tensor.dtype)
+    blocks, info, last = FILE_BLOCKS[kind], tensor.scales, first + len(panel)
+    (piece,) = tensor.pieces
+    numbers = np.empty(panel.shape, np.uint8)
+    source = replace(piece.info, dtype=BYTES)
+    read_rows(open_file(source.file), tensor.name, source, numbers.reshape(-1), BYTES, (first, last))
+    begin, end = first // blocks.rows, -(-last // blocks.rows)
+    scales = np.empty((end - begin, info.shape[1]), np.float32)
+    read_rows(open_file(info.file), f"{tensor.name}{SCALES}", info, scales.reshape(-1), "F32", (begin, end))
+    wide = widen(kind, numbers, scales, first - begin * blocks.rows, blocks)
+    cast(wide.reshape(-1), "F32", panel.reshape(-1), dtype, f"{source.file}: tensor {tensor.name!r}")
+
+
+def _cut(panel: Array, first: int, part: Part | None) -> list[Array]:
+    """What a target holds of a panel whose first row is the tensor's row `first`, in the order of its file."""
     if part is None:
-        return panel
+        return [panel]
     if part.axis == ROWS:
-        return panel[max(0, part.begin - first) : max(0, part.end - first)]
-    return np.ascontiguousarray(panel[:, part.begin : part.end])
+        return [panel[max(0, begin - first) : max(0, end - first)] for begin, end in part.ranges]
+    return [np.concatenate([panel[:, begin:end] for begin, end in part.ranges], axis=1)]
 
 
 def differing_shards(plan: Plan, destination: Path, record: Record, progress: bool) -> list[str]:

@@ -18,24 +18,36 @@ TILE_ROWS, TILE_COLUMNS = 64, 512  # of a transposed block: stays in the first t
 
 @dataclass(frozen=True)
 class Piece:
-    """A tensor whose first element is element (row, column) of a matrix; vectors are matrices of one column."""
+    """A stored tensor, or those `rows` and `columns` [begin, end) of it, whose first element is element (row, column)
+    of a matrix; vectors are matrices of one column.
+    """
 
     name: str
     info: TensorInfo
     row: int = 0
     column: int = 0
+    rows: tuple[int, int] | None = None
+    columns: tuple[int, int] | None = None
+
+    @property
+    def stored(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Which rows and columns of the stored tensor it is."""
+        height, width = as_matrix(self.info.shape)
+        return self.rows or (0, height), self.columns or (0, width)
 
     @property
     def height(self) -> int:
-        return as_matrix(self.info.shape)[0]
+        begin, end = self.stored[0]
+        return end - begin
 
     @property
     def width(self) -> int:
-        return as_matrix(self.info.shape)[1]
+        begin, end = self.stored[1]
+        return end - begin
 
     def flipped(self) -> Piece:
         """The same piece of the transposed matrix."""
-        return Piece(self.name, self.info.flipped(), self.column, self.row)
+        return Piece(self.name, self.info.flipped(), self.column, self.row, self.columns, self.rows)
 
 
 def as_matrix(shape: Sequence[int]) -> tuple[int, int]:
@@ -53,18 +65,44 @@ def read_matrix(
     out: Array,
     dtype: str,
     rows: tuple[int, int],
-    columns: tuple[int, int] | None = None,
+    columns: Sequence[tuple[int, int]] | None = None,
     on_bytes: Callable[[int], None] | None = None,
 ) -> None:
-    """`safetensors.read_rows` for a tensor that may lie transposed in its file; asks the file for no more than that."""
-    if not info.transposed:
-        read_rows(file, name, info, out, dtype, rows, columns, on_bytes)
-        return
+    """`safetensors.read_rows` of a matrix that may lie transposed in its file; asks the file for no more than that.
+
+    out: [rows, width], strided in any way, for those ranges of columns side by side, None for all.
+    """
+    at = 0
+    for first, last in columns or [(0, as_matrix(info.shape)[1])]:
+        target, at = out[:, at : at + last - first], at + last - first
+        if info.transposed:
+            _read_transposed(file, name, info, target, dtype, rows, (first, last), on_bytes)
+        elif target.flags.c_contiguous:
+            read_rows(file, name, info, target.reshape(-1), dtype, rows, (first, last), on_bytes)
+        else:
+            step = max(1, BLOCK_BYTES // max(1, (last - first) * out.itemsize))
+            for start in range(0, len(target), step):
+                stop = min(start + step, len(target))
+                block = np.empty((stop - start, last - first), out.dtype)
+                own = rows[0] + start, rows[0] + stop
+                read_rows(file, name, info, block.reshape(-1), dtype, own, (first, last), on_bytes)
+                target[start:stop] = block
+
+
+def _read_transposed(
+    file: io.RawIOBase,
+    name: str,
+    info: TensorInfo,
+    target: Array,
+    dtype: str,
+    rows: tuple[int, int],
+    columns: tuple[int, int],
+    on_bytes: Callable[[int], None] | None,
+) -> None:
     stored = info.flipped()
-    height, (first, last) = rows[1] - rows[0], columns or (0, info.shape[1])
-    target = out.reshape(height, last - first)
-    step = max(1, BLOCK_BYTES // max(1, height * out.itemsize))
-    block = np.empty(min(step, last - first) * height, out.dtype)
+    height, (first, last) = rows[1] - rows[0], columns
+    step = max(1, BLOCK_BYTES // max(1, height * target.itemsize))
+    block = np.empty(min(step, last - first) * height, target.dtype)
     for start in range(first, last, step):
         stop = min(start + step, last)
         part = block[: (stop - start) * height]
@@ -85,17 +123,10 @@ def read_window(
         if begin >= end or not piece.width:
             continue
         target = out[begin - first_row : end - first_row, piece.column : piece.column + piece.width]
-        file, rows = open_file(piece.info.file), (begin - piece.row, end - piece.row)
-        info = replace(piece.info, shape=(piece.height, piece.width))
-        if target.flags.c_contiguous:
-            read_matrix(file, piece.name, info, target.reshape(-1), dtype, rows)
-            continue
-        step = max(1, BLOCK_BYTES // (piece.width * out.itemsize))
-        for start in range(0, len(target), step):
-            stop = min(start + step, len(target))
-            block = np.empty((stop - start, piece.width), out.dtype)
-            read_matrix(file, piece.name, info, block.reshape(-1), dtype, (rows[0] + start, rows[0] + stop))
-            target[start:stop] = block
+        (stored_row, _), columns = piece.stored
+        rows = stored_row + begin - piece.row, stored_row + end - piece.row
+        info = replace(piece.info, shape=as_matrix(piece.info.shape))
+        read_matrix(open_file(piece.info.file), piece.name, info, target, dtype, rows, [columns])
 
 
 def transpose(source: Array, target: Array) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import e4m3
 import numpy as np
 import oracle
 import paddle
@@ -16,6 +15,8 @@ from paddle_qwen1m import ops
 
 TOKENS = 407
 """Inside the fourth DCA chunk and inside a page."""
+LARGEST = 448.0
+FP8_NUMBERS = oracle.numbers_of("fp8")
 face = OpFace()
 
 
@@ -42,15 +43,17 @@ def random_frame(rng: np.random.Generator, kv_heads: int, head_dim: int) -> np.n
 
 def quantise(x: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray]:
     """Bytes and float16 scales [...] of rows [..., D]; NaN scales for NaN rows."""
-    scales = stored(np.abs(x).max(axis=-1) / (127 if kind == "int8" else e4m3.LARGEST), "float16")
+    scales = stored(np.abs(x).max(axis=-1) / (127 if kind == "int8" else LARGEST), "float16")
     with np.errstate(invalid="ignore"):
         numbers = np.nan_to_num(x / scales[..., None])
-    return np.rint(numbers).clip(-127, 127).astype(np.int8) if kind == "int8" else e4m3.nearest(numbers), scales
+    return np.rint(numbers).clip(-127, 127).astype(np.int8) if kind == "int8" else oracle.round_to(
+        "fp8", numbers
+    ), scales
 
 
 def meant(numbers: np.ndarray) -> np.ndarray:
     """What bytes stand for, float64."""
-    return e4m3.VALUES[numbers] if numbers.dtype == np.uint8 else numbers.astype(np.float64)
+    return FP8_NUMBERS[numbers] if numbers.dtype == np.uint8 else numbers.astype(np.float64)
 
 
 def pages_of(kind: str, keys: np.ndarray, values: np.ndarray, frame: np.ndarray) -> Pages8:
@@ -174,7 +177,7 @@ def test_keys_and_values_are_rounded_to_the_nearest_number_of_fp8(rng: np.random
     got, keys, values = written("fp8", rng, qkv, frame)
     framed = keys / frame[0] - frame[1], got.real_keys / frame[0] - frame[1]
     for exact, real in (framed, (values, got.real_values)):
-        scale = np.abs(exact).max(axis=-1, keepdims=True) / e4m3.LARGEST
+        scale = np.abs(exact).max(axis=-1, keepdims=True) / LARGEST
         half_steps = scale * np.maximum(2.0**-10, 2.0 ** (np.floor(np.log2(np.abs(exact / scale))) - 4))
         assert (np.abs(real - exact) <= half_steps * (1 + 2.0**-8) + 1e-6 * np.abs(frame[1]).max()).all()
 
@@ -182,10 +185,10 @@ def test_keys_and_values_are_rounded_to_the_nearest_number_of_fp8(rng: np.random
 def test_every_byte_of_fp8_is_read_as_it_is_written() -> None:
     """All 254 numbers there are, as one token's values each, with those beside them that round to them."""
     numbers = np.array([byte for byte in range(256) if byte % 128 != 127], np.uint8)
-    exact = e4m3.VALUES[numbers]
-    rows = np.full((len(numbers), 1, 64), e4m3.LARGEST)
+    exact = FP8_NUMBERS[numbers]
+    rows = np.full((len(numbers), 1, 64), LARGEST)
     rows[:, 0, 0], rows[:, 0, 1], rows[:, 0, 2] = exact, exact * (1 + 2.0**-5.01), exact * (1 - 2.0**-5.99)
-    rows = rows.clip(-e4m3.LARGEST, e4m3.LARGEST)  # so that all scales are 1
+    rows = rows.clip(-LARGEST, LARGEST)  # so that all scales are 1
     qkv = np.concatenate([np.zeros_like(rows), np.zeros_like(rows), rows], axis=1).reshape(len(rows), -1)
     pages = [paddle.zeros([16, 16, 1, 64], "uint8") for _ in range(2)]
     frame = tensor(np.stack([np.ones((1, 64)), np.zeros((1, 64))]))
@@ -196,7 +199,7 @@ def test_every_byte_of_fp8_is_read_as_it_is_written() -> None:
     ops.rotate_and_cache(tensor(qkv), no_bias, unrotated, slots, *pages, quantised)
     written = array(pages[1]).reshape(256, 64)[: len(rows)]
     np.testing.assert_array_equal(written[:, 0], numbers)
-    np.testing.assert_array_equal(written[:, 1:3], e4m3.nearest(rows[:, 0, 1:3].astype(np.float32)))
+    np.testing.assert_array_equal(written[:, 1:3], oracle.round_to("fp8", rows[:, 0, 1:3].astype(np.float32)))
     keys, values = tensor(np.zeros((16, 16, 1, 64))), tensor(np.zeros((16, 16, 1, 64)))
     ops.dequantize_pages(*pages, quantised, paddle.to_tensor(np.arange(16, dtype=np.int32)), keys, values)
     np.testing.assert_array_equal(array(values).reshape(256, 64)[: len(rows), 0], exact)

@@ -13,6 +13,7 @@ HERE = Path(__file__).parent
 SAMPLE = (
     "mixed_pieces and 4-2-64 or sparse_prefill and 4-2-64-float or mixed_lengths and 2-1-128 or test_probe and 7-1-128"
     " or test_linear and True or silu or test_rms_norm and 17-896 or test_rotate_queries or random_settings"
+    " or test_product"
 )
 
 

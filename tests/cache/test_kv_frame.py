@@ -75,8 +75,12 @@ def test_heads_of_a_rank_are_those_of_the_model(keys: np.ndarray) -> None:
     keys[:, 1] *= 3
     keys[:, 1, 5] += 50
     scales = made(keys)
-    own = scales.of_heads(slice(1, 2))
+    own = scales.of_heads([[1]])
     np.testing.assert_array_equal(own.frame(0)[:, 0], scales.frame(0)[:, 1])
+    two = KVScales(np.concatenate([scales.exponents] * 2), np.concatenate([scales.centres, 2 * scales.centres]))
+    crossed = two.of_heads([[1, 0], [0, 1]])
+    np.testing.assert_array_equal(crossed.frame(0), two.frame(0)[:, ::-1])
+    np.testing.assert_array_equal(crossed.frame(1), two.frame(1))
 
 
 def test_a_file_gives_back_the_same_scales(keys: np.ndarray, tmp_path: Path) -> None:
@@ -98,7 +102,7 @@ def test_layers_that_int8_moves_too_far_stay_in_16_bits_where_these_are_nearer(t
     scales.write(tmp_path / "scales.json")
     read = KVScales.from_file(tmp_path / "scales.json")
     assert (read.in_16_bits, read.errors, read.digest) == ((1, 2), (0.01, 0.2, 0.051, 0.3), scales.digest)
-    assert read.of_heads(slice(0, 1)).in_16_bits == (1, 2)
+    assert read.of_heads([[0]] * len(read.exponents)).in_16_bits == (1, 2)
 
 
 def test_a_file_of_the_first_format_is_read(tmp_path: Path, keys: np.ndarray) -> None:

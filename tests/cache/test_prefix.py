@@ -449,12 +449,13 @@ def test_how_much_one_prompt_will_leave_for_another(one: list[int], shared: int,
 
 
 SPARSE = SparseRule(budgets="b", chunk_tokens=8, part_tokens=2)
-MADE_UNDER = MadeUnder("w", "bfloat16", "bfloat16", ((0, 4), (4, 8)), "salt", SPARSE)
+MADE_UNDER = MadeUnder("w", "bfloat16", "bfloat16", 2, "placed", "salt", SPARSE)
 OTHERS = {
     "weights": "v",
     "compute_dtype": "float32",
     "cache_dtype": "float32",
-    "heads": ((0, 8),),
+    "ranks": 1,
+    "placement": "otherwise",
     "salt": "",
     "sparse": None,
 }

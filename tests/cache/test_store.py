@@ -27,7 +27,7 @@ ONE = M2Range(1.0, 1.0)
 DATA, BLOCK = 3000, 1000
 BYTES = DATA_OFFSET + DATA + 8 * 4
 """Of a segment's file."""
-MADE = MadeUnder("weights", "bfloat16", "bfloat16", ((0, 28),))
+MADE = MadeUnder("weights", "bfloat16", "bfloat16", 1, "all")
 
 
 @pytest.fixture(autouse=True)
@@ -206,10 +206,11 @@ def test_a_file_under_another_name_is_not_used(folder: Path) -> None:
 
 RULE = SparseRule("budgets", 4096, 512)
 OTHERS = {
-    "degree": (MadeUnder("weights", "bfloat16", "bfloat16", ((0, 14), (14, 28))), "tensor parallel ranks 1, here 2"),
-    "dtype": (MadeUnder("weights", "bfloat16", "float32", ((0, 28),)), "cache_dtype bfloat16, here float32"),
-    "weights": (MadeUnder("others", "bfloat16", "bfloat16", ((0, 28),)), "weights weights, here others"),
-    "mode": (MadeUnder("weights", "bfloat16", "bfloat16", ((0, 28),), sparse=RULE), "prefill dense, here sparse"),
+    "degree": (MadeUnder("weights", "bfloat16", "bfloat16", 2, "halves"), "tensor parallel ranks 1, here 2"),
+    "placement": (MadeUnder("weights", "bfloat16", "bfloat16", 1, "other"), "placement of heads all, here other"),
+    "dtype": (MadeUnder("weights", "bfloat16", "float32", 1, "all"), "cache_dtype bfloat16, here float32"),
+    "weights": (MadeUnder("others", "bfloat16", "bfloat16", 1, "all"), "weights weights, here others"),
+    "mode": (MadeUnder("weights", "bfloat16", "bfloat16", 1, "all", sparse=RULE), "prefill dense, here sparse"),
     "temperature": (MADE, "other cuts, or another m^2"),
 }
 
@@ -225,12 +226,12 @@ def test_why_not_says_what_differs(folder: Path, kind: str) -> None:
 
 def test_why_not_names_other_budgets(folder: Path) -> None:
     kept, segment = PrefixStore(folder), name()
-    one, other = (MadeUnder("w", "f", "f", ((0, 1),), sparse=SparseRule(text, 8, 4)) for text in ("few", "many"))
+    one, other = (MadeUnder("w", "f", "f", 1, "all", sparse=SparseRule(text, 8, 4)) for text in ("few", "many"))
     put(kept, segment, 1.0, one)
     assert kept.why_not(segment.split("-")[0], other.name) == "sparsebudgets few, here many"
 
 
-@pytest.mark.parametrize("made", [7, ["x"], "no JSON", "[" * 30_000, "[1]", json.dumps({"heads": 1})])
+@pytest.mark.parametrize("made", [7, ["x"], "no JSON", "[" * 30_000, "[1]", json.dumps({"ranks": []})])
 def test_a_header_with_anything_in_it_does_no_harm(folder: Path, made: Any) -> None:
     kept, segment = PrefixStore(folder), name()
     with kept.create(segment, {**header(), "made_under": made}, 1.0) as writer:

@@ -144,7 +144,7 @@ def test_in_place_of_the_second_text_every_number_before_loading() -> None:
         "out of memory, found before anything was loaded: the weights (10.0 GB) and the workspace of a chunk of 4,096 "
         "tokens (5.00 GB) need 15.0 GB, and 12.0 GB may be used: reduce max_model_len (400000) to at most 50000, or "
         "reduce max_num_batched_tokens or max_num_seqs, or increase tensor_parallel_size, or on a GPU raise "
-        "gpu_memory_utilization, on a CPU give dtype='bfloat16'"
+        "gpu_memory_utilization, on a CPU give dtype='bfloat16', or give quantization='fp8' or 'int8'"
     )
     for length in (AUTO, None, 1):
         with pytest.raises(NotEnoughMemory, match="out of memory"):

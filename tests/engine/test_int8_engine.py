@@ -22,7 +22,7 @@ from paddle_qwen1m.engine.orders import Advance, Prefill
 from paddle_qwen1m.engine.runner import Runner
 from paddle_qwen1m.model import Qwen2OneM
 from paddle_qwen1m.options import EngineOptions
-from paddle_qwen1m.parallel.split import own_kv_heads
+from paddle_qwen1m.parallel.placement import Placement
 
 PAGE, PAGES = 32, 64
 GREEDY = SamplingParams(max_tokens=6, temperature=0.0)
@@ -223,7 +223,10 @@ def test_scales_of_another_shape_are_refused(model: Qwen2OneM, scales: KVScales)
 def test_ranks_add_up_their_heads_to_the_whole_models_scales(
     model: Qwen2OneM, scales: KVScales, degree: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two KV heads on two ranks, and on four, where neighbours have the same one."""
+    """Two KV heads on two ranks, in one layer the other way round, and on four, where two have the same one."""
+    order = (tuple(range(4)), (2, 3, 0, 1))
+    placement = Placement(degree, CONFIG.num_kv_heads, order)
+    monkeypatch.setattr(model, "placement", placement)
     summed: list[np.ndarray] = []
     for rank in range(degree):
         parts: list[np.ndarray] = []
@@ -233,7 +236,7 @@ def test_ranks_add_up_their_heads_to_the_whole_models_scales(
             return values
 
         monkeypatch.setattr(model, "group", SimpleNamespace(rank=rank, degree=degree, all_reduce=keep))
-        _of_all_ranks(model, scales.of_heads(own_kv_heads(CONFIG.num_kv_heads, degree, rank)))
+        _of_all_ranks(model, scales.of_heads([placement.kv_heads(layer, rank) for layer in range(2)]))
         summed = [a + b for a, b in zip(summed, parts)] if summed else parts
     np.testing.assert_array_equal(summed[0], scales.exponents)
     np.testing.assert_array_equal(summed[1], scales.centres)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 import numpy as np
 import paddle
@@ -26,7 +28,7 @@ from paddle_qwen1m.engine.orders import (
     Rows,
 )
 from paddle_qwen1m.engine.runner import Runner
-from paddle_qwen1m.model import Qwen2OneM
+from paddle_qwen1m.model import DecoderLayer, Qwen2OneM
 
 PAGE, PAGES, SLOTS = 32, 64, 6
 
@@ -129,7 +131,50 @@ def test_a_chunk_that_is_cut_at_every_point_gives_the_same_bits(
     np.testing.assert_array_equal(contents(cache)[:, :, : 15 * PAGE], contents(whole_cache)[:, :, : 15 * PAGE])
     assert answers == answer(model, running, len(answers) + 1)[1:]
     groups = {0: 4 if sparse else 1, 1: 2 + 2 + 2 + 2, 2: 4}[row_blocks]
-    assert len(answers) == CONFIG.num_layers * (groups + 1)
+    of_wanted = {0: 2 if sparse else 1, 1: 2 + 1, 2: 2}[row_blocks]  # in the last layer
+    assert len(answers) == (CONFIG.num_layers - 1) * (groups + 1) + of_wanted + 1
+
+
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+@pytest.mark.parametrize("wanted, groups", [((), 0), ((399,), 1), ((0, 70, 399), 3)], ids=["none", "last", "three"])
+def test_the_last_layer_ends_early(
+    model: Qwen2OneM,
+    rng: np.random.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+    sparse: bool,
+    wanted: tuple[int, ...],
+    groups: int,
+) -> None:
+    """Of 400 rows it attends in the row blocks whose logits are wanted, and computes few rows beyond attention; all
+    keys are cached, and the logits are those of a chunk that wants every row's.
+    """
+    prompt = rng.integers(0, CONFIG.vocab_size, 400)
+    whole, whole_cache = make(model)
+    result(whole, Prefill((rows(prompt, range(15), sparse=sparse, wanted=tuple(range(400))),), points=0))
+    expected = np.concatenate([head(whole, row, 1) for row in wanted]) if wanted else None
+
+    computed, attended = list[int](), list[int]()
+    mlp, attend = DecoderLayer.mlp, (ops.dca_prefill, ops.dca_sparse_prefill)
+
+    def note_mlp(layer: DecoderLayer, hidden: paddle.Tensor) -> paddle.Tensor:
+        computed.append(len(hidden))
+        return mlp(layer, hidden)
+
+    def note_attend(which: int, *arguments: Any, **options: Any) -> None:
+        attended.append(len(computed))
+        attend[which](*arguments, **options)
+
+    monkeypatch.setattr(DecoderLayer, "mlp", note_mlp)
+    monkeypatch.setattr(ops, "dca_prefill", partial(note_attend, 0))
+    monkeypatch.setattr(ops, "dca_sparse_prefill", partial(note_attend, 1))
+    runner, cache = make(model)
+    result(runner, Prefill((rows(prompt, range(15), sparse=sparse, wanted=wanted),), 1, points=0))
+    before = CONFIG.num_layers - 1
+    assert computed == [400] * before + [ops.FEW_ROWS + 1] * (len(wanted) > 0)
+    assert attended.count(before) == groups
+    np.testing.assert_array_equal(contents(cache), contents(whole_cache))
+    if expected is not None:
+        np.testing.assert_allclose(head(runner, 0, len(wanted)), expected, atol=1e-4)
 
 
 def test_prompts_of_one_order_are_read_as_each_alone(model: Qwen2OneM, rng: np.random.Generator) -> None:

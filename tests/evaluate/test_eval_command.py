@@ -10,17 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from evaluations import altered, run, serve
 
-from paddle_qwen1m import cli
 from paddle_qwen1m.evaluate import needle, subject
 from paddle_qwen1m.evaluate.samples import Prompter
 from paddle_qwen1m.options import read_llm_options
 
 SPARSE_FROM = ("--sparse-threshold", "700")
-
-
-def run(kind: str, model: Path, out: Path, *more: object) -> int:
-    return cli.main(["eval", kind, str(model), "--out", str(out), *map(str, more)])
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
@@ -82,19 +78,14 @@ def test_likeliest_tokens_are_those_of_the_whole_prompt_read_at_once(
 def test_an_endpoint_says_what_the_model_says_in_process(
     needle_checkpoint: Path, tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from serving import CHECKPOINT, serve_needle
-
-    from paddle_qwen1m.server.texts import Texts
-
     text = tmp_path / "text.txt"
     text.write_text("The river bends past the old mill and on toward the sea. " * 60, encoding="utf-8")
-    config = json.loads((CHECKPOINT / "tokenizer_config.json").read_text(encoding="utf-8"))
     kinds = {
         "needle": ("--lengths", 800, "--depths", 2),
         "ruler": ("--lengths", 800, "--samples", 1, "--tasks", "niah_multikey_2", "vt"),
         "perplexity": ("--lengths", 800, "--text", text),
     }
-    with serve_needle(Texts(tokenizer, config), sparse_threshold=700, max_model_len=1024) as server:
+    with serve(needle_checkpoint, tokenizer, sparse_threshold=700, max_model_len=1024) as server:
         for kind, options in kinds.items():
             assert run(kind, needle_checkpoint, tmp_path / kind, *options, "--base-url", f"{server.url}/v1") == 0
     for kind, options in kinds.items():
@@ -157,14 +148,12 @@ def test_rope_is_the_model_without_dual_chunks(needle_checkpoint: Path, tmp_path
     import oracle
     from oracle.model import OracleModel
 
-    for file in needle_checkpoint.iterdir():
-        (tmp_path / file.name).symlink_to(file)
-    config = json.loads((needle_checkpoint / "config.json").read_text(encoding="utf-8"))
+    file = altered(needle_checkpoint, tmp_path, "config.json")
+    config = json.loads(file.read_text(encoding="utf-8"))
     config["dual_chunk_attention_config"] = {
         "chunk_size": 160, "local_size": 32, "original_max_position_embeddings": 160,
     }  # fmt: skip
-    (tmp_path / "config.json").unlink()
-    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    file.write_text(json.dumps(config), encoding="utf-8")
     ids = tokenizer("The access code for jade is 64931. The river bends past the old mill. " * 12)["input_ids"][:300]
     plain = {"chunk_size": 4096, "local_size": 0, "original_max_position_embeddings": 0}
     logits = OracleModel(needle_checkpoint, plain).logits(ids)[:-1]
@@ -180,24 +169,16 @@ def test_rope_is_the_model_without_dual_chunks(needle_checkpoint: Path, tmp_path
 
 @pytest.mark.parametrize("name", subject.CONFIGURATIONS)
 def test_a_configuration_is_what_llm_makes_of_its_options(name: str) -> None:
-    """Its refusal included, of one that there are no kernels for."""
-    try:
-        expected: Any = read_llm_options(subject.CONFIGURATIONS[name])
-    except ValueError as error:
-        with pytest.raises(ValueError) as refused:
-            subject.configuration(name)
-        assert str(refused.value) == f"--compare: {name}: {error}"
-    else:
-        assert subject.configuration(name) == expected
+    assert subject.configuration(name) == read_llm_options(subject.CONFIGURATIONS[name])
 
 
 def test_configurations_side_by_side(needle_checkpoint: Path, tmp_path: Path) -> None:
-    names = ["dense", "sparse", "forced", "sparse+int8"]
+    names = ["dense", "sparse", "forced", "sparse+int8", "w8+int8", "fp8"]
     options = ("--lengths", 3000, "--depths", 3, "--score", "logits", "--sparse-threshold", 1000)
     assert run("needle", needle_checkpoint, tmp_path, *options, "--compare", ",".join(names)) == 0
     scores = {name: [one["score"] for one in records(tmp_path / name)] for name in names}
     assert {len(ones) for ones in scores.values()} == {3}
-    assert scores["dense"] == scores["sparse"] == scores["sparse+int8"] == [1.0] * 3
+    assert all(scores[name] == [1.0] * 3 for name in names if name != "forced")
     assert scores["forced"][1] == 0.0, "what is neither among the first keys nor the last"
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from evaluations import serve
 
 from paddle_qwen1m import cli
 
@@ -170,10 +171,7 @@ def test_tasks_of_ruler_score_the_same_through_the_plug_in_and_through_the_serve
         pytest.importorskip(needed, reason=f"its ruler tasks need {needed}: pip install 'paddle-qwen1m[lm-eval]'")
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
-    from serving import CHECKPOINT, serve_needle
     from tokenizers import Tokenizer, models, pre_tokenizers
-
-    from paddle_qwen1m.server.texts import Texts
 
     words = Tokenizer(models.WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -193,9 +191,8 @@ def test_tasks_of_ruler_score_the_same_through_the_plug_in_and_through_the_serve
         }
         return found["results"], asked
 
-    config = json.loads((CHECKPOINT / "tokenizer_config.json").read_text(encoding="utf-8"))
     here, answers = evaluate(harness.NAME, pretrained=str(needle_checkpoint), max_model_len=32768)
-    with serve_needle(Texts(tokenizer, config), max_model_len=32768) as server:
+    with serve(needle_checkpoint, tokenizer, max_model_len=32768) as server:
         there, others = evaluate(
             "local-completions", model="needle", base_url=f"{server.url}/v1/completions", max_length=32768,
             tokenizer_backend="remote",
@@ -213,9 +210,6 @@ def test_a_task_scores_the_same_through_the_plug_in_and_through_the_server(
 ) -> None:
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
-    from serving import CHECKPOINT, serve_needle
-
-    from paddle_qwen1m.server.texts import Texts
 
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     lines = [
@@ -247,10 +241,9 @@ def test_a_task_scores_the_same_through_the_plug_in_and_through_the_server(
         samples = {task: [one["filtered_resps"] for one in found["samples"][task]] for task in found["samples"]}
         return found["results"], samples
 
-    config = json.loads((CHECKPOINT / "tokenizer_config.json").read_text(encoding="utf-8"))
     here, answers = evaluate(harness.NAME, pretrained=str(needle_checkpoint), max_model_len=1024)
     _, chat = evaluate(harness.NAME, chat=True, pretrained=str(needle_checkpoint), max_model_len=1024)
-    with serve_needle(Texts(tokenizer, config), max_model_len=1024) as server:
+    with serve(needle_checkpoint, tokenizer, max_model_len=1024) as server:
         _, chat_there = evaluate(
             "local-chat-completions", chat=True, model="needle", base_url=f"{server.url}/v1/chat/completions",
             tokenizer_backend=None,

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 from answerers import Answerer
+from evaluations import run
 
-from paddle_qwen1m import cli
 from paddle_qwen1m.evaluate import qa, ruler
 from paddle_qwen1m.evaluate.asking import about_sample, ask
 from paddle_qwen1m.evaluate.results import Journal
@@ -163,22 +163,18 @@ def test_what_the_data_cannot_fill_and_what_they_do_not_fit_is_refused(
         question(of_hotpot, prompter, 300)
 
 
-def run(model: Path, out: Path, *more: object) -> int:
-    return cli.main(["eval", "ruler", str(model), "--out", str(out), "--samples", "2", *map(str, more)])
-
-
 def test_the_command_asks_them_when_it_is_given_the_files(needle_checkpoint: Path, tmp_path: Path) -> None:
     files = tmp_path / "dev-v2.0.json", tmp_path / "hotpot_dev_distractor_v1.json"
     for file, content in zip(files, (squad(), hotpot())):
         file.write_text(json.dumps(content), encoding="utf-8")
-    options = ("--lengths", 1024, "--tasks", "qa_1", "qa_2", "--qa-data", *files)
-    assert run(needle_checkpoint, tmp_path / "out", *options) == 0
+    options = ("--samples", 2, "--lengths", 1024, "--tasks", "qa_1", "qa_2", "--qa-data", *files)
+    assert run("ruler", needle_checkpoint, tmp_path / "out", *options) == 0
     lines = (tmp_path / "out" / "sparse" / "journal.jsonl").read_text(encoding="utf-8").splitlines()
     asked = [json.loads(line) for line in lines]
     assert [one["task"] for one in asked] == ["qa_1", "qa_1", "qa_2", "qa_2"]
     assert all(one["tokens"] + one["max_tokens"] <= 1024 for one in asked)
     files[0].write_text(json.dumps(squad(articles=9)), encoding="utf-8")
-    assert run(needle_checkpoint, tmp_path / "out", *options) == 2, "answers about other data are no part of this run"
+    assert run("ruler", needle_checkpoint, tmp_path / "out", *options) == 2, "answers about other data"
 
 
 @pytest.mark.parametrize(
@@ -204,7 +200,7 @@ def test_data_that_cannot_be_used_are_refused_before_any_work(
         (tmp_path / name).write_text(json.dumps(content), encoding="utf-8")
     (tmp_path / "text").write_text("Once upon a time", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    assert run(needle_checkpoint, tmp_path / "out", "--lengths", "1024", *options) == 2
+    assert run("ruler", needle_checkpoint, tmp_path / "out", "--samples", 2, "--lengths", 1024, *options) == 2
     told = capsys.readouterr().err
     assert reason in told
     assert told.count("\n") == 1

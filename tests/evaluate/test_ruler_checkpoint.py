@@ -12,7 +12,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ruler_documents
-from ruler_documents import ANSWER_WEIGHT, KINDS, LEVELS, NO_ANSWER, NO_CHOICE, TEXT_WEIGHT, Batch, Documents
+from ruler_documents import (
+    ANSWER_WEIGHT,
+    FIRST_WEIGHTS,
+    KINDS,
+    LEVELS,
+    NO_ANSWER,
+    NO_CHOICE,
+    TEXT_WEIGHT,
+    Batch,
+    Documents,
+)
 from small_checkpoint import END_OF_TURN, ChatTokenizer, Shape, write_configuration
 from tokenizers import Tokenizer
 
@@ -36,7 +46,8 @@ def easy(trained: Tokenizer) -> Batch:
 @pytest.fixture(scope="module")
 def whole(trained: Tokenizer) -> Batch:
     documents = Documents(trained, 32768)
-    return next(batch for batch in (documents.batch(0, step, LAST) for step in range(20)) if batch.ids.shape[1] == 4096)
+    batches = (documents.batch(0, step, LAST) for step in range(40))
+    return next(batch for batch in batches if batch.ids.shape[1] == 4096 and len(set(batch.kinds)) == len(KINDS))
 
 
 def conversations(batch: Batch, trained: Tokenizer) -> list[tuple[str, str, str]]:
@@ -111,7 +122,12 @@ def test_a_batch_is_the_same_each_time(trained: Tokenizer) -> None:
 
 def test_answers_weigh_most_and_padding_nothing(easy: Batch) -> None:
     part = easy.answers != NO_ANSWER
-    assert (easy.weights[part] == np.float32(ANSWER_WEIGHT)).all()
+    assert (easy.weights[part] >= np.float32(ANSWER_WEIGHT)).all()
+    for number, kind in enumerate(easy.kinds):
+        weights = easy.weights[easy.answers == number]
+        first = FIRST_WEIGHTS if KINDS[kind] == "needles" else ()
+        assert weights[: len(first)].tolist() == list(first)
+        assert (weights[len(first) :] == np.float32(ANSWER_WEIGHT)).all()
     assert set(np.unique(easy.weights[~part])) == {np.float32(0), np.float32(TEXT_WEIGHT)}
     assert (easy.weights[:, 0] == 0).all(), "nothing comes before the first token"
 

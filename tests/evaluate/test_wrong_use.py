@@ -11,29 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from paddle_qwen1m import cli
+from evaluations import altered, run, serve
 
 NEEDLES = ("--lengths", "512", "--depths", "3")
 
 
-def run(kind: str, model: Path, out: Path, *more: object) -> int:
-    return cli.main(["eval", kind, str(model), "--out", str(out), *map(str, more)])
-
-
 def journal(folder: Path) -> bytes:
     return (folder / "journal.jsonl").read_bytes()
-
-
-def altered(checkpoint: Path, folder: Path, name: str) -> Path:
-    """The checkpoint in `folder`, by links but for a copy of one file; its path."""
-    folder.mkdir()
-    for file in checkpoint.iterdir():
-        (folder / file.name).symlink_to(file)
-    copy = folder / name
-    copy.unlink()
-    copy.write_bytes((checkpoint / name).read_bytes())
-    return copy
 
 
 @dataclass
@@ -105,13 +89,8 @@ def test_an_endpoint_that_dies_on_the_way_is_gone_on_with_when_it_is_back(
 def test_an_endpoint_says_itself_what_is_longer_than_its_model_can_have(
     needle_checkpoint: Path, tmp_path: Path, tokenizer: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from serving import CHECKPOINT, serve_needle
-
-    from paddle_qwen1m.server.texts import Texts
-
-    config = json.loads((CHECKPOINT / "tokenizer_config.json").read_text(encoding="utf-8"))
     options = ("--lengths", 512, 2048, "--depths", 1)
-    with serve_needle(Texts(tokenizer, config), max_model_len=1024) as server:
+    with serve(needle_checkpoint, tokenizer, max_model_len=1024) as server:
         assert run("needle", needle_checkpoint, tmp_path, *options, "--base-url", f"{server.url}/v1") == 1
     told = capsys.readouterr().err
     assert "/completions answered 400: " in told and "context length is only 1024 tokens" in told

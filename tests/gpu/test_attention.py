@@ -269,6 +269,16 @@ def test_decode_of_long_contexts(cuda: Any, rng: np.random.Generator, length: in
     assert cases.worst(cases.run_decode(cuda, [context]), cases.reference(context, [0])) <= BOUND
 
 
+def test_decode_of_an_odd_number_of_shares(cuda: Any, rng: np.random.Generator) -> None:
+    """Seven heads of one KV head: 37 shares of each of seven sequences on 132 processors, 79 of one sequence alone."""
+    shape = {"heads": 7, "kv_heads": 1, "chunk_len": 65536, "page_size": 64}
+    contexts = [cases.random_context(rng, 5000 + number, 1, **shape) for number in range(7)]
+    for batch in (contexts, contexts[:1]):
+        out = cases.run_decode(cuda, batch)
+        for number, context in enumerate(batch):
+            assert cases.worst(out[number : number + 1], cases.reference(context, [0])) <= BOUND
+
+
 def random_selection(
     rng: np.random.Generator, context: cases.Context, columns: int, slashes: int
 ) -> tuple[torch.Tensor, torch.Tensor]:

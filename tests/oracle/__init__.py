@@ -76,3 +76,4 @@ from .selection import (
     select_critical,
 )
 from .sparse import dca_sparse_prefill, sparse_piece
+from .weight8 import numbers_of, round_to, round_weight, widen_weight

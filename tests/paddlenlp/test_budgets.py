@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from paddlenlp.transformers import AutoModelForCausalLM
 
-from paddle_qwen1m.config import ModelConfig, SparseBudgets
+from paddle_qwen1m.config import SPARSE_CONFIG, ModelConfig, SparseBudgets
 from paddle_qwen1m.options import EngineOptions
-from paddle_qwen1m.paddlenlp import SPARSE_CONFIG, find_budgets
+from paddle_qwen1m.paddlenlp import find_budgets
 
 LAYERS, HEADS = 4, 4
 

@@ -1,7 +1,8 @@
 """A user's script in which one rank fails: failing_rank.py MODEL PIDS RANK WHEN HOW
 
-WHEN: prefill (after the first chunk) or decode (after the third token). HOW: kill (SIGKILL), raise or exit. Every rank
-writes its process id into the folder PIDS.
+WHEN: prefill (after the first chunk) or decode (after the third token). HOW: kill (SIGKILL), stop (SIGSTOP), raise,
+exit, or memory (it asks for more than its device has). Every rank writes its process id into the folder PIDS; the one
+that fails writes the time at which it does into the file `failed` there.
 """
 
 from __future__ import annotations
@@ -9,9 +10,11 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import paddle
 
 from paddle_qwen1m import Qwen2OneMForCausalLM
 from paddle_qwen1m.engine import PrefillProgress, SamplingParams
@@ -24,8 +27,11 @@ def main() -> None:
     ours = launched_rank() == int(rank)
 
     def fail() -> None:
-        if how == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
+        (Path(pids) / "failed").write_text(str(time.time()), encoding="utf-8")
+        if how in ("kill", "stop"):
+            os.kill(os.getpid(), signal.SIGKILL if how == "kill" else signal.SIGSTOP)
+        if how == "memory":
+            paddle.empty([1 << 40], "uint8")
         if how == "exit":
             sys.exit("the dog ate it")
         raise LookupError("the dog ate it")

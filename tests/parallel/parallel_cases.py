@@ -25,7 +25,6 @@ def run(loads: list[dict[str, Any]], degree: int) -> Results:
     sets of that run on one rank are used instead of chosen ones).
     """
     import paddle_qwen1m.paddlenlp.loading as module
-    from paddle_qwen1m.config import SparseBudgets
     from paddle_qwen1m.engine import SamplingParams
     from paddle_qwen1m.paddlenlp import Qwen2OneMForCausalLM
 
@@ -43,15 +42,14 @@ def run(loads: list[dict[str, Any]], degree: int) -> Results:
         config = json.loads((Path(load["model"]) / "config.json").read_text(encoding="utf-8"))
         options: dict[str, Any] = {"sparse": load["sparse"] is not None, "sparse_threshold": 256}
         if load["sparse"]:
-            layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
-            spread = np.arange(layers * heads, dtype=np.int32).reshape(layers, heads)
-            columns, diagonals = load["sparse"]
-            budgets = SparseBudgets(columns + 7 * spread % 50, diagonals + 11 * spread % 60)
-            options["sparse_budgets"] = budgets
+            options["sparse_budgets"] = uneven_budgets(config, *load["sparse"])
         model = Qwen2OneMForCausalLM.from_pretrained(
             load["model"], tensor_parallel_degree=degree, dtype=load.get("dtype", "float32"), **options
         )
-        engine = model.engine
+        engine, placement, rank = model.engine, model.model.placement, model.model.group.rank
+        results[f"{load['name']}/heads"] = np.array(
+            [placement.query_heads(layer, rank) for layer in range(config["num_hidden_layers"])]
+        )
         for one in load["runs"]:
             key = f"{load['name']}/{one['name']}"
             if "document" in load:
@@ -60,7 +58,7 @@ def run(loads: list[dict[str, Any]], degree: int) -> Results:
                 prompt = tokens(one["tokens"], config["vocab_size"])
             seen: list[Any] = []
             engine.observe(lambda layer, piece, index, seen=seen: seen.append((layer, piece.begin, *index)))
-            with replayed(engine.model.group, *one.get("replay", [])):
+            with replayed(results[f"{load['name']}/heads"], *one.get("replay", [])):
                 if "positions" in one:
                     results[f"{key}/logits"] = engine.logits(prompt, one["positions"])
                 else:
@@ -77,10 +75,12 @@ def run(loads: list[dict[str, Any]], degree: int) -> Results:
 
 
 class replayed:
-    """Within it, the engine takes its heads' index sets from a results file, in the order they were recorded."""
+    """Within it, the engine takes the index sets of its heads [layers, H] from a results file, in the order they were
+    recorded.
+    """
 
-    def __init__(self, group: Any, file: str | None = None, key: str = "") -> None:
-        self._group, self._file, self._key = group, file, key
+    def __init__(self, heads: np.ndarray, file: str | None = None, key: str = "") -> None:
+        self._heads, self._file, self._key = heads, file, key
 
     def __enter__(self) -> None:
         import paddle
@@ -94,8 +94,8 @@ class replayed:
         recorded = np.load(self._file)
         number = iter(range(1 << 30))
 
-        def choose(selector: Any, sparse: Any, projected: Any, cache: Any, heads: int) -> Any:
-            own = slice(self._group.rank * heads, (self._group.rank + 1) * heads)
+        def choose(selector: Any, sparse: Any, *_given: Any, **_more: Any) -> Any:
+            own = self._heads[selector.layer]
             prefix = f"{self._key}/index/{next(number)}"
             assert recorded[f"{prefix}/place"].tolist() == [selector.layer, sparse.piece.begin]
             fields = (recorded[f"{prefix}/{field}"][own] for field in ("blocks", "columns", "counts"))
@@ -108,6 +108,15 @@ class replayed:
 
     def __exit__(self, *_error: object) -> None:
         self._selector.choose = self._choose
+
+
+def uneven_budgets(config: dict[str, Any], columns: int, diagonals: int) -> Any:
+    """Budgets of a config.json's heads, no two neighbours alike, of so many columns and diagonals at least."""
+    from paddle_qwen1m.config import SparseBudgets
+
+    layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
+    spread = np.arange(layers * heads, dtype=np.int32).reshape(layers, heads)
+    return SparseBudgets(columns + 7 * spread % 50, diagonals + 11 * spread % 60)
 
 
 def tokens(count: int, vocab_size: int) -> np.ndarray:
@@ -136,14 +145,16 @@ def asked_bytes() -> int:
 
 
 def index_sets(results: Results, key: str) -> dict[tuple[int, ...], tuple[bytes, ...]]:
-    """What every head visits from every block of rows: {(piece, head, row block): its set}."""
+    """What every head of the model visits from every block of rows: {(piece, head, row block): its set}."""
+    own = results[f"{key.partition('/')[0]}/heads"]
     sets: dict[tuple[int, ...], tuple[bytes, ...]] = {}
     number = 0
     while f"{key}/index/{number}/place" in results:
         blocks, columns, counts = (results[f"{key}/index/{number}/{f}"] for f in ("blocks", "columns", "counts"))
+        layer = results[f"{key}/index/{number}/place"][0]
         for head in range(len(counts)):
             for row, count in enumerate(counts[head]):
-                sets[number, head, row] = (
+                sets[number, int(own[layer, head]), row] = (
                     blocks[head, row, : count[:3].sum()].tobytes(),
                     columns[head, row, : count[3:].sum()].tobytes(),
                 )

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from paddle_qwen1m.config import ModelConfig
+from paddle_qwen1m.config import ModelConfig, SparseBudgets
+from paddle_qwen1m.parallel.placement import Placement
 from paddle_qwen1m.weights import Checkpoint
 from paddle_qwen1m.weights.safetensors import read_rows
 from paddle_qwen1m.weights.sharding import rank_directory
@@ -152,8 +153,8 @@ def write_shards(directory: Path, tensors: Mapping[str, np.ndarray], shards: int
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}), encoding="utf-8")
 
 
-def cut(source: Path, directory: Path, degree: int) -> Path:
-    """The checkpoint as one set of float32 shards a rank."""
+def cut(source: Path, directory: Path, degree: int, budgets: SparseBudgets) -> Path:
+    """The checkpoint as one set of float32 shards a rank, whose heads are placed by `budgets`."""
     described = json.loads((source / "config.json").read_text(encoding="utf-8"))
     config = ModelConfig.from_dict(described)
     tensors: dict[str, np.ndarray] = {}
@@ -162,13 +163,17 @@ def cut(source: Path, directory: Path, degree: int) -> Path:
         with open(info.file, "rb", buffering=0) as file:
             read_rows(file, name, info, values, "F32")
         tensors[name] = values.reshape(info.shape)
+    placement = Placement.balanced(config, degree, budgets)
     for rank in range(degree):
         held = {}
         for name, values in tensors.items():
-            part = part_of(config, name, degree, rank)
-            held[name] = values if part is None else values.take(range(part.begin, part.end), part.axis)
+            part = part_of(config, name, placement, rank)
+            held[name] = values
+            if part is not None:
+                held[name] = values.take([index for one in part.ranges for index in range(*one)], part.axis)
         write_shards(directory / rank_directory(rank, degree), held, 2)
-    (directory / "config.json").write_text(json.dumps({**described, "tensor_parallel_size": degree}), encoding="utf-8")
+    record = {"tensor_parallel_size": degree, "tensor_parallel_heads": placement.text}
+    (directory / "config.json").write_text(json.dumps({**described, **record}), encoding="utf-8")
     budgets = source / "sparse_attention_config.json"
     if budgets.exists():
         shutil.copy(budgets, directory)

@@ -12,11 +12,15 @@ import parallel_cases
 import pytest
 from parallel_ranks import NEEDLE, cut, launch, shapes, write_checkpoint
 
-from paddle_qwen1m.config import ModelConfig
+from paddle_qwen1m.config import ModelConfig, SparseBudgets
+from paddle_qwen1m.parallel.placement import Placement
+from paddle_qwen1m.weights.convert import convert
 from paddle_qwen1m.weights.tensors import part_of
 
 CASES = Path(parallel_cases.__file__)
 SHORT, LONG = 300, 20_000
+LEAST = [40, 120]
+"""Columns and diagonals of every head, at least."""
 DUAL_CHUNK = {"chunk_size": 128, "local_size": 32, "original_max_position_embeddings": 128}
 RANDOM: dict[str, dict[str, Any]] = {
     "eight": {
@@ -51,7 +55,7 @@ def loads(checkpoints: dict[str, Path], length: int, names: list[str]) -> list[d
         {
             "name": f"{name}-{mode}",
             "model": str(checkpoints[name]),
-            "sparse": ([] if name in texts else [40, 120]) if mode == "sparse" else None,
+            "sparse": ([] if name in texts else LEAST) if mode == "sparse" else None,
             **texts.get(name, {}),
             "runs": [
                 {"name": "logits", "tokens": length, "positions": positions},
@@ -64,10 +68,20 @@ def loads(checkpoints: dict[str, Path], length: int, names: list[str]) -> list[d
     ]
 
 
+def budgets_of(load: dict[str, Any]) -> SparseBudgets:
+    """Those that a checkpoint's sparse load has."""
+    described = json.loads((Path(load["model"]) / "config.json").read_text(encoding="utf-8"))
+    if "document" not in load:
+        return parallel_cases.uneven_budgets(described, *LEAST)
+    file = Path(load["model"]) / "sparse_attention_config.json"
+    return SparseBudgets.from_file(file, described["num_hidden_layers"], described["num_attention_heads"])
+
+
 def on_ranks(
     degree: int, jobs: list[dict[str, Any]], folder: Path, alone: parallel_cases.Results, seconds: float
 ) -> list[parallel_cases.Results]:
-    """The same loads on several ranks, from the published layout and from files cut for them; what each rank found.
+    """The same loads on several ranks, from the published layout, from files cut for them, and one checkpoint's from
+    PaddleNLP's; what each rank found. The files are cut as even ranks have the heads, which sparse loads have too.
 
     Sparse logits are computed twice, the second time with the index sets of one rank. So are the long answers of random
     weights, whose scores are full of near ties: one other key in thousands of sets is enough for another token.
@@ -86,8 +100,12 @@ def on_ranks(
         whole = Path(load["model"])
         ranks = folder / f"{whole.name}-cut"
         if not ranks.exists():
-            cut(whole, ranks, degree)
+            cut(whole, ranks, degree, budgets_of(load))
         spread.append({**load, "name": f"{load['name']}-cut", "model": str(ranks), "runs": load["runs"][:1]})
+        if load["name"] == "eight-sparse":
+            convert(whole, folder / "paddlenlp", "paddlenlp", progress=False)
+            own = str(folder / "paddlenlp")
+            spread.append({**load, "name": f"{load['name']}-paddlenlp", "model": own, "runs": load["runs"][:1]})
     job = folder / "job.json"
     job.write_text(json.dumps(spread), encoding="utf-8")
     status, output = launch(degree, folder / "logs", [CASES, job, folder], seconds)
@@ -125,10 +143,8 @@ def differing_sets(ranks: list[parallel_cases.Results], alone: parallel_cases.Re
     """The share of the index sets of all heads that are not those of one rank."""
     expected = parallel_cases.index_sets(alone, key)
     got = {}
-    for rank, results in enumerate(ranks):
-        sets = parallel_cases.index_sets(results, key)
-        heads = 1 + max(head for _, head, _ in sets)
-        got.update({(piece, rank * heads + head, row): one for (piece, head, row), one in sets.items()})
+    for results in ranks:
+        got.update(parallel_cases.index_sets(results, key))
     assert got.keys() == expected.keys() and len(expected) > 0
     return sum(got[place] != one for place, one in expected.items()) / len(expected)
 
@@ -147,7 +163,10 @@ def check(ranks: list[parallel_cases.Results], alone: parallel_cases.Results, lo
                 results[f"{load}/{kind}/logprobs"], alone[f"{load}/{kind}/logprobs"], rtol=0, atol=2e-3
             )
         np.testing.assert_array_equal(results[f"{load}/logits/logits"], ranks[0][f"{load}/logits/logits"])
-        np.testing.assert_array_equal(results[f"{load}-cut/logits/logits"], results[f"{load}/logits/logits"])
+        for form in ("cut", "paddlenlp"):
+            if load.endswith("sparse") and f"{load}-{form}/heads" in results:
+                np.testing.assert_array_equal(results[f"{load}-{form}/heads"], results[f"{load}/heads"])
+                np.testing.assert_array_equal(results[f"{load}-{form}/logits/logits"], results[f"{load}/logits/logits"])
     if load.endswith("sparse"):
         share = differing_sets(ranks, alone, f"{load}/logits")
         print(f"{load}: {share:.3%} of the index sets differ")
@@ -173,11 +192,24 @@ def test_a_rank_reads_its_part_of_the_files_alone(
     for rank, results in enumerate(spread):
         share = 0
         for tensor, shape in shapes(config).items():
-            part = part_of(config, tensor, len(spread), rank)
+            part = part_of(config, tensor, Placement.published(config, len(spread)), rank)
             share += size * (math.prod(shape) if part is None else part.size * math.prod(shape) // shape[part.axis])
         counted, asked_of_the_system = results[f"{name}-dense{layout}/asked"]
         assert counted == share
         assert share <= asked_of_the_system <= 1.05 * share + 64_000  # headers and indices of small files
+
+
+def test_heads_of_a_sparse_load_are_placed_anew_and_of_a_dense_one_as_its_files_say(
+    spread: list[parallel_cases.Results],
+) -> None:
+    """So that what is compared above is compared for ranks whose heads are no neighbours."""
+    share = 16 // len(spread)
+    placed = np.stack([results["eight-sparse/heads"] for results in spread])
+    assert (np.diff(placed, axis=2) > 1).any()
+    for rank, results in enumerate(spread):
+        assert (results["eight-dense/heads"] == np.arange(rank * share, (rank + 1) * share)).all()
+        np.testing.assert_array_equal(results["eight-dense-cut/heads"], placed[rank])
+        np.testing.assert_array_equal(results["eight-sparse-paddlenlp/heads"], placed[rank])
 
 
 @pytest.mark.slow

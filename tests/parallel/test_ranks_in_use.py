@@ -15,6 +15,7 @@ from parallel_ranks import NEEDLE, Process, launch, shapes
 
 from paddle_qwen1m import cli
 from paddle_qwen1m.config import ModelConfig
+from paddle_qwen1m.parallel.placement import Placement
 from paddle_qwen1m.parallel.split import local_config
 from paddle_qwen1m.plan import cache_bytes_per_token
 from paddle_qwen1m.weights.tensors import part_of
@@ -99,7 +100,7 @@ def test_a_rank_of_a_2_gb_model_reads_and_keeps_its_share(
     for rank, measured in enumerate(found(tmp_path, degree)):
         share = 0
         for name, shape in shapes(config).items():
-            part = part_of(config, name, degree, rank)
+            part = part_of(config, name, Placement.published(config, degree), rank)
             share += sizes[name] if part is None else sizes[name] // shape[part.axis] * part.size
         with capsys.disabled():
             print(

@@ -11,6 +11,7 @@ import paddle
 import pytest
 import safetensors
 import safetensors.numpy
+from checkpoint_files import write_file
 
 from paddle_qwen1m import cli
 from paddle_qwen1m.config import ModelConfig
@@ -19,6 +20,7 @@ from paddle_qwen1m.parallel.split import degrees
 from paddle_qwen1m.weights import Checkpoint, CheckpointError, Slot, load_checkpoint
 from paddle_qwen1m.weights.convert import ConversionError, convert
 from paddle_qwen1m.weights.record import RECORD_NAME
+from paddle_qwen1m.weights.sharding import recorded_placement
 from paddle_qwen1m.weights.tensors import part_of, published_shapes
 from paddle_qwen1m.weights.window import transpose
 
@@ -108,9 +110,15 @@ def test_paddlenlps_form_has_its_names_orientation_and_metadata(published, tmp_p
         assert stored(path)[1] == {"format": "np"}
 
 
+def without_budgets(directory):
+    shutil.copytree(NEEDLE, directory, ignore=shutil.ignore_patterns("sparse_attention_config*"))
+    return directory
+
+
 def test_a_rank_holds_its_part_of_every_tensor(tmp_path):
-    convert(NEEDLE, tmp_path / "tp", "tensor-parallel", degree=4)
-    assert json.loads((tmp_path / "tp" / "config.json").read_text())["tensor_parallel_size"] == 4
+    convert(without_budgets(tmp_path / "model"), tmp_path / "tp", "tensor-parallel", degree=4)
+    config = json.loads((tmp_path / "tp" / "config.json").read_text())
+    assert (config["tensor_parallel_size"], config["tensor_parallel_heads"]) == (4, ["0-0 1-1 2-2 3-3"] * 4)
     original = all_stored(NEEDLE)
     for rank in range(4):
         held = all_stored(tmp_path / "tp" / f"rank-{rank:05d}-of-00004")
@@ -125,6 +133,73 @@ def test_a_rank_holds_its_part_of_every_tensor(tmp_path):
         down = layer + "mlp.down_proj.weight"
         np.testing.assert_array_equal(held[down], original[down][:, rank * 192 : (rank + 1) * 192])
         np.testing.assert_array_equal(held["model.norm.weight"], original["model.norm.weight"])
+
+
+@pytest.fixture(scope="module")
+def eight(tmp_path_factory):
+    """A random model of 8 KV heads with 2 query heads each, and the budgets that make even ranks of 2 of them:
+    {0, 3}, {1, 2}, {4, 7}, {5, 6} in its first layer, the other way round in its second.
+    """
+    directory = tmp_path_factory.mktemp("eight") / "model"
+    directory.mkdir()
+    config = json.loads((NEEDLE / "config.json").read_text())
+    config |= {"num_hidden_layers": 2, "num_attention_heads": 16, "num_key_value_heads": 8, "hidden_size": 128}
+    config |= {"head_dim": 64, "intermediate_size": 64, "vocab_size": 64}
+    rng = np.random.default_rng(0)
+    shapes = published_shapes(ModelConfig.from_dict(config))
+    write_file(
+        directory / "model.safetensors",
+        {name: rng.integers(0, 2**14, shape).astype(np.uint16) for name, shape in shapes.items()},
+    )
+    (directory / "config.json").write_text(json.dumps(config))
+    sizes = [1100, 700, 800, 1000, 600, 210, 300, 500]  # {4, 7} and {5, 6} are as even as what is left can be
+    heads = [{str(head): ["vertical_and_slash", sizes[head // 2], 100, 1.0] for head in range(16)} for _ in range(2)]
+    (directory / "sparse_attention_config.json").write_text(json.dumps(heads))
+    return directory
+
+
+def heads_of(words):
+    """ "0-1,6-7" as heads."""
+    ranges = [tuple(map(int, one.split("-"))) for one in words.split(",")]
+    return [head for begin, end in ranges for head in range(begin, end + 1)]
+
+
+def test_a_rank_set_records_which_heads_its_ranks_have_and_holds_them(eight, tmp_path):
+    """As few keys on the busiest rank as can be, by the budgets beside the weights; the way back is bit-exact."""
+    convert(eight, tmp_path / "tp", "tensor-parallel", degree=4)
+    config = json.loads((tmp_path / "tp" / "config.json").read_text())
+    original, placed = all_stored(eight), config["tensor_parallel_heads"]
+    sizes = np.repeat([1100, 700, 800, 1000, 600, 210, 300, 500], 2) + 100
+    for layer, line in enumerate(placed):
+        ranks = [heads_of(words) for words in line.split()]
+        assert sorted(head for heads in ranks for head in heads) == list(range(16))
+        assert max(int(sizes[heads].sum()) for heads in ranks) == 2 * (1100 + 210 + 200)
+        for rank, heads in enumerate(ranks):
+            held = all_stored(tmp_path / "tp" / f"rank-{rank:05d}-of-00004")
+            rows = np.concatenate([np.arange(64 * head, 64 * head + 64) for head in heads])
+            kv_rows = np.concatenate([np.arange(64 * head, 64 * head + 64) for head in sorted({h // 2 for h in heads})])
+            own = f"model.layers.{layer}.self_attn."
+            for name in (own + "q_proj.weight", own + "q_proj.bias"):
+                np.testing.assert_array_equal(held[name], original[name][rows])
+            for name in (own + "k_proj.weight", own + "k_proj.bias", own + "v_proj.weight", own + "v_proj.bias"):
+                np.testing.assert_array_equal(held[name], original[name][kv_rows])
+            np.testing.assert_array_equal(held[own + "o_proj.weight"], original[own + "o_proj.weight"][:, rows])
+    assert placed != ["0-3 4-7 8-11 12-15"] * 2
+    convert(tmp_path / "tp", tmp_path / "hf", "huggingface")
+    assert contents(tmp_path / "hf") == contents(eight)
+
+
+def test_a_record_of_heads_that_does_not_fit_is_refused(eight, tmp_path):
+    convert(eight, tmp_path / "tp", "tensor-parallel", degree=2)
+    config = json.loads((tmp_path / "tp" / "config.json").read_text())
+    for heads, message in (
+        (["0-7 8-15"], "placed for"),
+        (["0-7 8-15"] * 2 + ["x"], "2 words"),
+        ([0] * 2, "a list of texts"),
+    ):
+        (tmp_path / "tp" / "config.json").write_text(json.dumps({**config, "tensor_parallel_heads": heads}))
+        with pytest.raises(CheckpointError, match=rf"config.json: tensor_parallel_heads.*{message}"):
+            convert(tmp_path / "tp", tmp_path / "out", "huggingface")
 
 
 @pytest.mark.parametrize("name", ["needle", "group1_tied_f32", "group7_d128_tied_bf16", "group5_f16"])
@@ -290,14 +365,6 @@ def test_a_careless_index_is_converted_there_and_back(tmp_path, metadata):
         assert (tmp_path / "back" / shard.name).read_bytes() == shard.read_bytes()
 
 
-@pytest.mark.parametrize("algorithm", ["int8", "fp8"])
-def test_quantization_without_kernels_is_refused(tmp_path, capsys, algorithm):
-    assert run(NEEDLE, tmp_path / "q", "--format", "paddlenlp", "--quantization", algorithm) == 2
-    error = capsys.readouterr().err
-    assert algorithm in error and "kernels" in error and "yet" in error
-    assert not (tmp_path / "q").exists()
-
-
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -341,21 +408,22 @@ def test_source_and_destination_lie_apart(tmp_path):
     assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize("name", ["needle", "group2_sharded_bf16", "group1_tied_f32"])
-def test_a_rank_gets_the_same_from_every_form(name, tmp_path):
-    """And asks the files for its part alone, in PaddleNLP's form too."""
-    directory = next(path for path in PUBLISHED if path.name == name)
-    degree = largest_degree(directory)
+@pytest.mark.parametrize("name", ["needle", "group2_sharded_bf16", "group1_tied_f32", "eight"])
+def test_a_rank_gets_the_same_from_every_form(name, eight, tmp_path):
+    """And asks the files for its part alone, in PaddleNLP's form too; heads of a rank need not be neighbours."""
+    directory = next((path for path in PUBLISHED if path.name == name), eight)
+    degree = 4 if directory == eight else largest_degree(directory)
     convert(directory, tmp_path / "np", "paddlenlp")
     convert(directory, tmp_path / "tp", "tensor-parallel", degree=degree)
     model = ModelConfig.from_dict(json.loads((directory / "config.json").read_text()))
     shapes = published_shapes(model)
+    placement = recorded_placement(json.loads((tmp_path / "tp" / "config.json").read_text()), model)
     for rank in range(degree):
 
         def slots(rank=rank):
             places = {}
             for tensor, shape in shapes.items():
-                part = part_of(model, tensor, degree, rank)
+                part = part_of(model, tensor, placement, rank)
                 held = shape if part is None else (*shape[: part.axis], part.size, *shape[part.axis + 1 :])
                 places[tensor] = Slot(paddle.zeros(held, model.dtype), 0, shape, part)
             return places

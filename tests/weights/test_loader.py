@@ -65,16 +65,25 @@ def test_fused_parameters_are_filled_row_range_by_row_range(checkpoint, monkeypa
     np.testing.assert_allclose(values(norm), expected["norm"], rtol=tolerance, atol=tolerance * 2.0**-10)
 
 
+PARTS = {
+    "rows": Part(0, ((2, 5),)),
+    "columns": Part(1, ((1, 3),)),
+    "nothing": Part(0, ((4, 4),)),
+    "rows apart": Part(0, ((0, 1), (2, 4), (5, 6))),
+    "columns apart": Part(1, ((0, 1), (2, 4))),
+}
+
+
 @pytest.mark.parametrize("on_gpu", [False, True], ids=["host", "staged"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("part", [Part(0, 2, 5), Part(1, 1, 3), Part(0, 4, 4)], ids=["rows", "columns", "nothing"])
+@pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
 def test_a_part_is_read_and_nothing_else(checkpoint, monkeypatch, part, dtype, on_gpu):
     """Only its bytes are asked of the file, and only its place is written."""
     if on_gpu:
         monkeypatch.setattr("paddle_qwen1m.weights.loader._is_in_host_memory", lambda _: False)
         monkeypatch.setattr("paddle_qwen1m.weights.loader.UNIT_BYTES", 16)
     directory, expected = checkpoint
-    held = expected["q"].take(range(part.begin, part.end), part.axis)
+    held = expected["q"].take([number for one in part.ranges for number in range(*one)], part.axis)
     table = parameter([8, held.shape[1]], dtype)
     asked = load_checkpoint(directory, {"q": Slot(table, 1, (6, 4), part)}, ignore={"k", "v", "norm"})
     assert asked == 4 * held.size
@@ -86,7 +95,7 @@ def test_a_tensor_that_is_cut_already_is_read_whole(tmp_path):
     piece = RNG.standard_normal((6, 2)).astype(np.float32)
     write_file(tmp_path / "model.safetensors", {"w": piece})
     weight = parameter([6, 2])
-    slot = Slot(weight, 0, (6, 4), Part(1, 2, 4))
+    slot = Slot(weight, 0, (6, 4), Part(1, ((2, 4),)))
     with pytest.raises(CheckpointError, match=r"has shape \[6, 2\], the model's config.json asks for \[6, 4\]"):
         load_checkpoint(tmp_path, {"w": slot})
     load_checkpoint(tmp_path, {"w": slot.without_slicing()})
@@ -148,7 +157,7 @@ def test_rotary_tables_and_ignored_tensors_may_be_there_or_not(tmp_path):
 
 
 @pytest.mark.parametrize("prefix", ["model.", "qwen2."], ids=["published", "paddlenlp"])
-@pytest.mark.parametrize("part", [None, Part(0, 0, 500), Part(0, 500, 997)], ids=["whole", "first", "last"])
+@pytest.mark.parametrize("part", [None, Part(0, ((0, 500),)), Part(0, ((500, 997),))], ids=["whole", "first", "last"])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16], ids=["same type", "narrower"])
 @pytest.mark.parametrize("row", [None, 0, 499, 996])
 def test_another_head_than_the_tied_embedding_is_spoken_of(tmp_path, caplog, monkeypatch, prefix, part, dtype, row):
@@ -159,7 +168,7 @@ def test_another_head_than_the_tied_embedding_is_spoken_of(tmp_path, caplog, mon
     if row is not None:
         head[row, -1] += 1
     write_sharded(tmp_path, [{f"{prefix}embed_tokens.weight": embedding}, {"lm_head.weight": head}])
-    begin, end = (0, 997) if part is None else (part.begin, part.end)
+    begin, end = (0, 997) if part is None else part.ranges[0]
     table = parameter([end - begin, 8])
     slots = {"model.embed_tokens.weight": Slot(table, 0, (997, 8), part)}
     load_checkpoint(tmp_path, slots, ignore={"lm_head.weight"})

@@ -9,15 +9,25 @@ from pathlib import Path
 import pytest
 
 from paddle_qwen1m.config import ModelConfig
+from paddle_qwen1m.parallel.placement import Placement
 from paddle_qwen1m.parallel.split import Part, check_degree, degrees
 from paddle_qwen1m.planning import PUBLISHED
-from paddle_qwen1m.weights.tensors import part_of
+from paddle_qwen1m.weights import tensors
 
 NEEDLE = ModelConfig.from_dict(
     json.loads((Path(__file__).parents[2] / "checkpoints" / "needle" / "config.json").read_text(encoding="utf-8"))
 )
 CONFIGS = {"needle": NEEDLE, **PUBLISHED}
 LAYER = "model.layers.3."
+
+
+def part_of(config: ModelConfig, name: str, degree: int, rank: int) -> Part | None:
+    """In published order."""
+    return tensors.part_of(config, name, Placement.published(config, degree), rank)
+
+
+def rows(begin: int, end: int, axis: int = 0) -> Part:
+    return Part(axis, ((begin, end),))
 
 
 @pytest.mark.parametrize(
@@ -63,26 +73,46 @@ def test_the_ranks_parts_in_order_are_the_whole(model: str, name: str) -> None:
     for degree in degrees(config)[1:]:
         parts = [part_of(config, LAYER + name, degree, rank) for rank in range(degree)]
         share = size(config) // degree
-        assert parts == [Part(axis, rank * share, (rank + 1) * share) for rank in range(degree)]
+        assert parts == [rows(rank * share, (rank + 1) * share, axis) for rank in range(degree)]
 
 
 @pytest.mark.parametrize("name", ["model.embed_tokens.weight", "lm_head.weight"])
 def test_a_vocabulary_that_does_not_divide_leaves_less_to_the_last_rank(name: str) -> None:
     config = dataclasses.replace(PUBLISHED["14B"], vocab_size=1003)
     assert [part_of(config, name, 4, rank) for rank in range(4)] == [
-        Part(0, 0, 251), Part(0, 251, 502), Part(0, 502, 753), Part(0, 753, 1003)
+        rows(0, 251), rows(251, 502), rows(502, 753), rows(753, 1003)
     ]  # fmt: skip
     tiny = dataclasses.replace(config, vocab_size=5)
     assert [part_of(tiny, name, 4, rank) for rank in range(4)] == [
-        Part(0, 0, 2), Part(0, 2, 4), Part(0, 4, 5), Part(0, 5, 5)
+        rows(0, 2), rows(2, 4), rows(4, 5), rows(5, 5)
     ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["k_proj.weight", "v_proj.weight", "k_proj.bias", "v_proj.bias"])
 def test_ranks_beyond_the_kv_heads_share_them(name: str) -> None:
     parts = [part_of(NEEDLE, f"{LAYER}self_attn.{name}", 4, rank) for rank in range(4)]
-    assert parts == [Part(0, 0, 128), Part(0, 0, 128), Part(0, 128, 256), Part(0, 128, 256)]
-    assert part_of(NEEDLE, f"{LAYER}self_attn.{name}", 2, 1) == Part(0, 128, 256)
+    assert parts == [rows(0, 128), rows(0, 128), rows(128, 256), rows(128, 256)]
+    assert part_of(NEEDLE, f"{LAYER}self_attn.{name}", 2, 1) == rows(128, 256)
+
+
+def test_parts_go_by_where_a_layers_heads_are() -> None:
+    """Heads of 128; 14B: 8 KV heads of 5 query heads each."""
+    config = PUBLISHED["14B"]
+    published = tuple(range(40))
+    odd = tuple(head for rank in (1, 0) for kv in range(rank, 8, 2) for head in range(5 * kv, 5 * kv + 5))
+    placement = Placement(2, 8, (published, published, published, odd, *(published,) * 44))
+    own = {
+        name: tensors.part_of(config, f"{LAYER}self_attn.{name}", placement, 0)
+        for name in ("q_proj.bias", "o_proj.weight", "k_proj.weight")
+    }
+    groups = tuple((640 * kv, 640 * kv + 640) for kv in (1, 3, 5, 7))
+    assert own["q_proj.bias"] == Part(0, groups) and own["o_proj.weight"] == Part(1, groups)
+    assert own["k_proj.weight"] == Part(0, tuple((128 * kv, 128 * kv + 128) for kv in (1, 3, 5, 7)))
+    for name in ("self_attn.q_proj.weight", "mlp.up_proj.weight"):
+        assert tensors.part_of(config, f"model.layers.2.{name}", placement, 1) == part_of(
+            config, f"model.layers.2.{name}", 2, 1
+        )
+    assert tensors.part_of(config, f"{LAYER}mlp.up_proj.weight", placement, 0) == rows(0, 6912)
 
 
 @pytest.mark.parametrize("name", ["model.norm.weight", LAYER + "input_layernorm.weight"])

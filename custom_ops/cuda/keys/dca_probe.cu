@@ -4,7 +4,7 @@
 // taken along registers. It walks over a span of keys with a ring of tiles of its own and never waits for other warps.
 // Two passes read K: the first finds each row's maximum and sum, the second adds up the weights. A diagonal's sum is
 // complete when the last key that it meets has been scored: the second pass begins a little before its span and carries
-// the open diagonals in three registers, so that all sums are made in one order whatever the grid.
+// the open diagonals in registers, so that all sums are made in one order whatever the grid.
 #include <algorithm>
 
 #include "attention.cuh"
@@ -233,8 +233,7 @@ __global__ void __launch_bounds__(kThreads, 2) sums_kernel(const __grid_constant
   const int p = lane % 4, place = 8 * p + lane / 4;  // of this lane among 32 keys or diagonals
   OpenDiagonals<kWarpKeys> diagonals;
   // Diagonal d of the tile at `first` meets the last row at key first + d - 1.
-  const auto write_closed = [&](int32_t first) {
-    const float closed = diagonals.close();
+  const auto write_closed = [&](int32_t first, float closed) {
     const int32_t key = first + place - 1;
     if (first >= begin && key >= 0 && key < a.end) slash[key] = closed;
   };
@@ -245,8 +244,7 @@ __global__ void __launch_bounds__(kThreads, 2) sums_kernel(const __grid_constant
       column[h] += weight;
       along[h + kRowTiles8 - n][e] += weight;
     });
-    diagonals.add(along, lane);
-    write_closed(first);
+    write_closed(first, diagonals.add(along, lane));
 #pragma unroll
     for (int h = 0; h < kKeyTiles8; ++h) {
       column[h] += __shfl_xor_sync(kAllLanes, column[h], 1);
@@ -256,7 +254,10 @@ __global__ void __launch_bounds__(kThreads, 2) sums_kernel(const __grid_constant
       vertical[first + place] = p == 0 ? column[0] : p == 1 ? column[1] : p == 2 ? column[2] : column[3];
     }
   });
-  if (span_end == a.end) write_closed((a.end + kWarpKeys - 1) / kWarpKeys * kWarpKeys);
+  const float none[diagonals.kGroups][2] = {};
+  if (span_end == a.end) {
+    write_closed((a.end + kWarpKeys - 1) / kWarpKeys * kWarpKeys, diagonals.add(none, lane));
+  }
 }
 
 constexpr int kMinSpan = 128, kMaxSpan = 2048, kWantedBlocks = 1024;

@@ -35,62 +35,55 @@ __global__ void __launch_bounds__(kMergeThreads)
   log_sum[blockIdx.x * kProbeRows + row] = row < kProbeRows - rows ? -kNegativeInfinity : top + log2f(total);
 }
 
-// Weights of tiles of kKeys keys summed along diagonals, 32 keys after 32. Diagonal d of such 32, 0 <= d < 96, meets
-// key k and row a where k + 64 - a = d. Lane 4g + p of open[i] holds diagonal 32i + 8p + g.
+// Weights of tiles of kKeys keys, one behind the other, summed along diagonals. Diagonal d of a tile, 0 <= d < kKeys +
+// 64, meets key k and row a where k + 64 - a = d; from 64 on those of the next tile begin, so that after a tile its
+// first kKeys are complete.
+//
+// What later tiles add to stays with the lanes that have it: only complete diagonals are summed over lanes.
 template <int kKeys>
 struct OpenDiagonals {
   static constexpr int kGroups = kKeys / 8 + kRowTiles8;  // of eight diagonals, that a tile meets
-  float open[3] = {};
+  static constexpr int kClosed = kKeys / 8;               // of them, that no later tile does: two or four
+  float open[kGroups - kClosed] = {};                     // lane 4g + p: on diagonal 8j + g - 2p of the next tile
 
   // along[j][e]: this lane's weights on the diagonals 8j + g - 2p - e, one of each eight keys less one of each eight
-  // rows. `second`: the tile is the second one of 16 keys.
-  __device__ void add(const float (&along)[kGroups][2], int lane, bool second = false) {
+  // rows. Returns the sum on diagonal 8j + g, where j = p for tiles of 32 keys and p / 2 for those of 16.
+  __device__ float add(const float (&along)[kGroups][2], int lane) {
     const int g = lane / 4, p = lane % 4;
     // Both e onto diagonal 8j + g - 2p: the one of e = 1 lies one key further on.
-    float even[kGroups];
-#pragma unroll
-    for (int j = 0; j < kGroups; ++j) even[j] = __shfl_sync(kAllLanes, along[j][1], (lane + 4) % kWarp);
-    float straight[12] = {};
+    float next[kGroups], straight[kGroups];
 #pragma unroll
     for (int j = 0; j < kGroups; ++j) {
-      const float following = j + 1 < kGroups ? even[j + 1 < kGroups ? j + 1 : j] : 0.0f;
-      straight[j] = along[j][0] + (g == 7 ? following : even[j]);
+      next[j] = j == 0 ? 0.0f : __shfl_sync(kAllLanes, along[j][1], (lane + 4) % kWarp);  // no tile meets group 0
     }
+#pragma unroll
+    for (int j = 0; j < kGroups; ++j) {
+      const float following = j + 1 < kGroups ? next[j + 1 < kGroups ? j + 1 : j] : 0.0f;
+      const float before = j < kGroups - kClosed ? open[j < kGroups - kClosed ? j : 0] : 0.0f;
+      straight[j] = before + along[j][0] + (g == 7 ? following : next[j]);
+    }
+#pragma unroll
+    for (int j = kClosed; j < kGroups; ++j) open[j - kClosed] = straight[j];
     // All p onto diagonal 8j + g: that of p lies 2p keys further on.
-    float turned[kGroups];
+    float turned[kClosed + 1], closed[kClosed];
 #pragma unroll
-    for (int j = 0; j < kGroups; ++j) {
-      turned[j] = __shfl_sync(kAllLanes, straight[j], ((g + 2 * p) % 8) * 4 + p);
-    }
+    for (int j = 0; j <= kClosed; ++j) turned[j] = __shfl_sync(kAllLanes, straight[j], ((g + 2 * p) % 8) * 4 + p);
 #pragma unroll
-    for (int j = 0; j < kGroups; ++j) {
-      const float following = j + 1 < kGroups ? turned[j + 1 < kGroups ? j + 1 : j] : 0.0f;
-      straight[j] = g + 2 * p >= 8 ? following : turned[j];
-    }
-    // Summed over the four lanes of a g; lane p keeps groups j = 4i + p. Those of a second tile lie two groups further
-    // on: lanes of p >= 2 keep groups 4i + p - 2 of it, the others 4i + p + 2, which belong to the next i.
-    const bool upper = (p >= 2) != second, odd = p % 2, shifted = second && p < 2;
-    float kept[3];
+    for (int j = 0; j < kClosed; ++j) closed[j] = g + 2 * p >= 8 ? turned[j + 1] : turned[j];
+    // Summed over the four lanes of a g, of which each keeps one group.
+    const bool upper = p >= 2;
+    float kept[kClosed / 2];
 #pragma unroll
-    for (int i = 0; i < 3; ++i) {
-      const float send0 = upper ? straight[4 * i] : straight[4 * i + 2];
-      const float send1 = upper ? straight[4 * i + 1] : straight[4 * i + 3];
-      const float keep0 = (upper ? straight[4 * i + 2] : straight[4 * i]) + __shfl_xor_sync(kAllLanes, send0, 2);
-      const float keep1 = (upper ? straight[4 * i + 3] : straight[4 * i + 1]) + __shfl_xor_sync(kAllLanes, send1, 2);
-      kept[i] = (odd ? keep1 : keep0) + __shfl_xor_sync(kAllLanes, odd ? keep0 : keep1, 1);
+    for (int i = 0; i < kClosed / 2; ++i) {
+      const float low = closed[i], high = closed[i + kClosed / 2];
+      kept[i] = (upper ? high : low) + __shfl_xor_sync(kAllLanes, upper ? low : high, 2);
     }
-    open[0] += shifted ? 0.0f : kept[0];
-    open[1] += shifted ? kept[0] : kept[1];
-    open[2] += shifted ? kept[1] : kept[2];
-  }
-
-  // The 32 diagonals that no later key meets; the others move down.
-  __device__ float close() {
-    const float closed = open[0];
-    open[0] = open[1];
-    open[1] = open[2];
-    open[2] = 0;
-    return closed;
+    if constexpr (kClosed == 2) {
+      return kept[0] + __shfl_xor_sync(kAllLanes, kept[0], 1);
+    } else {
+      const bool odd = p % 2;
+      return (odd ? kept[1] : kept[0]) + __shfl_xor_sync(kAllLanes, odd ? kept[0] : kept[1], 1);
+    }
   }
 };
 

@@ -11,8 +11,9 @@
 //   block
 //                   behind it: from each such end the chain is walked through the next 64 diagonals, all at once, and
 //                   then only looked up from one 64 to the next
-//   list_row_block  a warp a row block: its own chain up to where it meets the head's, whose rest it copies; then the
-//                   columns, 32 at a time looked up in the blocks
+//   list_row_blocks a warp a row block: its own chain up to where it meets the head's, whose rest it copies. Then the
+//                   warps of neighbouring row blocks share the columns out: a column's place in the chain is looked up
+//                   once, and moves by one entry at most from one row block to the next
 #include <climits>
 
 #include "block_scan.cuh"
@@ -26,7 +27,8 @@ namespace {
 constexpr int kFallback = 5;    // entries that keep a stage without any from being empty (spec section 5.5)
 constexpr int kSegment = 64;    // diagonals that a thread walks a chain through
 constexpr int kLookups = 8192;  // ends that chains are walked from at once
-constexpr int kListWarps = 8;   // of a block of list_row_block
+constexpr int kListWarps = 8;   // of a block of list_row_blocks
+constexpr int kColumnsAtOnce = kWarp * kWarp;
 
 // Ascending absolute columns or diagonals: a part of a head's list, or evenly spread ones.
 struct Lines {
@@ -210,32 +212,70 @@ __device__ Cover cover(const Lines& diagonals, const int32_t* chain, int32_t len
   return cover;
 }
 
-// Lists the columns that no block covers; intra has none beyond its last block. Returns their number, in all lanes.
-__device__ int32_t list_uncovered(const Lines& columns, const Cover& blocks, Stage stage, int32_t block, int32_t* out) {
-  const int lane = threadIdx.x % kWarp;
-  const int32_t end = stage == kIntra && blocks.count > 0 ? blocks[blocks.count - 1] + block : INT_MAX;
-  int32_t count = 0;
-  int32_t passed = 0;  // blocks that begin at or before the columns so far
-  for (int32_t i = 0; i < columns.count; i += kWarp) {
-    const int32_t column = columns[min(i + lane, columns.count - 1)];
-    const int32_t last = __shfl_sync(kAllLanes, column, kWarp - 1);
-    int32_t before = passed;
-    if (passed < blocks.count && blocks[passed] <= last) before = first_above(blocks, passed, blocks.count, column);
-    const bool covered = before > 0 && column < blocks[before - 1] + block;
-    const bool listed = i + lane < columns.count && !covered && column < end;
-    const unsigned listing = __ballot_sync(kAllLanes, listed);
-    if (listed) out[count + __popc(listing & ((1u << lane) - 1))] = column;
-    count += __popc(listing);
-    passed = __shfl_sync(kAllLanes, before, kWarp - 1);
+// What covers a row block's keys in a stage, for the warps that look columns up.
+struct RowBlockCover {
+  const int32_t* listed;  // blocks of its own
+  int32_t own;
+  int32_t met;     // entry of the chain from which on the chain's blocks are its; INT32_MAX: none is
+  int32_t to_key;  // from a block's end in the chain to its first key
+  int32_t end;     // columns from here on are not listed
+};
+
+struct ListShared {
+  RowBlockCover covers[kListWarps];
+  uint32_t uncovered[kListWarps][kColumnsAtOnce / kWarp];  // a bit a column
+};
+
+// Lists the columns that no block covers, for the row blocks of all warps; returns this warp's number in all lanes.
+__device__ int32_t list_uncovered(ListShared& shared, const Lines& columns, const Lines& chain, int32_t block,
+                                  int32_t* out) {
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  int32_t count = 0, passed = 0;  // ends left of the columns so far
+  for (int32_t first = 0; first < columns.count; first += kColumnsAtOnce) {
+    for (int32_t group = warp; group < kWarp && first + group * kWarp < columns.count; group += kListWarps) {
+      const int32_t number = first + group * kWarp + lane, column = columns[min(number, columns.count - 1)];
+      int32_t before = first_above(chain, passed, chain.count, column - shared.covers[0].to_key);
+      passed = __shfl_sync(kAllLanes, before, 0);
+#pragma unroll
+      for (int r = 0; r < kListWarps; ++r) {
+        const RowBlockCover& cover = shared.covers[r];
+        const int32_t key = column - cover.to_key;  // among the chain's ends, which lie a block or more apart
+        if (r > 0 && before > 0 && chain[before - 1] > key) --before;
+        bool covered;
+        if (before > cover.met) {
+          covered = key - chain[before - 1] < block;
+        } else {
+          const Lines listed{cover.listed, 0, 0, cover.own};
+          const int32_t own = first_above(listed, 0, cover.own, column);
+          covered = own > 0 && column < listed[own - 1] + block;
+        }
+        const unsigned uncovered = __ballot_sync(kAllLanes, number < columns.count && !covered && column < cover.end);
+        if (lane == 0) shared.uncovered[r][group] = uncovered;
+      }
+    }
+    __syncthreads();
+    const uint32_t own = first + lane * kWarp < columns.count ? shared.uncovered[warp][lane] : 0;
+    const int32_t through = inclusive_warp_sum(__popc(own));
+    for (int32_t group = 0; group < kWarp && first + group * kWarp < columns.count; ++group) {
+      const uint32_t listing = __shfl_sync(kAllLanes, own, group);
+      const int32_t place = count + __shfl_sync(kAllLanes, through - __popc(own), group);
+      if (listing >> lane & 1) {
+        out[place + __popc(listing & ((1u << lane) - 1))] = columns[first + group * kWarp + lane];
+      }
+    }
+    count += __shfl_sync(kAllLanes, through, kWarp - 1);
+    __syncthreads();
   }
   return count;
 }
 
 __global__ void __launch_bounds__(kListWarps* kWarp)
-    list_row_block(const qwen1m_sparse_index a, const Chains chains, int32_t row_blocks) {
-  const int32_t row_block = blockIdx.x * kListWarps + threadIdx.x / kWarp, start = row_block * a.block;
-  if (row_block >= row_blocks) return;
-  const int64_t head = blockIdx.y, entry = head * row_blocks + row_block;
+    list_row_blocks(const qwen1m_sparse_index a, const Chains chains, int32_t row_blocks) {
+  __shared__ ListShared shared;
+  const int warp = threadIdx.x / kWarp;
+  const int32_t row_block = blockIdx.x * kListWarps + warp, start = row_block * a.block;
+  const bool exists = row_block < row_blocks;
+  const int64_t head = blockIdx.y, entry = head * row_blocks + min(row_block, row_blocks - 1);
   const int32_t* slashes = a.slashes + head * a.selected_slashes;
   const int32_t* selected = a.columns + head * a.selected_columns;
   int32_t* blocks = a.tables.blocks + entry * a.tables.block_width;
@@ -248,13 +288,25 @@ __global__ void __launch_bounds__(kListWarps* kWarp)
     if (keys.begin < keys.end) {
       const Lines diagonals = stage_diagonals(slashes, a.selected_slashes, stage, keys, a.rows);
       const int64_t place = head * kStages + s;
-      const Cover own = cover(diagonals, chains.ends + place * chains.capacity, chains.lengths[place],
-                              start + a.block - a.rows + 1, stage, keys, a.begin + start + a.block, a.block, blocks);
-      __syncwarp();
-      num_blocks = own.count;
-      num_columns = list_uncovered(stage_columns(selected, a.selected_columns, keys), own, stage, a.block, columns);
+      const int32_t* chain = chains.ends + place * chains.capacity;
+      const int32_t length = chains.lengths[place], shift = start + a.block - a.rows + 1;
+      RowBlockCover covering{blocks, 0, INT_MAX, shift - a.block, 0};  // no column is listed where no row block is
+      if (exists) {
+        const Cover own =
+            cover(diagonals, chain, length, shift, stage, keys, a.begin + start + a.block, a.block, blocks);
+        __syncwarp();
+        num_blocks = own.count;
+        covering.own = own.own;
+        if (own.count > own.own) covering.met = static_cast<int32_t>(own.chain - chain);
+        // Intra has no columns beyond its last block.
+        covering.end = stage == kIntra && own.count > 0 ? own[own.count - 1] + a.block : INT_MAX;
+      }
+      if (threadIdx.x % kWarp == 0) shared.covers[warp] = covering;
+      __syncthreads();
+      num_columns = list_uncovered(shared, stage_columns(selected, a.selected_columns, keys),
+                                   Lines{chain, 0, 0, length}, a.block, columns);
     }
-    if (threadIdx.x % kWarp == 0) {
+    if (exists && threadIdx.x % kWarp == 0) {
       counts[stage] = num_blocks;
       counts[kStages + stage] = num_columns;
     }
@@ -278,7 +330,7 @@ int qwen1m_cuda_sparse_index(const qwen1m_sparse_index* a, void* workspace, qwen
   const Chains chains(workspace, *a);
   const int32_t row_blocks = ceil_div(a->rows, a->block);
   chain_blocks<<<dim3(kStages, a->heads), kScanThreads, 0, as_stream(stream)>>>(*a, chains);
-  list_row_block<<<dim3(ceil_div(row_blocks, kListWarps), a->heads), kListWarps * kWarp, 0, as_stream(stream)>>>(
+  list_row_blocks<<<dim3(ceil_div(row_blocks, kListWarps), a->heads), kListWarps * kWarp, 0, as_stream(stream)>>>(
       *a, chains, row_blocks);
   return cudaGetLastError();
 }

@@ -184,8 +184,9 @@ inline int32_t decode_splits(const qwen1m_dca_decode& a) {
 
 inline DecodeArguments decode_arguments(const qwen1m_dca_decode& decode, void* workspace) {
   DecodeArguments a{decode, nullptr, nullptr, decode_splits(decode)};
-  a.statistic = static_cast<float2*>(workspace);
-  a.partial = reinterpret_cast<float*>(a.statistic + static_cast<int64_t>(a.batch) * a.heads * a.splits);
+  a.partial = static_cast<float*>(workspace);  // first, since its rows are read 16 bytes at a time
+  a.statistic =
+      reinterpret_cast<float2*>(a.partial + static_cast<int64_t>(a.batch) * a.heads * a.splits * a.cache.head_dim);
   return a;
 }
 

@@ -6,9 +6,9 @@
 //   statistics  a warpgroup walks over a span of keys, 64 at a time, as the right factor: a row's sum runs along
 //   registers.
 //               Its reference lies above the highest score of the first tile, and rises when weights grow beyond two.
-//   sums        a warp walks over a span of its own, 16 keys at a time, which are the rows of the product and stay in
-//               registers: four warps take part in a product, each with its own keys, against one head's 64 rows.
-//               Diagonals are carried as in keys/dca_probe.cu.
+//   sums        a warp walks over a span of its own, 16 keys at a time, which are rows of the left factor: four warps
+//               take part in a product, each with its own keys, against one head's 64 rows. A column's sum runs along
+//               registers, diagonals are carried as in keys/dca_probe.cu.
 #include <algorithm>
 #include <type_traits>
 
@@ -23,7 +23,6 @@ namespace sm90 {
 namespace {
 
 constexpr int kTile = 16, kRing = 2;  // keys of a warp at a time; tiles under way
-constexpr int kPair = 2 * kTile;      // keys whose diagonals are closed at once
 constexpr int kHalo = kProbeRows;     // keys before a span that share diagonals with it
 constexpr int kPanelBytes = kProbeRows * kPanelRowBytes;
 constexpr int kSumWarps = 12;
@@ -46,6 +45,9 @@ struct ProbeArguments : qwen1m_dca_probe {
   float* log_sum;
   Spans statistics, sums;
 };
+
+// What is the same in all lanes, known to be so: descriptors that depend on it are computed in uniform registers.
+__device__ inline int same_in_warp(int value) { return __shfl_sync(kAllLanes, value, 0); }
 
 // The keys of one of a block's `shares` warpgroups or warps.
 struct Share {
@@ -99,14 +101,15 @@ struct RowSum {
   float reference = -1e30f;  // none yet: any score's weight is infinite
   float sum = 0;
 
-  // Adds up the weights of the scores of row 16w + g + 8h.
+  // Adds up the weights of the scores of row 16w + g + 8h. Without fmaf the products would be shared with raise(), and
+  // the reference subtracted by instructions of their own.
   template <int h>
   __device__ float weigh(const float (&scores)[kTileKeys / 2], float scale) const {
     float parts[2] = {};
 #pragma unroll
     for (int n = 0; n < kTileKeys / 8; ++n) {
 #pragma unroll
-      for (int e = 0; e < 2; ++e) parts[e] += exp2_fast(scores[4 * n + 2 * h + e] * scale - reference);
+      for (int e = 0; e < 2; ++e) parts[e] += exp2_fast(fmaf(scores[4 * n + 2 * h + e], scale, -reference));
     }
     return parts[0] + parts[1];
   }
@@ -144,7 +147,8 @@ __global__ void __launch_bounds__(statistic_warpgroups(kGroup) * kWarpgroup, 1)
   constexpr int kWarpgroups = statistic_warpgroups(kGroup);
   extern __shared__ char memory[];
   auto& shared = *reinterpret_cast<StatisticsShared<kGroup, kWarpgroups>*>(memory);
-  const int warpgroup = threadIdx.x / kWarpgroup, thread = threadIdx.x % kWarpgroup, lane = threadIdx.x % kWarp;
+  const int warpgroup = same_in_warp(threadIdx.x / kWarpgroup);
+  const int thread = threadIdx.x % kWarpgroup, lane = threadIdx.x % kWarp;
   const int first_row = thread / kWarp * 16 + lane / 4;
   const Share keys(a, a.statistics, kWarpgroups, warpgroup);
   const int tiles = (keys.end - keys.begin + kTileKeys - 1) / kTileKeys;
@@ -223,7 +227,7 @@ __global__ void __launch_bounds__(statistic_warpgroups(kGroup) * kWarpgroup, 1)
 template <int kGroup>
 struct alignas(1024) SumsShared {
   char queries[kGroup][kPanels][kPanelBytes];
-  char keys[kSumWarps][kRing][kTile * SharedRows<kHeadDim>::kRowBytes];
+  char keys[kSumWarps / 4][kRing][kPanels][4 * kTile * kPanelRowBytes];
 };
 
 template <typename T, int kGroup>
@@ -232,7 +236,7 @@ struct Walk : Share {
 
   const ProbeArguments& a;
   SumsShared<kGroup>& shared;
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int warp = same_in_warp(threadIdx.x / kWarp), lane = threadIdx.x % kWarp;
 
   __device__ Walk(const ProbeArguments& arguments, SumsShared<kGroup>& memory)
       : Share(arguments, arguments.sums, kSumWarps, threadIdx.x / kWarp), a(arguments), shared(memory) {}
@@ -243,45 +247,43 @@ struct Walk : Share {
   // outside the sequence may hold anything, keys from `last` on are masked, as those that a row does not see.
   template <typename F>
   __device__ void operator()(int32_t first, int tiles, int32_t last, F&& visit) const {
-    constexpr int kTileBytes = sizeof(shared.keys[0][0]), kChunks = SharedRows<kHeadDim>::kChunks;
-    const uint32_t ring = shared_address(shared.keys[warp]), place = operand<kHeadDim>(lane);
+    constexpr int kTileBytes = sizeof(shared.keys[0][0]);
+    const uint32_t ring = shared_address(shared.keys[warp / 4]);
     const int64_t cache_row = static_cast<int64_t>(a.cache.kv_heads) * kHeadDim;
     const T* pool = static_cast<const T*>(a.cache.key) + static_cast<int64_t>(blockIdx.y) * kHeadDim;
     const Pages pages(a.block_table, a.cache.page_size);
     const auto load = [&](int tile) {
-      const int32_t key = first + tile * kTile;
-      if (tile < tiles && key >= 0 && key < a.end) {
-        const T* keys = pool + pages.slot(key) * cache_row + lane % kChunks * 8;
+      const int32_t key = first + tile * kTile, last_row = a.end - 1 - key;
+      if (tile < tiles && key >= 0 && last_row >= 0) {
+        const int chunk = lane % 16;
+        const uint32_t target =
+            ring + tile % kRing * kTileBytes + chunk / 8 * (kTileBytes / kPanels) + warp % 4 * kTile * kPanelRowBytes;
+        const T* source = pool + pages.slot(key) * cache_row + chunk * 8;
 #pragma unroll
-        for (int r = lane / kChunks; r < kTile; r += kWarp / kChunks) {
-          const int readable = min(r, a.end - 1 - key);
-          copy_async_or_zero(SharedRows<kHeadDim>::address(ring + tile % kRing * kTileBytes, r, lane % kChunks),
-                             keys + readable * cache_row, r == readable);
+        for (int r = lane / 16; r < kTile; r += 2) {
+          copy_async(target + r * kPanelRowBytes + ((chunk % 8 ^ r % 8) << 4), source + min(r, last_row) * cache_row);
         }
       }
       copy_commit();
     };
-    for (int tile = 0; tile < kRing; ++tile) load(tile);
+    load(0);
     for (int tile = 0; tile < tiles; ++tile) {
       const int32_t key = first + tile * kTile;
-      copy_wait<kRing - 1>();
-      __syncwarp();
-      uint32_t keys[kHeadDim / 16][4];
-#pragma unroll
-      for (int step = 0; step < kHeadDim / 16; ++step) {
-        load_left(keys[step], at<kHeadDim>(ring + tile % kRing * kTileBytes + place, 0, step));
-      }
-      __syncwarp();
-      load(tile + kRing);
+      copy_wait<0>();
+      async_proxy_fence();
+      named_sync(kTileReady + warp / 4, kWarpgroup);  // the tile has come, and nobody reads the one before any more
+      load(tile + 1);
+      const uint32_t left = rows_descriptor(ring + tile % kRing * kTileBytes);
       const bool partial = key + kTile > min(last, a.end - a.rows);
 #pragma unroll
       for (int h = 0; h < kGroup; ++h) {
         float scores[kProbeRows / 2];
-        const uint32_t queries = rows_descriptor(shared_address(shared.queries[h][0]));
+        const uint32_t right = rows_descriptor(shared_address(shared.queries[h][0]));
         products_begin();
 #pragma unroll
         for (int step = 0; step < kHeadDim / 16; ++step) {
-          multiply_transposed<T>(scores, keys[step], queries + (step / 4 * kPanelBytes >> 4) + step % 4 * 2, step > 0);
+          const uint32_t on = (step / 4 * kPanelBytes >> 4) + step % 4 * 2;
+          multiply_shared<T>(scores, left + on, right + on, step > 0);
         }
         products_commit();
         products_wait<0>();
@@ -299,8 +301,6 @@ struct Walk : Share {
         visit(h, key, scores);
       }
     }
-    copy_wait<0>();
-    __syncwarp();
   }
 
   // f(score, k: key 8k + g, n, e: row 8n + 2p + e)
@@ -329,16 +329,17 @@ __global__ void __launch_bounds__(kSumWarps* kWarp, 1) sums_kernel(const __grid_
   }
   const float scale = a.scale * kLog2E;
   const int lane = walk.lane, g = lane / 4, p = lane % 4;
+  float* vertical = a.vertical + static_cast<int64_t>(walk.head(0)) * a.end;
+  float* slash = a.slash + static_cast<int64_t>(walk.head(0)) * a.end;
   OpenDiagonals<kTile> diagonals[kGroup];
 
-  // Diagonal d of the 32 keys at `first` meets the last row at key first + d - 1. A span answers for the keys from the
-  // one before its first; the sequence's last span for its own last key as well.
+  // Diagonal d of the tile at `first` meets the last row at key first + d - 1. A span answers for the keys from the one
+  // before its first; the sequence's last span for its own last key as well.
   const int32_t answers_to = walk.end == a.end && walk.begin < a.end ? a.end : walk.end - 1;
-  const auto write_closed = [&](int h, int32_t first) {
-    const float closed = diagonals[h].close();
-    const int32_t key = first + 8 * p + g - 1;
-    if (first >= walk.begin && key >= 0 && key < answers_to) {
-      a.slash[static_cast<int64_t>(walk.head(h)) * a.end + key] = closed;
+  const auto write_closed = [&](int h, int32_t first, float closed) {
+    const int32_t key = first + p / 2 * 8 + g - 1;
+    if (p % 2 == 0 && first >= walk.begin && key >= 0 && key < answers_to) {
+      slash[h * a.end + key] = closed;
     }
   };
   // `counts`: whether the tile at a key is this warp's affair.
@@ -349,13 +350,12 @@ __global__ void __launch_bounds__(kSumWarps* kWarp, 1) sums_kernel(const __grid_
       float column[2] = {}, along[OpenDiagonals<kTile>::kGroups][2] = {};
       walk.each(scores, [&](float& score, int k, int n, int e) {
         const float2 origin = log_sum[4 * n];
-        const float weight = exp2_fast(score * scale - (e ? origin.y : origin.x));
-        column[k] += weight;
-        along[k + kRowTiles8 - n][e] += weight;
+        const float weight = exp2_fast(fmaf(score, scale, e ? -origin.y : -origin.x));
+        float& diagonal = along[k + kRowTiles8 - n][e];
+        column[k] = n == 0 && e == 0 ? weight : column[k] + weight;  // not 0 + weight, which is an addition
+        diagonal = k == 0 || n == 0 ? weight : diagonal + weight;
       });
-      const bool second = (first - walk.begin) & kTile;
-      diagonals[h].add(along, lane, second);
-      if (second) write_closed(h, first - kTile);
+      write_closed(h, first, diagonals[h].add(along, lane));
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
         column[k] += __shfl_xor_sync(kAllLanes, column[k], 1);
@@ -363,7 +363,7 @@ __global__ void __launch_bounds__(kSumWarps* kWarp, 1) sums_kernel(const __grid_
       }
       const int32_t key = first + 8 * p + g;
       if (p < 2 && first >= walk.begin && key < walk.end) {
-        a.vertical[static_cast<int64_t>(walk.head(h)) * a.end + key] = p == 0 ? column[0] : column[1];
+        vertical[h * a.end + key] = p == 0 ? column[0] : column[1];
       }
     };
   };
@@ -377,8 +377,9 @@ __global__ void __launch_bounds__(kSumWarps* kWarp, 1) sums_kernel(const __grid_
   load_queries<T, kGroup, walk.kThreads>(a, shared.queries, walk.stage);
   walk(walk.begin - kHalo, (kHalo + a.sums.keys) / kTile, walk.limit,
        visit([&](int32_t first) { return first >= walk.begin || !first_span; }));
+  const float none[OpenDiagonals<kTile>::kGroups][2] = {};
 #pragma unroll
-  for (int h = 0; h < kGroup; ++h) write_closed(h, walk.begin + a.sums.keys);
+  for (int h = 0; h < kGroup; ++h) write_closed(h, walk.begin + a.sums.keys, diagonals[h].add(none, lane));
 }
 
 // Spans that keep every processor busy to the end, and read few keys twice.

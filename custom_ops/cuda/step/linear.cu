@@ -8,6 +8,7 @@
 #include "mma.cuh"
 #include "overlap.cuh"
 #include "qwen1m/step.h"
+#include "step/few_rows.cuh"
 #include "vectors.cuh"
 
 namespace qwen1m {
@@ -15,42 +16,8 @@ namespace cuda {
 
 namespace {
 
-constexpr int kFeatures = 16;   // of a block: rows of one mma
-constexpr int kTokenGroup = 8;  // columns of one mma
-constexpr int kMaxTokens = 2 * kTokenGroup;
 constexpr int kHalfStep = 4 * kPack;
 constexpr int kStep = 2 * kHalfStep;  // whole lines of 128 bytes
-constexpr int kProcessorWarps = 16;   // as many as the registers of a processor hold
-
-// 16 bytes, zeros where not `valid`.
-#define QWEN1M_LOAD(instruction, to, at, valid)                    \
-  asm volatile(                                                    \
-      "{\n"                                                        \
-      ".reg .pred p;\n"                                            \
-      "setp.ne.b32 p, %5, 0;\n"                                    \
-      "mov.b32 %0, 0;\n"                                           \
-      "mov.b32 %1, 0;\n"                                           \
-      "mov.b32 %2, 0;\n"                                           \
-      "mov.b32 %3, 0;\n"                                           \
-      "@p " instruction                                            \
-      ".v4.b32 {%0, %1, %2, %3}, [%4];\n"                          \
-      "}"                                                          \
-      : "=&r"((to).x), "=&r"((to).y), "=&r"((to).z), "=&r"((to).w) \
-      : "l"(at), "r"(static_cast<int>(valid)))
-
-// What nobody reads again, and with it the rest of the line.
-__device__ inline uint4 load_once(const void* at, bool valid) {
-  uint4 v;
-  QWEN1M_LOAD("ld.global.L1::no_allocate.L2::128B", v, at, valid);
-  return v;
-}
-
-__device__ inline uint4 load_cached(const void* at, bool valid) {
-  uint4 v;
-  QWEN1M_LOAD("ld.global", v, at, valid);
-  return v;
-}
-#undef QWEN1M_LOAD
 
 // What a lane loads for one step.
 template <int GROUPS>
@@ -167,14 +134,10 @@ int launch_linear(const qwen1m_linear& a, cudaStream_t stream) {
   return launch_overlapping(kernel, blocks, WARPS * kWarp, 0, stream, a);
 }
 
-// Where all blocks of eight warps run at once, they keep more of the weights under way than blocks of four; where they
-// do not, smaller blocks leave less of the last round unfilled.
 template <typename T, typename Out>
 int choose_linear(const qwen1m_linear& a, cudaStream_t stream) {
-  int device, processors;
-  if (const int error = cudaGetDevice(&device)) return error;
-  if (const int error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device)) return error;
-  const bool at_once = ceil_div(a.out_features, kFeatures) <= kProcessorWarps / 8 * processors;
+  bool at_once;
+  if (const int error = all_at_once(a.out_features, at_once)) return error;
   return at_once ? launch_linear<T, Out, 8>(a, stream) : launch_linear<T, Out, 4>(a, stream);
 }
 

@@ -1,5 +1,5 @@
-// FP8 numbers of a cache, E4M3: a sign, four bits of exponent with a bias of 7, three of mantissa, no infinities; for
-// host and device code.
+// FP8 numbers, E4M3: a sign, four bits of exponent with a bias of 7, three of mantissa, no infinities; for host and
+// device code.
 #pragma once
 
 #include <stdint.h>
@@ -27,19 +27,6 @@ QWEN1M_HOST_DEVICE static inline uint8_t to_e4m3(float x) {
   }
   const uint32_t number = ((word + 0x7ffff + (word >> 20 & 1)) >> 20) - (120 << 3);
   return static_cast<uint8_t>(sign | (number < 0x7e ? number : 0x7e));
-}
-
-QWEN1M_HOST_DEVICE static inline float of_e4m3(uint8_t number) {
-  const uint32_t magnitude = number & 0x7f;
-  uint32_t word = (magnitude << 20) + (120u << 23);
-  if (magnitude < 8) {
-    const float small = static_cast<float>(magnitude) * 0x1p-9f;
-    memcpy(&word, &small, sizeof(word));
-  }
-  word |= static_cast<uint32_t>(number & 0x80) << 24;
-  float x;
-  memcpy(&x, &word, sizeof(x));
-  return x;
 }
 
 }  // namespace qwen1m

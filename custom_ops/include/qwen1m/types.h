@@ -4,8 +4,8 @@
 // inter. All arrays are dense and row-major. Arguments are checked by the caller (custom_ops/paddle).
 //
 // `activation` is the type of the values that pass between ops: float32 on a CPU, bfloat16 or float16 on a GPU, where
-// weights are of that type too, and caches of it or of bytes. The residual stream, rotary tables, LSE, sums and logits
-// are float32 everywhere.
+// weights are of that type too, or bytes with scales, and caches of it or bytes with scales. The residual stream,
+// rotary tables, LSE, sums and logits are float32 everywhere.
 //
 // The CPU kernels, qwen1m_cpu_*, run on the number of threads set last.
 //
@@ -29,16 +29,16 @@
 #define QWEN1M_HOST_DEVICE
 #endif
 
-// The last two are of caches alone: bytes that mean nothing without what stands beside them.
+// The last two are bytes that mean nothing without the scales beside them.
 typedef enum {
   QWEN1M_FLOAT32 = 0,
   QWEN1M_BFLOAT16 = 1,
   QWEN1M_FLOAT16 = 2,
   QWEN1M_INT8 = 3,
-  QWEN1M_FP8 = 4,  // E4M3
+  QWEN1M_E4M3 = 4,  // FP8: 4 bits of exponent, 3 of mantissa, no infinities
 } qwen1m_dtype;
 
-static inline int qwen1m_is_quantised(qwen1m_dtype type) { return type == QWEN1M_INT8 || type == QWEN1M_FP8; }
+static inline int qwen1m_is_quantised(qwen1m_dtype type) { return type == QWEN1M_INT8 || type == QWEN1M_E4M3; }
 
 static inline int32_t qwen1m_bytes_of(qwen1m_dtype type) {
   return type == QWEN1M_FLOAT32 ? 4 : qwen1m_is_quantised(type) ? 1 : 2;

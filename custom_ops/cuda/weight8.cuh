@@ -1,0 +1,79 @@
+// Bytes of 8-bit weights become 16-bit values, exactly.
+#pragma once
+
+#include "mma.cuh"
+#include "qwen1m/weight8.h"
+
+namespace qwen1m {
+namespace cuda {
+
+struct Int8 {
+  static constexpr float kPower = 1.0f;
+};
+struct E4M3 {
+  static constexpr float kPower = 256.0f;
+};
+
+// Four numbers, of `bytes` from the lowest on, as two pairs of T. What the numbers are times 1 / Kind::kPower, which
+// belongs into their scale.
+template <typename Kind, typename T>
+__device__ inline void widen_bytes(uint32_t bytes, uint32_t (&pairs)[2]);
+
+// 2^23 + 128 + number is a float32 whose last byte is the number with its highest bit turned.
+template <typename T>
+__device__ inline void widen_int8(uint32_t bytes, uint32_t (&pairs)[2]) {
+  const uint32_t turned = bytes ^ 0x80808080u;
+  float numbers[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    numbers[i] = __uint_as_float(__byte_perm(turned, 0x4b000000u, 0x7440 + i)) - 8388736.0f;
+  }
+  pairs[0] = pack_pair<T>(numbers[0], numbers[1]);
+  pairs[1] = pack_pair<T>(numbers[2], numbers[3]);
+}
+
+template <>
+__device__ inline void widen_bytes<Int8, bf16>(uint32_t bytes, uint32_t (&pairs)[2]) {
+  widen_int8<bf16>(bytes, pairs);
+}
+
+template <>
+__device__ inline void widen_bytes<Int8, f16>(uint32_t bytes, uint32_t (&pairs)[2]) {
+  widen_int8<f16>(bytes, pairs);
+}
+
+// Sign, one bit more of exponent, mantissa: a float16 with an exponent that is 8 too small, subnormal numbers included.
+template <>
+__device__ inline void widen_bytes<E4M3, f16>(uint32_t bytes, uint32_t (&pairs)[2]) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t high = __byte_perm(bytes, 0, i == 0 ? 0x1404 : 0x3424);
+    pairs[i] = (high & 0x80008000u) | (high & 0x7f007f00u) >> 1;
+  }
+}
+
+template <>
+__device__ inline void widen_bytes<E4M3, bf16>(uint32_t bytes, uint32_t (&pairs)[2]) {
+  uint32_t halves[2];
+  widen_bytes<E4M3, f16>(bytes, halves);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const float2 wide = __half22float2(*reinterpret_cast<const __half2*>(&halves[i]));
+    pairs[i] = pack_pair<bf16>(wide.x, wide.y);
+  }
+}
+
+// f(Kind{}, T{}) for the kind of the numbers and a type of 16 bits.
+template <typename F>
+int with_weight8(qwen1m_dtype kind, qwen1m_dtype dtype, F&& f) {
+  return with_half_type(dtype, [&](auto type) -> int {
+    switch (kind) {
+      case QWEN1M_INT8: return f(Int8{}, type);
+      case QWEN1M_E4M3: return f(E4M3{}, type);
+      default: return cudaErrorInvalidValue;
+    }
+  });
+}
+
+}  // namespace cuda
+}  // namespace qwen1m

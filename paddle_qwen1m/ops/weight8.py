@@ -1,0 +1,89 @@
+"""Linear layers whose weights are bytes with scales, and how weights become such bytes."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from typing import Any, NamedTuple
+
+import numpy as np
+import paddle
+
+from paddle_qwen1m.ops.library import call, library
+
+FEW_ROWS = 64
+"""Up to so many rows a linear layer on a GPU reads the bytes, for every 16 rows once; above, a GEMM of cuBLAS reads
+them widened to 16 bits, which takes five times the traffic.
+"""
+KINDS = {"int8": 3, "fp8": 4}
+"""By name, as qwen1m_dtype has them."""
+DTYPES = {"F32": 0, "BF16": 1, "F16": 2}
+
+
+class Weight8(NamedTuple):
+    """A weight [N, K] as numbers of 8 bits with scales: numbers[n, k] * scales[n // rows, k // columns].
+
+    numbers: uint8 [N, K], the bytes of int8 or of FP8 (E4M3) numbers, as `kind` says. scales: float32
+    [N / rows, K / columns]; a block has 1 to 128 rows and 16 to 128 columns, powers of two.
+    """
+
+    numbers: paddle.Tensor
+    scales: paddle.Tensor
+    kind: str
+
+
+def linear8(x: paddle.Tensor, weight: Weight8) -> paddle.Tensor:
+    """x [T, K] times the transpose of the weight: activations [T, N]. What is computed in is `x`'s type."""
+    if x.shape[0] <= FEW_ROWS or not x.place.is_gpu_place():
+        return call("linear8", x, *weight)[0]
+    widened = widen_weight(weight, "bfloat16" if x.dtype == paddle.bfloat16 else "float16")
+    return paddle.matmul(x, widened, transpose_y=True)
+
+
+def widen_weight(weight: Weight8, dtype: str) -> paddle.Tensor:
+    """What the weight stands for, as "float32", "bfloat16" or "float16" [N, K], rounded to nearest even."""
+    return call("widen_weight", *weight, dtype)[0]
+
+
+class _Weight8(ctypes.Structure):
+    """See custom_ops/include/qwen1m/weight8.h."""
+
+    _fields_ = (
+        ("numbers", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        *((name, ctypes.c_int32) for name in ("kind", "rows", "columns")),
+    )
+
+
+class _RoundWeight(ctypes.Structure):
+    _fields_ = (
+        ("values", ctypes.c_void_p),
+        ("weight", _Weight8),
+        *((name, ctypes.c_int64) for name in ("in_features", "out_features")),
+        ("dtype", ctypes.c_int32),
+    )
+
+
+def round_weight(values: np.ndarray, dtype: str, kind: str, numbers: np.ndarray, scales: np.ndarray) -> bool:
+    """Rounds `values` [N, K], in the storage of `dtype` (F32, BF16 or F16), to 8 bits of `kind`, ties to even.
+
+    numbers uint8 [N, K] and scales float32 [N / rows, K / columns], which are written, say what a block is. All are
+    contiguous and in host memory. Returns False where a value is not finite, and nothing that was written has a
+    meaning. Other threads of Python run meanwhile.
+    """
+    features, depth = values.shape
+    assert numbers.shape == values.shape and numbers.dtype == np.uint8 and scales.dtype == np.float32
+    assert values.flags.c_contiguous and numbers.flags.c_contiguous and scales.flags.c_contiguous
+    if not values.size:
+        return True
+    blocks = features // scales.shape[0], depth // scales.shape[1]
+    assert blocks[0] * scales.shape[0] == features and blocks[1] * scales.shape[1] == depth
+    weight = _Weight8(numbers.ctypes.data, scales.ctypes.data, KINDS[kind], *blocks)
+    return not _rounding()(ctypes.byref(_RoundWeight(values.ctypes.data, weight, depth, features, DTYPES[dtype])))
+
+
+@functools.cache
+def _rounding() -> Any:
+    function = library().qwen1m_cpu_round_weight
+    function.argtypes, function.restype = (ctypes.POINTER(_RoundWeight),), ctypes.c_int
+    return function

@@ -1,0 +1,100 @@
+"""Two ranks on two GPUs, one of which fails: all end in time, the rank is named, and the GPUs' memory is free again."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+paddle = pytest.importorskip("paddle", reason="Paddle is not installed")
+
+if not paddle.device.is_compiled_with_cuda() or paddle.device.cuda.device_count() < 2:
+    pytest.skip("this Paddle has no two GPUs", allow_module_level=True)
+
+sys.path.append(str(Path(__file__).parents[1] / "parallel"))
+
+from parallel_ranks import NEEDLE, Process, is_running  # noqa: E402
+
+FAILING = Path(__file__).parents[1] / "parallel" / "failing_rank.py"
+START = 120.0
+"""Seconds for processes to start and to come to where one fails."""
+STALL = 10.0
+END = {"kill": 10.0, "raise": 10.0, "memory": 10.0, "stop": STALL + 10.0}
+"""Seconds from the failure to the end of all processes."""
+LEFT = 64 << 20
+"""Bytes of a GPU that others may have taken meanwhile."""
+
+
+def used_memory() -> list[int]:
+    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return [int(line) << 20 for line in told.split()][:2]
+
+
+def begin(folder: Path, rank: int, how: str) -> Process:
+    launch = ["-m", "paddle.distributed.launch", "--devices", "0,1", "--log_dir", folder / "logs"]
+    limit = {"PADDLE_QWEN1M_STALL_SECONDS": str(STALL)}
+    return Process([*launch, FAILING, NEEDLE, folder, str(rank), "decode" if how else "never", how], **limit)
+
+
+def wait_for(folder: Path, *names: str) -> list[str]:
+    """What stands in these files once they are all there."""
+    deadline = time.monotonic() + START
+    while not all((folder / name).exists() and (folder / name).read_text() for name in names):
+        assert time.monotonic() < deadline, f"{names} are not all in {folder} after {START:g} s"
+        time.sleep(0.02)
+    return [(folder / name).read_text() for name in names]
+
+
+def wait_for_ends(pids: list[int], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while any(map(is_running, pids)):
+        assert time.monotonic() < deadline, f"after {seconds:g} s some of {pids} still run"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    ("rank", "how"), [(0, "kill"), (1, "kill"), (0, "stop"), (1, "stop"), (1, "raise"), (1, "memory")]
+)
+def test_a_rank_that_fails_ends_the_other_and_frees_both_gpus(
+    tmp_path: Path, rank: int, how: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = used_memory()
+    launched = begin(tmp_path, rank, how)
+    *pids, failed = wait_for(tmp_path, "0", "1", "failed")
+    status, output = launched.finish(END[how] + START)
+    wait_for_ends([int(pid) for pid in pids], END[how])
+    seconds = time.time() - float(failed)
+    logs = output + "".join(log.read_text() for log in sorted((tmp_path / "logs").glob("workerlog.*")))
+    after = used_memory()
+    with capsys.disabled():
+        print(f"\nrank {rank}, {how}: all had ended {seconds:.1f} s later, bytes still in use {after} of {before}")
+    reason = {"kill": "killed or crashed", "stop": "stopped, or cut off", "raise": "the dog ate it", "memory": "emory"}
+    assert status != 0 and f"rank {rank} on " in logs and reason[how] in logs, logs[-4000:]
+    assert seconds < END[how]
+    assert all(now <= then + LEFT for now, then in zip(after, before))
+
+
+def test_a_launcher_that_is_killed_leaves_no_rank_and_no_memory(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = used_memory()
+    launched = begin(tmp_path, 9, "")
+    pids = [int(pid) for pid in wait_for(tmp_path, "0", "1")]
+    time.sleep(5)
+    launched.kill()
+    began = time.monotonic()
+    try:
+        wait_for_ends(pids, 10.0)
+    finally:
+        for pid in filter(is_running, pids):
+            os.kill(pid, signal.SIGKILL)
+    after = used_memory()
+    with capsys.disabled():
+        print(f"\nlauncher killed: ranks had ended {time.monotonic() - began:.1f} s later, in use {after} of {before}")
+    assert all(now <= then + LEFT for now, then in zip(after, before))

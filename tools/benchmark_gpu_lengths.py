@@ -1,0 +1,264 @@
+"""Time to the first token against the length of the prompt, sparse and dense, beside a floor: a table and a picture.
+
+    python tools/benchmark_gpu_lengths.py measure FILE.json [--model 7B] [--lengths 32768 1010000] [--dense-samples 5]
+                                          [--kv-cache-dtype int8] [--quantization fp8] [--max-num-batched-tokens 16384]
+    python tools/benchmark_gpu_lengths.py picture OUT.png FILE.json ...      needs matplotlib, and no GPU
+
+Sparse prompts are read whole through the engine, their attention over seeded lines as in benchmark_gpu_model.py. Dense
+ones would take up to a quarter of an hour: some of their chunks are timed over a full cache, the ones between are
+interpolated, since a chunk takes linearly more with the keys before it, and all are summed.
+
+The floor is what no kernel can do without at the speeds that a matrix product and a device copy reach on the same card:
+the larger of the operations' time and the bytes'. Sparse attention counts as many keys a row as its budgets say; of the
+bytes weights are read once a chunk, keys and values once a dense chunk, keys once a sparse one, for the probe.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import paddle
+from benchmark_gpu_model import (
+    add_options,
+    copy_bandwidth,
+    kept_as,
+    options_of,
+    random_model,
+    random_prompt,
+    seeded_selection,
+    token_seconds,
+)
+
+from paddle_qwen1m import ops
+from paddle_qwen1m.attention.positions import pieces
+from paddle_qwen1m.attention.step import SequenceRows, StepBuilder
+from paddle_qwen1m.config import ModelConfig, SparseBudgets, published_budgets
+from paddle_qwen1m.engine import Engine
+from paddle_qwen1m.options import EngineOptions
+from paddle_qwen1m.plan import cache_bytes_per_token, parameters, weight_bytes
+from paddle_qwen1m.planning import PUBLISHED
+
+LENGTHS = (32768, 65536, 131072, 262144, 524288, 1010000)
+
+
+class Speeds(NamedTuple):
+    """What the card reaches: operations a second of a bfloat16 matrix product, bytes a second of a device copy."""
+
+    matmul: float
+    copy: float
+
+
+class Kept(NamedTuple):
+    """How weights are kept, fp8, int8 or as bfloat16 (None), and the type of keys and values."""
+
+    quantization: str | None
+    cache_dtype: str
+
+
+def spans(length: int, rows: int) -> list[tuple[int, int]]:
+    """The chunks [begin, end) of a prompt."""
+    return [(begin, min(begin + rows, length)) for begin in range(0, length, rows)]
+
+
+def causal_pairs(length: int, most: np.ndarray) -> float:
+    """Pairs of a row and a key at or before it, of which row i has i + 1, `most` at most; summed over `most` [n]."""
+    bound = np.minimum(most.astype(np.float64), length)
+    return float((length * bound - bound * (bound - 1) / 2).sum())
+
+
+def operations(config: ModelConfig, length: int, rows: int, kept: Kept, budgets: SparseBudgets | None) -> float:
+    """Those of a bfloat16 matrix product: two a weight and token, of linears in fp8 half as many, and four a pair of a
+    row and a key in every head and number. budgets: of a sparse prefill, whose probe scores all keys once more.
+    """
+    weights = parameters(config) - 2 * config.vocab_size * config.hidden_size
+    linear = 2.0 * weights * length / (2 if kept.quantization == "fp8" else 1)
+    heads = config.num_layers * config.num_heads
+    if budgets is None:
+        return linear + 4 * config.head_dim * causal_pairs(length, np.full(heads, length))
+    chosen = 4 * config.head_dim * causal_pairs(length, (budgets.vertical + budgets.slash).ravel())
+    ends = [piece.end for chunk in spans(length, rows) for piece in pieces(*chunk, config.dual_chunk.chunk_len)]
+    return linear + chosen + 2 * config.head_dim * heads * ops.PROBE_ROWS * float(sum(ends))
+
+
+def bytes_moved(config: ModelConfig, length: int, rows: int, kept: Kept, *, sparse: bool) -> float:
+    """Weights and cached keys and values, read and written."""
+    chunks = spans(length, rows)
+    weights = weight_bytes(config, "bfloat16", kept.quantization) - 2 * 2 * config.vocab_size * config.hidden_size
+    of_token = cache_bytes_per_token(config, kept.cache_dtype)
+    read = float(sum(end for _, end in chunks)) * (of_token / 2 if sparse else of_token)
+    return weights * len(chunks) + of_token * length + read
+
+
+def floor_seconds(
+    config: ModelConfig, length: int, rows: int, kept: Kept, budgets: SparseBudgets | None, speeds: Speeds
+) -> float:
+    """The least that a prefill can take; budgets: of a sparse one."""
+    return max(
+        operations(config, length, rows, kept, budgets) / speeds.matmul,
+        bytes_moved(config, length, rows, kept, sparse=budgets is not None) / speeds.copy,
+    )
+
+
+def sampled_begins(length: int, rows: int, samples: int) -> list[int]:
+    """Where the full chunks begin that are timed: the first, the last, and others at equal distances."""
+    last = max(0, length // rows - 1)
+    return [int(number) * rows for number in np.unique(np.linspace(0, last, samples).round())]
+
+
+def summed_seconds(length: int, rows: int, begins: Sequence[int], seconds: Sequence[float]) -> float:
+    """Of all chunks of a prompt, from those of full chunks that begin at `begins`."""
+    return float(sum((end - begin) / rows * np.interp(begin, begins, seconds) for begin, end in spans(length, rows)))
+
+
+def matmul_speed() -> float:
+    """Operations a second of a bfloat16 matrix product of 8192^3."""
+    a, b = (
+        ops.cast(paddle.to_tensor(np.random.default_rng(seed).standard_normal((8192, 8192), np.float32)), "bfloat16")
+        for seed in (0, 1)
+    )
+    paddle.matmul(a, b)
+    paddle.device.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(20):
+        paddle.matmul(a, b)
+    paddle.device.cuda.synchronize()
+    return 20 * 2 * 8192**3 / (time.perf_counter() - start)
+
+
+def dense_chunk_seconds(engine: Engine, prompt: np.ndarray, begin: int, rows: int) -> float:
+    """Of rows [begin, begin + rows) of a prompt, densely, over the keys that the engine's cache holds already."""
+    cache = engine.runner.cache
+    pages = list(range(-(-(begin + rows) // cache.page_size)))
+    step = StepBuilder(engine.model.config).prefill(
+        [SequenceRows(prompt[begin : begin + rows], begin, pages, len(prompt))], cache, []
+    )
+    paddle.device.cuda.synchronize()
+    start = time.perf_counter()
+    engine.runner.forward(step)
+    paddle.device.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def sparse_seconds(engine: Engine, prompt: np.ndarray) -> float:
+    """To the first token of a prompt; the engine decides as always whether it is read sparsely."""
+    rows, chunk_len = engine.max_num_batched_tokens, engine.model.config.dual_chunk.chunk_len
+    with seeded_selection(len(prompt)) as lines:
+        token_seconds(engine, prompt[: min(len(prompt), rows + 1000)], 1)
+        lines.prepare(piece.end for chunk in spans(len(prompt), rows) for piece in pieces(*chunk, chunk_len))
+        start = time.perf_counter()
+        return token_seconds(engine, prompt, 1)[0] - start
+
+
+def measure(name: str, lengths: Sequence[int], samples: int, options: EngineOptions) -> dict[str, Any]:
+    """What `picture` takes: of every length the seconds, sparse and dense, measured and at least."""
+    speeds = Speeds(matmul_speed(), copy_bandwidth())
+    paddle.device.cuda.empty_cache()
+    config, budgets = PUBLISHED[name], published_budgets(PUBLISHED[name])
+    assert budgets is not None
+    longest = max(lengths)
+    model = random_model(name, budgets=budgets, quantization=options.quantization)
+    engine = Engine(model, replace(options, cache_tokens=longest + 1), budgets)
+    rows, kept = engine.max_num_batched_tokens, Kept(options.quantization, engine.kv_cache_dtype)
+    prompt = random_prompt(model, longest)
+    print(f"{name}, random weights, {kept_as(options)}, chunks of {rows:,}; {paddle.device.cuda.get_device_name()}")
+    print(f"matrix product {speeds.matmul / 1e12:.0f} TFLOP/s, copy {speeds.copy / 1e12:.2f} TB/s", flush=True)
+    sparse = {}
+    for length in sorted(lengths):
+        sparse[length] = sparse_seconds(engine, prompt[:length])
+        print(f"{length:9,} tokens: {sparse[length]:.2f} s", flush=True)
+    begins = sampled_begins(longest, rows, samples)
+    dense = [dense_chunk_seconds(engine, prompt, begin, rows) for begin in begins]
+    print("dense chunks, keys before them and seconds: " + ", ".join(f"{b:,} {s:.2f}" for b, s in zip(begins, dense)))
+    table = [
+        {
+            "tokens": length,
+            "sparse": sparse[length],
+            "dense": summed_seconds(length, rows, begins, dense),
+            "sparse_floor": floor_seconds(config, length, rows, kept, budgets, speeds),
+            "dense_floor": floor_seconds(config, length, rows, kept, None, speeds),
+        }
+        for length in sorted(lengths)
+    ]
+    return {
+        "title": f"{name}, {kept_as(options)}, {paddle.device.cuda.get_device_name()}",
+        "speeds": speeds._asdict(),
+        "chunk": rows,
+        "dense_chunks": dict(zip(map(str, begins), dense)),
+        "lengths": table,
+    }
+
+
+def print_table(told: dict[str, Any]) -> None:
+    print(told["title"])
+    print("| tokens | sparse | floor | dense, summed | floor | dense over sparse |\n|---|---|---|---|---|---|")
+    for row in told["lengths"]:
+        print(
+            f"| {row['tokens']:,} | {row['sparse']:.2f} s | {row['sparse_floor']:.2f} s | {row['dense']:.2f} s "
+            f"| {row['dense_floor']:.2f} s | {row['dense'] / row['sparse']:.2f}x |"
+        )
+
+
+def picture(out: Path, measured: Sequence[dict[str, Any]]) -> None:
+    """Seconds against tokens, both in powers: a panel for each measurement."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, len(measured), figsize=(6 * len(measured), 4.5), squeeze=False, sharey=True)
+    for axes, told in zip(panels[0], measured):
+        tokens = [row["tokens"] for row in told["lengths"]]
+        for key, label, style in (
+            ("dense", "dense, summed from timed chunks", "C1o-"),
+            ("dense_floor", "its floor", "C1--"),
+            ("sparse", "sparse", "C0o-"),
+            ("sparse_floor", "its floor", "C0--"),
+        ):
+            axes.loglog(tokens, [row[key] for row in told["lengths"]], style, label=label)
+        axes.set_xticks(tokens, [f"{count // 1000}k" for count in tokens])
+        axes.minorticks_off()
+        axes.set(title=told["title"], xlabel="tokens of the prompt", ylabel="seconds to the first token")
+        axes.grid(True, alpha=0.3)
+        axes.legend()
+    figure.tight_layout()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=120)
+    pyplot.close(figure)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_subparsers(dest="what", required=True)
+    measuring = what.add_parser("measure")
+    measuring.add_argument("file", type=Path)
+    measuring.add_argument("--model", choices=list(PUBLISHED), default="7B")
+    measuring.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, metavar="TOKENS")
+    measuring.add_argument("--dense-samples", type=int, default=5, metavar="CHUNKS")
+    add_options(measuring)
+    drawing = what.add_parser("picture")
+    drawing.add_argument("out", type=Path)
+    drawing.add_argument("files", type=Path, nargs="+")
+    arguments = parser.parse_args()
+    if arguments.what == "measure":
+        paddle.device.set_device("gpu")
+        told = measure(arguments.model, arguments.lengths, arguments.dense_samples, options_of(arguments))
+        arguments.file.write_text(json.dumps(told, indent=1), encoding="utf-8")
+        print_table(told)
+        return 0
+    measured = [json.loads(file.read_text(encoding="utf-8")) for file in arguments.files]
+    for told in measured:
+        print_table(told)
+    picture(arguments.out, measured)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
