@@ -73,7 +73,7 @@ def products_version(local: ModelConfig, dtype: str, quantization: str | None) -
 
 
 def unrounded_dtype(model: Qwen2OneM) -> str:
-    """Of keys and values that an int8 cache does not round: the type of the weights, where that has 16 bits."""
+    """Of keys and values that an 8-bit cache does not round: the type of the weights, where that has 16 bits."""
     return model.dtype if itemsize(model.dtype) == 2 else "bfloat16"
 
 
