@@ -299,7 +299,7 @@ def _memory(checkpoint: Checkpoint, options: CheckOptions) -> Iterator[Finding]:
 
 def read_shapes(name: str) -> tuple[ModelConfig, SparseBudgets | None, str | None, Path | None]:
     """The shapes, sparse budgets and quantization of a checkpoint, a directory or a hub name, of which no weights are
-    fetched, and the file of an int8 cache's scales beside them.
+    fetched, and the file of an 8-bit cache's scales beside them.
     """
     from paddle_qwen1m.paddlenlp import look_up_budgets
     from paddle_qwen1m.paddlenlp.hub import locate

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Callable
 
 from paddle_qwen1m import __version__
 from paddle_qwen1m.calibrate import flags as calibrate_flags
-from paddle_qwen1m.dtypes import DTYPES, INT8, QUANTIZATIONS
+from paddle_qwen1m.dtypes import DTYPES, QUANTIZATIONS
 from paddle_qwen1m.evaluate import flags as evaluate_flags
 from paddle_qwen1m.options import (
     TEMPERATURE_TOLERANCE,
@@ -186,12 +186,12 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{name.replace('_', '-')}", type=_at_least(1), metavar="N", help=_llm_help(name))
     parser.add_argument("--max-model-len", type=_length, metavar="N", help=f"{_llm_help('max_model_len')}, or auto")
     parser.add_argument(
-        "--kv-cache-dtype", choices=("bfloat16", INT8), help="default: int8 where a context fits no other way"
+        "--kv-cache-dtype", choices=("bfloat16", *QUANTIZATIONS), help="default: int8 where a context fits no other way"
     )
     parser.add_argument(
         "--kv-scales",
         metavar="FILE",
-        help="whose layers in 16 bits an int8 cache has (default: those of kv_scales.json beside the weights)",
+        help="whose layers in 16 bits an 8-bit cache has (default: those of kv_scales.json beside the weights)",
     )
     parser.add_argument("--quantization", choices=QUANTIZATIONS, help=_llm_help("quantization"))
     _add_debug(parser)
@@ -737,7 +737,7 @@ COMMANDS = (
     Command("convert", "write a checkpoint in another format", _convert_arguments, _convert),
     Command(
         "calibrate-kv",
-        "make the scales of an int8 cache for a checkpoint",
+        "make the scales of an 8-bit cache for a checkpoint",
         _calibrate_kv_arguments,
         _calibrate_kv,
         logging.ERROR,

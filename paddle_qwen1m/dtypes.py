@@ -26,13 +26,11 @@ SAFETENSORS = {dtype.name: dtype.safetensors for dtype in TABLE}
 """The spelling in a safetensors header of a name."""
 STORAGE = {dtype.safetensors: dtype.storage for dtype in TABLE}
 """numpy's type of a spelling in a safetensors header."""
-INT8 = "int8"
-"""Of keys and values, and of weights, with scales beside them."""
-FP8 = "fp8"
-"""E4M3: 4 bits of exponent, 3 of mantissa; of weights alone, with scales beside them."""
+INT8, FP8 = "int8", "fp8"
+"""Of weights, and of keys and values, with scales beside them. FP8 is E4M3: 4 bits of exponent, 3 of mantissa."""
 QUANTIZATIONS = (FP8, INT8)
-"""How weights are kept in 8 bits."""
-CACHE_DTYPES = (*DTYPES, INT8)
+"""What is kept in 8 bits."""
+CACHE_DTYPES = (*DTYPES, INT8, FP8)
 _SIZES = {dtype.name: dtype.storage.itemsize for dtype in TABLE}
 
 

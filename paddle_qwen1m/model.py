@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Generator, Sequence
-from typing import Callable, Union
+from typing import Callable
 
 import numpy as np
 import paddle
@@ -18,7 +18,7 @@ from paddle_qwen1m.cache import LayerCache
 from paddle_qwen1m.config import ModelConfig
 from paddle_qwen1m.dtypes import FP8, dtype_name, itemsize
 from paddle_qwen1m.parallel.group import ALONE, Group
-from paddle_qwen1m.parallel.lanes import Lanes
+from paddle_qwen1m.parallel.lanes import Activations, Lanes, Product
 from paddle_qwen1m.parallel.placement import Placement
 from paddle_qwen1m.parallel.split import local_config
 from paddle_qwen1m.weights import Slot
@@ -73,12 +73,8 @@ def products_version(local: ModelConfig, dtype: str, quantization: str | None) -
 
 
 def unrounded_dtype(model: Qwen2OneM) -> str:
-    """Of keys and values that an int8 cache does not round: the type of the weights, where that has 16 bits."""
+    """Of keys and values that an 8-bit cache does not round: the type of the weights, where that has 16 bits."""
     return model.dtype if itemsize(model.dtype) == 2 else "bfloat16"
-
-
-Activations = Union[paddle.Tensor, ops.Rows8]
-"""Of T rows: [T, N] in the activations' type, or in FP8."""
 
 
 class DecoderLayer(nn.Layer):
@@ -123,15 +119,29 @@ class DecoderLayer(nn.Layer):
 
     def linear(self, x: Activations, name: str) -> paddle.Tensor:
         """x [T, K] times the transpose of the weight of that name [N, K]: activations [T, N]."""
+        return self._multiply(x, self._held(name))
+
+    def product(self, name: str, times: int) -> Product:
+        """`linear` by the weight of that name, for so many calls. What is widened for several is widened once."""
+        held = self._held(name)
+        if times > 1 and isinstance(held, ops.Weight8):
+            held = ops.WidenedOnce(*held)
+        return lambda x: self._multiply(x, held)
+
+    def _held(self, name: str) -> paddle.Tensor | ops.Weight8:
         held = getattr(self, name)
-        if self.quantization is None:
+        if self.quantization is not None:
+            held = ops.Weight8(held, getattr(self, f"{name}{SCALES}"), self.quantization)
+        return held
+
+    def _multiply(self, x: Activations, held: paddle.Tensor | ops.Weight8) -> paddle.Tensor:
+        if not isinstance(held, ops.Weight8):
             return ops.linear(x, held)
-        weight = ops.Weight8(held, getattr(self, f"{name}{SCALES}"), self.quantization)
         if not isinstance(x, ops.Rows8):
             if not self.takes_rows8(x.shape[0]):
-                return ops.linear(x, weight)
+                return ops.linear(x, held)
             x = ops.round_rows(x)
-        return ops.product8(x, weight, dtype_name(self.qkv_bias.dtype))
+        return ops.product8(x, held, dtype_name(self.qkv_bias.dtype))
 
     def takes_rows8(self, rows: int) -> bool:
         """Whether so many rows are multiplied in FP8."""
@@ -151,27 +161,16 @@ class DecoderLayer(nn.Layer):
         selector: Selector | None,
         rows: paddle.Tensor | None = None,
     ) -> Generator[None, None, paddle.Tensor]:
-        """What the rank's heads make of `rows` int64 [n] of the step, by default of all: [n, H D], which `output`
-        projects.
+        """What the rank's heads make of `rows` int64 [n] of the step, by default of all: [n, H D], to be projected by
+        "output_weight".
         """
         q, projected = self.project(hidden, step, cache)
         heads = (yield from attend(q, projected, cache, step, selector)).reshape([q.shape[1], -1])
         return heads if rows is None else ops.gather_rows(heads, rows)
 
-    def output(self, heads: paddle.Tensor) -> paddle.Tensor:
-        """The rank's part of the attention's output [T, N]."""
-        return self.linear(heads, "output_weight")
-
-    def gate_up(self, hidden: Activations) -> paddle.Tensor:
-        return self.linear(hidden, "gate_up_weight")
-
     def gated(self, gate_up: paddle.Tensor) -> Activations:
-        """What `down` takes."""
+        """What the MLP's second product takes."""
         return ops.silu_mul8(gate_up) if self.takes_rows8(gate_up.shape[0]) else ops.silu_mul(gate_up)
-
-    def down(self, inner: Activations) -> paddle.Tensor:
-        """The rank's part of the MLP's output [T, N]."""
-        return self.linear(inner, "down_weight")
 
 
 AttentionObserver = Callable[[DecoderLayer, paddle.Tensor, paddle.Tensor], None]
@@ -253,10 +252,10 @@ class Qwen2OneM(nn.Layer):
             if observe is not None:
                 observe(layer, normed, heads)
             del normed  # the memory of what is not needed is free again while the next is computed
-            lanes.add(heads, [layer.output], layer.post_attention_norm, takes_rows8)
+            lanes.add(heads, [layer.product("output_weight", lanes.count)], layer.post_attention_norm, takes_rows8)
             del heads
-            products = [layer.gate_up, layer.gated, layer.down]
-            lanes.add(None, products, following, None if is_last else takes_rows8)
+            gate_up, down = (layer.product(name, lanes.count) for name in ("gate_up_weight", "down_weight"))
+            lanes.add(None, [gate_up, layer.gated, down], following, None if is_last else takes_rows8)
             normed = lanes.all_rows()
             self.group.mark(normed.numbers if isinstance(normed, ops.Rows8) else normed)
             yield

@@ -13,7 +13,7 @@ from textwrap import fill
 from typing import Any
 
 from paddle_qwen1m.config import SPARSE_THRESHOLD
-from paddle_qwen1m.dtypes import CACHE_DTYPES, DTYPES, INT8, QUANTIZATIONS, dtype_name
+from paddle_qwen1m.dtypes import CACHE_DTYPES, DTYPES, FP8, INT8, QUANTIZATIONS, dtype_name
 
 CPU_BATCHED_TOKENS, GPU_BATCHED_TOKENS = 2048, 32768
 CPU_PAUSE_TOKENS, GPU_PAUSE_TOKENS = 256, 2048
@@ -95,10 +95,12 @@ class CacheDtype(Dtype):
     names: tuple[str, ...] = CACHE_DTYPES
 
     def read(self, name: str, value: Any) -> str | None:
-        if isinstance(value, str) and value.startswith(("fp8", "int4", "nvfp4", "int8_")):
+        if value == "fp8_e4m3":
+            return FP8
+        if isinstance(value, str) and value.startswith(("fp8_", "int4", "nvfp4", "int8_")):
             raise ValueError(
                 f"{name}={value!r}: biases of these models put outliers into keys that such a type rounds away; "
-                f"{INT8} takes as little, and keeps the answers"
+                f"{INT8} takes a byte a number, and keeps the answers"
             )
         return super().read(name, value)
 
@@ -250,15 +252,15 @@ OPTIONS = (
         "kv_cache_dtype",
         CacheDtype(),
         "what is computed in; of LLM and serve int8, where max_model_len would not fit otherwise",
-        "how keys and values are kept: int8 takes half of 16 bits, with scales a little more (see kv_scales); on a CPU "
-        "bfloat16 or float16, too",
+        "how keys and values are kept: int8 takes half of 16 bits, with scales a little more (see kv_scales); fp8 "
+        "takes as much and loses more; on a CPU bfloat16 or float16, too",
         EVERYWHERE,
     ),
     Option(
         "kv_scales",
         Given(),
         "kv_scales.json beside the weights, else those made at the first load, kept in the user's cache folder",
-        "JSON file with what int8 keys are measured in, which `paddle-qwen1m calibrate-kv` makes",
+        "JSON file with what keys of a byte are measured in, which `paddle-qwen1m calibrate-kv` makes",
         EVERYWHERE,
     ),
     Option(

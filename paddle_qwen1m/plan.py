@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Callable
 
 from paddle_qwen1m.config import BLOCK, ModelConfig, SparseBudgets
-from paddle_qwen1m.dtypes import INT8, itemsize
+from paddle_qwen1m.dtypes import QUANTIZATIONS, itemsize
 from paddle_qwen1m.weights.eight_bit import choose_blocks, linears
 from paddle_qwen1m.weights.tensors import published_shapes
 
@@ -62,24 +62,24 @@ def widened_weight_bytes(config: ModelConfig, quantization: str | None, dtype: s
 def cache_bytes_per_token(config: ModelConfig, dtype: str, in_16_bits: int = 0) -> int:
     """Bytes that the keys and values of one token take over all layers (spec section 1.1), their scales included.
 
-    in_16_bits: layers of an int8 cache that are not rounded to int8.
+    in_16_bits: layers of an 8-bit cache that stay in 16 bits.
     """
     numbers = 2 * config.num_kv_heads * config.head_dim
-    if dtype != INT8:
+    if dtype not in QUANTIZATIONS:
         return config.num_layers * numbers * itemsize(dtype)
     return (config.num_layers + in_16_bits) * numbers + scale_bytes_per_token(config, dtype, in_16_bits)
 
 
 def scale_bytes_per_token(config: ModelConfig, dtype: str, in_16_bits: int = 0) -> int:
-    """Those of them that are scales: float16 numbers of an int8 cache, for the key and the value of each KV head."""
-    return 2 * (config.num_layers - in_16_bits) * config.num_kv_heads * 2 if dtype == INT8 else 0
+    """Those of them that are scales: float16 numbers of an 8-bit cache, for the key and the value of each KV head."""
+    return 2 * (config.num_layers - in_16_bits) * config.num_kv_heads * 2 if dtype in QUANTIZATIONS else 0
 
 
 def widened_bytes(config: ModelConfig, length: int, cache_dtype: str, dtype: str) -> int:
-    """Bytes of the room where one layer's int8 keys and values of a context are copied for kernels that read 16 bits; a
+    """Bytes of the room where a layer's 8-bit keys and values of a context are copied for kernels that read 16 bits; a
     CPU, which computes in float32, has none.
     """
-    if cache_dtype != INT8 or itemsize(dtype) != 2:
+    if cache_dtype not in QUANTIZATIONS or itemsize(dtype) != 2:
         return 0
     return 2 * length * config.num_kv_heads * config.head_dim * itemsize(dtype)
 

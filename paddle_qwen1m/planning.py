@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from paddle_qwen1m.config import ModelConfig, SparseBudgets, published_budgets
-from paddle_qwen1m.dtypes import FP8, INT8
+from paddle_qwen1m.dtypes import FP8, INT8, QUANTIZATIONS
 from paddle_qwen1m.engine.admission import LEFT_TO_THE_DRIVER, Allowance, Need, fitting_options, longest_fitting
 from paddle_qwen1m.options import GPU_BATCHED_TOKENS, MAX_NUM_SEQS, EngineOptions
 from paddle_qwen1m.parallel.placement import Placement
@@ -85,7 +85,7 @@ class Way:
 class Plan:
     """Bytes on each of `ranks` GPUs, of which the engine may take `allowed`, for contexts of `length` tokens; `longest`
     is the most that fit, None where the weights and the workspace do not. chunk: tokens of a prefill chunk. cache: of
-    keys and values, kept as cache_dtype; scales: of int8 ones; in_16_bits: layers whose are not rounded to int8.
+    keys and values, kept as cache_dtype; scales: of those of a byte; in_16_bits: layers whose are not.
     quantization: how weights are kept, None: in 16 bits.
     imbalance: Placement.imbalance of several ranks with budgets, with heads as they are placed and in published order.
     """
@@ -157,7 +157,7 @@ def plan(
     in_16_bits: int = 0,
 ) -> Plan:
     """What a context of `length` tokens takes, the model's longest by default, where the engine may use `memory` bytes
-    of each GPU. budgets: of sparse prefill. in_16_bits: layers that an int8 cache does not round. ValueError for ranks
+    of each GPU. budgets: of sparse prefill. in_16_bits: layers that an 8-bit cache does not round. ValueError for ranks
     or a length that the model does not have.
 
     Where nobody chose, chunks are smaller and keys and values int8 if it would not fit otherwise, as in the engine.
@@ -194,7 +194,7 @@ def plan(
         own.workspace(wanted),
         longest(ranks, options),
         options.quantization,
-        in_16_bits=in_16_bits if cache_dtype == INT8 else 0,
+        in_16_bits=in_16_bits if cache_dtype in QUANTIZATIONS else 0,
         imbalance=None if budgets is None or ranks == 1 else _imbalance(config, ranks, budgets),
     )
     if made.fits:
@@ -214,7 +214,7 @@ def plan(
             for chunk in chunks
         ),
     )
-    if cache_dtype != INT8:
+    if cache_dtype not in QUANTIZATIONS:
         int8 = longest(ranks, replace(options, kv_cache_dtype=INT8))
         ways.append(Way(f"--kv-cache-dtype {INT8}", "keys and values rounded to a byte, with scales", int8))
     if options.quantization is None:

@@ -147,6 +147,11 @@ def test_the_command_counts_the_layers_of_a_file_of_scales(tmp_path: Path, capsy
     assert "another model's" in capsys.readouterr().err
 
 
+def test_fp8_takes_what_int8_does() -> None:
+    int8, fp8 = (planned("14B", 141 * 10**9, options=EngineOptions(kv_cache_dtype=kept)) for kept in ("int8", "fp8"))
+    assert replace(fp8, cache_dtype="int8") == int8
+
+
 def test_a_published_model_is_known_by_its_size_and_its_name() -> None:
     for name in ("7b", "Qwen/Qwen2.5-7B-Instruct-1M", "qwen2.5-7b-instruct-1m"):
         assert published(name) is PUBLISHED["7B"]

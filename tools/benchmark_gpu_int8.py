@@ -1,4 +1,4 @@
-"""Decode over an int8 cache beside a 16-bit one, and the copy that widens its pages for prefill, beside a device copy.
+"""Decode over 8-bit caches, int8 and FP8, beside a 16-bit one; the copy that widens them, beside a device copy.
 
     python tools/benchmark_gpu_int8.py [--keys 4096 131072 1010000] [--library FILE ...]
 
@@ -26,8 +26,8 @@ class Layer:
         self.keys, self.dtype = keys, dtype
         self.pages = -(-keys // PAGE)
         shape = (self.pages, PAGE, kv_heads, HEAD_DIM)
-        if dtype == "int8":
-            pools = [torch.randint(-127, 128, shape, dtype=torch.int8, device="cuda") for _ in range(2)]
+        if dtype != "bfloat16":  # any byte is a number of either kind
+            pools = [torch.randint(-127, 127, shape, dtype=torch.int8, device="cuda") for _ in range(2)]
         else:
             pools = [torch.randn(shape, dtype=torch.bfloat16, device="cuda") for _ in range(2)]
         self.cache: dict[str, Any] = {
@@ -38,7 +38,7 @@ class Layer:
             "kv_heads": kv_heads,
             "head_dim": HEAD_DIM,
         }
-        if dtype == "int8":
+        if dtype != "bfloat16":
             frame = {
                 "key_scale": torch.full(shape[:3], 0.02, dtype=torch.float16, device="cuda"),
                 "value_scale": torch.full(shape[:3], 0.02, dtype=torch.float16, device="cuda"),
@@ -65,7 +65,7 @@ class Layer:
     @property
     def read(self) -> int:
         """Bytes of keys and values, and of scales."""
-        size = HEAD_DIM + 2 if self.dtype == "int8" else 2 * HEAD_DIM
+        size = 2 * HEAD_DIM if self.dtype == "bfloat16" else HEAD_DIM + 2
         return 2 * self.keys * int(self.cache["kv_heads"]) * size
 
 
@@ -117,13 +117,13 @@ def main() -> int:
             copies, rounds = (2, 4) if keys > 100000 else (16, 1)
             for name, cuda in libraries.items():
                 times = {}
-                for dtype in ("bfloat16", "int8"):
+                for dtype in ("bfloat16", "int8", "fp8"):
                     layers = [Layer(heads, kv_heads, keys, dtype) for _ in range(copies)]
                     time = times[dtype] = decode(cuda, layers, rounds)
                     share = layers[0].read / time * 1e3 / bandwidth
                     what = f"{model} {keys:9,} keys, {name}, {dtype:8}"
                     print(f"{what}: {time * 1e3:8.1f} us, {share:.2f} of a copy", flush=True)
-                    if dtype == "int8":
+                    if dtype != "bfloat16":
                         widened = widen(cuda, layers[0])
                         share = (layers[0].read + 4 * keys * kv_heads * HEAD_DIM) / widened * 1e3 / bandwidth
                         faster = times["bfloat16"] / time

@@ -11,6 +11,7 @@ import ctypes
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -125,29 +126,36 @@ class Kernels:
             "head_dim": self.head_dim,
         }
 
-    def int8_cache(self, pages: int) -> dict[str, Any]:
+    def caches(self, pages: int) -> Iterator[dict[str, Any]]:
+        """In 16 bits, and in 8 of either kind."""
+        yield self.cache(pages)
+        yield from (self.cache_in_8_bits(pages, dtype) for dtype in ("int8", "fp8"))
+
+    def cache_in_8_bits(self, pages: int, dtype: str) -> dict[str, Any]:
         shape = (pages, PAGE, self.kv_heads, self.head_dim)
         scales = [self.array(self.rng.random(shape[:3]).astype(np.float16)) for _ in range(2)]
         frame = self.array(np.ones(shape[2:], np.float32)), self.floats(*shape[2:])
         numbers = [self.integers(np.int8, 127, *shape) for _ in range(2)]
         names = ("key_scale", "value_scale", "power", "centre")
-        cache = {"key": numbers[0], "value": numbers[1], "dtype": "int8", "frame": dict(zip(names, (*scales, *frame)))}
+        cache = {"key": numbers[0], "value": numbers[1], "dtype": dtype, "frame": dict(zip(names, (*scales, *frame)))}
         return {**self.cache(1), **cache}
 
     def pages(self, pages: int) -> None:
-        """Copies of pages, and what int8 ones stand for."""
-        for cache in (self.cache(pages), self.int8_cache(pages)):
-            self.cuda("copy_page", cache=cache, source=0, target=pages - 1, rows=PAGE - 3)
+        """Copies of pages, and what 8-bit ones stand for."""
         shape = (pages, PAGE, self.kv_heads, self.head_dim)
-        self.cuda(
-            "dequantize_pages",
-            cache=self.int8_cache(pages),
-            pages=self.array(self.rng.permutation(pages).astype(np.int32)),
-            key=self.normal(*shape),
-            value=self.normal(*shape),
-            dtype="bfloat16",
-            count=pages,
-        )
+        for cache in self.caches(pages):
+            self.cuda("copy_page", cache=cache, source=0, target=pages - 1, rows=PAGE - 3)
+            if cache["dtype"] == "bfloat16":
+                continue
+            self.cuda(
+                "dequantize_pages",
+                cache=cache,
+                pages=self.array(self.rng.permutation(pages).astype(np.int32)),
+                key=self.normal(*shape),
+                value=self.normal(*shape),
+                dtype="bfloat16",
+                count=pages,
+            )
 
     def prefill(self, length: int, rows: int) -> None:
         """Dense and sparse attention of the last rows of one sequence, which may cross borders of chunks."""
@@ -266,7 +274,9 @@ class Kernels:
             chunk_size=CHUNK_LEN + 64,
             original_max_position_embeddings=256,
         )
-        for cache in (self.cache(width), self.int8_cache(width))[: 2 if self.head_dim == 128 else 1]:
+        for cache in self.caches(width):
+            if cache["dtype"] != "bfloat16" and self.head_dim != 128:
+                continue
             self.cuda(
                 "dca_decode",
                 q=self.normal(3, batch, self.heads, self.head_dim),
@@ -345,7 +355,7 @@ class Kernels:
             head_dim=d,
         )
         qkv, bias, pages = self.normal(tokens, features), self.normal(features), -(-tokens // PAGE)
-        for cache in (self.cache(pages), self.int8_cache(pages)):
+        for cache in self.caches(pages):
             self.cuda(
                 "rotate_and_cache",
                 qkv=qkv,

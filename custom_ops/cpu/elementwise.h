@@ -117,17 +117,23 @@ inline void rotate_head(const float* x, const B* bias, const float* table, int h
 
 constexpr int kMaxHeadDim = 128;
 
-// The numbers of an int8 cache and their scale: x / scale to the nearest, for the float16 scale nearest to max|x| /
-// 127.
-inline void quantise(const float* x, int head_dim, int8_t* number, Float16* scale) {
+constexpr float largest_of(int8_t) { return 127; }
+constexpr float largest_of(E4M3) { return kLargestE4M3; }
+
+QWEN1M_INLINE void round_to(float x, int8_t* number) {
+  *number = static_cast<int8_t>(__builtin_fminf(__builtin_fmaxf(__builtin_rintf(x), -127.0f), 127.0f));
+}
+QWEN1M_INLINE void round_to(float x, E4M3* number) { number->bits = to_e4m3(x); }
+
+// The numbers of an 8-bit cache and their scale: x / scale to the nearest, for the float16 scale nearest to the one
+// that makes max|x| the largest number.
+template <typename Number>
+inline void quantise(const float* x, int head_dim, Number* number, Float16* scale) {
   float largest = 0;
   for (int i = 0; i < head_dim; ++i) largest = __builtin_fmaxf(largest, __builtin_fabsf(x[i]));
-  narrow(largest / 127.0f, scale);
+  narrow(largest / largest_of(Number{}), scale);
   const float inverse = widen(*scale) > 0 ? 1.0f / widen(*scale) : 0.0f;
-  for (int i = 0; i < head_dim; ++i) {
-    const float rounded = __builtin_rintf(x[i] * inverse);
-    number[i] = static_cast<int8_t>(__builtin_fminf(__builtin_fmaxf(rounded, -127.0f), 127.0f));
-  }
+  for (int i = 0; i < head_dim; ++i) round_to(x[i] * inverse, number + i);
 }
 
 // Where one token's keys and values of a KV head go, in the type of the cache.
@@ -147,8 +153,8 @@ struct HeadSlot {
   }
 };
 
-template <>
-struct HeadSlot<int8_t> {
+template <typename Number>
+struct QuantisedSlot {
   const qwen1m_cache& cache;
   int head;
   int64_t row;
@@ -164,12 +170,17 @@ struct HeadSlot<int8_t> {
 
  private:
   void keep(const float* from, void* pool, void* scales) const {
-    quantise(from, cache.head_dim, static_cast<int8_t*>(pool) + row * cache.head_dim,
+    quantise(from, cache.head_dim, static_cast<Number*>(pool) + row * cache.head_dim,
              static_cast<Float16*>(scales) + row);
   }
 };
 
-template <typename T>
+template <>
+struct HeadSlot<int8_t> : QuantisedSlot<int8_t> {};
+template <>
+struct HeadSlot<E4M3> : QuantisedSlot<E4M3> {};
+
+template <typename T, typename Number>
 void dequantize_pages(const qwen1m_dequantize_pages& a) {
   const qwen1m_cache& cache = a.cache;
   const int d = cache.head_dim, kv_heads = cache.kv_heads;
@@ -181,11 +192,11 @@ void dequantize_pages(const qwen1m_dequantize_pages& a) {
       const float* centre = cache.frame.centre + from % kv_heads * d;
       const float key_scale = widen(static_cast<const Float16*>(cache.frame.key_scale)[from]);
       const float value_scale = widen(static_cast<const Float16*>(cache.frame.value_scale)[from]);
-      const int8_t* key = static_cast<const int8_t*>(cache.key) + from * d;
-      const int8_t* value = static_cast<const int8_t*>(cache.value) + from * d;
+      const Number* key = static_cast<const Number*>(cache.key) + from * d;
+      const Number* value = static_cast<const Number*>(cache.value) + from * d;
       for (int i = 0; i < d; ++i) {
-        narrow((static_cast<float>(key[i]) * key_scale + centre[i]) * power[i], static_cast<T*>(a.key) + to * d + i);
-        narrow(static_cast<float>(value[i]) * value_scale, static_cast<T*>(a.value) + to * d + i);
+        narrow((widen(key[i]) * key_scale + centre[i]) * power[i], static_cast<T*>(a.key) + to * d + i);
+        narrow(widen(value[i]) * value_scale, static_cast<T*>(a.value) + to * d + i);
       }
     }
   });

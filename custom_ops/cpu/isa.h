@@ -30,12 +30,16 @@ QWEN1M_ATTENTION(dca_sparse_prefill)
 inline void rotate_and_cache_any(const qwen1m_rotate_and_cache& a) {
   with_type(a.bias_dtype, [&](auto bias) {
     if (a.cache.dtype == QWEN1M_INT8) return rotate_and_cache<decltype(bias), int8_t>(a);
+    if (a.cache.dtype == QWEN1M_E4M3) return rotate_and_cache<decltype(bias), E4M3>(a);
     with_type(a.cache.dtype, [&](auto cache) { rotate_and_cache<decltype(bias), decltype(cache)>(a); });
   });
 }
 
 inline void dequantize_pages_any(const qwen1m_dequantize_pages& a) {
-  with_type(a.dtype, [&](auto type) { dequantize_pages<decltype(type)>(a); });
+  with_type(a.dtype, [&](auto type) {
+    a.cache.dtype == QWEN1M_INT8 ? dequantize_pages<decltype(type), int8_t>(a)
+                                 : dequantize_pages<decltype(type), E4M3>(a);
+  });
 }
 
 inline void rotate_queries_any(const qwen1m_rotate_queries& a) {

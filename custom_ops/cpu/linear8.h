@@ -106,24 +106,7 @@ inline void widen_weight(const qwen1m_widen_weight& a) {
   });
 }
 
-constexpr float kLargestE4M3 = 448.0f, kLargestInt8 = 127.0f;
-
-// Of `x` of at most 448, ties to even.
-QWEN1M_INLINE uint8_t to_e4m3(float x) {
-  uint32_t word;
-  memcpy(&word, &x, sizeof(word));
-  const uint8_t sign = static_cast<uint8_t>(word >> 24 & 0x80);
-  const uint32_t magnitude = word & 0x7fffffff;
-  if (magnitude >= 0x3c800000) {  // 2^-6, the smallest normal number
-    const uint32_t number = (magnitude - 0x3c000000 + 0x7ffff + (magnitude >> 20 & 1)) >> 20;
-    return sign | static_cast<uint8_t>(number < 0x7e ? number : 0x7e);
-  }
-  float f;
-  memcpy(&f, &magnitude, sizeof(f));
-  const float rounded = f + 16384.0f;  // the sum's unit in the last place is 2^-9, the smallest step
-  memcpy(&word, &rounded, sizeof(word));
-  return sign | static_cast<uint8_t>(word);
-}
+constexpr float kLargestInt8 = 127.0f;
 
 // Of `x` of at most 127, ties to even.
 QWEN1M_INLINE uint8_t to_int8(float x) {

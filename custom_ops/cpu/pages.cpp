@@ -19,7 +19,7 @@ void qwen1m_cpu_copy_page(const qwen1m_copy_page* a) {
   const size_t row_bytes = static_cast<size_t>(cache.kv_heads) * cache.head_dim * qwen1m_bytes_of(cache.dtype);
   copy_rows(*a, cache.key, row_bytes);
   copy_rows(*a, cache.value, row_bytes);
-  if (cache.dtype != QWEN1M_INT8) return;
+  if (!qwen1m_is_quantised(cache.dtype)) return;
   const size_t scale_bytes = cache.kv_heads * sizeof(uint16_t);
   copy_rows(*a, cache.frame.key_scale, scale_bytes);
   copy_rows(*a, cache.frame.value_scale, scale_bytes);

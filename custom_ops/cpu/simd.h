@@ -11,6 +11,7 @@
 
 #include <utility>
 
+#include "qwen1m/e4m3.h"
 #include "qwen1m/types.h"
 
 #if defined(__F16C__)
@@ -93,6 +94,7 @@ QWEN1M_INLINE Floats load(const int8_t* p) {
 }
 
 QWEN1M_INLINE float widen(float x) { return x; }
+QWEN1M_INLINE float widen(int8_t x) { return x; }
 
 QWEN1M_INLINE float widen(BFloat16 x) {
   const uint32_t word = static_cast<uint32_t>(x.bits) << 16;

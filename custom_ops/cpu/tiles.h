@@ -64,7 +64,7 @@ inline void multiply(const float* a, int a_stride, int rows, const float* b, int
 }
 
 // The keys of one tile: where each row of K and V lies. Lanes past `count` repeat the last key and are masked. The
-// scales and the frame of the KV head are those of an int8 cache.
+// scales and the frame of the KV head are those of an 8-bit cache.
 struct KeyTile {
   const char* key[kTileKeys];
   const char* value[kTileKeys];
@@ -90,12 +90,8 @@ struct KeyTile {
   // f(row), where row(i, d) gives dims [d, d + kLanes) of key i.
   template <typename F>
   void with_keys(const F& f) const {
-    if (dtype == QWEN1M_INT8) {
-      return f([this](int i, int d) {
-        const Floats number = load(reinterpret_cast<const int8_t*>(key[i]) + d);
-        return (number * broadcast(key_scale[i]) + load(centre + d)) * load(power + d);
-      });
-    }
+    if (dtype == QWEN1M_INT8) return f(framed_keys<int8_t>());
+    if (dtype == QWEN1M_E4M3) return f(framed_keys<E4M3>());
     with_type(dtype, [&](auto type) {
       f([this](int i, int d) { return load(reinterpret_cast<const decltype(type)*>(key[i]) + d); });
     });
@@ -104,14 +100,27 @@ struct KeyTile {
   // The same for values.
   template <typename F>
   void with_values(const F& f) const {
-    if (dtype == QWEN1M_INT8) {
-      return f([this](int i, int d) {
-        return load(reinterpret_cast<const int8_t*>(value[i]) + d) * broadcast(value_scale[i]);
-      });
-    }
+    if (dtype == QWEN1M_INT8) return f(scaled_values<int8_t>());
+    if (dtype == QWEN1M_E4M3) return f(scaled_values<E4M3>());
     with_type(dtype, [&](auto type) {
       f([this](int i, int d) { return load(reinterpret_cast<const decltype(type)*>(value[i]) + d); });
     });
+  }
+
+ private:
+  template <typename Number>
+  auto framed_keys() const {
+    return [this](int i, int d) {
+      const Floats number = load(reinterpret_cast<const Number*>(key[i]) + d);
+      return (number * broadcast(key_scale[i]) + load(centre + d)) * load(power + d);
+    };
+  }
+
+  template <typename Number>
+  auto scaled_values() const {
+    return [this](int i, int d) {
+      return load(reinterpret_cast<const Number*>(value[i]) + d) * broadcast(value_scale[i]);
+    };
   }
 };
 
@@ -259,9 +268,10 @@ struct PagedRows {
     tile->value[i] = static_cast<const char*>(cache.value) + row * head_bytes;
     tile->position[i] = position;
     tile->dtype = cache.dtype;
-    if (cache.dtype != QWEN1M_INT8) return;
-    tile->key_scale[i] = widen(static_cast<const Float16*>(cache.frame.key_scale)[row]);
-    tile->value_scale[i] = widen(static_cast<const Float16*>(cache.frame.value_scale)[row]);
+    if (!qwen1m_is_quantised(cache.dtype)) return;
+    const float left = cache.dtype == QWEN1M_E4M3 ? kE4M3ByHalf : 1.0f;  // by load()
+    tile->key_scale[i] = widen(static_cast<const Float16*>(cache.frame.key_scale)[row]) * left;
+    tile->value_scale[i] = widen(static_cast<const Float16*>(cache.frame.value_scale)[row]) * left;
     tile->power = cache.frame.power + kv_head * cache.head_dim;
     tile->centre = cache.frame.centre + kv_head * cache.head_dim;
   }

@@ -21,9 +21,9 @@ template <typename T, int D>
 int dca_sparse_prefill(const qwen1m_dca_sparse_prefill&, qwen1m_stream);
 template <typename T, int D>
 int dca_decode(const qwen1m_dca_decode&, void* workspace, qwen1m_stream);
-// Of an int8 cache, and a head size of 128.
+// Of an 8-bit cache, and a head size of 128.
 template <typename T>
-int dca_decode_int8(const qwen1m_dca_decode&, void* workspace, qwen1m_stream);
+int dca_decode_bytes(const qwen1m_dca_decode&, void* workspace, qwen1m_stream);
 
 }  // namespace sm80
 

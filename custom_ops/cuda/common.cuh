@@ -6,6 +6,7 @@
 #include <cuda_runtime.h>
 #include <stdint.h>
 
+#include "qwen1m/e4m3.h"
 #include "qwen1m/types.h"
 
 namespace qwen1m {
@@ -13,6 +14,11 @@ namespace cuda {
 
 using bf16 = __nv_bfloat16;
 using f16 = __half;
+
+// A number of an FP8 cache.
+struct fp8 {
+  uint8_t bits;
+};
 
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
@@ -25,6 +31,12 @@ __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a
 __device__ inline float widen(float x) { return x; }
 __device__ inline float widen(bf16 x) { return __bfloat162float(x); }
 __device__ inline float widen(f16 x) { return __half2float(x); }
+__device__ inline float widen(int8_t x) { return static_cast<float>(x); }
+// The same bits as a float16: sign, one bit more of exponent, mantissa. It stands for 2^-8 of the number.
+__device__ inline float widen(fp8 x) {
+  const auto half = static_cast<uint16_t>((x.bits & 0x80) << 8 | (x.bits & 0x7f) << 7);
+  return 256.0f * __half2float(__ushort_as_half(half));
+}
 
 template <typename T>
 __device__ inline T narrow(float x);
@@ -40,6 +52,22 @@ template <>
 __device__ inline f16 narrow<f16>(float x) {
   return __float2half_rn(x);
 }
+template <>
+__device__ inline int8_t narrow<int8_t>(float x) {
+  return static_cast<int8_t>(max(-127, min(127, __float2int_rn(x))));
+}
+template <>
+__device__ inline fp8 narrow<fp8>(float x) {
+  return {to_e4m3(x)};
+}
+
+// Of the numbers of an 8-bit cache.
+template <typename Number>
+constexpr float kLargest = 0;
+template <>
+constexpr float kLargest<int8_t> = 127;
+template <>
+constexpr float kLargest<fp8> = kLargestE4M3;
 
 // 16 bytes of values: one load or store of a thread.
 template <typename T>
@@ -54,6 +82,16 @@ int with_half_type(qwen1m_dtype dtype, F&& f) {
   switch (dtype) {
     case QWEN1M_BFLOAT16: return f(bf16{});
     case QWEN1M_FLOAT16: return f(f16{});
+    default: return cudaErrorInvalidValue;
+  }
+}
+
+// f(Number{}) for the bytes that a cache holds.
+template <typename F>
+int with_number(qwen1m_dtype dtype, F&& f) {
+  switch (dtype) {
+    case QWEN1M_INT8: return f(int8_t{});
+    case QWEN1M_E4M3: return f(fp8{});
     default: return cudaErrorInvalidValue;
   }
 }

@@ -67,9 +67,9 @@ int qwen1m_cuda_dca_sparse_prefill(const qwen1m_dca_sparse_prefill* a, void* wor
 
 int qwen1m_cuda_dca_decode(const qwen1m_dca_decode* a, void* workspace, qwen1m_stream stream) {
   return with_shape(a->activation, a->cache.head_dim, [&](auto type, auto head_dim) -> int {
-    if (a->cache.dtype == QWEN1M_INT8) {
+    if (qwen1m_is_quantised(a->cache.dtype)) {
       if (head_dim.value != 128) return cudaErrorInvalidValue;
-      return sm80::dca_decode_int8<decltype(type)>(*a, workspace, stream);
+      return sm80::dca_decode_bytes<decltype(type)>(*a, workspace, stream);
     }
     return sm80::dca_decode<decltype(type), head_dim.value>(*a, workspace, stream);
   });

@@ -1,4 +1,4 @@
-// Copies of pages, and what int8 pages stand for.
+// Copies of pages, and what 8-bit pages stand for.
 #include "qwen1m/pages.h"
 #include "vectors.cuh"
 
@@ -18,7 +18,7 @@ constexpr int kBytes = 16;  // numbers of a thread: one load, two stores
 constexpr int kDequantiseThreads = 256;
 
 // A block a KV head and page: threads (D / kBytes, tokens), the same dims of one token after the other.
-template <typename T, int D>
+template <typename T, typename Number, int D>
 __global__ void __launch_bounds__(kDequantiseThreads) dequantize_kernel(const qwen1m_dequantize_pages a) {
   constexpr int kChunks = D / kBytes, kTokens = kDequantiseThreads / kChunks;
   const qwen1m_cache& cache = a.cache;
@@ -36,16 +36,16 @@ __global__ void __launch_bounds__(kDequantiseThreads) dequantize_kernel(const qw
   for (int token = threadIdx.x / kChunks; token < cache.page_size; token += kTokens) {
     const int64_t from = page * page_rows + static_cast<int64_t>(token) * cache.kv_heads + head;
     const int64_t to = blockIdx.y * page_rows + static_cast<int64_t>(token) * cache.kv_heads + head;
-    const auto keys = load_vector<kBytes>(static_cast<const int8_t*>(cache.key) + from * D + dim);
-    const auto values = load_vector<kBytes>(static_cast<const int8_t*>(cache.value) + from * D + dim);
+    const auto keys = load_vector<kBytes>(static_cast<const Number*>(cache.key) + from * D + dim);
+    const auto values = load_vector<kBytes>(static_cast<const Number*>(cache.value) + from * D + dim);
     const float key_scale = widen(key_scales[from]), value_scale = widen(value_scales[from]);
 #pragma unroll
     for (int i = 0; i < kBytes; i += kPack) {
       float key[kPack], value[kPack];
 #pragma unroll
       for (int n = 0; n < kPack; ++n) {
-        key[n] = (static_cast<float>(keys.values[i + n]) * key_scale + centre[i + n]) * power[i + n];
-        value[n] = static_cast<float>(values.values[i + n]) * value_scale;
+        key[n] = (widen(keys.values[i + n]) * key_scale + centre[i + n]) * power[i + n];
+        value[n] = widen(values.values[i + n]) * value_scale;
       }
       store_narrowed(key, static_cast<T*>(a.key) + to * D + dim + i);
       store_narrowed(value, static_cast<T*>(a.value) + to * D + dim + i);
@@ -65,23 +65,25 @@ int qwen1m_cuda_copy_page(const qwen1m_copy_page* a, qwen1m_stream stream) {
   const int64_t row_bytes = static_cast<int64_t>(cache.kv_heads) * cache.head_dim * qwen1m_bytes_of(cache.dtype);
   cudaError_t status = copy_rows(*a, cache.key, row_bytes, as_stream(stream));
   if (status == cudaSuccess) status = copy_rows(*a, cache.value, row_bytes, as_stream(stream));
-  if (status != cudaSuccess || cache.dtype != QWEN1M_INT8) return status;
+  if (status != cudaSuccess || !qwen1m_is_quantised(cache.dtype)) return status;
   const int64_t scale_bytes = cache.kv_heads * qwen1m_bytes_of(QWEN1M_FLOAT16);
   status = copy_rows(*a, cache.frame.key_scale, scale_bytes, as_stream(stream));
   return status != cudaSuccess ? status : copy_rows(*a, cache.frame.value_scale, scale_bytes, as_stream(stream));
 }
 
 int qwen1m_cuda_dequantize_pages(const qwen1m_dequantize_pages* a, qwen1m_stream stream) {
-  if (a->cache.dtype != QWEN1M_INT8) return cudaErrorInvalidValue;
   if (a->count == 0) return cudaSuccess;
   const dim3 grid(a->cache.kv_heads, a->count);
-  return with_half_type(a->dtype, [&](auto type) -> int {
-    using T = decltype(type);
-    switch (a->cache.head_dim) {
-      case 64: dequantize_kernel<T, 64><<<grid, kDequantiseThreads, 0, as_stream(stream)>>>(*a); break;
-      case 128: dequantize_kernel<T, 128><<<grid, kDequantiseThreads, 0, as_stream(stream)>>>(*a); break;
-      default: return cudaErrorInvalidValue;
-    }
-    return cudaGetLastError();
+  return with_half_type(a->dtype, [&](auto type) {
+    return with_number(a->cache.dtype, [&](auto number) -> int {
+      using T = decltype(type);
+      using Number = decltype(number);
+      switch (a->cache.head_dim) {
+        case 64: dequantize_kernel<T, Number, 64><<<grid, kDequantiseThreads, 0, as_stream(stream)>>>(*a); break;
+        case 128: dequantize_kernel<T, Number, 128><<<grid, kDequantiseThreads, 0, as_stream(stream)>>>(*a); break;
+        default: return cudaErrorInvalidValue;
+      }
+      return cudaGetLastError();
+    });
   });
 }

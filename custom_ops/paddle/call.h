@@ -119,15 +119,18 @@ class Call {
   }
 
   // The pages of one layer; both caches are of one type and shape. What their numbers stand for, scales float16
-  // [2, pages, page_size, G] of keys and values and frame float32 [2, G, D], powers and centre, comes with int8 alone.
+  // [2, pages, page_size, G] of keys and values and frame float32 [2, G, D], powers and centre, comes with bytes alone:
+  // int8, or uint8 that hold E4M3, for which Paddle has had a type since version 3.
   qwen1m_cache expect_cache(const Tensor& key, const Tensor& value, const OptionalTensor& scales,
                             const OptionalTensor& frame) {
-    const bool int8 = key.dtype() == DataType::INT8;
-    QWEN1M_REQUIRE(
-        int8 == static_cast<bool>(scales) && int8 == static_cast<bool>(frame),
-        "scales and frame belong to an int8 cache, and it to them; key_cache is " + phi::DataTypeToString(key.dtype()));
-    if (int8) expect_shape(key, "key_cache", {-1, -1, -1, -1});
-    const qwen1m_dtype type = int8 ? QWEN1M_INT8 : expect_stored(key, "key_cache", {-1, -1, -1, -1});
+    const bool int8 = key.dtype() == DataType::INT8, quantised = int8 || key.dtype() == DataType::UINT8;
+    QWEN1M_REQUIRE(quantised == static_cast<bool>(scales) && quantised == static_cast<bool>(frame),
+                   "scales and frame belong to a cache of int8 or uint8, and it to them; key_cache is " +
+                       phi::DataTypeToString(key.dtype()));
+    if (quantised) expect_shape(key, "key_cache", {-1, -1, -1, -1});
+    const qwen1m_dtype type = int8        ? QWEN1M_INT8
+                              : quantised ? QWEN1M_E4M3
+                                          : expect_stored(key, "key_cache", {-1, -1, -1, -1});
     expect(value, "value_cache", key.dtype(), key.shape());
     const Shape shape = key.shape();
     QWEN1M_REQUIRE(shape[3] == 64 || shape[3] == 128, "head_dim must be 64 or 128, got " + text(shape[3]));
@@ -139,7 +142,7 @@ class Call {
                        static_cast<int32_t>(shape[2]),
                        static_cast<int32_t>(shape[3]),
                        {}};
-    if (int8) {
+    if (quantised) {
       expect(*scales, "scales", DataType::FLOAT16, {2, shape[0], shape[1], shape[2]});
       expect(*frame, "frame", DataType::FLOAT32, {2, shape[2], shape[3]});
       auto* scale = static_cast<char*>(memory(*scales));
@@ -150,11 +153,12 @@ class Call {
     return cache;
   }
 
-  // One that the CUDA kernels of prefill read: int8 pages are dequantised first.
+  // One that the CUDA kernels of prefill read: 8-bit pages are dequantised first.
   qwen1m_cache expect_readable_cache(const Tensor& key, const Tensor& value, const OptionalTensor& scales,
                                      const OptionalTensor& frame) {
     const qwen1m_cache cache = expect_cache(key, value, scales, frame);
-    QWEN1M_REQUIRE(!gpu_ || cache.dtype != QWEN1M_INT8, "key_cache must be dequantised first on a GPU, got int8");
+    QWEN1M_REQUIRE(!gpu_ || !qwen1m_is_quantised(cache.dtype),
+                   "key_cache must be dequantised first on a GPU, got " + phi::DataTypeToString(key.dtype()));
     return cache;
   }
 

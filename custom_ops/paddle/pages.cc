@@ -32,7 +32,8 @@ void dequantize_pages(const Tensor& key_cache, const Tensor& value_cache, const 
                       const OptionalTensor& frame, const Tensor& pages, Tensor& keys, Tensor& values) {
   Call call(key_cache);
   const qwen1m_cache cache = call.expect_cache(key_cache, value_cache, scales, frame);
-  QWEN1M_REQUIRE(cache.dtype == QWEN1M_INT8, "key_cache must be int8, got " + phi::DataTypeToString(key_cache.dtype()));
+  QWEN1M_REQUIRE(qwen1m_is_quantised(cache.dtype),
+                 "key_cache must be int8 or uint8, got " + phi::DataTypeToString(key_cache.dtype()));
   call.expect(pages, "pages", DataType::INT32, {-1});
   const int64_t count = pages.shape()[0], held = key_cache.shape()[0];
   for (int64_t i = 0; !call.on_gpu() && i < count; ++i) {

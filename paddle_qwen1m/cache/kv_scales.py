@@ -1,4 +1,4 @@
-"""What an int8 cache is kept by, in a file: the frame of its keys, made from keys, and layers that stay in 16 bits.
+"""What an 8-bit cache is kept by, in a file: the frame of its keys, made from keys, and layers that stay in 16 bits.
 
 A key is divided by 2^exponent, one for the two dims that a rotation mixes, and the centre is taken off before it is
 rounded; whoever reads it puts both back, so that nothing else of the model changes. Some pairs are far larger than the
@@ -76,7 +76,7 @@ class KVScales:
         return digest.hexdigest()
 
     def frame(self, layer: int) -> np.ndarray:
-        """What an int8 cache's ops take: float32 [2, G, D], powers of two and centres."""
+        """What an 8-bit cache's ops take: float32 [2, G, D], powers of two and centres."""
         powers = np.exp2(self.exponents[layer].astype(np.float32))
         return np.stack([np.concatenate([powers, powers], axis=-1), self.centres[layer]])
 
@@ -132,7 +132,7 @@ class KVScales:
         try:
             return cls.from_json(json.loads(path.read_text(encoding="utf-8")))
         except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
-            raise ValueError(f"{path} holds no scales of an int8 cache: {error!r:.200}") from None
+            raise ValueError(f"{path} holds no scales of an 8-bit cache: {error!r:.200}") from None
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Makes the file, whole or not at all."""

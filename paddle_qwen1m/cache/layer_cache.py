@@ -11,7 +11,7 @@ import paddle
 from paddle_qwen1m import ops
 from paddle_qwen1m.cache.kv_scales import KVScales
 from paddle_qwen1m.config import ModelConfig
-from paddle_qwen1m.dtypes import INT8
+from paddle_qwen1m.dtypes import FP8, QUANTIZATIONS
 
 
 class CopiedPages(NamedTuple):
@@ -24,7 +24,7 @@ class CopiedPages(NamedTuple):
 class LayerCache(NamedTuple):
     """One layer's rotated keys and values, [pages, page_size, G, D] each; chunk_len is L, tokens of a DCA chunk.
 
-    quantised: what the numbers of int8 pages stand for. widened: where these are copied for kernels that read 16 bits;
+    quantised: what the numbers of 8-bit pages stand for. widened: where these are copied for kernels that read 16 bits;
     None where they read the pages themselves.
     """
 
@@ -45,7 +45,7 @@ class LayerCache(NamedTuple):
 
 
 class WidenedPages:
-    """Room for copies of one layer's int8 pages in a floating type: shape [pages, page_size, G, D], keys and values."""
+    """Room for copies of a layer's 8-bit pages in a floating type: shape [pages, page_size, G, D], keys and values."""
 
     def __init__(self, shape: Sequence[int], dtype: str) -> None:
         self._keys, self._values = paddle.empty(shape, dtype), paddle.empty(shape, dtype)
@@ -71,8 +71,9 @@ class WidenedPages:
 class PagedCache:
     """The memory of a pool of pages in all layers. It is reserved at once; on a CPU it is resident as it is written.
 
-    scales: of an int8 cache, for the KV heads that `config` has; layers that they keep in 16 bits are of the type
-    `unrounded`. widened: how many int8 pages are copied at a time, in which type, for readers that take no int8.
+    dtype: of numbers, or int8 or fp8. scales: for these two, for the KV heads that `config` has; layers that they keep
+    in 16 bits are of the type `unrounded`. widened: how many 8-bit pages are copied at a time, in which type, for
+    readers that take no bytes.
     """
 
     def __init__(
@@ -91,11 +92,12 @@ class PagedCache:
         self.layers = []
         for layer in range(config.num_layers):
             quantised, copied, kept = None, None, dtype
-            if dtype == INT8:
-                assert scales is not None, "int8 numbers mean nothing without scales"
+            if dtype in QUANTIZATIONS:
+                assert scales is not None, "bytes mean nothing without scales"
                 if layer in scales.in_16_bits:
                     kept = unrounded
                 else:
+                    kept = "uint8" if dtype == FP8 else dtype
                     frame = ops.tensor(scales.frame(layer))
                     quantised = ops.Quantised(paddle.empty([2, num_pages, *page[:2]], "float16"), frame)
                     copied = self.widened
@@ -119,7 +121,7 @@ class PagedCache:
 
     def addresses(self, pages: Sequence[int]) -> list[tuple[np.ndarray, int]]:
         """Where pages lie, piece by piece: int64 [pieces, pages], a layer's keys before its values, and the bytes of
-        each piece. Of an int8 cache layers in 16 bits come first, and the scales of the others last.
+        each piece. Of an 8-bit cache layers in 16 bits come first, and the scales of the others last.
         """
         numbers = np.asarray(pages, np.int64)
         return [(np.asarray(bases, np.int64)[:, None] + numbers * nbytes, nbytes) for bases, nbytes in self._pieces()]

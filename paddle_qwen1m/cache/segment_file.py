@@ -1,8 +1,8 @@
 """The file of one stored segment: what it holds, its keys and values as raw bytes, and a checksum of every block.
 
     magic, 8 bytes | length of the header, uint64 | header, JSON | zeros up to DATA_OFFSET
-    data: for each layer the keys of all tokens, then their values; int8: layers that stay in 16 bits first, and behind
-        all of these the scales, likewise
+    data: for each layer the keys of all tokens, then their values; 8 bits: layers that stay in 16 bits first, and
+        behind all of these the scales, likewise
     xxh3 of each block of the data, uint64 | xxh3 of all that is not data, uint64
 
 Numbers are little-endian. Nothing in a file is trusted before it was compared with what is expected of it.

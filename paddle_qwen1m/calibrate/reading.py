@@ -80,8 +80,8 @@ class Layer:
                 residual = ops.tensor(text.residual[rows])
                 normed = ops.rms_norm(residual, layer.input_norm, eps)
                 normed = ops.add_rms_norm(self._attention(normed, step), residual, layer.post_attention_norm, eps)
-                inner = ops.silu_mul(layer.gate_up(normed))
-                ops.add_rms_norm(layer.down(inner), residual, layer.post_attention_norm, eps)
+                inner = ops.silu_mul(layer.linear(normed, "gate_up_weight"))
+                ops.add_rms_norm(layer.linear(inner, "down_weight"), residual, layer.post_attention_norm, eps)
                 text.residual[rows] = residual.numpy()
                 yield len(text.residual[rows])
 
@@ -91,7 +91,7 @@ class Layer:
             try:
                 next(running)
             except StopIteration as end:
-                return self._layer.output(end.value)
+                return self._layer.linear(end.value, "output_weight")
 
     def _steps(self, text: Text, *, sparse: bool) -> Iterator[tuple[int, Step]]:
         length = len(text.ids)

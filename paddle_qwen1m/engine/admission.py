@@ -122,7 +122,7 @@ class Need:
         in_16_bits: int = 0,
     ) -> Need:
         """Of one rank of `degree`. kept: the type of the weights; computed: what is computed in; in_16_bits: layers of
-        an int8 cache that are not rounded to int8.
+        an 8-bit cache that are not rounded to int8.
         """
         local = local_config(shapes, degree)
         cached = options.kv_cache_dtype or computed
@@ -177,7 +177,7 @@ def fitting_options(
     in_16_bits: int = 0,
 ) -> EngineOptions:
     """The options, or where contexts of max_model_len do not fit with them, the first of those that let them: on a GPU
-    chunks of half the tokens, an int8 cache, both. What a user chose stays. The arguments are those of Need.of and
+    chunks of half the tokens, an 8-bit cache, both. What a user chose stays. The arguments are those of Need.of and
     choose_capacity.
     """
     if max_model_len == AUTO:

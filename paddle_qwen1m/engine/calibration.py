@@ -1,4 +1,4 @@
-"""What an int8 cache is kept by, measured on a text: the frame of a model's keys, and layers that stay in 16 bits."""
+"""What an 8-bit cache is kept by, measured on a text: the frame of a model's keys, and layers that stay in 16 bits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from paddle_qwen1m.attention.positions import inv_freq
 from paddle_qwen1m.attention.step import SequenceRows, Step, StepBuilder
 from paddle_qwen1m.cache import LayerCache, PagedCache, choose_page_size
 from paddle_qwen1m.cache.kv_scales import LARGEST_ERROR, KVScales, centre_of, exponents_of
-from paddle_qwen1m.dtypes import INT8, itemsize
+from paddle_qwen1m.dtypes import INT8, QUANTIZATIONS, itemsize
 from paddle_qwen1m.model import AttentionObserver, DecoderLayer, Qwen2OneM, unrounded_dtype
 
 CHUNK_TOKENS = 512
@@ -39,11 +39,11 @@ def measure(model: Qwen2OneM, scales: KVScales, token_ids: np.ndarray) -> KVScal
     a text int64 [n]. Every rank calls it and gets the same. ValueError as `keys_of`.
     """
     own = scales.of_heads(model.placement.layers_kv_heads(model.group.rank))
-    errors = output_errors(model, INT8, replace(own, in_16_bits=()), token_ids)
+    errors = model.group.share(output_errors(model, INT8, replace(own, in_16_bits=()), token_ids))
     in_16_bits = [0.0] * len(errors)
     if itemsize(model.compute_dtype) != 2 and max(errors) > LARGEST_ERROR:
-        in_16_bits = output_errors(model, unrounded_dtype(model), None, token_ids)
-    return scales.measured(*model.group.share([errors, in_16_bits]))
+        in_16_bits = model.group.share(output_errors(model, unrounded_dtype(model), None, token_ids))
+    return scales.measured(errors, in_16_bits)
 
 
 def output_errors(model: Qwen2OneM, dtype: str, scales: KVScales | None, token_ids: np.ndarray) -> list[float]:
@@ -58,7 +58,7 @@ def output_errors(model: Qwen2OneM, dtype: str, scales: KVScales | None, token_i
     def compare(step: Step) -> AttentionObserver:
         def of_layer(layer: DecoderLayer, normed: paddle.Tensor, heads: paddle.Tensor) -> None:
             others = _end_of(layer.attention(normed, step, rounded.layers[layer.number], None))
-            outputs = (model.group.all_reduce(layer.output(one)) for one in (heads, others))
+            outputs = (model.group.all_reduce(layer.linear(one, "output_weight")) for one in (heads, others))
             expected, got = (ops.cast(one, "float32").numpy().astype(np.float64) for one in outputs)
             moved[layer.number] += np.square(got - expected).sum()
             size[layer.number] += np.square(expected).sum()
@@ -91,7 +91,7 @@ def _cache_of(model: Qwen2OneM, token_ids: np.ndarray, dtype: str, scales: KVSca
     """Room for the keys and values of a text on this rank."""
     page_size = choose_page_size(model.config.dual_chunk.chunk_len)
     pages = -(-len(token_ids) // page_size)
-    widened = (pages, model.compute_dtype) if model.on_gpu and dtype == INT8 else None
+    widened = (pages, model.compute_dtype) if model.on_gpu and dtype in QUANTIZATIONS else None
     return PagedCache(model.local, pages, page_size, dtype, scales, widened)
 
 

@@ -35,7 +35,7 @@ from paddle_qwen1m.cache import (
 from paddle_qwen1m.cache.kv_scales import KVScales
 from paddle_qwen1m.cache.transfers import UNFINISHED
 from paddle_qwen1m.config import ModelConfig, SparseBudgets
-from paddle_qwen1m.dtypes import FP8, INT8
+from paddle_qwen1m.dtypes import FP8, QUANTIZATIONS
 from paddle_qwen1m.engine.admission import Budget, Limits, cache_pages
 from paddle_qwen1m.engine.borders import Chunking
 from paddle_qwen1m.engine.choosing import Chooser
@@ -134,9 +134,10 @@ class Engine:
                 f"max_model_len must be at most max_position_embeddings, {config.max_position_embeddings}, got "
                 f"{options.max_model_len}"
             )
-        if model.on_gpu and options.kv_cache_dtype not in (None, model.compute_dtype, INT8):
+        if model.on_gpu and options.kv_cache_dtype not in (None, model.compute_dtype, *QUANTIZATIONS):
             raise ValueError(
-                f"kv_cache_dtype on a GPU must be that of the computation, {model.compute_dtype}, or {INT8}, got "
+                f"kv_cache_dtype on a GPU must be that of the computation, {model.compute_dtype}, or "
+                f"{' or '.join(QUANTIZATIONS)}, got "
                 f"{options.kv_cache_dtype}"
             )
         if options.quantization != model.quantization:
@@ -193,15 +194,15 @@ class Engine:
         )
 
     def use_scales(self, scales: KVScales) -> None:
-        """From now on an int8 cache is kept by these, of the whole model. ValueError for those of another shape."""
+        """From now on an 8-bit cache is kept by these, of the whole model. ValueError for those of another shape."""
         assert self.is_idle, "what is cached belongs to the scales that it was made with"
-        scales.check_fit(self.model.config, "", "scales of an int8 cache")
+        scales.check_fit(self.model.config, "", "scales of an 8-bit cache")
         self.release_cache()
         self._scales = scales
 
     @property
     def in_16_bits(self) -> tuple[int, ...]:
-        """Layers of an int8 cache whose keys and values are not rounded to int8."""
+        """Layers of an 8-bit cache whose keys and values are not rounded to int8."""
         return self._scales.in_16_bits
 
     @property
@@ -630,7 +631,9 @@ class Engine:
     def _name(self, request: Request, sparse: SparseRule | None) -> str:
         """What else than tokens and m decides about the keys of a request's prompt."""
         ranks, placement = self.model.group.degree, self.model.placement.digest
-        kept = f"{INT8}/{self._scales.digest}" if self.kv_cache_dtype == INT8 else self.kv_cache_dtype
+        kept = self.kv_cache_dtype
+        if kept in QUANTIZATIONS:
+            kept = f"{kept}/{self._scales.digest}"
         salt = salt_digest(request.cache_salt)
         computed = self.model.compute_dtype if self.model.products_version <= 0 else FP8
         return MadeUnder(self._weights, computed, kept, ranks, placement, salt, sparse).name
@@ -710,7 +713,7 @@ class Engine:
             return
         model, options = self.model, self.options
         scales, widened = None, None
-        if self.kv_cache_dtype == INT8:
+        if self.kv_cache_dtype in QUANTIZATIONS:
             scales = self._scales.of_heads(model.placement.layers_kv_heads(model.group.rank))
             most = min(pages, self._pages_for(self.max_model_len))
             widened = (most, model.compute_dtype) if model.on_gpu else None

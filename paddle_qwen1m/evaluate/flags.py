@@ -49,8 +49,8 @@ def _kind(kinds: argparse._SubParsersAction, name: str, summary: str, samples: i
     parser.add_argument(
         "--compare", default="sparse", metavar="NAMES",
         help="configurations, with commas between them: dense, sparse, forced (sparse with the keys alone that are "
-        "visited in any case), rope (without dual chunks), int8 (keys and values), w8 and fp8 (weights in 8 "
-        "bits), or several such as sparse+int8; differences are from the first one (default: %(default)s)",
+        "visited in any case), rope (without dual chunks), int8 and kvfp8 (keys and values), w8 and fp8 (weights "
+        "in 8 bits), or several such as sparse+int8; differences are from the first one (default: %(default)s)",
     )  # fmt: skip
     if name != "perplexity":
         parser.add_argument(

@@ -28,14 +28,15 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "forced": {"sparse": True},
     "rope": {"sparse": False},
     "int8": {"kv_cache_dtype": "int8"},
+    "kvfp8": {"kv_cache_dtype": "fp8"},
     "w8": {"quantization": "int8"},
     "fp8": {"quantization": "fp8"},
 }
 """What --compare can name, several with a + between them, and their options of LLM. forced: sparse with the keys alone
-that are visited in any case. rope: plain rotary positions, without dual chunks and temperature. int8: keys and values;
-w8, fp8: weights.
+that are visited in any case. rope: plain rotary positions, without dual chunks and temperature. int8, kvfp8: keys and
+values; w8, fp8: weights.
 """
-EXCLUDE_EACH_OTHER = ("dense", "sparse", "forced"), ("rope", "sparse", "forced"), ("w8", "fp8")
+EXCLUDE_EACH_OTHER = ("dense", "sparse", "forced"), ("rope", "sparse", "forced"), ("w8", "fp8"), ("int8", "kvfp8")
 
 
 def configuration(name: str) -> dict[str, Any]:

@@ -7,8 +7,9 @@ Attention reads a paged cache: `key_cache` and `value_cache` are [pages, page_si
 lists its pages in order. Cached keys are rotated at p mod L and never multiplied by the temperature: the caller puts
 m(n)^2 into `scale`. L is `chunk_len` = chunk_size - local_size, a multiple of page_size.
 
-A cache may be int8: what its numbers stand for is a `Quantised`, which the ops that read or write them take beside it.
-On a GPU rotate_and_cache, dca_decode and copy_page do; others read pages that `dequantize_pages` has widened.
+A cache may be of 8 bits, int8 or uint8 that hold E4M3 (Paddle 2.6 has no type for these): what its numbers stand for
+is a `Quantised`, which the ops that read or write them take beside it. On a GPU rotate_and_cache, dca_decode and
+copy_page do; others read pages that `dequantize_pages` has widened.
 
 A weight may be bytes with scales, a `Weight8`.
 
@@ -50,6 +51,7 @@ from paddle_qwen1m.ops.weight8 import FEW_ROWS as FEW_ROWS_OF_8_BITS
 from paddle_qwen1m.ops.weight8 import (
     Rows8,
     Weight8,
+    WidenedOnce,
     add_rms_norm8,
     product8,
     product8_version,
@@ -74,6 +76,7 @@ __all__ = [
     "SparseIndex",
     "Stage",
     "Weight8",
+    "WidenedOnce",
     "add_rms_norm",
     "add_rms_norm8",
     "cast",

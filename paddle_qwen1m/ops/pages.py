@@ -1,4 +1,4 @@
-"""Ops on the pages of a paged cache, and what the numbers of int8 pages stand for."""
+"""Ops on the pages of a paged cache, and what the numbers of 8-bit pages stand for."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from paddle_qwen1m.ops.library import call
 
 
 class Quantised(NamedTuple):
-    """What the numbers of int8 pages stand for: a key is (number * scale + centre) * power, a value number * scale.
+    """What the numbers of 8-bit pages, int8 or E4M3, stand for: a key is (number * scale + centre) * power, a value
+    number * scale.
 
     scales: float16 [2, pages, page_size, G], of keys and of values. frame: float32 [2, G, D], powers of two, one of the
     two dims d and d + D / 2 that a rotation mixes, and centres.
@@ -45,6 +46,6 @@ def dequantize_pages(
     values: paddle.Tensor,
 ) -> None:
     """Page n of `keys` and `values`, [n or more, page_size, G, D] of a floating type, becomes what page pages[n] (int32
-    [n]) of an int8 cache stands for, rounded once.
+    [n]) of an 8-bit cache stands for, rounded once.
     """
     call("dequantize_pages", key_cache, value_cache, *quantised, pages, keys, values)

@@ -89,7 +89,7 @@ def rotate_and_cache(
     """Adds the bias to qkv [T, (H + 2G) D], writes keys rotated by table[0] and values, returns q [V, T, H, D].
 
     `table` is a `rotary_table` of V variants; slots (int64 [T]) are page * page_size + offset, -1 for a row that is not
-    cached. The caches are written in place, rounded once to their type; int8 with a scale for each token and KV head.
+    cached. The caches are written in place, rounded once to their type; bytes with a scale for each token and KV head.
     """
     cache = key_cache, value_cache, *(quantised or NOT_QUANTISED)
     return call("rotate_and_cache", qkv, bias, table, slots, *cache)[2]

@@ -31,12 +31,27 @@ class Weight8(NamedTuple):
     scales: paddle.Tensor
     kind: str
 
+    def widened(self, dtype: str) -> paddle.Tensor:
+        """`widen_weight`."""
+        return widen_weight(self, dtype)
+
+
+class WidenedOnce(Weight8):
+    """The same for several products, which share what the first of them has widened, all to one type."""
+
+    _widened: paddle.Tensor | None = None
+
+    def widened(self, dtype: str) -> paddle.Tensor:
+        if self._widened is None:
+            self._widened = super().widened(dtype)
+        return self._widened
+
 
 def linear8(x: paddle.Tensor, weight: Weight8) -> paddle.Tensor:
     """x [T, K] times the transpose of the weight: activations [T, N]. What is computed in is `x`'s type."""
     if x.shape[0] <= FEW_ROWS or not x.place.is_gpu_place():
         return call("linear8", x, *weight)[0]
-    widened = widen_weight(weight, "bfloat16" if x.dtype == paddle.bfloat16 else "float16")
+    widened = weight.widened("bfloat16" if x.dtype == paddle.bfloat16 else "float16")
     return paddle.matmul(x, widened, transpose_y=True)
 
 

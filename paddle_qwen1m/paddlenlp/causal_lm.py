@@ -16,7 +16,7 @@ from paddlenlp.transformers.model_utils import no_init_weights
 from paddlenlp.utils.log import logger
 
 from paddle_qwen1m.config import SparseBudgets
-from paddle_qwen1m.dtypes import INT8, dtype_name
+from paddle_qwen1m.dtypes import QUANTIZATIONS, dtype_name
 from paddle_qwen1m.engine import Engine, SamplingParams
 from paddle_qwen1m.model import Qwen2OneM
 from paddle_qwen1m.options import EngineOptions, Face, describe_options, read_loading_options
@@ -120,10 +120,10 @@ class Qwen2OneMForCausalLM(PretrainedModel):  # type: ignore[misc]
             else None
         )
         defaults = read_defaults(checkpoint, described)
-        int8 = engine_options.kv_cache_dtype == INT8
-        named = int8 or engine_options.prefix_store is not None
+        quantised = engine_options.kv_cache_dtype in QUANTIZATIONS
+        named = quantised or engine_options.prefix_store is not None
         weights = checkpoint_digest(checkpoint.fetch_weights()) if named else ""
-        scales = find_scales(checkpoint, shapes, given.get("kv_scales"), weights) if int8 else None
+        scales = find_scales(checkpoint, shapes, given.get("kv_scales"), weights) if quantised else None
         with no_init_weights(_enable=True):
             model = cls(
                 config,

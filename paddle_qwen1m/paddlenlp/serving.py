@@ -15,7 +15,7 @@ from paddlenlp.utils.log import logger
 
 from paddle_qwen1m import ops
 from paddle_qwen1m.config import ModelConfig, SparseBudgets
-from paddle_qwen1m.dtypes import INT8
+from paddle_qwen1m.dtypes import QUANTIZATIONS
 from paddle_qwen1m.engine import Engine, SamplingParams
 from paddle_qwen1m.engine.admission import Allowance, Capacity, Need, choose_capacity, fitting_options
 from paddle_qwen1m.engine.grammar import GrammarCompiler
@@ -158,7 +158,7 @@ def load_engine(model: str, options: Mapping[str, Any]) -> Engine:
     allowance = _allowance(group, given)
 
     def decide(in_16_bits: int) -> Fitted:
-        """What fits, where so many layers of an int8 cache stay in 16 bits."""
+        """What fits, where so many layers of an 8-bit cache stay in 16 bits."""
         layers: dict[str, Any] = {**shape, "in_16_bits": in_16_bits}
         fitting = fitting_options(shapes, group.degree, chosen, budgets, allowance, asked_length, **layers)
         need = Need.of(shapes, group.degree, fitting, budgets, **layers)
@@ -166,8 +166,8 @@ def load_engine(model: str, options: Mapping[str, Any]) -> Engine:
 
     fitted = decide(0)
     weights = checkpoint_digest(checkpoint.fetch_weights())
-    int8 = fitted.chosen.kv_cache_dtype == INT8
-    scales = find_scales(checkpoint, shapes, given.get("kv_scales"), weights) if int8 else None
+    quantised = fitted.chosen.kv_cache_dtype in QUANTIZATIONS
+    scales = find_scales(checkpoint, shapes, given.get("kv_scales"), weights) if quantised else None
     counted = group.share(0 if scales is None else len(scales.in_16_bits))
     if counted:
         fitted = decide(counted)
@@ -184,7 +184,7 @@ def load_engine(model: str, options: Mapping[str, Any]) -> Engine:
         tell_weights(engine.model)
     read_weights(engine.model, checkpoint, described, group)
     use_scales(engine, checkpoint, scales, weights)
-    if int8 and len(engine.in_16_bits) != counted:  # measured just now, and kept: found above at the next load
+    if quantised and len(engine.in_16_bits) != counted:  # measured just now, and kept: found above at the next load
         fitted = decide(len(engine.in_16_bits))
         if group.rank == 0:
             fitted.tell(given, asked_length)

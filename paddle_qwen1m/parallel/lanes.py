@@ -19,6 +19,7 @@ from paddle_qwen1m import ops
 from paddle_qwen1m.parallel.group import Group, Pending
 
 Activations = Union[paddle.Tensor, ops.Rows8]
+"""Of T rows: [T, N] in the activations' type, or in FP8."""
 Product = Callable[[Any], Any]
 """Of rows [n, K] as many new ones, the last of several products a tensor."""
 TakesRows8 = Callable[[int], bool]
@@ -55,6 +56,11 @@ class Lanes:
         self._is_split = count > 1
         self._late: tuple[Lane, paddle.Tensor, TakesRows8 | None] | None = None
         self._gathered: paddle.Tensor | None = None
+
+    @property
+    def count(self) -> int:
+        """How often a product is computed."""
+        return len(self._lanes)
 
     def add(
         self,

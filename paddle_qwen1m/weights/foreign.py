@@ -23,7 +23,7 @@ WEIGHTS: Mapping[str, str] = {
     ".msgpack": "Flax weights",
     ".h5": "TensorFlow weights",
 }
-QUANTISED: Mapping[str, str] = {
+QUANTIZATIONS: Mapping[str, str] = {
     ".qweight": "GPTQ or AWQ",
     ".qzeros": "GPTQ or AWQ",
     ".weight_packed": "compressed-tensors",
@@ -75,7 +75,7 @@ def describe_weights(directory: Path) -> str:
 
 def describe_quantised(tensors: Iterable[str]) -> str:
     """By what tensors of these names are quantised; "" where they are not."""
-    found = {kind for name in tensors for suffix, kind in QUANTISED.items() if name.endswith(suffix)}
+    found = {kind for name in tensors for suffix, kind in QUANTIZATIONS.items() if name.endswith(suffix)}
     return ", ".join(sorted(found))
 
 

@@ -127,6 +127,18 @@ def test_a_product_refuses_what_does_not_fit() -> None:
         ops.linear(x, ops.Weight8(numbers, tensor(scales), "int8"), tensor(np.zeros(4)))
 
 
+@each_kind
+def test_a_weight_of_several_products_is_widened_once(rng: np.random.Generator, kind: str) -> None:
+    numbers, scales = rounded(rng.standard_normal((64, 64)), "float32", kind, 1, 64)
+    plain = weight(numbers, scales, kind)
+    kept = ops.WidenedOnce(*plain)
+    first = kept.widened("float32")
+    assert kept.widened("float32") is first and plain.widened("float32") is not plain.widened("float32")
+    np.testing.assert_array_equal(array(first), array(ops.widen_weight(plain, "float32")))
+    x = rng.standard_normal((3, 64)).astype(np.float32)
+    np.testing.assert_array_equal(array(ops.linear(tensor(x), kept)), array(ops.linear(tensor(x), plain)))
+
+
 def assert_rounded(found: ops.Rows8, values: np.ndarray) -> None:
     """Rows in FP8 are the oracle's of values that differ from these by float32's rounding: a number in a thousand may
     be the next one.

@@ -136,7 +136,7 @@ def test_what_is_no_file_of_scales_is_refused_by_name(tmp_path: Path, change: di
     KVScales.none(CONFIG).write(path)
     content = {**json.loads(path.read_text()), **change}
     path.write_text(json.dumps({name: value for name, value in content.items() if value is not ...}))
-    with pytest.raises(ValueError, match=r"scales\.json holds no scales of an int8 cache: "):
+    with pytest.raises(ValueError, match=r"scales\.json holds no scales of an 8-bit cache: "):
         KVScales.from_file(path)
 
 

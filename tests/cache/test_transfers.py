@@ -29,7 +29,7 @@ BLOCK_PIECES = 3
 """Of a file's blocks: the 16 pieces of a segment are no multiple of it."""
 
 
-@pytest.fixture(params=["float32", "bfloat16", "int8", "int8 but the last layer"])
+@pytest.fixture(params=["float32", "bfloat16", "int8", "fp8", "int8 but the last layer"])
 def dtype(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

@@ -46,11 +46,11 @@ def scales(request: pytest.FixtureRequest, rounded: KVScales) -> KVScales:
     return replace(rounded, in_16_bits=request.param)
 
 
-def runner_of(model: Qwen2OneM, scales: KVScales, copied: int | None) -> Runner:
-    """Over an int8 cache that is read as it is, or in copies of so many pages, as on a GPU."""
+def runner_of(model: Qwen2OneM, scales: KVScales, copied: int | None, dtype: str = "int8") -> Runner:
+    """Over an 8-bit cache that is read as it is, or in copies of so many pages, as on a GPU."""
     runner = Runner(model, BUDGETS, 0, replay=False)
     widened = None if copied is None else (copied, "float32")
-    cache = PagedCache(model.local, PAGES, PAGE, "int8", scales, widened)
+    cache = PagedCache(model.local, PAGES, PAGE, dtype, scales, widened)
     for layer in cache.layers:
         if layer.quantised is None:
             continue
@@ -80,7 +80,10 @@ def test_copies_are_made_anew_where_others_were_read_in_a_pause(
     np.testing.assert_allclose(logits[1], logits[0], rtol=0, atol=1e-4 * np.abs(logits[0]).max())
 
 
-def test_prompts_of_one_order_are_copied_in_turns(model: Qwen2OneM, scales: KVScales, rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("dtype", ["int8", "fp8"])
+def test_prompts_of_one_order_are_copied_in_turns(
+    model: Qwen2OneM, scales: KVScales, rng: np.random.Generator, dtype: str
+) -> None:
     """Four prompts of 2, 1, 5 and 2 pages, one of them sparse, through copies of 5 pages at most."""
     prompts = [rng.integers(0, CONFIG.vocab_size, length) for length in (40, 3, 130, 64)]
     together = tuple(
@@ -89,7 +92,7 @@ def test_prompts_of_one_order_are_copied_in_turns(model: Qwen2OneM, scales: KVSc
     )
     logits = []
     for copied in (None, 5):
-        runner = runner_of(model, scales, copied)
+        runner = runner_of(model, scales, copied, dtype)
         runner.run(Prefill(together, points=0))
         logits.append(head(runner, 0, 4))
     np.testing.assert_allclose(logits[1], logits[0], rtol=0, atol=1e-4 * np.abs(logits[0]).max())
@@ -119,6 +122,17 @@ def test_rounded_keys_move_logits_little(model: Qwen2OneM, scales: KVScales, rng
     assert 1e-5 < error < 0.1
 
 
+def test_fp8_moves_them_more_from_the_same_frame(model: Qwen2OneM, rounded: KVScales, rng: np.random.Generator) -> None:
+    prompt = rng.integers(0, CONFIG.vocab_size, 300)
+    exact = engine(model, kv_cache_dtype="float32").logits(prompt)
+    errors = {}
+    for dtype in ("int8", "fp8"):
+        one = engine(model, kv_cache_dtype=dtype)
+        one.use_scales(rounded)
+        errors[dtype] = np.linalg.norm(one.logits(prompt) - exact) / np.linalg.norm(exact)
+    assert errors["int8"] < errors["fp8"] < 0.3
+
+
 def ask(one: Engine, prompt: np.ndarray) -> tuple[list[int], int]:
     """The answer, and how many tokens of the prompt came out of the store."""
     seen: list[PrefillProgress] = []
@@ -146,6 +160,9 @@ def test_a_stored_prefix_comes_back_with_its_scales_and_to_these_alone(
     others = engine(model, folder)
     others.use_scales(replace(scales, in_16_bits=(0, 1)))
     assert ask(others, second)[1] == 0, "kept with other layers in 16 bits"
+    floating = engine(model, folder, kv_cache_dtype="fp8")
+    floating.use_scales(scales)
+    assert ask(floating, second)[1] == 0, "kept as int8"
 
 
 def test_a_layer_that_int8_moves_too_far_stays_in_16_bits(rng: np.random.Generator) -> None:
@@ -197,7 +214,7 @@ def test_a_fork_of_a_sequence_copies_scales(model: Qwen2OneM, scales: KVScales, 
 
 def test_scales_of_another_shape_are_refused(model: Qwen2OneM, scales: KVScales) -> None:
     one = engine(model)
-    with pytest.raises(ValueError, match=r"scales of an int8 cache: scales of .*the model has"):
+    with pytest.raises(ValueError, match=r"scales of an 8-bit cache: scales of .*the model has"):
         one.use_scales(KVScales(scales.exponents[:1], scales.centres[:1]))
     one.add(Request("r", np.arange(10), GREEDY))
 

@@ -28,7 +28,7 @@ from paddle_qwen1m.engine.orders import (
     Rows,
 )
 from paddle_qwen1m.engine.runner import Runner
-from paddle_qwen1m.model import DecoderLayer, Qwen2OneM
+from paddle_qwen1m.model import Qwen2OneM
 
 PAGE, PAGES, SLOTS = 32, 64, 6
 
@@ -154,17 +154,17 @@ def test_the_last_layer_ends_early(
     expected = np.concatenate([head(whole, row, 1) for row in wanted]) if wanted else None
 
     computed, attended = list[int](), list[int]()
-    down, attend = DecoderLayer.down, (ops.dca_prefill, ops.dca_sparse_prefill)
+    silu_mul, attend = ops.silu_mul, (ops.dca_prefill, ops.dca_sparse_prefill)
 
-    def note_down(layer: DecoderLayer, inner: paddle.Tensor) -> paddle.Tensor:
-        computed.append(len(inner))
-        return down(layer, inner)
+    def note_mlp(gate_up: paddle.Tensor) -> paddle.Tensor:
+        computed.append(len(gate_up))
+        return silu_mul(gate_up)
 
     def note_attend(which: int, *arguments: Any, **options: Any) -> None:
         attended.append(len(computed))
         attend[which](*arguments, **options)
 
-    monkeypatch.setattr(DecoderLayer, "down", note_down)
+    monkeypatch.setattr(ops, "silu_mul", note_mlp)
     monkeypatch.setattr(ops, "dca_prefill", partial(note_attend, 0))
     monkeypatch.setattr(ops, "dca_sparse_prefill", partial(note_attend, 1))
     runner, cache = make(model)
@@ -233,7 +233,7 @@ def test_a_chunk_that_fails_is_gone(
     runner, _ = make(model)
     runner.run(Prefill((rows(prompt, range(10)),)))
     with monkeypatch.context() as patched:
-        patched.setattr(type(model.layers[0]), "down", lambda *_: 1 // 0)
+        patched.setattr(ops, "silu_mul", lambda *_: 1 // 0)
         with pytest.raises(ZeroDivisionError):
             runner.run(Advance())
     assert not runner.in_flight

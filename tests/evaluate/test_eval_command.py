@@ -114,6 +114,7 @@ def test_an_endpoint_that_is_not_there_is_named(
         ("needle", ["--lengths", "512", "--compare", "dense,int4"], "--compare: there is no 'int4', but dense, sparse"),
         ("needle", ["--lengths", "512", "--compare", "dense+forced"], "dense and forced exclude each other"),
         ("needle", ["--lengths", "512", "--compare", "w8+fp8"], "w8 and fp8 exclude each other"),
+        ("needle", ["--lengths", "512", "--compare", "int8+kvfp8"], "int8 and kvfp8 exclude each other"),
         ("needle", ["--lengths", "512", "--samples", "0"], "--samples must be at least 1, got 0"),
         ("needle", ["--lengths", "512", "--max-model-len", "256"], "512 tokens are more than --max-model-len, 256"),
         ("needle", ["--lengths", "2M"], "2,097,152 tokens are more than"),

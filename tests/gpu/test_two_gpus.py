@@ -23,9 +23,9 @@ from parallel_ranks import NEEDLE, Process, is_running  # noqa: E402
 FAILING = Path(__file__).parents[1] / "parallel" / "failing_rank.py"
 START = 120.0
 """Seconds for processes to start and to come to where one fails."""
-STALL = 10.0
-END = {"kill": 10.0, "raise": 10.0, "memory": 10.0, "stop": STALL + 10.0}
-"""Seconds from the failure to the end of all processes."""
+STALL = 15.0
+END = {"kill": 10.0, "raise": 10.0, "memory": 20.0, "stop": STALL + 10.0}
+"""Seconds from the failure to the end of all processes; Paddle asks for memory again for ten before it gives up."""
 LEFT = 64 << 20
 """Bytes of a GPU that others may have taken meanwhile."""
 

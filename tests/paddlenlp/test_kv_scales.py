@@ -69,6 +69,19 @@ def test_kept_ones_that_cannot_be_used_are_made_anew(
     assert kept.read_bytes() == whole
 
 
+def test_fp8_is_kept_in_the_same_frame_and_says_what_it_loses(
+    needle_checkpoint: Path, cache_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr(module.logger, "warning", lines.append)
+    load(needle_checkpoint)
+    assert lines == []
+    monkeypatch.setattr(module, "calibrate", None)
+    engine = AutoModelForCausalLM.from_pretrained(str(needle_checkpoint), kv_cache_dtype="fp8_e4m3").engine
+    assert engine.kv_cache_dtype == "fp8" and len(list(cache_folder.iterdir())) == 1
+    assert len(lines) == 1 and lines[0].startswith("kv_cache_dtype=fp8: ") and module.FP8_LOSES in lines[0]
+
+
 def test_a_cache_of_another_type_needs_none(
     needle_checkpoint: Path, cache_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -169,6 +169,35 @@ def test_a_lane_computes_while_the_others_sums_are_under_way(rng: np.random.Gene
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("rows", [3, 18])
+def test_some_rows_go_on_alone(rng: np.random.Generator, rows: int) -> None:
+    """As in a last layer, of which only they are wanted, from one lane or four."""
+    layers, given, job = Layers(rng), rng.standard_normal((rows, WIDTH)).astype(np.float32), Job(2)
+    wanted = np.array([rows - 1, 0, 1, rows - 1])
+    before = (given.astype(np.float64) @ layers.first)[wanted]
+    after = before + before @ layers.output[0]
+    expected = after / np.sqrt((after**2).mean(axis=-1, keepdims=True) + EPS) * layers.norms[1]
+
+    def on(rank: Rank) -> np.ndarray:
+        own = slice(rank.rank * WIDTH // 2, (rank.rank + 1) * WIDTH // 2)
+        first, output = (paddle.to_tensor(weight[own]) for weight in (layers.first, layers.output[0]))
+        lanes, norm = Lanes(rank, rank.padded(rows), EPS), paddle.to_tensor(layers.norms[1])
+        padded = np.pad(given, ((0, rank.padded(rows) - rows), (0, 0)))
+        lanes.add(paddle.to_tensor(padded[:, own]), [lambda values: values @ first], norm)
+        lanes.all_rows()
+        alone = lanes.of_rows(paddle.to_tensor(wanted))
+        assert rank.under_way == 0
+        values = paddle.to_tensor(before[:, own].astype(np.float32))
+        alone.add(values, [lambda values: values @ output], norm)
+        return alone.all_rows().numpy()
+
+    ranks = [Rank(job, rank, least=4) for rank in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        for found in pool.map(on, ranks):
+            np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5)
+    assert ("all_gather" in ranks[0].log) == (rows == 18) and ranks[0].log[-1] == "all_reduce"
+
+
 def test_a_decode_step_is_one_lane_however_many_rows_it_has(rng: np.random.Generator) -> None:
     group, weight = Rank(Job(1), 0, least=2), paddle.ones([WIDTH])
     lanes = Lanes(group, 8, EPS, split=False)

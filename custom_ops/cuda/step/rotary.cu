@@ -88,9 +88,10 @@ struct HeadPart {
     store_narrowed(high, to + D / 2);
   }
 
-  // As numbers of an int8 cache: the nearest, for the scale of the whole head, whose other parts are neighbouring
+  // As numbers of an 8-bit cache: the nearest, for the scale of the whole head, whose other parts are neighbouring
   // lanes'.
-  __device__ void store(int8_t* to, f16* scale) const {
+  template <typename Number>
+  __device__ void store(Number* to, f16* scale) const {
     constexpr int kParts = D / 2 / kPairs;
     const unsigned lanes = ((1u << kParts) - 1) << threadIdx.x % kWarp / kParts * kParts;
     float largest = 0;
@@ -100,14 +101,14 @@ struct HeadPart {
     for (int mask = kParts / 2; mask > 0; mask /= 2) {
       largest = fmaxf(largest, __shfl_xor_sync(lanes, largest, mask));
     }
-    const f16 step = narrow<f16>(largest / 127.0f);
+    const f16 step = narrow<f16>(largest / kLargest<Number>);
     if (threadIdx.x % kParts == 0) *scale = step;
     const float inverse = widen(step) > 0 ? 1.0f / widen(step) : 0.0f;
-    Vector<int8_t, kPairs> first, second;
+    Vector<Number, kPairs> first, second;
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
-      first.values[i] = static_cast<int8_t>(max(-127, min(127, __float2int_rn(low[i] * inverse))));
-      second.values[i] = static_cast<int8_t>(max(-127, min(127, __float2int_rn(high[i] * inverse))));
+      first.values[i] = narrow<Number>(low[i] * inverse);
+      second.values[i] = narrow<Number>(high[i] * inverse);
     }
     store_vector(first, to);
     store_vector(second, to + D / 2);
@@ -130,7 +131,7 @@ struct HeadPart {
     return part;
   }
 
-  // A key in the frame of an int8 cache, from this part's first pair on.
+  // A key in the frame of an 8-bit cache, from this part's first pair on.
   __device__ HeadPart framed(const float* power, const float* centre) const {
     HeadPart part;
 #pragma unroll
@@ -160,8 +161,8 @@ struct Place {
   }
 };
 
-// The cache is of type T, or int8.
-template <typename T, int D, int V, bool kInt8>
+// Kept: what the cache holds, T or 8-bit numbers.
+template <typename T, int D, int V, typename Kept>
 __global__ void __launch_bounds__(kHeadThreads, 4) rotate_and_cache_kernel(const qwen1m_rotate_and_cache a) {
   await_previous();
   admit_next();
@@ -185,11 +186,11 @@ __global__ void __launch_bounds__(kHeadThreads, 4) rotate_and_cache_kernel(const
   const int head = at.head - a.heads - (is_key ? 0 : kv_heads);
   const int64_t row = a.slots[t] * kv_heads + head, to = row * D + at.pair;
   const auto key = is_key ? part.rotated(a.table + t * D + at.pair) : part;
-  if constexpr (kInt8) {
+  if constexpr (!std::is_same_v<Kept, T>) {
     const int first = head * D + at.pair;
     auto* scales = static_cast<f16*>(is_key ? a.cache.frame.key_scale : a.cache.frame.value_scale);
     const auto kept = is_key ? key.framed(a.cache.frame.power + first, a.cache.frame.centre + first) : part;
-    kept.store(static_cast<int8_t*>(is_key ? a.cache.key : a.cache.value) + to, scales + row);
+    kept.store(static_cast<Kept*>(is_key ? a.cache.key : a.cache.value) + to, scales + row);
   } else {
     key.store(static_cast<T*>(is_key ? a.cache.key : a.cache.value) + to);
   }
@@ -259,17 +260,19 @@ int qwen1m_cuda_decode_inputs(const qwen1m_decode_inputs* a, qwen1m_stream strea
                             as_stream(stream), *a);
 }
 
-// The bias is of the activation's type, the cache too or int8.
+// The bias is of the activation's type, the cache too or of 8 bits.
 int qwen1m_cuda_rotate_and_cache(const qwen1m_rotate_and_cache* a, qwen1m_stream stream) {
-  const bool int8 = a->cache.dtype == QWEN1M_INT8;
-  if (a->bias_dtype != a->activation || (!int8 && a->cache.dtype != a->activation)) return cudaErrorInvalidValue;
+  const bool quantised = qwen1m_is_quantised(a->cache.dtype);
+  if (a->bias_dtype != a->activation || (!quantised && a->cache.dtype != a->activation)) return cudaErrorInvalidValue;
   if (a->tokens == 0) return cudaSuccess;
   const int heads = a->heads + 2 * a->cache.kv_heads;
   return with_heads(a->activation, a->cache.head_dim, a->variants, [&](auto type, auto dim, auto variants) -> int {
     using On = Place<dim.value>;
-    const auto kernel = int8 ? rotate_and_cache_kernel<decltype(type), dim.value, variants.value, true>
-                             : rotate_and_cache_kernel<decltype(type), dim.value, variants.value, false>;
-    return launch_overlapping(kernel, On::grid(a->tokens, heads), On::threads(heads), 0, as_stream(stream), *a);
+    const auto keep_as = [&](auto kept) -> int {
+      const auto kernel = rotate_and_cache_kernel<decltype(type), dim.value, variants.value, decltype(kept)>;
+      return launch_overlapping(kernel, On::grid(a->tokens, heads), On::threads(heads), 0, as_stream(stream), *a);
+    };
+    return quantised ? with_number(a->cache.dtype, keep_as) : keep_as(type);
   });
 }
 

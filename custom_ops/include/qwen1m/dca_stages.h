@@ -3,11 +3,7 @@
 
 #include <stdint.h>
 
-#ifdef __CUDACC__
-#define QWEN1M_HOST_DEVICE __host__ __device__
-#else
-#define QWEN1M_HOST_DEVICE
-#endif
+#include "qwen1m/types.h"
 
 namespace qwen1m {
 

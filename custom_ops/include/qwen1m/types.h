@@ -4,8 +4,8 @@
 // inter. All arrays are dense and row-major. Arguments are checked by the caller (custom_ops/paddle).
 //
 // `activation` is the type of the values that pass between ops: float32 on a CPU, bfloat16 or float16 on a GPU, where
-// weights are of that type too, or bytes with scales, and caches of it or int8. The residual stream, rotary tables,
-// LSE, sums and logits are float32 everywhere.
+// weights are of that type too, or bytes with scales, and caches of it or bytes with scales. The residual stream,
+// rotary tables, LSE, sums and logits are float32 everywhere.
 //
 // The CPU kernels, qwen1m_cpu_*, run on the number of threads set last.
 //
@@ -23,6 +23,13 @@
 #define QWEN1M_API __attribute__((visibility("default")))
 #endif
 
+#ifdef __CUDACC__
+#define QWEN1M_HOST_DEVICE __host__ __device__
+#else
+#define QWEN1M_HOST_DEVICE
+#endif
+
+// The last two are bytes that mean nothing without the scales beside them.
 typedef enum {
   QWEN1M_FLOAT32 = 0,
   QWEN1M_BFLOAT16 = 1,
@@ -31,8 +38,10 @@ typedef enum {
   QWEN1M_E4M3 = 4,  // FP8: 4 bits of exponent, 3 of mantissa, no infinities
 } qwen1m_dtype;
 
+static inline int qwen1m_is_quantised(qwen1m_dtype type) { return type == QWEN1M_INT8 || type == QWEN1M_E4M3; }
+
 static inline int32_t qwen1m_bytes_of(qwen1m_dtype type) {
-  return type == QWEN1M_FLOAT32 ? 4 : type == QWEN1M_INT8 || type == QWEN1M_E4M3 ? 1 : 2;
+  return type == QWEN1M_FLOAT32 ? 4 : qwen1m_is_quantised(type) ? 1 : 2;
 }
 
 typedef void* qwen1m_stream;

@@ -1,4 +1,5 @@
-// Decode over an int8 cache: one query a sequence against all of its keys, split over the keys as in dca_decode.cu.
+// Decode over an 8-bit cache, int8 or E4M3: one query a sequence against all of its keys, split over the keys as in
+// dca_decode.cu.
 //
 // A warp takes 16 keys of a tile at a time, in a ring of its own in shared memory: no warp waits for another. Numbers
 // are widened to the activations' type in registers, exactly, on their way from shared memory into the products: the
@@ -20,9 +21,9 @@ namespace {
 
 constexpr int kDim = 128;
 constexpr int kWarpKeys = kTileKeys / kWarps;  // of a tile, of a warp
-constexpr int kInt8Ring = 4;
+constexpr int kRing = 4;
 constexpr int kPartBytes = kWarpKeys * kDim;  // of a warp's keys or values
-constexpr int kRingBytes = kWarps * kInt8Ring * 2 * kPartBytes;
+constexpr int kRingBytes = kWarps * kRing * 2 * kPartBytes;
 constexpr int kSharedBytes = kRingBytes > WarpResult<kDim>::kBytes ? kRingBytes : WarpResult<kDim>::kBytes;
 static_assert(kWarpKeys == 16, "a warp's keys are the columns of two products, and the depth of one");
 
@@ -40,12 +41,12 @@ __device__ inline uint4 load_chunk(uint32_t address) {
 }
 
 // Two bytes of a word, the lower pair or the upper one, as a pair of T.
-template <typename T>
+template <typename T, typename Number>
 __device__ uint32_t widen_pair(uint32_t bytes, int upper);
 
 // 128 + the low seven bits, less 128 where the sign is clear or 256 where it is set: all of them exact.
 template <>
-__device__ inline uint32_t widen_pair<bf16>(uint32_t bytes, int upper) {
+__device__ inline uint32_t widen_pair<bf16, int8_t>(uint32_t bytes, int upper) {
   const uint32_t pair = __byte_perm(bytes, 0x43434343u, upper ? 0x4342 : 0x4140);
   uint32_t low = pair & 0xff7fff7fu, sign = pair & 0xff80ff80u;
   const __nv_bfloat162 number =
@@ -55,9 +56,28 @@ __device__ inline uint32_t widen_pair<bf16>(uint32_t bytes, int upper) {
 
 // 1024 + the byte above -128, less 1152.
 template <>
-__device__ inline uint32_t widen_pair<f16>(uint32_t bytes, int upper) {
+__device__ inline uint32_t widen_pair<f16, int8_t>(uint32_t bytes, int upper) {
   const uint32_t pair = __byte_perm(bytes ^ 0x80808080u, 0x64646464u, upper ? 0x4342 : 0x4140), origin = 0x64806480u;
   const __half2 number = __hsub2(reinterpret_cast<const __half2&>(pair), reinterpret_cast<const __half2&>(origin));
+  return reinterpret_cast<const uint32_t&>(number);
+}
+
+// The bytes above zeros; their exponent and mantissa at the lower end of the exponent of T, and its bias is 120 larger.
+template <>
+__device__ inline uint32_t widen_pair<bf16, fp8>(uint32_t bytes, int upper) {
+  const uint32_t pair = __byte_perm(bytes, 0, upper ? 0x3424 : 0x1404), power = 0x7b807b80u;  // 2^120
+  uint32_t small = (pair & 0x80008000u) | (pair & 0x7f007f00u) >> 4;
+  const __nv_bfloat162 number =
+      __hmul2(reinterpret_cast<const __nv_bfloat162&>(small), reinterpret_cast<const __nv_bfloat162&>(power));
+  return reinterpret_cast<const uint32_t&>(number);
+}
+
+// Here it is 8 larger.
+template <>
+__device__ inline uint32_t widen_pair<f16, fp8>(uint32_t bytes, int upper) {
+  const uint32_t pair = __byte_perm(bytes, 0, upper ? 0x3424 : 0x1404), power = 0x5c005c00u;  // 2^8
+  uint32_t small = (pair & 0x80008000u) | (pair & 0x7f007f00u) >> 1;
+  const __half2 number = __hmul2(reinterpret_cast<const __half2&>(small), reinterpret_cast<const __half2&>(power));
   return reinterpret_cast<const uint32_t&>(number);
 }
 
@@ -68,8 +88,8 @@ __device__ inline uint32_t word(const uint4& words, int i) {
 // The running softmax of one warp: 16 query rows, of which only eight are there unless kUpper; 16 keys a call.
 //
 // Lane 4g + p holds, of the query rows g and g + 8, dims [32p, 32p + 32); of the output dims 32p + n and 32p + 16 + n.
-template <typename T, bool kUpper>
-struct Int8Rows {
+template <typename T, typename Number, bool kUpper>
+struct ByteRows {
   static constexpr int kHalves = kUpper ? 2 : 1;
 
   uint32_t query[kDim / 16][2 * kHalves];
@@ -152,8 +172,8 @@ struct Int8Rows {
         const uint4 words = load_chunk(chunk_address(keys, 8 * tile + g, 2 * p + half));
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          multiply(scores[tile], query[4 * half + i], widen_pair<T>(word(words, i), 0),
-                   widen_pair<T>(word(words, i), 1));
+          multiply(scores[tile], query[4 * half + i], widen_pair<T, Number>(word(words, i), 0),
+                   widen_pair<T, Number>(word(words, i), 1));
         }
       }
     }
@@ -217,7 +237,8 @@ struct Int8Rows {
       }
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const uint32_t b0 = widen_pair<T>(pairs[0][i / 2], i % 2), b1 = widen_pair<T>(pairs[1][i / 2], i % 2);
+        const uint32_t b0 = widen_pair<T, Number>(pairs[0][i / 2], i % 2),
+                       b1 = widen_pair<T, Number>(pairs[1][i / 2], i % 2);
         if constexpr (kUpper) {
           multiply_add<T>(out[n + i], weights, b0, b1);
         } else {
@@ -231,9 +252,9 @@ struct Int8Rows {
   }
 };
 
-template <typename T, bool kUpper>
-__global__ void __launch_bounds__(kThreads, kUpper ? 2 : kInt8BlocksPerProcessor)
-    decode_int8_kernel(const __grid_constant__ DecodeArguments a) {
+template <typename T, typename Number, bool kUpper>
+__global__ void __launch_bounds__(kThreads, kUpper ? 2 : kByteBlocksPerProcessor)
+    decode_bytes_kernel(const __grid_constant__ DecodeArguments a) {
   extern __shared__ char shared[];
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const Share share(a);
@@ -243,10 +264,10 @@ __global__ void __launch_bounds__(kThreads, kUpper ? 2 : kInt8BlocksPerProcessor
   }
   const int kv_heads = a.cache.kv_heads;
   const Pages pages(a.block_tables + static_cast<int64_t>(share.sequence) * a.table_width, a.cache.page_size);
-  const auto* keys = static_cast<const int8_t*>(a.cache.key);
-  const auto* values = static_cast<const int8_t*>(a.cache.value);
+  const auto* keys = static_cast<const Number*>(a.cache.key);
+  const auto* values = static_cast<const Number*>(a.cache.value);
   const auto* scales = static_cast<const f16*>(lane < kWarpKeys ? a.cache.frame.key_scale : a.cache.frame.value_scale);
-  const uint32_t ring = shared_address(shared) + warp * kInt8Ring * 2 * kPartBytes;
+  const uint32_t ring = shared_address(shared) + warp * kRing * 2 * kPartBytes;
 
   // Eight lanes a row: rows lane / 8, + 4, ...
   int fill = 0;
@@ -265,15 +286,15 @@ __global__ void __launch_bounds__(kThreads, kUpper ? 2 : kInt8BlocksPerProcessor
       scale = widen(scales[first + static_cast<int64_t>(lane % kWarpKeys) * kv_heads]);
     }
     copy_commit();
-    fill = fill == kInt8Ring - 1 ? 0 : fill + 1;
+    fill = fill == kRing - 1 ? 0 : fill + 1;
     return scale;
   };
 
   // The newest key, and q, are what the launch before writes.
   if (share.has_newest()) await_previous();
-  float waiting[kInt8Ring - 1];  // scales of the tiles that are under way
+  float waiting[kRing - 1];  // scales of the tiles that are under way
 #pragma unroll
-  for (int i = 0; i < kInt8Ring - 1; ++i) waiting[i] = load(share.first + i);
+  for (int i = 0; i < kRing - 1; ++i) waiting[i] = load(share.first + i);
   if (!share.has_newest()) await_previous();
 
   const T* q = static_cast<const T*>(a.q) + (static_cast<int64_t>(share.sequence) * a.heads + share.first_head) * kDim;
@@ -282,13 +303,14 @@ __global__ void __launch_bounds__(kThreads, kUpper ? 2 : kInt8BlocksPerProcessor
   const float* centre = a.cache.frame.centre + share.kv_head * kDim;
   const float scale = a.scale[share.sequence] * kLog2E;
 
-  Int8Rows<T, kUpper> state;
+  using Rows = ByteRows<T, Number, kUpper>;
+  Rows state;
   state.start();
   Stage current = kStages;
   int use = 0;
   const int32_t chunk = (share.length - 1) / a.chunk_len * a.chunk_len;
   for (int tile = share.first; tile < share.last; ++tile) {
-    copy_wait<kInt8Ring - 2>();
+    copy_wait<kRing - 2>();
     __syncwarp();
     const int32_t key = tile * kTileKeys;
     const Stage stage = key >= chunk ? kIntra : key >= chunk - a.chunk_len ? kSucc : kInter;
@@ -299,18 +321,18 @@ __global__ void __launch_bounds__(kThreads, kUpper ? 2 : kInt8BlocksPerProcessor
     const uint32_t part = ring + use * 2 * kPartBytes;
     const float own = waiting[0];
 #pragma unroll
-    for (int i = 0; i + 1 < kInt8Ring - 1; ++i) waiting[i] = waiting[i + 1];
-    waiting[kInt8Ring - 2] = load(tile + kInt8Ring - 1);
+    for (int i = 0; i + 1 < kRing - 1; ++i) waiting[i] = waiting[i + 1];
+    waiting[kRing - 2] = load(tile + kRing - 1);
     const int count = share.length - key - warp * kWarpKeys;
     if (count > 0) state.attend(part, part + kPartBytes, count, own, lane);
-    use = use == kInt8Ring - 1 ? 0 : use + 1;
+    use = use == kRing - 1 ? 0 : use + 1;
   }
   copy_wait<0>();
   __syncthreads();
 
   const WarpResult<kDim> result(shared, warp);
 #pragma unroll
-  for (int h = 0; h < Int8Rows<T, kUpper>::kHalves; ++h) {
+  for (int h = 0; h < Rows::kHalves; ++h) {
     const int row = 8 * h + lane / 4;
     result.keep_statistic(row, lane, state.maximum[h], state.sum[h]);
 #pragma unroll
@@ -325,17 +347,20 @@ __global__ void __launch_bounds__(kThreads, kUpper ? 2 : kInt8BlocksPerProcessor
 }  // namespace
 
 template <typename T>
-int dca_decode_int8(const qwen1m_dca_decode& decode, void* workspace, qwen1m_stream stream) {
+int dca_decode_bytes(const qwen1m_dca_decode& decode, void* workspace, qwen1m_stream stream) {
   const DecodeArguments a = decode_arguments(decode, workspace);
   const bool upper = a.heads / a.cache.kv_heads > kGroupRows / 2;
-  const auto kernel = upper ? decode_int8_kernel<T, true> : decode_int8_kernel<T, false>;
-  const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
-  if (status != cudaSuccess) return status;
-  return launch_overlapping(kernel, decode_grid(a), kThreads, kSharedBytes, as_stream(stream), a);
+  return with_number(a.cache.dtype, [&](auto number) -> int {
+    using Number = decltype(number);
+    const auto kernel = upper ? decode_bytes_kernel<T, Number, true> : decode_bytes_kernel<T, Number, false>;
+    const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+    if (status != cudaSuccess) return status;
+    return launch_overlapping(kernel, decode_grid(a), kThreads, kSharedBytes, as_stream(stream), a);
+  });
 }
 
-template int dca_decode_int8<bf16>(const qwen1m_dca_decode&, void*, qwen1m_stream);
-template int dca_decode_int8<f16>(const qwen1m_dca_decode&, void*, qwen1m_stream);
+template int dca_decode_bytes<bf16>(const qwen1m_dca_decode&, void*, qwen1m_stream);
+template int dca_decode_bytes<f16>(const qwen1m_dca_decode&, void*, qwen1m_stream);
 
 }  // namespace sm80
 }  // namespace cuda
