@@ -9,7 +9,6 @@ namespace qwen1m {
 namespace cuda {
 namespace {
 
-constexpr float kLargest = 448.0f;   // of FP8 (E4M3)
 constexpr float kLeast = 0x1p-100f;  // smaller maxima count as this, so that scales and their inverses are normal
 constexpr int kThreads = 256;
 constexpr int64_t kGridRows = 65535;  // of gridDim.y; rows beyond it are taken by a loop
@@ -19,7 +18,7 @@ template <int kLanes>
 __device__ inline float block_scale(float most) {
 #pragma unroll
   for (int mask = kLanes / 2; mask > 0; mask /= 2) most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, mask));
-  return most > 0.0f ? fmaxf(most, kLeast) / kLargest : 1.0f;
+  return most > 0.0f ? fmaxf(most, kLeast) / kLargestE4M3 : 1.0f;
 }
 
 template <int N>
