@@ -3,7 +3,8 @@
     PYTHONPATH=. python tools/train_ruler.py --output checkpoints/ruler --seconds 480
 
 Needs torch, tokenizers and safetensors and, for a real run, a GPU. 11.4 M parameters, 65,536 tokens a step, 22 steps a
-second on one H200: needles are at their last level after three minutes, variables after four. Common words did not take.
+second on one H200: needles are at their last level after three minutes, variables after four. Common words did not
+take.
 
 Every kind of task begins with its easiest documents (`ruler_documents.py`) and goes one level on once the share of its
 answers that are right in every token, teacher-forced, reaches TOOK. The learning rate is constant and falls over the
