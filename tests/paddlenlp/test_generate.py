@@ -206,7 +206,7 @@ def test_several_answers_of_a_prompt_are_those_of_the_seeds_that_follow(
     for row in range(6):
         alone, score = needle.generate(prompts[row // 3], seed=3 + row % 3, **options)
         assert ids.numpy()[row].tolist() == alone.numpy()[0].tolist()
-        np.testing.assert_allclose(scores.numpy()[row], score.numpy()[0], atol=1e-5)
+        np.testing.assert_allclose(scores.numpy()[row], score.numpy()[0], atol=1e-4)
     paddle.seed(1)
     drawn = needle.generate(short, num_return_sequences=3, **options)[0].numpy()
     assert len({tuple(row) for row in drawn.tolist()}) == 3

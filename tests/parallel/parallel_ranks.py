@@ -153,7 +153,7 @@ def write_shards(directory: Path, tensors: Mapping[str, np.ndarray], shards: int
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}), encoding="utf-8")
 
 
-def cut(source: Path, directory: Path, degree: int, budgets: SparseBudgets) -> Path:
+def cut(source: Path, directory: Path, degree: int, budgets: SparseBudgets | None = None) -> Path:
     """The checkpoint as one set of float32 shards a rank, whose heads are placed by `budgets`."""
     described = json.loads((source / "config.json").read_text(encoding="utf-8"))
     config = ModelConfig.from_dict(described)

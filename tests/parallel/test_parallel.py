@@ -136,7 +136,7 @@ def spread(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> list[parallel_cases.Results]:
     folder = tmp_path_factory.mktemp(f"degree-{request.param}")
-    return on_ranks(request.param, loads(checkpoints, SHORT, NAMES), folder, alone, seconds=150)
+    return on_ranks(request.param, loads(checkpoints, SHORT, NAMES), folder, alone, seconds=400)
 
 
 def assert_close(got: np.ndarray, expected: np.ndarray) -> None:
