@@ -33,6 +33,7 @@ from benchmark_gpu_model import (
     options_of,
     random_model,
     random_prompt,
+    seconds_a_call,
     seeded_selection,
     token_seconds,
 )
@@ -124,13 +125,7 @@ def matmul_speed() -> float:
         ops.cast(paddle.to_tensor(np.random.default_rng(seed).standard_normal((8192, 8192), np.float32)), "bfloat16")
         for seed in (0, 1)
     )
-    paddle.matmul(a, b)
-    paddle.device.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(20):
-        paddle.matmul(a, b)
-    paddle.device.cuda.synchronize()
-    return 20 * 2 * 8192**3 / (time.perf_counter() - start)
+    return 2 * 8192**3 / seconds_a_call(lambda: paddle.matmul(a, b), 20)
 
 
 def dense_chunk_seconds(engine: Engine, prompt: np.ndarray, begin: int, rows: int) -> float:

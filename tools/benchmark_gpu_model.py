@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Callable
 
 import numpy as np
 import paddle
@@ -258,25 +258,24 @@ def prefill(
 def all_reduce_ms(group: Group, hidden: int, rows: int, calls: int = 20) -> float:
     """Of `rows` rows of bfloat16, call after call; 0 for one rank alone."""
     values = paddle.empty([rows, hidden], "bfloat16")
-    group.all_reduce(values)
-    paddle.device.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(calls):
-        group.all_reduce(values)
-    paddle.device.cuda.synchronize()
-    return (time.perf_counter() - start) * 1e3 / calls
+    return seconds_a_call(lambda: group.all_reduce(values), calls) * 1e3
 
 
 def copy_bandwidth() -> float:
     """Bytes read and written a second by device copies of 4 GiB."""
     source, target = (paddle.empty([2**32], "uint8") for _ in range(2))
-    target.copy_(source, False)
+    return 2 * 2**32 / seconds_a_call(lambda: target.copy_(source, False), 8)
+
+
+def seconds_a_call(call: Callable[[], object], calls: int) -> float:
+    """Of what is queued call after call, behind a first one that is not counted."""
+    call()
     paddle.device.cuda.synchronize()
     start = time.perf_counter()
-    for _ in range(8):
-        target.copy_(source, False)
+    for _ in range(calls):
+        call()
     paddle.device.cuda.synchronize()
-    return 8 * 2 * 2**32 / (time.perf_counter() - start)
+    return (time.perf_counter() - start) / calls
 
 
 def decode(name: str, tokens: int, new_tokens: int, options: EngineOptions) -> None:

@@ -34,7 +34,6 @@ class Lane:
         self.residual: paddle.Tensor | None = None
         self.sums: Pending | None = None
         self.normed: Pending | None = None
-        self.normed8: ops.Rows8 | None = None
 
     def of(self, values: paddle.Tensor) -> paddle.Tensor:
         """Its rows of all of them [T, ...], a view."""
@@ -90,7 +89,7 @@ class Lanes:
         found = [self._normed(lane) for lane in self._lanes]
         whole, self._gathered = found[0] if self._gathered is None else self._gathered, None
         for lane in self._lanes:
-            lane.normed = lane.normed8 = None
+            lane.normed = None
         return whole
 
     def of_rows(self, rows: paddle.Tensor) -> Lanes:
@@ -114,8 +113,6 @@ class Lanes:
         """A lane's rows behind the last norm, activations [n, N]."""
         if self._late is not None and self._late[0] is lane:
             self._norm_late()
-        if lane.normed8 is not None:
-            return lane.normed8
         assert lane.normed is not None, "nothing has been added since all rows were given"
         return lane.normed.wait()
 
@@ -126,19 +123,14 @@ class Lanes:
         (lane, weight, takes_rows8), self._late = self._late, None
         assert lane.sums is not None
         sums, lane.sums = lane.sums.wait(), None
-        lane.normed = lane.normed8 = None
-        if takes_rows8 is not None and not self._is_split and takes_rows8(sums.shape[0]):
-            if lane.residual is None:
-                lane.residual = sums
-                lane.normed8 = ops.rms_norm8(sums, weight, self._eps)
-            else:
-                lane.normed8 = ops.add_rms_norm8(sums, lane.residual, weight, self._eps)
-            return
+        lane.normed = None
+        own: Any
+        in_fp8 = takes_rows8 is not None and not self._is_split and takes_rows8(sums.shape[0])
         if lane.residual is None:
             lane.residual = sums
-            own = ops.rms_norm(sums, weight, self._eps)
+            own = (ops.rms_norm8 if in_fp8 else ops.rms_norm)(sums, weight, self._eps)
         else:
-            own = ops.add_rms_norm(sums, lane.residual, weight, self._eps)
+            own = (ops.add_rms_norm8 if in_fp8 else ops.add_rms_norm)(sums, lane.residual, weight, self._eps)
         if not self._is_split:
             lane.normed = Pending(own)
             return

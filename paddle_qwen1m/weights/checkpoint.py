@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from paddle_qwen1m.dtypes import STORAGE
 
 from . import names
-from .eight_bit import FILE_BLOCKS, FILE_DTYPES, SCALES, is_linear
+from .eight_bit import FILE_BLOCKS, FILE_KINDS, SCALES, is_linear
 from .foreign import describe_adapter, describe_quantised, describe_weights
 from .record import refuse_unfinished
 from .safetensors import CheckpointError, TensorInfo, read_header
@@ -150,15 +150,14 @@ def check_fit(
 
 def _has_scales(name: str, tensor: Described, tensors: Mapping[str, Described]) -> bool:
     """Whether these are numbers of 8 bits as this package writes them."""
-    return is_linear(name) and tensor.dtype in FILE_DTYPES.values() and f"{name}{SCALES}" in tensors
+    return is_linear(name) and tensor.dtype in FILE_KINDS and f"{name}{SCALES}" in tensors
 
 
 def _unfit_scales(name: str, scales: Described, numbers: Described) -> list[str]:
     """What is wrong with the scales of a weight."""
-    kinds = {dtype: kind for kind, dtype in FILE_DTYPES.items()}
-    kind = kinds.get(numbers.dtype)
+    kind = FILE_KINDS.get(numbers.dtype)
     if kind is None:
-        return [f"{scales.file.name}: tensor {name!r} scales numbers of {numbers.dtype}, not {' or '.join(kinds)}"]
+        return [f"{scales.file.name}: tensor {name!r} scales numbers of {numbers.dtype}, not {' or '.join(FILE_KINDS)}"]
     wanted = FILE_BLOCKS[kind].grid(numbers.shape)
     if scales.dtype == "F32" and scales.shape == wanted:
         return []

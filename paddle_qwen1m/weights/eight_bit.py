@@ -6,15 +6,17 @@ row, of FP8 a square as large as the FP8 products of Hopper take. Embedding, hea
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Callable, NamedTuple
 
 import numpy as np
 
 from paddle_qwen1m.dtypes import FP8, INT8
 
-from .safetensors import Array
+from .safetensors import Array, CheckpointError, TensorInfo, read_rows
 
 if TYPE_CHECKING:
     from paddle_qwen1m.config import ModelConfig
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 LARGEST_BLOCK, LEAST_COLUMNS = 128, 16
 FILE_DTYPES = {FP8: "F8_E4M3", INT8: "I8"}
 """How safetensors spells the numbers."""
+FILE_KINDS = {dtype: kind for kind, dtype in FILE_DTYPES.items()}
 SCALES = "_scales"
 """What the name of the scales, in files and in the model, has behind that of the numbers."""
 
@@ -88,14 +91,31 @@ def numbers_of(kind: str) -> Array:
     return halves.view(np.float16).astype(np.float32) * np.float32(256)  # one bit more of exponent
 
 
-def widen(kind: str, numbers: Array, scales: Array, first_row: int, blocks: Blocks) -> Array:
-    """What rows of a file's numbers, uint8 [n, K], stand for, float32: by the scales of the rows of blocks from that on
-    in which the first one lies. first_row: in that row of blocks.
-    """
-    width = numbers.shape[1]
-    each = scales_of(scales, blocks, first_row + np.arange(len(numbers)), np.arange(0, width, blocks.columns))
-    wide: Array = numbers_of(kind)[numbers] * np.repeat(each, blocks.columns, axis=1)[:, :width]
+def widen(kind: str, numbers: Array, scales: Array) -> Array:
+    """What numbers uint8 [n, K] with those scales of a file, [n, K / columns of a block], stand for, float32."""
+    wide: Array = numbers_of(kind)[numbers] * np.repeat(scales, LARGEST_BLOCK, axis=1)[:, : numbers.shape[1]]
     return wide
+
+
+def round_tensor(values: Array, dtype: str, kind: str, numbers: Array, scales: Array, source: str) -> None:
+    """`ops.round_weight`; CheckpointError, naming `source`, for values that are not finite."""
+    from paddle_qwen1m import ops
+
+    if not ops.round_weight(values, dtype, kind, numbers, scales):
+        raise CheckpointError(f"{source} holds values that are not finite: they have no place in 8 bits")
+
+
+def read_scales(
+    open_file: Callable[[Path], io.RawIOBase], name: str, info: TensorInfo, kind: str, rows: Array, columns: Array
+) -> Array:
+    """The scales float32 [rows, columns] that a file has for values of tensor `name` at these rows, ascending, and
+    columns; of the file no more rows of blocks are read than these lie in. info: of the scales.
+    """
+    blocks = FILE_BLOCKS[kind]
+    first, last = int(rows[0]) // blocks.rows, int(rows[-1]) // blocks.rows + 1
+    stored = np.empty((last - first, info.shape[1]), np.float32)
+    read_rows(open_file(info.file), f"{name}{SCALES}", info, stored.reshape(-1), "F32", (first, last))
+    return scales_of(stored, blocks, rows - first * blocks.rows, columns)
 
 
 def scales_of(stored: Array, blocks: Blocks, rows: Array, columns: Array) -> Array:

@@ -25,8 +25,8 @@ from paddle_qwen1m.parallel.split import COLUMNS, ROWS, Part
 
 from .bar import LoadingBar
 from .checkpoint import Checkpoint, check_fit
-from .eight_bit import FILE_BLOCKS, FILE_DTYPES, SCALES, Blocks, scales_of
-from .safetensors import BYTES, DTYPE_BYTES, READ, Array, CheckpointError, TensorInfo, read_rows
+from .eight_bit import FILE_KINDS, SCALES, Blocks, read_scales, round_tensor
+from .safetensors import BYTES, DTYPE_BYTES, READ, Array, CheckpointError, TensorInfo
 from .tensors import EMBEDDING, HEAD
 from .window import read_matrix
 
@@ -201,26 +201,15 @@ class _Unit:
         if self.scales is not None:
             info = replace(self.info, dtype=BYTES)
             read_matrix(file, self.name, info, numbers, BYTES, self.rows, self.columns, on_bytes)
-            self._fill_scales(scales, FILE_BLOCKS[slot.weight8.kind], self.scales, open_file)
+            blocks, ranges = slot.blocks, self.columns or [(0, shape[1])]
+            rows = np.arange(*self.rows, blocks.rows)
+            columns = np.concatenate([np.arange(*part, blocks.columns) for part in ranges])
+            scales[:] = read_scales(open_file, self.name, self.scales, slot.weight8.kind, rows, columns)
             return
         values = np.empty(shape, STORAGE[self.info.dtype])
         read_matrix(file, self.name, self.info, values, self.info.dtype, self.rows, self.columns, on_bytes)
-        if not ops.round_weight(values, self.info.dtype, slot.weight8.kind, numbers, scales):
-            raise CheckpointError(
-                f"{self.info.file}: tensor {self.name!r} holds values that are not finite: they have no place in 8 bits"
-            )
-
-    def _fill_scales(
-        self, scales: Array, blocks: Blocks, info: TensorInfo, open_file: Callable[[Path], RowFile]
-    ) -> None:
-        """Fills those of the parameter's blocks with those of the file's blocks that they lie in."""
-        first, last = self.rows[0] // blocks.rows, -(-self.rows[1] // blocks.rows)
-        stored = np.empty((last - first, info.shape[1]), np.float32)
-        read_rows(open_file(info.file), f"{self.name}{SCALES}", info, stored.reshape(-1), "F32", (first, last))
-        own, ranges = self.slot.blocks, self.columns or [(0, self.slot.held_shape[1])]
-        rows = np.arange(self.rows[0], self.rows[1], own.rows) - first * blocks.rows
-        columns = np.concatenate([np.arange(begin, end, own.columns) for begin, end in ranges])
-        scales[:] = scales_of(stored, blocks, rows, columns)
+        source = f"{self.info.file}: tensor {self.name!r}"
+        round_tensor(values, self.info.dtype, slot.weight8.kind, numbers, scales, source)
 
 
 def load_checkpoint(
@@ -261,15 +250,14 @@ def _check_kinds(checkpoint: Checkpoint, slots: Mapping[str, Slot]) -> None:
     """CheckpointError where files hold numbers of 8 bits that the parameters are not of."""
     for name, slot in slots.items():
         info = checkpoint.tensors[name]
-        if info.dtype in FILE_DTYPES.values():
-            kind = next(kind for kind, dtype in FILE_DTYPES.items() if dtype == info.dtype)
-            if slot.weight8 is None or slot.weight8.kind != kind:
-                wanted = "16 or 32 bits" if slot.weight8 is None else slot.weight8.kind
-                raise CheckpointError(
-                    f"{info.file}: tensor {name!r} is {kind}, and is to be kept in {wanted}: load it with "
-                    f"quantization={kind!r}, or the checkpoint that it was made from, or convert it back: "
-                    "`paddle-qwen1m convert SRC DST --format huggingface --quantization none`"
-                )
+        kind = FILE_KINDS.get(info.dtype)
+        if kind is not None and (slot.weight8 is None or slot.weight8.kind != kind):
+            wanted = "16 or 32 bits" if slot.weight8 is None else slot.weight8.kind
+            raise CheckpointError(
+                f"{info.file}: tensor {name!r} is {kind}, and is to be kept in {wanted}: load it with "
+                f"quantization={kind!r}, or the checkpoint that it was made from, or convert it back: "
+                "`paddle-qwen1m convert SRC DST --format huggingface --quantization none`"
+            )
 
 
 def _speak_of_another_head(checkpoint: Checkpoint, slots: Mapping[str, Slot]) -> None:

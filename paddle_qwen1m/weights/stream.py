@@ -20,9 +20,9 @@ from paddle_qwen1m.parallel.split import ROWS, Part
 from paddle_qwen1m.progress import Progress
 
 from .conversion import Group, Plan, Target
-from .eight_bit import FILE_BLOCKS, FILE_DTYPES, LARGEST_BLOCK, SCALES, widen
+from .eight_bit import FILE_BLOCKS, FILE_KINDS, LARGEST_BLOCK, read_scales, round_tensor, widen
 from .record import Record
-from .safetensors import BYTES, Array, CheckpointError, cast, read_rows
+from .safetensors import BYTES, Array, cast, read_rows
 from .source import Tensor
 from .window import as_matrix, read_window
 from .writer import Buffers, OutputFile, Piece, Writer
@@ -126,8 +126,6 @@ def _rounded_panels(
     group: Group, number: int, open_file: Callable[[Path], io.RawIOBase], memory: Buffers
 ) -> Iterator[tuple[int, Array, Buffers | None]]:
     """The numbers of a tensor that becomes 8 bits, in ranges of rows of whole blocks, and then all scales."""
-    from paddle_qwen1m import ops
-
     tensor, dtype, kind = group.tensors[number], group.dtypes[number], group.kinds[number]
     assert kind is not None
     (rows, width), blocks = as_matrix(tensor.shape), FILE_BLOCKS[kind]
@@ -141,10 +139,7 @@ def _rounded_panels(
         read_window(open_file, tensor.pieces, first, values, dtype)
         numbers = memory.take((len(values), width), np.dtype(np.uint8))
         own = scales[first // blocks.rows :][: len(values) // blocks.rows]
-        if not ops.round_weight(values, dtype, kind, numbers, own):
-            raise CheckpointError(
-                f"{tensor.file}: tensor {tensor.name!r} holds values that are not finite: they have no place in 8 bits"
-            )
+        round_tensor(values, dtype, kind, numbers, own, f"{tensor.file}: tensor {tensor.name!r}")
         yield first, numbers, memory
     yield 0, scales, None
 
@@ -154,16 +149,14 @@ def _read_widened(
 ) -> None:
     """Fills rows of a tensor of 8 bits from `first` on with what the numbers stand for."""
     assert tensor.scales is not None
-    kind = next(kind for kind, stored in FILE_DTYPES.items() if stored == tensor.dtype)
-    blocks, info, last = FILE_BLOCKS[kind], tensor.scales, first + len(panel)
+    kind, last = FILE_KINDS[tensor.dtype], first + len(panel)
     (piece,) = tensor.pieces
     numbers = np.empty(panel.shape, np.uint8)
     source = replace(piece.info, dtype=BYTES)
     read_rows(open_file(source.file), tensor.name, source, numbers.reshape(-1), BYTES, (first, last))
-    begin, end = first // blocks.rows, -(-last // blocks.rows)
-    scales = np.empty((end - begin, info.shape[1]), np.float32)
-    read_rows(open_file(info.file), f"{tensor.name}{SCALES}", info, scales.reshape(-1), "F32", (begin, end))
-    wide = widen(kind, numbers, scales, first - begin * blocks.rows, blocks)
+    columns = np.arange(0, panel.shape[1], LARGEST_BLOCK)
+    scales = read_scales(open_file, tensor.name, tensor.scales, kind, np.arange(first, last), columns)
+    wide = widen(kind, numbers, scales)
     cast(wide.reshape(-1), "F32", panel.reshape(-1), dtype, f"{source.file}: tensor {tensor.name!r}")
 
 
