@@ -44,12 +44,13 @@ check              config config_keys dtypes memory model ops options paddlenlp 
 server.command     config llm options paddlenlp server streams
 evaluate           config config_keys engine llm options paddlenlp progress server streams text
 calibrate          attention cache config fileio model ops options paddlenlp parallel progress server streams weights
-cli                cache calibrate check config dtypes engine evaluate ops options paddlenlp parallel planning progress server server.command streams text weights
+commands           cache calibrate check config dtypes engine evaluate ops options paddlenlp parallel planning progress server server.command streams text weights
+cli                commands parallel server streams
 __main__           cli
 __init__           engine llm paddlenlp threads
 """  # noqa: E501
 ROOMS = {room: tuple(allowed) for room, *allowed in map(str.split, TABLE.strip().splitlines())}
-PADDLENLP = {"paddlenlp", "server.command", "check", "cli"}
+PADDLENLP = {"paddlenlp", "server.command", "check", "commands", "cli"}
 """Rooms that may import PaddleNLP."""
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 
 from paddle_qwen1m import cli, progress
+from paddle_qwen1m.commands.generate import user_text
 
 ROOT = Path(__file__).resolve().parent.parent
 NEEDLE = ROOT / "checkpoints" / "needle"
@@ -70,8 +71,8 @@ def error_line(stdout: str, stderr: str) -> str:
 
 
 def test_question_follows_the_document_on_a_line_of_its_own() -> None:
-    assert cli.user_text("A document.\n\n", "Why?") == "A document.\nWhy?"
-    assert cli.user_text("A document.\n", None) == "A document.\n"
+    assert user_text("A document.\n\n", "Why?") == "A document.\nWhy?"
+    assert user_text("A document.\n", None) == "A document.\n"
 
 
 @pytest.mark.parametrize(
