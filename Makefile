@@ -57,7 +57,7 @@ test: $(VENV)/extra-test ## the tests, without those that take long
 test-slow: $(VENV)/extra-test ## those that take long
 	@$(PY) -m pytest -m slow
 
-test-soak: $(VENV)/extra-test ## hundreds of mixed requests (tens of minutes)
+test-soak: $(VENV)/extra-test ## those that take too long for every change (more than an hour)
 	@$(PY) -m pytest -m soak
 
 lint: $(VENV)/extra-lint ## ruff, clang-format, mypy

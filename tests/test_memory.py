@@ -75,7 +75,7 @@ def test_a_host_leaves_what_its_cgroup_does_divided_by_the_ranks(
     [
         pytest.param(65536, "sparse", marks=pytest.mark.slow),
         pytest.param(65536, "dense", marks=pytest.mark.slow),
-        pytest.param(262144, "sparse", marks=pytest.mark.slow),
+        pytest.param(262144, "sparse", marks=pytest.mark.soak),
     ],
 )
 def test_a_long_prompt_needs_its_cache_and_little_more(

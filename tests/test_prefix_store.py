@@ -173,8 +173,10 @@ def test_two_ranks_find_what_both_have_kept_and_no_other_number_does(
     assert (text, metrics.store_tokens) == (sentence("jade"), kept)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+@pytest.mark.parametrize(
+    "sparse",
+    [pytest.param(False, id="dense", marks=pytest.mark.soak), pytest.param(True, id="sparse", marks=pytest.mark.slow)],
+)
 def test_another_process_asks_a_document_of_60_000_tokens(
     tmp_path: Path, sparse: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:

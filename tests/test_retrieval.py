@@ -131,7 +131,7 @@ def test_visited_pairs_counts_every_unmasked_cell_once() -> None:
     assert visited_pairs(index, 200, 56, 128) == cells
 
 
-@pytest.fixture(scope="module", params=[1, pytest.param(13, marks=pytest.mark.slow)], ids=["16 answers", "208 answers"])
+@pytest.fixture(scope="module", params=[1, pytest.param(13, marks=pytest.mark.soak)], ids=["16 answers", "208 answers"])
 def documents(request: pytest.FixtureRequest, encode: Encode) -> Iterator[list[Document]]:
     maker = DocumentMaker(encode)
     yield [maker.make(TOKENS, NEEDLES, FIRST_SEED + number) for number in range(request.param)]

@@ -230,8 +230,10 @@ def test_heads_of_a_sparse_load_are_placed_anew_and_of_a_dense_one_as_its_files_
         np.testing.assert_array_equal(results["eight-sparse-paddlenlp/heads"], placed[rank])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if name == "needle" else pytest.mark.soak) for name in NAMES],
+)
 def test_ranks_give_what_one_gives_at_20_000_tokens(checkpoints: dict[str, Path], tmp_path: Path, name: str) -> None:
     jobs = loads(checkpoints, LONG, [name])
     alone = parallel_cases.run(jobs, 1)
