@@ -7,18 +7,16 @@ import os
 import threading
 import time
 import weakref
-from collections import deque
 from collections.abc import Iterator
 from collections.abc import Sequence as ManyOf
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import fields, replace
+from dataclasses import replace
 from itertools import count
 from typing import Callable
 
 import numpy as np
 import paddle
 
-from paddle_qwen1m import ops
 from paddle_qwen1m.attention.selector import Observer
 from paddle_qwen1m.cache import (
     MadeUnder,
@@ -29,7 +27,6 @@ from paddle_qwen1m.cache import (
     PrefixStore,
     SparseRule,
     budgets_digest,
-    choose_page_size,
     salt_digest,
 )
 from paddle_qwen1m.cache.kv_scales import KVScales
@@ -54,21 +51,20 @@ from paddle_qwen1m.engine.core import (
 )
 from paddle_qwen1m.engine.following import Message, read_error, read_events, read_orders, tell_end, tell_orders
 from paddle_qwen1m.engine.keeping import Keeper
+from paddle_qwen1m.engine.leading import Lead
 from paddle_qwen1m.engine.orders import CopyPage, Head, Order, Rest
 from paddle_qwen1m.engine.pacing import LayerWork, Pacer
 from paddle_qwen1m.engine.params import SamplingParams, StructuredOutputsParams
 from paddle_qwen1m.engine.rules import Grammar, TokenRules, token_rules, token_words
 from paddle_qwen1m.engine.runner import Runner
 from paddle_qwen1m.engine.scheduler import Scheduler, SchedulerLimits
+from paddle_qwen1m.engine.settling import check, settle
 from paddle_qwen1m.engine.tasks import Task
 from paddle_qwen1m.engine.waiting import WaitingRoom, pages_needed
 from paddle_qwen1m.memory import available_gpu_memory, available_host_memory, kept_in_one_piece
 from paddle_qwen1m.model import Qwen2OneM, unrounded_dtype
 from paddle_qwen1m.options import (
     EngineOptions,
-    default_batched_tokens,
-    default_inter_token_ms,
-    default_pause_tokens,
 )
 from paddle_qwen1m.plan import cache_bytes_per_token, widened_bytes, workspace_bytes
 
@@ -107,12 +103,7 @@ class Engine:
         self.compile_grammar = compile_grammar
         self._weights = weights
         self._scales = KVScales.none(model.config)
-        self._scheduler: Scheduler | None = None
-        self._pool: PagePool | None = None
-        self._prefixes: PrefixIndex | None = None
-        self._keeper: Keeper | None = None
-        self._chooser: Chooser | None = None
-        self._posts: deque[tuple[Task, ops.Post]] = deque()
+        self._lead: Lead | None = None
         self._events: list[Event] = []
         self._untold: list[Event] = []
         self._cache_pages: int | None = None
@@ -126,55 +117,23 @@ class Engine:
 
     def configure(self, options: EngineOptions, budgets: SparseBudgets | None = None) -> None:
         """Changes options and budgets between calls. ValueError for what the model or its device does not allow."""
-        config, model = self.model.config, self.model
+        model = self.model
         if not self.is_idle:
             raise ValueError(f"options cannot change while requests run: {', '.join(self._requests)}")
-        if options.max_model_len is not None and options.max_model_len > config.max_position_embeddings:
-            raise ValueError(
-                f"max_model_len must be at most max_position_embeddings, {config.max_position_embeddings}, got "
-                f"{options.max_model_len}"
-            )
-        if model.on_gpu and options.kv_cache_dtype not in (None, model.compute_dtype, *QUANTIZATIONS):
-            raise ValueError(
-                f"kv_cache_dtype on a GPU must be that of the computation, {model.compute_dtype}, or "
-                f"{' or '.join(QUANTIZATIONS)}, got "
-                f"{options.kv_cache_dtype}"
-            )
-        if options.quantization != model.quantization:
-            raise ValueError(
-                f"quantization is of the weights, which are kept as {model.quantization or model.dtype}, got "
-                f"{options.quantization}: it is chosen when they are loaded"
-            )
-        page_size = choose_page_size(config.dual_chunk.chunk_len, options.page_size)
-        if budgets is not None and budgets.vertical.shape != (config.num_layers, config.num_heads):
-            raise ValueError(
-                f"the sparse budgets are for {budgets.vertical.shape} (layers, heads), the model has "
-                f"{(config.num_layers, config.num_heads)}"
-            )
-        if options.prefix_store is not None and not self._weights:
-            raise ValueError("prefix_store needs a name for the weights, the checkpoint's digest")
-        group = model.group
-        self._store = (
-            None
-            if options.prefix_store is None
-            else PrefixStore(options.prefix_store, options.prefix_store_size, group.rank, group.degree)
-        )
-        self.page_size = page_size
+        check(options, model, budgets, named=bool(self._weights))
+        settled = settle(options, model)
+        self._store = None
+        if options.prefix_store is not None:
+            group = model.group
+            self._store = PrefixStore(options.prefix_store, options.prefix_store_size, group.rank, group.degree)
         self.budgets = budgets
-        self.max_model_len = options.max_model_len or config.max_position_embeddings
-        self.max_num_batched_tokens = options.max_num_batched_tokens or default_batched_tokens(model.on_gpu)
-        self.max_inter_token_ms = options.max_inter_token_ms or default_inter_token_ms(model.on_gpu)
-        short = options.max_pause_tokens or default_pause_tokens(model.on_gpu)
-        self.max_pause_tokens = min(short, self.max_num_batched_tokens)
-        self.kv_cache_dtype = options.kv_cache_dtype or model.compute_dtype
-        self.options = replace(
-            options,
-            max_model_len=self.max_model_len,
-            max_num_batched_tokens=self.max_num_batched_tokens,
-            max_inter_token_ms=self.max_inter_token_ms,
-            max_pause_tokens=self.max_pause_tokens,
-            kv_cache_dtype=self.kv_cache_dtype,
-        )
+        self.options = settled.over(options)
+        self.page_size = settled.page_size
+        self.max_model_len = settled.max_model_len
+        self.max_num_batched_tokens = settled.max_num_batched_tokens
+        self.max_inter_token_ms = settled.max_inter_token_ms
+        self.max_pause_tokens = settled.max_pause_tokens
+        self.kv_cache_dtype = settled.kv_cache_dtype
         self.release_cache()
         self.runner = Runner(
             model,
@@ -183,15 +142,12 @@ class Engine:
             replay=model.on_gpu and options.cuda_graph,
             store=self._store,
         )
-        chunk_len, parts = config.dual_chunk.chunk_len, options.prefix_border_parts
-        self._chunking = chunking = Chunking(self.max_num_batched_tokens, chunk_len, page_size, parts)
-        self._sparse_rule = (
-            None
-            if budgets is None
-            else SparseRule(
-                budgets_digest(budgets.vertical, budgets.slash), chunking.chunk_tokens, chunking.part_tokens
-            )
-        )
+        chunk_len, parts = model.config.dual_chunk.chunk_len, options.prefix_border_parts
+        self._chunking = chunking = Chunking(self.max_num_batched_tokens, chunk_len, self.page_size, parts)
+        self._sparse_rule = None
+        if budgets is not None:
+            digest = budgets_digest(budgets.vertical, budgets.slash)
+            self._sparse_rule = SparseRule(digest, chunking.chunk_tokens, chunking.part_tokens)
 
     def use_scales(self, scales: KVScales) -> None:
         """From now on an 8-bit cache is kept by these, of the whole model. ValueError for those of another shape."""
@@ -213,20 +169,21 @@ class Engine:
     @property
     def metrics(self) -> Metrics:
         """The numbers now."""
-        scheduler, pool = self._scheduler, self._pool
         values = replace(self._metrics)
-        if scheduler is not None and pool is not None:
+        lead = self._lead
+        if lead is not None:
+            scheduler, pool = lead.scheduler, lead.pool
             values.waiting = scheduler.num_waiting
             values.running = len(scheduler.requests) - scheduler.num_waiting
             values.pages, values.pages_held = pool.num_pages, pool.num_pages - pool.available
-        self._add_counters(values)
+            lead.add_counters(values)
         return values
 
     @property
     def pool(self) -> PagePool:
         """Who holds which page of the KV cache."""
-        assert self._pool is not None, "there is no cache yet"
-        return self._pool
+        assert self._lead is not None, "there is no cache yet"
+        return self._lead.pool
 
     @property
     def limits(self) -> Limits:
@@ -265,7 +222,7 @@ class Engine:
         """
         known = len(self._events)
         self._events = [event for event in self._events if event.id != request_id]
-        if self._scheduler is None or not self._scheduler.abort(request_id):
+        if self._lead is None or not self._lead.scheduler.abort(request_id):
             return len(self._events) < known
         self._metrics.aborted += 1
         self._rest_if_idle()
@@ -275,7 +232,7 @@ class Engine:
         """Ends an answer, with finish_reason "stop" and this stop_reason. False where it has none of its tokens yet, or
         has ended.
         """
-        events = None if self._scheduler is None else self._scheduler.stop(request_id, index, reason)
+        events = None if self._lead is None else self._lead.scheduler.stop(request_id, index, reason)
         if events is None:
             return False
         self._events += events
@@ -288,14 +245,15 @@ class Engine:
         """
         self._thread = threading.get_ident()
         events, self._events = self._events, []
-        if self._scheduler is None or not self._requests:
+        lead = self._lead
+        if lead is None or not self._requests:
             return events
         try:
-            tasks = self._scheduler.next()
-            self._run(tasks)
-            events += self._collect(wait=not tasks and not events)
-            if self._keeper is not None and self._keeper.is_restoring and not (tasks or events or self._posts):
-                self._keeper.wait(STORE_SECONDS)
+            tasks = lead.scheduler.next()
+            self._run(lead, tasks)
+            events += lead.collect(wait=not tasks and not events)
+            if lead.keeper is not None and lead.keeper.is_restoring and not (tasks or events or lead.has_posts):
+                lead.keeper.wait(STORE_SECONDS)
         except BaseException:
             self._drop_all()
             raise
@@ -376,8 +334,8 @@ class Engine:
         """Forgets every prefix. False, and nothing is forgotten, while requests run."""
         if not self.is_idle:
             return False
-        if self._prefixes is not None:
-            self._prefixes.reset()
+        if self._lead is not None and self._lead.prefixes is not None:
+            self._lead.prefixes.reset()
         return True
 
     def finish_writes(self) -> None:
@@ -398,8 +356,7 @@ class Engine:
         once more does nothing.
         """
         self._drop_all()
-        if self._keeper is not None:
-            self._keeper.finish()
+        self._finish_keeping()
         self.release_cache()
 
     # --- ranks that follow ---
@@ -417,7 +374,7 @@ class Engine:
 
     @property
     def _requests(self) -> ManyOf[str]:
-        return () if self._scheduler is None else self._scheduler.requests
+        return () if self._lead is None else self._lead.scheduler.requests
 
     @property
     def _leads(self) -> bool:
@@ -427,18 +384,14 @@ class Engine:
         if self.model.group.degree > 1:
             self.model.group.share(message)
 
-    def _run(self, tasks: ManyOf[Task]) -> None:
+    def _run(self, lead: Lead, tasks: ManyOf[Task]) -> None:
         """Gives tasks to the device, and to the ranks that follow."""
         if not tasks:
             return
-        assert self._scheduler is not None and self._chooser is not None
         self._has_run = True
         self._tell_orders(*(task.order for task in tasks))
         for task in tasks:
-            post = self.runner.run(task.order, self._chooser.prepare(task))
-            self._scheduler.ran(task, at_end=post is not None and post.done)
-            if post is not None:
-                self._posts.append((task, post))
+            lead.ran(task, self.runner.run(task.order, lead.chooser.prepare(task)))
 
     def _drop_all(self) -> None:
         for request_id in self._requests:
@@ -450,16 +403,6 @@ class Engine:
         if self.model.group.degree > 1:
             self.model.group.share(tell_orders(orders, untold))
 
-    def _collect(self, *, wait: bool) -> list[Event]:
-        """What has come of tasks; the oldest is waited for, where there is one."""
-        assert self._scheduler is not None and self._chooser is not None
-        events: list[Event] = []
-        while self._posts and (wait or self._posts[0][1].is_ready()):
-            wait = False
-            task, post = self._posts.popleft()
-            events += self._scheduler.done(task, self._chooser.result(task, post.result()))
-        return events
-
     def _count(self, events: ManyOf[Event]) -> None:
         for event in events:
             self._metrics.generated_tokens += isinstance(event, TokenChosen)
@@ -469,11 +412,10 @@ class Engine:
 
     def _rest_if_idle(self) -> None:
         """Without requests, whatever the device still has of some is forgotten."""
-        if self._requests or not self._has_run or self._scheduler is None:
+        if self._requests or not self._has_run or self._lead is None:
             return
         self._has_run = False
-        self._posts.clear()
-        self._scheduler.rest()
+        self._lead.rest()
         self._tell_orders(Rest())
         self.runner.run(Rest())
 
@@ -603,11 +545,12 @@ class Engine:
     def _tell_crossing(self, sequence: Sequence) -> None:
         """Says where a sparse prompt, the first of its kind, begins like dense ones: it does not reuse their keys."""
         request, chain = sequence.request, sequence.chain
-        if self._prefixes is None or chain is None or self._prefixes.find(chain).tokens:
+        prefixes = None if self._lead is None else self._lead.prefixes
+        if prefixes is None or chain is None or prefixes.find(chain).tokens:
             return
         dense = request.prompt[: self.options.sparse_threshold]
         cuts, name = self._chunking.cuts(len(dense), sparse=False), self._name(request, None)
-        known = self._prefixes.find(PrefixChain.of(dense, cuts, name, sequence.m2, self.page_size)).tokens
+        known = prefixes.find(PrefixChain.of(dense, cuts, name, sequence.m2, self.page_size)).tokens
         if known:
             self._metrics.prefix_dense_tokens += known
             logger.warning(
@@ -617,12 +560,12 @@ class Engine:
             )
 
     def _hand_over(self, sequence: Sequence, made_under: str = "") -> None:
-        assert self._scheduler is not None
+        assert self._lead is not None
         length = len(sequence.prompt)
         sequence.made_under, sequence.sparse, sequence.m2 = made_under, self.is_sparse(length), self._m2(length)
         for answer in sequence.answers:
             answer.rules = self._rules(sequence.request)
-        self._scheduler.add(sequence)
+        self._lead.scheduler.add(sequence)
 
     def _m2(self, length: int) -> float:
         """The square of the temperature m(length)."""
@@ -681,8 +624,7 @@ class Engine:
             wanted = cache_pages(needed, spare, self._budget(longest, available), page_size=self.page_size)
         if self._cache_pages is not None and wanted <= self._cache_pages:
             return
-        if self._keeper is not None:
-            self._keeper.finish()
+        self._finish_keeping()
         self._tell({"cache": wanted})
         self._make_cache(wanted)
 
@@ -720,46 +662,51 @@ class Engine:
         unrounded = unrounded_dtype(model)
         cache = PagedCache(model.local, pages, self.page_size, self.kv_cache_dtype, scales, widened, unrounded)
         if self._leads:
-            self._pool = PagePool(pages, self.page_size, self._copy_page)
-            self._chooser = Chooser(options.max_num_seqs, model.config.vocab_size)
-            self._scheduler = self._new_scheduler(self._pool)
+            self._lead = self._new_lead(pages)
         self.runner.use(
             cache,
-            None if self._chooser is None else self._chooser.slots,
+            None if self._lead is None else self._lead.chooser.slots,
             max_num_seqs=options.max_num_seqs,
             max_model_len=self.max_model_len,
         )
         self._cache_pages = pages  # last: a process that is forked meanwhile has no cache
 
-    def _new_scheduler(self, pool: PagePool) -> Scheduler:
-        options, config, on_gpu = self.options, self.model.local, self.model.on_gpu
-        if options.enable_prefix_caching:
-            self._prefixes = PrefixIndex(pool, options.prefix_temperature_tolerance)
-        bound, short = self.max_inter_token_ms / 1000, self.max_pause_tokens
-        if self._prefixes is not None and self._store is not None:
-            self._keeper = Keeper(
+    def _new_lead(self, pages: int) -> Lead:
+        """What a cache of so many pages is led with."""
+        options, on_gpu, layers = self.options, self.model.on_gpu, self.model.local
+        tolerance, seats, short = options.prefix_temperature_tolerance, options.max_num_seqs, self.max_pause_tokens
+        pool = PagePool(pages, self.page_size, self._copy_page)
+        prefixes = PrefixIndex(pool, tolerance) if options.enable_prefix_caching else None
+        keeper = None
+        if prefixes is not None and self._store is not None:
+            keeper = Keeper(
                 self._store,
                 pool,
-                self._prefixes,
+                prefixes,
                 lambda: self.runner.transfers,
                 self._order,
                 self._ask_all,
                 min_tokens=options.prefix_store_min_tokens,
-                tolerance=options.prefix_temperature_tolerance,
+                tolerance=tolerance,
             )
-        seats = options.max_num_seqs
-        waiting = WaitingRoom(pool, self._chunking, seats, short, self._m2, self._prefixes, self._keeper)
-        limits = SchedulerLimits(options.max_num_seqs, short, ahead=1 if on_gpu else 0)
-        return Scheduler(waiting, pool, limits, Pacer(bound, layer_work(config), config.num_layers, time.perf_counter))
+        waiting = WaitingRoom(pool, self._chunking, seats, short, self._m2, prefixes, keeper)
+        limits = SchedulerLimits(seats, short, ahead=1 if on_gpu else 0)
+        pacer = Pacer(self.max_inter_token_ms / 1000, layer_work(layers), layers.num_layers, time.perf_counter)
+        chooser = Chooser(seats, self.model.config.vocab_size)
+        return Lead(pool, prefixes, keeper, chooser, Scheduler(waiting, pool, limits, pacer))
 
     def _forget_cache(self) -> None:
-        self._posts.clear()
-        self._add_counters(self._metrics)
-        self._scheduler = self._pool = self._prefixes = self._keeper = self._chooser = self._cache_pages = None
+        if self._lead is not None:
+            self._lead.add_counters(self._metrics)
+        self._lead = self._cache_pages = None
         self.runner.cache.release()
         self.runner.use(None)
         if self.model.on_gpu:
             paddle.device.cuda.empty_cache()
+
+    def _finish_keeping(self) -> None:
+        if self._lead is not None and self._lead.keeper is not None:
+            self._lead.keeper.finish()
 
     def _copy_page(self, source: int, target: int, tokens: int) -> None:
         self._order(CopyPage(source, target, tokens))
@@ -768,18 +715,6 @@ class Engine:
         """Has every rank do what has no result."""
         self._tell_orders(order)
         self.runner.run(order)
-
-    def _add_counters(self, metrics: Metrics) -> None:
-        """Adds what the prefix index and the keeper of the store have counted."""
-        if self._prefixes is not None:
-            counters = self._prefixes.counters
-            metrics.prefix_queried_tokens += counters.queried_tokens
-            metrics.prefix_reused_tokens += counters.reused_tokens
-            metrics.prefix_recut_tokens += counters.recut_tokens
-        if self._keeper is not None:
-            for one in fields(self._keeper.counters):
-                name = f"store_{one.name}"
-                setattr(metrics, name, getattr(metrics, name) + getattr(self._keeper.counters, one.name))
 
 
 def layer_work(config: ModelConfig) -> LayerWork:
