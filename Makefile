@@ -51,8 +51,8 @@ demo demo-long:
 	    echo "set-up took $$(( $$(date +%s) - started )) s"
 	@$(PY) -W ignore tools/demo.py $(if $(filter demo-long,$@),--long)
 
-test: $(VENV)/extra-test ## the tests, without those that take long
-	@$(PY) -m pytest -m "not slow and not soak"
+test: $(VENV)/extra-test ## the tests, without those that take long, in two processes
+	@$(PY) -m pytest -n 2 --dist loadfile -m "not slow and not soak"
 
 test-slow: $(VENV)/extra-test ## those that take long
 	@$(PY) -m pytest -m slow
