@@ -11,7 +11,7 @@ import numpy as np
 import paddle
 import pytest
 
-from paddle_qwen1m import cli
+from paddle_qwen1m.commands.arguments import add_model_options
 from paddle_qwen1m.options import (
     ACCEPTED,
     ANY,
@@ -44,7 +44,7 @@ def test_the_readme_has_the_table() -> None:
 
 def test_the_command_has_the_options_it_should() -> None:
     parser = argparse.ArgumentParser()
-    cli._add_model_options(parser)
+    add_model_options(parser)
     text = re.sub(r"\s+", " ", parser.format_help())
     for option in OPTIONS:
         assert (f"{option.flag} " in text) == bool(option.faces & Face.COMMAND), option.name
@@ -53,7 +53,7 @@ def test_the_command_has_the_options_it_should() -> None:
 
 def test_what_the_command_leaves_out_counts_as_not_given() -> None:
     parser = argparse.ArgumentParser()
-    cli._add_model_options(parser)
+    add_model_options(parser)
     assert read_loading_options(vars(parser.parse_args([]))) == {"from_hf_hub": False}
     given = parser.parse_args(["--no-sparse", "--max-model-len", "7", "--dtype", "float16", "--from-hf-hub"])
     assert read_loading_options(vars(given)) == {

@@ -14,6 +14,7 @@ import safetensors.numpy
 from checkpoint_files import write_file
 
 from paddle_qwen1m import cli
+from paddle_qwen1m.commands.arguments import size as read_size
 from paddle_qwen1m.config import ModelConfig
 from paddle_qwen1m.paddlenlp import Qwen2OneMForCausalLM
 from paddle_qwen1m.parallel.split import degrees
@@ -387,7 +388,7 @@ def test_a_shard_size_that_is_none_is_refused(tmp_path, text):
 
 @pytest.mark.parametrize("text, size", [("5GB", 5 * 10**9), ("512MiB", 512 << 20), ("1000", 1000), ("2 kb", 2000)])
 def test_shard_sizes_are_read(text, size):
-    assert cli._size(text) == size
+    assert read_size(text) == size
 
 
 def test_source_and_destination_lie_apart(tmp_path):
