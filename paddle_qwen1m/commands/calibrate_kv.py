@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from paddle_qwen1m.commands.arguments import add_debug, as_input, at_least
 from paddle_qwen1m.options import Face, options_of
 from paddle_qwen1m.streams import file_argument, name_argument, read_document, say, shown
+
+if TYPE_CHECKING:
+    from paddle_qwen1m.cache.kv_scales import KVScales
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from paddle_qwen1m import ops
-    from paddle_qwen1m.paddlenlp.scales import TEXT, calibrate_checkpoint
+    from paddle_qwen1m.paddlenlp.scales import TEXT
 
     name_argument("MODEL", arguments.model)
     target = Path(file_argument("--out", arguments.out))
@@ -36,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.threads is not None:
         ops.set_num_threads(arguments.threads)
     with as_input():
-        scales = calibrate_checkpoint(arguments.model, text, from_hf_hub=arguments.from_hf_hub)
+        scales = scales_of(arguments.model, text, from_hf_hub=arguments.from_hf_hub)
         scales.write(target)
     exponents = scales.exponents
     say(
@@ -46,3 +50,19 @@ def run(arguments: argparse.Namespace) -> int:
     )
     say(scales.summary())
     return 0
+
+
+def scales_of(name: str, text: str, *, from_hf_hub: bool = False) -> KVScales:
+    """Scales of a checkpoint from a text. Raises as from_pretrained does, and `make_scales`."""
+    from paddlenlp.transformers import AutoTokenizer
+
+    from paddle_qwen1m.paddlenlp import Qwen2OneMForCausalLM
+    from paddle_qwen1m.paddlenlp.loading import find_checkpoint
+    from paddle_qwen1m.paddlenlp.scales import make_scales
+    from paddle_qwen1m.weights.digest import checkpoint_digest
+
+    options = {"from_hf_hub": from_hf_hub}
+    checkpoint = find_checkpoint(name, options)
+    model = Qwen2OneMForCausalLM.from_pretrained(checkpoint, **options)
+    tokenizer = AutoTokenizer.from_pretrained(str(checkpoint.fetch_tokenizer()))
+    return make_scales(model.engine, tokenizer, text, checkpoint_digest(checkpoint.fetch_weights()))

@@ -17,8 +17,6 @@ from paddle_qwen1m.dtypes import FP8, INT8, QUANTIZATIONS
 from paddle_qwen1m.engine import Engine
 from paddle_qwen1m.engine.calibration import calibrate
 from paddle_qwen1m.paddlenlp.hub import Checkpoint
-from paddle_qwen1m.paddlenlp.loading import find_checkpoint
-from paddle_qwen1m.weights.digest import checkpoint_digest
 
 KV_SCALES = "kv_scales.json"
 TEXT = CONFIGS / "kv_calibration.txt"
@@ -88,16 +86,6 @@ def make_scales(engine: Engine, tokenizer: Any, text: str, weights: str) -> KVSc
     ids = np.asarray(tokenizer(text, verbose=False)["input_ids"], np.int64)
     most = min(MOST_TOKENS, engine.model.config.dual_chunk.chunk_len)
     return replace(calibrate(engine.model, ids[:most]), weights=weights)
-
-
-def calibrate_checkpoint(name: str, text: str, **options: Any) -> KVScales:
-    """Scales of a checkpoint from a text. options: of from_pretrained. Raises as that does, and `make_scales`."""
-    from paddle_qwen1m.paddlenlp.causal_lm import Qwen2OneMForCausalLM
-
-    checkpoint = find_checkpoint(name, options)
-    model = Qwen2OneMForCausalLM.from_pretrained(checkpoint, **options)
-    tokenizer = AutoTokenizer.from_pretrained(str(checkpoint.fetch_tokenizer()))
-    return make_scales(model.engine, tokenizer, text, checkpoint_digest(checkpoint.fetch_weights()))
 
 
 def _keep(scales: KVScales, path: Path) -> None:

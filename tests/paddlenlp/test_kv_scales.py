@@ -14,6 +14,7 @@ from paddlenlp.transformers import AutoModelForCausalLM, AutoTokenizer
 
 from paddle_qwen1m import cli
 from paddle_qwen1m.cache.kv_scales import KVScales
+from paddle_qwen1m.commands.calibrate_kv import scales_of
 from paddle_qwen1m.options import read_llm_options
 from paddle_qwen1m.paddlenlp import scales as module
 from paddle_qwen1m.paddlenlp import serving
@@ -32,7 +33,7 @@ def load(checkpoint: Path, **options: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def made(needle_checkpoint: Path) -> KVScales:
-    return module.calibrate_checkpoint(str(needle_checkpoint), "The river had been low since March. " * 20)
+    return scales_of(str(needle_checkpoint), "The river had been low since March. " * 20)
 
 
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
