@@ -117,7 +117,7 @@ def main() -> int:
             copies, rounds = (2, 4) if keys > 100000 else (16, 1)
             for name, cuda in libraries.items():
                 times = {}
-                for dtype in ("bfloat16", "int8", "fp8"):
+                for dtype in ("bfloat16", "int8", "e4m3"):
                     layers = [Layer(heads, kv_heads, keys, dtype) for _ in range(copies)]
                     time = times[dtype] = decode(cuda, layers, rounds)
                     share = layers[0].read / time * 1e3 / bandwidth

@@ -129,7 +129,7 @@ class Kernels:
     def caches(self, pages: int) -> Iterator[dict[str, Any]]:
         """In 16 bits, and in 8 of either kind."""
         yield self.cache(pages)
-        yield from (self.cache_in_8_bits(pages, dtype) for dtype in ("int8", "fp8"))
+        yield from (self.cache_in_8_bits(pages, dtype) for dtype in ("int8", "e4m3"))
 
     def cache_in_8_bits(self, pages: int, dtype: str) -> dict[str, Any]:
         shape = (pages, PAGE, self.kv_heads, self.head_dim)

@@ -15,10 +15,10 @@ import attention_cases as cases  # noqa: E402  (it needs PyTorch)
 from attention_cases import Context, Tensor, poisoned  # noqa: E402
 
 BOUND = 1e-2
-LARGEST = {"int8": 127.0, "fp8": 448.0}
-STORED = {"int8": torch.int8, "fp8": torch.uint8}
+LARGEST = {"int8": 127.0, "e4m3": 448.0}
+STORED = {"int8": torch.int8, "e4m3": torch.uint8}
 each_half = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-each_kind = pytest.mark.parametrize("kind", ["int8", "fp8"])
+each_kind = pytest.mark.parametrize("kind", ["int8", "e4m3"])
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Context8:
     def cache(self) -> dict[str, Any]:
         """The fields of qwen1m_cache."""
         fields = {**self.real.cache, "key": self.numbers[0], "value": self.numbers[1]}
-        fields["dtype"] = "int8" if self.numbers.dtype == torch.int8 else "fp8"
+        fields["dtype"] = "int8" if self.numbers.dtype == torch.int8 else "e4m3"
         names = ("key_scale", "value_scale", "power", "centre")
         return {**fields, "frame": dict(zip(names, (*self.scales, *self.frame)))}
 
@@ -138,7 +138,7 @@ def test_decode_is_attention_over_what_the_numbers_stand_for(
 @each_half
 def test_decode_reads_every_byte_of_fp8_exactly(cuda: Any, rng: np.random.Generator, dtype: torch.dtype) -> None:
     """One key, whose values are all 254 numbers there are, in two KV heads: the output is they, scaled by 1."""
-    context = context8(rng, 1, kind="fp8", heads=2, kv_heads=2, dtype=dtype)
+    context = context8(rng, 1, kind="e4m3", heads=2, kv_heads=2, dtype=dtype)
     numbers = torch.tensor([byte for byte in range(256) if byte % 128 != 127] + [0, 0], dtype=torch.uint8)
     at = context.real.table[0]
     context.numbers[1, at, 0] = numbers.view(2, 128).cuda()
@@ -244,7 +244,7 @@ def test_keys_and_values_are_rounded_to_the_nearest_step(
     for side, exact in enumerate((keys / power - centre, biased[:, heads + kv_heads :])):
         got = meant(numbers[side].flatten(0, 1)[at]) * scales[side].flatten(0, 1)[at][..., None].double()
         steps = exact[written].abs().amax(-1, keepdim=True) / LARGEST[kind]
-        if kind == "fp8":  # of a number's own exponent, of which there are 15
+        if kind == "e4m3":  # of a number's own exponent, of which there are 15
             exponents = torch.floor(torch.log2(exact[written].abs() / steps)).clamp(min=-6)
             steps = steps * torch.exp2(exponents - 3)
         assert ((got - exact[written]).abs() <= 0.5 * steps * (1 + 2.0**-3)).all()
