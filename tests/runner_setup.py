@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import paddle
 
+from paddle_qwen1m import ops
 from paddle_qwen1m.cache import PagedCache
 from paddle_qwen1m.config import SparseBudgets
 from paddle_qwen1m.engine.orders import Head, Rows
@@ -34,6 +35,13 @@ def make_runner(
     runner = Runner(model, budgets, sparse_threshold, replay=False)
     runner.use(cache, sampling, max_num_seqs=max_num_seqs, max_model_len=2048)
     return Made(runner, cache)
+
+
+def fill_with_nan(cache: PagedCache) -> None:
+    """So that a page which nobody wrote shows when it is read; and the memory of all pages is taken now."""
+    for layer in cache.layers:
+        for pages in (layer.keys, layer.values):
+            ops.upload(pages, np.full(pages.shape, np.nan, np.float32))
 
 
 def rows(

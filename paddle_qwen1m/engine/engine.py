@@ -27,6 +27,7 @@ from paddle_qwen1m.cache import (
     PrefixStore,
     SparseRule,
     budgets_digest,
+    choose_page_size,
     salt_digest,
 )
 from paddle_qwen1m.cache.kv_scales import KVScales
@@ -63,9 +64,7 @@ from paddle_qwen1m.engine.tasks import Task
 from paddle_qwen1m.engine.waiting import WaitingRoom, pages_needed
 from paddle_qwen1m.memory import available_gpu_memory, available_host_memory, kept_in_one_piece
 from paddle_qwen1m.model import Qwen2OneM, unrounded_dtype
-from paddle_qwen1m.options import (
-    EngineOptions,
-)
+from paddle_qwen1m.options import EngineOptions
 from paddle_qwen1m.plan import cache_bytes_per_token, widened_bytes, workspace_bytes
 
 logger = logging.getLogger(__name__)
@@ -121,14 +120,15 @@ class Engine:
         if not self.is_idle:
             raise ValueError(f"options cannot change while requests run: {', '.join(self._requests)}")
         check(options, model, budgets, named=bool(self._weights))
-        settled = settle(options, model)
+        chunk_len, parts = model.config.dual_chunk.chunk_len, options.prefix_border_parts
+        page_size, settled = choose_page_size(chunk_len, options.page_size), settle(options, model)
         self._store = None
         if options.prefix_store is not None:
             group = model.group
             self._store = PrefixStore(options.prefix_store, options.prefix_store_size, group.rank, group.degree)
         self.budgets = budgets
         self.options = settled.over(options)
-        self.page_size = settled.page_size
+        self.page_size = page_size
         self.max_model_len = settled.max_model_len
         self.max_num_batched_tokens = settled.max_num_batched_tokens
         self.max_inter_token_ms = settled.max_inter_token_ms
@@ -142,8 +142,7 @@ class Engine:
             replay=model.on_gpu and options.cuda_graph,
             store=self._store,
         )
-        chunk_len, parts = model.config.dual_chunk.chunk_len, options.prefix_border_parts
-        self._chunking = chunking = Chunking(self.max_num_batched_tokens, chunk_len, self.page_size, parts)
+        self._chunking = chunking = Chunking(self.max_num_batched_tokens, chunk_len, page_size, parts)
         self._sparse_rule = None
         if budgets is not None:
             digest = budgets_digest(budgets.vertical, budgets.slash)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from paddle_qwen1m.cache import choose_page_size
 from paddle_qwen1m.config import SparseBudgets
 from paddle_qwen1m.dtypes import QUANTIZATIONS
 from paddle_qwen1m.model import Qwen2OneM
@@ -20,7 +19,6 @@ from paddle_qwen1m.options import (
 class Settled:
     """What an engine works by where options may leave it open."""
 
-    page_size: int
     max_model_len: int
     max_num_batched_tokens: int
     max_inter_token_ms: int
@@ -28,9 +26,8 @@ class Settled:
     kv_cache_dtype: str
 
     def over(self, options: EngineOptions) -> EngineOptions:
-        """The options with these values; the page size stays as it was given."""
-        values = {name: value for name, value in vars(self).items() if name != "page_size"}
-        return replace(options, **values)
+        """The options with these values."""
+        return replace(options, **vars(self))
 
 
 def check(options: EngineOptions, model: Qwen2OneM, budgets: SparseBudgets | None, *, named: bool) -> None:
@@ -61,11 +58,10 @@ def check(options: EngineOptions, model: Qwen2OneM, budgets: SparseBudgets | Non
 
 
 def settle(options: EngineOptions, model: Qwen2OneM) -> Settled:
-    """Fills defaults in. ValueError for a page size that does not fit the chunks of the model."""
-    on_gpu, chunk_len = model.on_gpu, model.config.dual_chunk.chunk_len
+    """Fills defaults in."""
+    on_gpu = model.on_gpu
     batched = options.max_num_batched_tokens or default_batched_tokens(on_gpu)
     return Settled(
-        page_size=choose_page_size(chunk_len, options.page_size),
         max_model_len=options.max_model_len or model.config.max_position_embeddings,
         max_num_batched_tokens=batched,
         max_inter_token_ms=options.max_inter_token_ms or default_inter_token_ms(on_gpu),

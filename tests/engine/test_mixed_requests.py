@@ -8,18 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import mixed_requests
-import numpy as np
 import pytest
 import resident_memory
 from mixed_requests import Case, Maker, shuffled
 from needle_subject import Subject
+from runner_setup import fill_with_nan
 
-from paddle_qwen1m import ops
 from paddle_qwen1m.engine import Engine
 
 POOL_TOKENS = 10**9 // 8192
 SPARSE_FROM = 4096
 MEGABYTE = 10**6
+
+
+def filled(engine: Engine) -> Engine:
+    """The engine, its whole pool made and full of NaN: no page is written for the first time in a later round."""
+    engine.reserve()
+    fill_with_nan(engine.runner.cache)
+    return engine
 
 
 class Alone:
@@ -59,15 +65,6 @@ def test_forty_requests(needle_checkpoint: Path) -> None:
     cases = maker.cases(20, 1, 1024) + maker.cases(20, 1025, 3000)
     hits = run(subject, shuffled(cases, 1, 300), engine, Alone(subject, cache_tokens=32768, **options))
     assert hits >= 3
-
-
-def filled(engine: Engine) -> Engine:
-    """The engine, its whole pool made and full of NaN: no page is written for the first time in a later round."""
-    engine.reserve()
-    for layer in engine.runner.cache.layers:
-        for pages in (layer.keys, layer.values):
-            ops.upload(pages, np.full(pages.shape, np.nan, np.float32))
-    return engine
 
 
 @pytest.mark.soak

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import paddle
 import pytest
-from runner_setup import Made, head, make_runner, rows
+from runner_setup import Made, fill_with_nan, head, make_runner, rows
 from small_model import BUDGETS, CONFIG, random_model
 
 from paddle_qwen1m import ops
@@ -54,9 +54,7 @@ def make(model: Qwen2OneM) -> Made:
     made = make_runner(
         model, BUDGETS, Greedy(), sparse_threshold=0, num_pages=PAGES, page_size=PAGE, max_num_seqs=SLOTS
     )
-    for layer in made.cache.layers:
-        for pages in layer[:2]:
-            ops.upload(pages, np.full(pages.shape, np.nan, np.float32))
+    fill_with_nan(made.cache)
     return made
 
 
