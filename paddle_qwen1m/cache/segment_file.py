@@ -16,7 +16,8 @@ import json
 import os
 import secrets
 import stat
-from contextlib import suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -62,12 +63,15 @@ class SegmentWriter:
     """Writes a file under another name, which it gets rid of if anything goes wrong, and publishes it when whole.
 
     While it is written it is locked: one that nobody has locked was left behind by a process that died, see
-    remove_if_stale. Its whole size is taken at once, so that a full disk is known before anything is copied. OSError
-    for whatever the disk refuses.
+    remove_if_stale. Its whole size is taken at once, so that a full disk is known before anything is copied. `naming`
+    is held while it gets its name: who lists a folder meanwhile could find it under neither. OSError for whatever the
+    disk refuses.
     """
 
-    def __init__(self, path: Path, header: Header) -> None:
-        self._path, self._header = path, {"format": FORMAT, **header}
+    def __init__(
+        self, path: Path, header: Header, naming: Callable[[], AbstractContextManager[None]] = nullcontext
+    ) -> None:
+        self._path, self._header, self._naming = path, {"format": FORMAT, **header}, naming
         self._temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
         self._position = DATA_OFFSET
         self._checksums: list[int] = []
@@ -103,7 +107,8 @@ class SegmentWriter:
         self._write(np.frombuffer(front, np.uint8), 0)
         self._write(np.frombuffer(sums + _seal(front, sums), np.uint8), self._position)
         os.fdatasync(self._descriptor)
-        os.rename(self._temporary, self._path)
+        with self._naming():
+            os.rename(self._temporary, self._path)
         self._close()
         sync_directory(self._path.parent)
 

@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -150,7 +151,7 @@ class PrefixStore:
             if not self._make_room(file_bytes(header), used):
                 return None
             path.parent.mkdir(mode=0o700, exist_ok=True)
-            return SegmentWriter(path, header)
+            return SegmentWriter(path, header, partial(_locked, self.directory))
 
     def touch(self, names: Iterable[str], when: float | None = None) -> None:
         """This rank's files of a prefix, from its beginning on, were used now, or `when`."""
@@ -294,8 +295,9 @@ def prune(directory: Path, size: int) -> tuple[int, int]:
     """Removes the segments that were used least recently until all files together have at most `size` bytes: how many
     files went, and their bytes. What is being written stays.
     """
-    files = stored_files(directory)
-    removed = _remove(_least_used(files, sum(file.nbytes for file in files) - size))
+    with _locked(directory):
+        files = stored_files(directory)
+        removed = _remove(_least_used(files, sum(file.nbytes for file in files) - size))
     return len(removed), sum(file.nbytes for file in removed)
 
 
@@ -328,7 +330,7 @@ def _remove(files: Iterable[StoredFile]) -> list[StoredFile]:
 
 @contextmanager
 def _locked(directory: Path) -> Iterator[None]:
-    """One process at a time is in here."""
+    """One thread of one process at a time counts or names files of a store."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)

@@ -12,6 +12,7 @@ import secrets
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -311,6 +312,30 @@ def test_nothing_goes_for_what_finds_no_room_all_the_same(folder: Path) -> None:
     assert put(kept, name(4), 1.0) and put(kept, name(5), 8.0)
     assert not put(PrefixStore(folder, 2 * BYTES - 1), name(6), 8.0), "the older one alone is not enough"
     assert len(names(folder)) == 2
+
+
+def test_what_gets_its_name_while_others_count_is_counted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that is listed as unfinished, and is no longer there by that name when its size is asked for."""
+    kept, segment = PrefixStore(folder, BYTES), name(1)
+    writer = kept.create(segment, header(), 5.0)
+    assert writer is not None
+    for number in range(DATA // BLOCK):
+        writer.write(np.full(BLOCK, number, np.uint8))
+    publishing = threading.Thread(target=writer.publish)
+    entries = store._entries
+
+    def listed_then_published(directory: Path) -> list[os.DirEntry[str]]:
+        found = entries(directory)
+        if directory != folder:
+            publishing.start()
+            publishing.join(0.5)
+        return found
+
+    monkeypatch.setattr(store, "_entries", listed_then_published)
+    assert kept.create(name(2), header(), 4.0) is None, "one segment is all that there is room for"
+    monkeypatch.undo()
+    publishing.join()
+    assert [file.path for file in stored_files(folder)] == [kept.path(segment)]
 
 
 @pytest.mark.parametrize(("degree", "size"), [(1, BYTES - 1), (2, 2 * BYTES - 1)])
