@@ -119,15 +119,16 @@ def test_float16_logits_are_those_of_the_cpu(needle_checkpoint: Path, prompt: An
     assert np.linalg.norm(got - expected) / np.linalg.norm(expected) < 1e-2
 
 
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
-def test_an_int8_cache_gives_the_logits_and_the_answer_of_a_16_bit_one(
-    needle_checkpoint: Path, prompt: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sparse: bool
+def test_an_8_bit_cache_gives_the_logits_and_the_answer_of_a_16_bit_one(
+    needle_checkpoint: Path, prompt: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sparse: bool, kind: str
 ) -> None:
     """A prompt of several chunks, so that prefill reads copies of pages that are written meanwhile; then decode."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     record, options = RECORD["16384"], {"sparse": sparse, "sparse_threshold": 1000, "max_num_batched_tokens": 2048}
     ids = prompt(16384, record["seed"])
-    wide, narrow = (load(needle_checkpoint, "gpu", kv_cache_dtype=kind, **options) for kind in ("bfloat16", "int8"))
+    wide, narrow = (load(needle_checkpoint, "gpu", kv_cache_dtype=kept, **options) for kept in ("bfloat16", kind))
     expected, got = wide.logits(ids), narrow.logits(ids)
     assert np.linalg.norm(got - expected) / np.linalg.norm(expected) < 3e-2
     assert narrow.generate([ids], GREEDY)[0].token_ids == wide.generate([ids], GREEDY)[0].token_ids
