@@ -90,6 +90,20 @@ __device__ void load_queries(const ProbeArguments& a, const char (&queries)[kGro
   __syncthreads();
 }
 
+// 64 rows of a head times 64 others, transposed, both in shared memory: `left` and `right` are their descriptors.
+template <typename T>
+__device__ void multiply_heads(float (&scores)[32], uint32_t left, uint32_t right) {
+  products_begin();
+#pragma unroll
+  for (int step = 0; step < kHeadDim / 16; ++step) {
+    const uint32_t on = (step / 4 * kPanelBytes >> 4) + step % 4 * 2;
+    multiply_shared<T>(scores, left + on, right + on, step > 0);
+  }
+  products_commit();
+  products_wait<0>();
+  settle(scores);
+}
+
 template <int kGroup, int kWarpgroups>
 struct alignas(1024) StatisticsShared {
   char queries[kGroup][kPanels][kPanelBytes];
@@ -189,15 +203,7 @@ __global__ void __launch_bounds__(statistic_warpgroups(kGroup) * kWarpgroup, 1)
     for (int h = 0; h < kGroup; ++h) {
       float scores[kTileKeys / 2];
       const uint32_t left = rows_descriptor(shared_address(shared.queries[h][0]));
-      products_begin();
-#pragma unroll
-      for (int step = 0; step < kHeadDim / 16; ++step) {
-        const uint32_t on = (step / 4 * kPanelBytes >> 4) + step % 4 * 2;
-        multiply_shared<T>(scores, left + on, right + on, step > 0);
-      }
-      products_commit();
-      products_wait<0>();
-      settle(scores);
+      multiply_heads<T>(scores, left, right);
       if (partial) {
         mask_scores(scores, [&](int column, int i) {
           return key + column < keys.limit && key + column <= a.end - kProbeRows + first_row + 8 * i;
@@ -279,15 +285,7 @@ struct Walk : Share {
       for (int h = 0; h < kGroup; ++h) {
         float scores[kProbeRows / 2];
         const uint32_t right = rows_descriptor(shared_address(shared.queries[h][0]));
-        products_begin();
-#pragma unroll
-        for (int step = 0; step < kHeadDim / 16; ++step) {
-          const uint32_t on = (step / 4 * kPanelBytes >> 4) + step % 4 * 2;
-          multiply_shared<T>(scores, left + on, right + on, step > 0);
-        }
-        products_commit();
-        products_wait<0>();
-        settle(scores);
+        multiply_heads<T>(scores, left, right);
         if (partial) {
           uint32_t from[1] = {static_cast<uint32_t>(key + lane / 4)};
           settle(from);  // lest comparisons of all heads be kept in registers

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common.cuh"
+#include "overlap.cuh"
 
 namespace qwen1m {
 namespace cuda {
@@ -40,6 +41,72 @@ __device__ inline uint4 load_cached(const void* at, bool valid) {
   return v;
 }
 #undef QWEN1M_LOAD
+
+// A warp's steps along K: STAGES of them are under way, each loaded where the one before it has been multiplied.
+// Weights come while the launch before, which makes x, still runs. next_steps() goes STAGES steps on; in_row() says
+// whether there is one left.
+template <int STAGES, typename Operands, typename InRow, typename LoadWeight, typename LoadX, typename Multiply,
+          typename NextSteps>
+__device__ __forceinline__ void walk_row(Operands (&stages)[STAGES], InRow&& in_row, LoadWeight&& load_weight,
+                                         LoadX&& load_x, Multiply&& multiply, NextSteps&& next_steps) {
+#pragma unroll
+  for (int s = 0; s < STAGES; ++s) load_weight(stages[s], s);
+  await_previous();
+#pragma unroll
+  for (int s = 0; s < STAGES; ++s) load_x(stages[s], s);
+  while (in_row()) {
+#pragma unroll
+    for (int s = 0; s < STAGES; ++s) {
+      multiply(stages[s]);
+      load_weight(stages[s], s + STAGES);
+      load_x(stages[s], s + STAGES);
+    }
+    next_steps();
+  }
+}
+
+// What each warp of a block has of the block's features and tokens, in shared memory.
+template <int WARPS, int GROUPS>
+struct WarpSums {
+  float sums[WARPS][GROUPS * kTokenGroup][kFeatures];
+
+  // An accumulator of each group of tokens: (features g and g + 8, tokens 2p and 2p + 1) in lane 4g + p.
+  __device__ __forceinline__ void put(const float (&accumulators)[GROUPS][4]) {
+    const int lane = threadIdx.x % kWarp, group = lane / 4, part = lane % 4;
+#pragma unroll
+    for (int t = 0; t < GROUPS; ++t) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        sums[threadIdx.x / kWarp][t * kTokenGroup + part * 2 + i % 2][group + i / 2 * 8] = accumulators[t][i];
+      }
+    }
+  }
+
+  // finish(token, sum on top of `start`) for this thread's feature, threadIdx.x % kFeatures, and its share of the
+  // tokens.
+  template <typename Finish>
+  __device__ __forceinline__ void each_token(int tokens, float start, Finish&& finish) const {
+    for (int t = threadIdx.x / kFeatures; t < tokens; t += WARPS * kWarp / kFeatures) {
+      float sum = start;
+#pragma unroll
+      for (int w = 0; w < WARPS; ++w) sum += sums[w][t][threadIdx.x % kFeatures];
+      finish(t, sum);
+    }
+  }
+};
+
+// launch(a of few tokens, stream) for all of a's tokens, one after the other; x is of type T, y of type Out.
+template <typename T, typename Out, typename Linear>
+int few_at_a_time(const Linear& a, int (*launch)(const Linear&, cudaStream_t), cudaStream_t stream) {
+  for (int64_t first = 0; first < a.tokens; first += kMaxTokens) {
+    Linear few = a;
+    few.tokens = a.tokens - first < kMaxTokens ? a.tokens - first : kMaxTokens;
+    few.x = static_cast<const T*>(a.x) + first * a.in_features;
+    few.y = static_cast<Out*>(a.y) + first * a.out_features;
+    if (const int error = launch(few, stream)) return error;
+  }
+  return cudaSuccess;
+}
 
 // Whether all blocks of eight warps run at once: then they keep more of the weights under way than blocks of four;
 // where they do not, smaller blocks leave less of the last round unfilled.

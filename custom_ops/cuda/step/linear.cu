@@ -29,7 +29,7 @@ struct Operands {
 // GROUPS groups of kTokenGroup tokens; STAGES steps of every warp are under way.
 template <typename T, typename Out, int WARPS, int GROUPS, int STAGES>
 __global__ void __launch_bounds__(WARPS* kWarp, kProcessorWarps / WARPS) linear_kernel(const qwen1m_linear a) {
-  __shared__ float partial[WARPS][GROUPS * kTokenGroup][kFeatures];
+  __shared__ WarpSums<WARPS, GROUPS> of_warps;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int group = lane / 4, part = lane % 4;
   const int depth = static_cast<int>(a.in_features), tokens = static_cast<int>(a.tokens);
@@ -91,40 +91,23 @@ __global__ void __launch_bounds__(WARPS* kWarp, kProcessorWarps / WARPS) linear_
   };
 
   Operands<GROUPS> stages[STAGES];
+  walk_row(
+      stages, [&] { return k - part * kPack < depth; }, load_weight, load_x, multiply,
+      [&] {
+        constexpr int kAdvance = STAGES * WARPS * kStep;
+        k += kAdvance;
 #pragma unroll
-  for (int s = 0; s < STAGES; ++s) load_weight(stages[s], s);
-  await_previous();
+        for (int r = 0; r < 2; ++r) weight[r] += kAdvance;
 #pragma unroll
-  for (int s = 0; s < STAGES; ++s) load_x(stages[s], s);
-  while (k - part * kPack < depth) {
-#pragma unroll
-    for (int s = 0; s < STAGES; ++s) {
-      multiply(stages[s]);
-      load_weight(stages[s], s + STAGES);
-      load_x(stages[s], s + STAGES);
-    }
-    constexpr int kAdvance = STAGES * WARPS * kStep;
-    k += kAdvance;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) weight[r] += kAdvance;
-#pragma unroll
-    for (int t = 0; t < GROUPS; ++t) x[t] += kAdvance;
-  }
+        for (int t = 0; t < GROUPS; ++t) x[t] += kAdvance;
+      });
 
-#pragma unroll
-  for (int t = 0; t < GROUPS; ++t) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) partial[warp][t * kTokenGroup + part * 2 + i % 2][group + i / 2 * 8] = sums[t][i];
-  }
+  of_warps.put(sums);
   admit_next();  // blocks that began among these would crowd the processors whose blocks end first
   __syncthreads();
   if (!inside) return;
-  for (int t = threadIdx.x / kFeatures; t < tokens; t += WARPS * kWarp / kFeatures) {
-    float sum = bias;
-#pragma unroll
-    for (int w = 0; w < WARPS; ++w) sum += partial[w][t][threadIdx.x % kFeatures];
-    static_cast<Out*>(a.y)[t * a.out_features + feature] = narrow<Out>(sum);
-  }
+  of_warps.each_token(
+      tokens, bias, [&](int t, float sum) { static_cast<Out*>(a.y)[t * a.out_features + feature] = narrow<Out>(sum); });
 }
 
 template <typename T, typename Out, int WARPS>
@@ -157,20 +140,7 @@ int qwen1m_cuda_linear(const qwen1m_linear* a, qwen1m_stream stream) {
   if (a->out_features == 0) return cudaSuccess;
   return with_half_type(a->activation, [&](auto type) -> int {
     using T = decltype(type);
-    for (int64_t first = 0; first < a->tokens; first += kMaxTokens) {
-      qwen1m_linear few = *a;
-      few.tokens = a->tokens - first < kMaxTokens ? a->tokens - first : kMaxTokens;
-      few.x = static_cast<const T*>(a->x) + first * a->in_features;
-      int status;
-      if (a->out_dtype == QWEN1M_FLOAT32) {
-        few.y = static_cast<float*>(a->y) + first * a->out_features;
-        status = choose_linear<T, float>(few, as_stream(stream));
-      } else {
-        few.y = static_cast<T*>(a->y) + first * a->out_features;
-        status = choose_linear<T, T>(few, as_stream(stream));
-      }
-      if (status != cudaSuccess) return status;
-    }
-    return cudaSuccess;
+    return a->out_dtype == QWEN1M_FLOAT32 ? few_at_a_time<T, float>(*a, choose_linear<T, float>, as_stream(stream))
+                                          : few_at_a_time<T, T>(*a, choose_linear<T, T>, as_stream(stream));
   });
 }

@@ -32,7 +32,7 @@ struct Operands {
 // GROUPS groups of kTokenGroup tokens; STAGES steps of every warp are under way.
 template <typename Kind, typename T, int WARPS, int GROUPS, int STAGES>
 __global__ void __launch_bounds__(WARPS* kWarp, kProcessorWarps / WARPS) linear8_kernel(const qwen1m_linear8 a) {
-  __shared__ float partial[WARPS][GROUPS * kTokenGroup][kFeatures];
+  __shared__ WarpSums<WARPS, GROUPS> of_warps;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int group = lane / 4, part = lane % 4;
   const int depth = static_cast<int>(a.in_features), tokens = static_cast<int>(a.tokens);
@@ -110,42 +110,26 @@ __global__ void __launch_bounds__(WARPS* kWarp, kProcessorWarps / WARPS) linear8
   };
 
   Operands<GROUPS> stages[STAGES];
+  walk_row(
+      stages, [&] { return k < depth; }, load_weight, load_x, multiply,
+      [&] {
+        constexpr int kAdvance = STAGES * WARPS * kStep;
+        k += kAdvance;
 #pragma unroll
-  for (int s = 0; s < STAGES; ++s) load_weight(stages[s], s);
-  await_previous();
+        for (int r = 0; r < 2; ++r) weight[r] += kAdvance;
 #pragma unroll
-  for (int s = 0; s < STAGES; ++s) load_x(stages[s], s);
-  while (k < depth) {
-#pragma unroll
-    for (int s = 0; s < STAGES; ++s) {
-      multiply(stages[s]);
-      load_weight(stages[s], s + STAGES);
-      load_x(stages[s], s + STAGES);
-    }
-    constexpr int kAdvance = STAGES * WARPS * kStep;
-    k += kAdvance;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) weight[r] += kAdvance;
-#pragma unroll
-    for (int t = 0; t < GROUPS; ++t) x[t] += kAdvance;
-  }
+        for (int t = 0; t < GROUPS; ++t) x[t] += kAdvance;
+      });
 
-#pragma unroll
-  for (int t = 0; t < GROUPS; ++t) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) partial[warp][t * kTokenGroup + part * 2 + i % 2][group + i / 2 * 8] = sums[t][i];
-  }
+  of_warps.put(sums);
   admit_next();
   __syncthreads();
   // A thread finishes one feature, of one token or more.
   const int64_t feature = first + threadIdx.x % kFeatures;
   if (feature >= a.out_features) return;
-  for (int t = threadIdx.x / kFeatures; t < tokens; t += WARPS * kWarp / kFeatures) {
-    float sum = 0.0f;
-#pragma unroll
-    for (int w = 0; w < WARPS; ++w) sum += partial[w][t][threadIdx.x % kFeatures];
+  of_warps.each_token(tokens, 0.0f, [&](int t, float sum) {
     static_cast<T*>(a.y)[t * a.out_features + feature] = narrow<T>(sum * Kind::kPower);
-  }
+  });
 }
 
 template <typename Kind, typename T, int WARPS>
@@ -208,16 +192,8 @@ int qwen1m_cuda_linear8(const qwen1m_linear8* a, qwen1m_stream stream) {
   return with_weight8(a->weight.kind, a->activation, [&](auto kind, auto type) -> int {
     using Kind = decltype(kind);
     using T = decltype(type);
-    for (int64_t first = 0; first < a->tokens; first += kMaxTokens) {
-      qwen1m_linear8 few = *a;
-      few.tokens = a->tokens - first < kMaxTokens ? a->tokens - first : kMaxTokens;
-      few.x = static_cast<const T*>(a->x) + first * a->in_features;
-      few.y = static_cast<T*>(a->y) + first * a->out_features;
-      const int status = at_once ? launch_linear8<Kind, T, 8>(few, as_stream(stream))
-                                 : launch_linear8<Kind, T, 4>(few, as_stream(stream));
-      if (status != cudaSuccess) return status;
-    }
-    return cudaSuccess;
+    return few_at_a_time<T, T>(*a, at_once ? launch_linear8<Kind, T, 8> : launch_linear8<Kind, T, 4>,
+                               as_stream(stream));
   });
 }
 
