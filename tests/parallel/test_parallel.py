@@ -128,7 +128,7 @@ def alone(checkpoints: dict[str, Path]) -> parallel_cases.Results:
     return parallel_cases.run(loads(checkpoints, SHORT, NAMES), 1)
 
 
-@pytest.fixture(scope="session", params=[2, 4])
+@pytest.fixture(scope="session", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def spread(
     request: pytest.FixtureRequest,
     checkpoints: dict[str, Path],
