@@ -1,7 +1,7 @@
 """Everything that several GPUs of one machine owe, in one command and one table, with a prediction beside each figure.
 
     python tools/benchmark_many_gpus.py [--models 7B 14B] [--tokens 131072 1009936] [--ranks 1 2 4 8] [--out DIR]
-        [--only model answers failures]
+        [--only model answers failures] [--kv-cache-dtype int8] [--quantization fp8] [--max-num-batched-tokens 16384]
 
 model: benchmark_gpu_model.py, random weights of the published shapes, at each number of ranks that the machine has and
 the memory allows; each is predicted from the smallest: what the ranks share out takes its part of the time, the norms
@@ -17,12 +17,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import paddle
+from benchmark_gpu_model import add_options, kept_as, options_of
 
 from paddle_qwen1m.config import published_budgets
 from paddle_qwen1m.engine.admission import Allowance, Need, longest_fitting
@@ -73,29 +74,41 @@ def launched(degree: int, script: str, *arguments: str) -> list[str]:
     return [*launch, "--log_dir", tempfile.mkdtemp(), str(TOOLS / script), *arguments]
 
 
-def fits(model: str, degree: int, tokens: int, memory: int) -> bool:
+def fits(model: str, degree: int, tokens: int, memory: int, options: EngineOptions) -> bool:
     shapes = PUBLISHED[model]
-    options = EngineOptions(max_num_batched_tokens=GPU_BATCHED_TOKENS, max_num_seqs=1)
+    options = replace(options, max_num_batched_tokens=chunk_rows(options), max_num_seqs=1)
     need = Need.of(
         shapes, degree, options, published_budgets(shapes), kept="bfloat16", computed="bfloat16", on_gpu=True
     )
     return (longest_fitting(need, Allowance(memory)) or 0) >= tokens + NEW_TOKENS
 
 
-def run_model(model: str, degree: int, tokens: int, out: Path) -> Run | None:
-    """None, with the reason printed, where it did not come to its end."""
-    name = out / f"{model}-{tokens}-{degree}.json"
-    arguments = ["prefill", "--model", model, "--tokens", str(tokens), "--decode", str(NEW_TOKENS), "--json", str(name)]
-    began = time.perf_counter()
-    with name.with_suffix(".log").open("w") as log:
-        status = subprocess.run(
-            launched(degree, "benchmark_gpu_model.py", *arguments), stdout=log, stderr=log
-        ).returncode
-    if status:
-        print(f"{model}, {tokens:,} tokens, {degree} ranks: exit status {status}, see {name.with_suffix('.log')}")
-        return None
-    paths = [name] if degree == 1 else [name.with_suffix(f".{rank}.json") for rank in range(degree)]
-    print(f"({model}, {tokens:,} tokens, {degree} ranks: {time.perf_counter() - began:.0f} s in all)", flush=True)
+def chunk_rows(options: EngineOptions) -> int:
+    return options.max_num_batched_tokens or GPU_BATCHED_TOKENS
+
+
+def run_model(model: str, degree: int, tokens: int, options: EngineOptions, out: Path) -> Run | None:
+    """That of an earlier run into the same folder, or a new one; None, with the reason printed, where it did not come
+    to its end.
+    """
+    kept = {name: getattr(options, name) for name in ("kv_cache_dtype", "quantization", "max_num_batched_tokens")}
+    given = {name: str(value) for name, value in kept.items() if value is not None}
+    name = out / "-".join([model, str(tokens), str(degree), *given.values()])
+    numbers = name.with_name(f"{name.name}.json")
+    paths = [numbers] if degree == 1 else [numbers.with_suffix(f".{rank}.json") for rank in range(degree)]
+    if not all(path.exists() for path in paths):
+        arguments = ["prefill", "--model", model, "--tokens", str(tokens), "--decode", str(NEW_TOKENS)]
+        for option, value in given.items():
+            arguments += [f"--{option.replace('_', '-')}", value]
+        began = time.perf_counter()
+        log = name.with_name(f"{name.name}.log")
+        with log.open("w") as stream:
+            command = launched(degree, "benchmark_gpu_model.py", *arguments, "--json", str(numbers))
+            status = subprocess.run(command, stdout=stream, stderr=stream).returncode
+        if status:
+            print(f"{model}, {tokens:,} tokens, {degree} ranks: exit status {status}, see {log}")
+            return None
+        print(f"({model}, {tokens:,} tokens, {degree} ranks: {time.perf_counter() - began:.0f} s in all)", flush=True)
     return Run([json.loads(path.read_text(encoding="utf-8")) for path in paths])
 
 
@@ -116,7 +129,10 @@ def predicted(base: Run, degree: int, measured: Run, layers: int, chunks: float)
     return first + bare * collectives[chunk], step
 
 
-def measure_models(models: list[str], lengths: list[int], ranks: list[int], memory: int, out: Path) -> None:
+def measure_models(
+    models: list[str], lengths: list[int], ranks: list[int], memory: int, options: EngineOptions, out: Path
+) -> None:
+    print(kept_as(options))
     print("model  tokens     ranks  first token s (predicted)  of the smallest's speed a card  decode ms (predicted)  "
           "peak GB (plan)  slowest rank's sparse attention over the mean")  # fmt: skip
     for model in models:
@@ -124,13 +140,13 @@ def measure_models(models: list[str], lengths: list[int], ranks: list[int], memo
         for tokens in lengths:
             base: Run | None = None
             for degree in ranks:
-                if degree not in degrees(PUBLISHED[model]) or not fits(model, degree, tokens, memory):
+                if degree not in degrees(PUBLISHED[model]) or not fits(model, degree, tokens, memory, options):
                     continue
-                run = run_model(model, degree, tokens, out)
+                run = run_model(model, degree, tokens, options, out)
                 if run is None:
                     continue
                 base = base or run
-                first, step = predicted(base, degree, run, layers, tokens / GPU_BATCHED_TOKENS)
+                first, step = predicted(base, degree, run, layers, tokens / chunk_rows(options))
                 speed = base["first_token_s"] * base.degree / (run["first_token_s"] * degree)
                 print(
                     f"{model:5} {tokens:10,} {degree:6} {run['first_token_s']:10.2f} ({first:.2f})"
@@ -204,7 +220,10 @@ def main() -> int:
     parser.add_argument("--tokens", nargs="+", type=int, default=[131_072, 1_009_936])
     parser.add_argument("--ranks", nargs="+", type=int, help="(default: 1, 2, 4, 8 as far as there are GPUs)")
     parser.add_argument("--only", nargs="+", choices=("model", "answers", "failures"))
-    parser.add_argument("--out", type=Path, help="where logs and numbers go (default: a folder under /tmp)")
+    parser.add_argument(
+        "--out", type=Path, help="of logs and numbers; those that are there are taken (default: a new one)"
+    )
+    add_options(parser)
     parser.add_argument("--answer-with", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.answer_with:
@@ -223,7 +242,7 @@ def main() -> int:
     parts = arguments.only or ("model", "answers", "failures")
     good = True
     if "model" in parts:
-        measure_models(arguments.models, arguments.tokens, ranks, memory, out)
+        measure_models(arguments.models, arguments.tokens, ranks, memory, options_of(arguments), out)
     if "answers" in parts and max(ranks) > 1:
         good &= all([compare_answers(degree) for degree in ranks if degree in (2, 4)])
     if "failures" in parts and max(ranks) > 1:

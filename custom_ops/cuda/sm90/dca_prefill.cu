@@ -23,7 +23,6 @@ namespace {
 
 constexpr int kMaxPieces = 64;  // of one launch; they travel as kernel parameters
 constexpr int kConsumers = 2, kThreads = (1 + kConsumers) * kWarpgroup;
-constexpr int kItemRows = kConsumers * kRows;
 constexpr int kStepKeys = 128, kBoxes = kStepKeys / kBoxRows;  // pages hold whole boxes
 constexpr int kRing = 2;                                       // tiles of keys, and of values
 constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;

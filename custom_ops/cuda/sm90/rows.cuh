@@ -102,18 +102,16 @@ struct Rows {
     for (int i = 0; i < kHeadDim / 2; ++i) out[i] *= shrink[i / 2 % 2];
   }
 
-  // Ends the products under way but for the last kGroups groups. They run beside what was computed so far: ptxas moves
-  // a wait up to the last branch.
+  // Ends the products under way but for the last kGroups groups, in all warps of the group at one instruction. They run
+  // beside what was computed so far: ptxas moves a wait up to the last branch, which is the one of a loop that waits
+  // for all weights and is never taken.
   template <int kGroups = 0>
   __device__ void settle_output() {
-    if (grown()) {
-      products_wait<kGroups>();
-      settle(out);
-      rescale();
-    } else {
-      asm volatile("wgmma.wait_group.sync.aligned %0;  // unlike the other branch's" ::"n"(kGroups) : "memory");
-      settle(out);
-    }
+    const bool rescaled = grown();
+    while (sum[0] + sum[1] < 0) asm volatile("nanosleep.u32 1;");
+    products_wait<kGroups>();
+    settle(out);
+    if (rescaled) rescale();
   }
 
   // out += weights V for kSteps times 16 keys: weights from `first` on. Does not wait.
