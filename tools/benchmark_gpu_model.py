@@ -134,26 +134,35 @@ def budgets_of(config: ModelConfig, lines: str) -> SparseBudgets:
 
 
 class OpTimes:
-    """Milliseconds by op: the device is waited for before and after every call, which costs some microseconds each."""
+    """Milliseconds by op: the device is waited for before and after every call, which costs some microseconds each.
+    "seeded lines" is what a real prefill has not: the copies that come in place of what was selected.
+    """
 
     def __init__(self) -> None:
         self._totals: dict[str, float] = defaultdict(float)
+        self._within = [0.0]
+        """Of the calls under way, what others within them took."""
 
     @contextmanager
     def watch(self) -> Iterator[None]:
         names = [name for name in ops.__all__ if name[0].islower() and name not in ("gpu_obstacle", "load", "on_gpu")]
-        timed_calls = [(ops, name) for name in names] + [
-            (ProcessGroup, name) for name in ("all_reduce", "reduce_scatter", "all_gather")
+        timed_calls = [
+            *((ops, name) for name in names),
+            *((ProcessGroup, name) for name in ("all_reduce", "reduce_scatter", "all_gather")),
+            (SeededLines, "of"),
         ]
         originals = {call: getattr(*call) for call in timed_calls}
 
         def timed(owner: Any, name: str) -> Any:
             def call(*arguments: Any, **options: Any) -> Any:
                 paddle.device.cuda.synchronize()
+                self._within.append(0.0)
                 start = time.perf_counter()
                 result = originals[owner, name](*arguments, **options)
                 paddle.device.cuda.synchronize()
-                self._totals[name] += (time.perf_counter() - start) * 1e3
+                milliseconds = (time.perf_counter() - start) * 1e3
+                self._totals["seeded lines" if owner is SeededLines else name] += milliseconds - self._within.pop()
+                self._within[-1] += milliseconds
                 return result
 
             return call

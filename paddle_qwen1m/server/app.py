@@ -49,6 +49,8 @@ SLOWEST_BODY = 1024
 SMALL_BODY = 1 << 14
 """Bytes that are read in the event loop."""
 TEXT_THREADS, GRAMMAR_THREADS = 4, 2
+LIST_PART = 1 << 14
+"""Values that are made JSON at once."""
 PAGE_POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -164,7 +166,7 @@ class _Server:
         if (body.prompt is None) == (body.messages is None):
             raise bad("give prompt or messages")
 
-        def tokenize() -> dict[str, Any]:
+        def tokenize() -> bytes:
             if body.prompt is not None:
                 text, special = body.prompt, body.add_special_tokens is not False
             else:
@@ -174,10 +176,12 @@ class _Server:
             ids = self._model.texts.encode(text, special=special).tolist()
             strings = self._model.texts.token_strings(ids) if body.return_token_strs else None
             length = self._engine.limits.max_model_len
-            return {"count": len(ids), "max_model_len": length, "tokens": ids, "token_strs": strings}
+            counts = _encoded({"count": len(ids), "max_model_len": length})
+            tokens, strings = _encoded_list(ids), b"null" if strings is None else _encoded_list(strings)
+            return counts[:-1] + b',"tokens":' + tokens + b',"token_strs":' + strings + b"}"
 
         with self._prepared(request.state.num_bytes):
-            return _json(await self._in_thread(tokenize))
+            return Response(await self._in_thread(tokenize), media_type="application/json")
 
     async def _detokenize(self, request: Request) -> Response:
         body = await self._read(request, DetokenizeRequest)
@@ -502,6 +506,12 @@ def _drop(made: asyncio.Future[Any]) -> None:
 
 def _encoded(body: Any) -> bytes:
     return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def _encoded_list(values: Sequence[Any]) -> bytes:
+    """Of any number of values; other threads can go on after each part."""
+    parts = (_encoded(values[at : at + LIST_PART])[1:-1] for at in range(0, len(values), LIST_PART))
+    return b"[" + b",".join(parts) + b"]"
 
 
 def _json(body: Any) -> Response:
