@@ -30,6 +30,7 @@ from paddlenlp.utils.log import logger
 from retrieval import BUDGETS, CHECKPOINT, FORCED_ALONE, VisitedAtMost
 
 from paddle_qwen1m import cli, ops
+from paddle_qwen1m.calibrate.strategies import STRATEGIES
 from paddle_qwen1m.config import SparseBudgets
 from paddle_qwen1m.evaluate.statistics import paired_difference
 
@@ -38,6 +39,8 @@ INT8 = "+int8"
 CHOICES = (DENSE, CALIBRATED, SHIPPED, FORCED, DENSE + INT8, CALIBRATED + INT8)
 FIRST_SEED, CALIBRATION_SEED = 1000, 0
 """Of the documents that are asked about, and of the texts that budgets are found on."""
+GIVEN = ("needles", "strategy", "recall", "cost", "sparse_threshold")
+"""Arguments that a run goes on with."""
 
 
 class Truth:
@@ -45,7 +48,7 @@ class Truth:
 
     def __init__(self, out: Path, arguments: argparse.Namespace) -> None:
         self.path = out / "truth.json"
-        self.given = {name: getattr(arguments, name) for name in ("needles", "recall", "cost", "sparse_threshold")}
+        self.given = {name: getattr(arguments, name) for name in GIVEN}
         self.answers: dict[str, dict[str, dict[str, list[int]]]] = {}
         self.visited: dict[str, dict[str, str]] = {}
         self.cards: list[str] = []
@@ -110,8 +113,9 @@ def calibrated(out: Path, tokens: int, texts: int, maker: DocumentMaker, argumen
         files.append(out / f"text_{tokens}_{seed}.txt")
         files[-1].write_text(prompt(document, needle) + needle.sentence + END_OF_TURN, encoding="utf-8")
     command = [
-        "calibrate", str(CHECKPOINT), "--out", str(budgets), "--recall", str(arguments.recall),
-        "--cost", str(arguments.cost), "--sparse-threshold", str(arguments.sparse_threshold),
+        "calibrate", str(CHECKPOINT), "--out", str(budgets), "--strategy", arguments.strategy,
+        "--recall", str(arguments.recall), "--cost", str(arguments.cost),
+        "--sparse-threshold", str(arguments.sparse_threshold),
         "--text", *map(str, files),
     ]  # fmt: skip
     print(f"paddle-qwen1m {' '.join(command)}", flush=True)
@@ -156,6 +160,7 @@ def main() -> int:
     parser.add_argument("--needles", type=int, default=16, help="answers a document (default: %(default)s)")
     parser.add_argument("--texts", type=int, default=2, help="to calibrate on, of each length (default: %(default)s)")
     parser.add_argument("--choices", nargs="*", choices=CHOICES, default=list(CHOICES), help="dense is always one")
+    parser.add_argument("--strategy", choices=list(STRATEGIES), default="least", help="default: %(default)s")
     parser.add_argument("--recall", type=float, default=0.9, help="default: %(default)s")
     parser.add_argument("--cost", type=float, default=0.1, help="default: %(default)s")
     parser.add_argument("--sparse-threshold", type=int, default=4096, help="default: %(default)s")

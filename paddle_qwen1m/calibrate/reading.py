@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -35,16 +36,27 @@ class Text:
     residual: npt.NDArray[np.float32]
 
 
+class _Known(NamedTuple):
+    """What of a piece does not depend on pairs. sums: what its probe found. lse float64 [n, H] and out float32
+    [n, H, D]: of the full attention of the rows that are measured. sizes [n]: squared norms of the residual stream
+    behind it.
+    """
+
+    sums: tuple[paddle.Tensor, paddle.Tensor]
+    lse: npt.NDArray[np.float64]
+    out: npt.NDArray[np.float32]
+    sizes: npt.NDArray[np.float64]
+
+
 @dataclass(frozen=True)
 class _Piece:
-    """A sparse piece of a text before a layer. q: of the chunk that it is in. sums: what its probe found. lse: of the
-    full attention of the rows that are measured, float64 [n, H], those of `blocks`, which stand at `positions`.
+    """A sparse piece of a text before a layer. q: of the chunk that it is in. The rows that are measured are those of
+    `blocks`, which stand at `positions`.
     """
 
     sparse: SparsePiece
     q: paddle.Tensor
-    sums: tuple[paddle.Tensor, paddle.Tensor]
-    lse: npt.NDArray[np.float64]
+    known: _Known
     blocks: npt.NDArray[np.int64]
     positions: npt.NDArray[np.int64]
 
@@ -61,8 +73,12 @@ class Layer:
         self._layer, self._config, self._texts, self._cache, self._chunk = layer, config, texts, cache, chunk
         self._builder = StepBuilder(config)
         self._at_hand: tuple[int, list[_Piece]] | None = None
-        self._known: dict[tuple[int, int], tuple[tuple[paddle.Tensor, paddle.Tensor], npt.NDArray[np.float64]]] = {}
-        """What does not depend on pairs, sums and lse of a _Piece, by the text's number and where the piece begins."""
+        self._known: dict[tuple[int, int], _Known] = {}
+        """By the text's number and where the piece begins."""
+        output = _floats(layer.output_weight)
+        of_heads = output.reshape(len(output), config.num_heads, -1).transpose(1, 0, 2)
+        self._output_gram = of_heads.transpose(0, 2, 1) @ of_heads
+        """Float32 [H, D, D]: x' gram x is the squared norm of what a head's x adds to the residual stream."""
 
     def measure(self, *pairs: Pairs, first_alone: bool = False) -> list[Kept]:
         """What each of the pairs keeps of the attention to all texts, or to the first one."""
@@ -143,31 +159,43 @@ class Layer:
                 q, out, cache.keys, cache.values, step.block_tables, pieces, step.scale, cache.chunk_len, lse
             )  # fmt: skip
             rows = piece.row - piece.begin + positions
-            self._known[number, piece.begin] = sums, lse.numpy()[rows].astype(np.float64)
-        return _Piece(sparse, q, *self._known[number, piece.begin], blocks, positions)
+            heads = _rows_of(out, rows)
+            behind = self._texts[number].residual[positions] + _floats(self._layer.linear(heads, "output_weight"))
+            self._known[number, piece.begin] = _Known(
+                sums, lse.numpy()[rows].astype(np.float64), _floats(heads).reshape(-1, *out.shape[1:]),
+                np.square(behind).sum(axis=-1, dtype=np.float64),
+            )  # fmt: skip
+        return _Piece(sparse, q, self._known[number, piece.begin], blocks, positions)
 
     def _measure(self, number: int, pairs: Pairs) -> Kept:
         budgets = LayerBudgets(*(sizes.astype(np.int32) for sizes in pairs))
-        shares, visited, causal, positions = [], np.zeros(len(pairs.columns)), 0, []
-        for piece in self._pieces(number):
-            lse, keys = self._sparse_lse(piece, budgets)
-            shares.append(np.exp(lse - piece.lse))
+        shares, moves, visited = [], [], np.zeros(len(pairs.columns))
+        pieces = self._pieces(number)
+        for piece in pieces:
+            lse, out, keys = self._sparse(piece, budgets)
+            shares.append(np.exp(lse - piece.known.lse))
+            missing = (out - piece.known.out).transpose(1, 0, 2)
+            moves.append(((missing @ self._output_gram) * missing).sum(axis=-1, dtype=np.float64).T)
             visited += keys
-            causal += int((piece.positions + 1).sum())
-            positions.append(piece.positions)
-        share = np.concatenate(shares)
-        last = share[np.concatenate(positions) >= len(self._texts[number].ids) - LAST_ROWS]
-        mean = share.mean(axis=0)
-        # rows that are too few for sparse attention keep all
-        return Kept(mean, last.mean(axis=0) if len(last) else np.ones_like(mean), visited / causal)
+        share, moved = np.concatenate(shares), np.concatenate(moves)
+        sizes = np.concatenate([piece.known.sizes for piece in pieces])
+        positions = np.concatenate([piece.positions for piece in pieces])
+        last = positions >= len(self._texts[number].ids) - LAST_ROWS
+        mean, change = share.mean(axis=0), moved.mean(axis=0) / sizes.mean()
+        kept, changed = np.ones_like(mean), np.zeros_like(mean)  # by rows that are too few for sparse attention
+        if last.any():
+            kept, changed = share[last].mean(axis=0), moved[last].mean(axis=0) / sizes[last].mean()
+        return Kept(mean, kept, visited / (positions + 1).sum(), (change + changed) / 2)
 
-    def _sparse_lse(
+    def _sparse(
         self, measured: _Piece, budgets: LayerBudgets
-    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-        """Of the rows measured [n, H]; and how many keys each head visits there [H], whole blocks at most."""
+    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float32], npt.NDArray[np.float64]]:
+        """lse and out of the rows measured, as _Known has them; and how many keys each head visits there [H], whole
+        blocks at most.
+        """
         piece, cache, q = measured.sparse.piece, self._cache.layers[0], measured.q
         columns, slashes = ops.select_critical(
-            *measured.sums, budgets.vertical, budgets.slash, budgets.max_vertical, budgets.max_slash
+            *measured.known.sums, budgets.vertical, budgets.slash, budgets.max_vertical, budgets.max_slash
         )
         index = ops.sparse_index(columns, slashes, piece.begin, piece.rows, cache.chunk_len)
         out, lse = paddle.empty(q.shape[1:], q.dtype), paddle.empty(q.shape[1:3], "float32")
@@ -182,7 +210,19 @@ class Layer:
         heights = np.array([rows for _, rows in _rows(piece, measured.blocks)])
         causal = np.add.reduceat(measured.positions + 1, np.cumsum(heights) - heights)
         rows = piece.row - piece.begin + measured.positions
-        return lse.numpy()[rows].astype(np.float64), np.minimum(keys * heights, causal).sum(-1).astype(np.float64)
+        return (
+            lse.numpy()[rows].astype(np.float64), _floats(_rows_of(out, rows)).reshape(-1, *out.shape[1:]),
+            np.minimum(keys * heights, causal).sum(-1).astype(np.float64),
+        )  # fmt: skip
+
+
+def _rows_of(out: paddle.Tensor, rows: npt.NDArray[np.int64]) -> paddle.Tensor:
+    """[n, H D] of out [T, H, D]."""
+    return ops.gather_rows(out.reshape([out.shape[0], -1]), ops.tensor(rows))
+
+
+def _floats(values: paddle.Tensor) -> npt.NDArray[np.float32]:
+    return np.asarray(ops.cast(values, "float32").numpy(), np.float32)
 
 
 def _is_measured(piece: Piece, length: int) -> bool:

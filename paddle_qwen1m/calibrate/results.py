@@ -23,7 +23,7 @@ PROGRESS_SUFFIX = ".progress"
 @dataclass(frozen=True)
 class LayerResult:
     """Of each head of a layer: columns, diagonals and score as they go into the file; what the pairs before, and these,
-    keep of the attention and cost (fields of Kept).
+    keep of the attention, cost and change (fields of Kept).
     """
 
     columns: list[int]
@@ -132,25 +132,29 @@ def markdown(given: Mapping[str, Any], layers: Sequence[LayerResult]) -> str:
         for number, (old, new) in enumerate(zip(before, after))
     ]
     rows.append(["all", *(cell for kept in (before, after) for cell in _cells(_joined(kept)))])
-    head = ["layer", *(f"{when}: {what}" for when in ("before", "after") for what in ("recall", "worst head", "keys"))]
+    head = [
+        "layer",
+        *(f"{when}: {what}" for when in ("before", "after") for what in ("recall", "worst head", "keys", "change")),
+    ]
     details = [
         [
             f"{number}.{head_number}", f"{one.columns[head_number]:,}", f"{one.diagonals[head_number]:,}",
             *(
-                f"{kept[name][head_number]:.3f}"
+                f"{kept[name][head_number]:{form}}"
                 for kept in (one.before, one.after)
-                for name in ("mean", "last", "cost")
+                for name, form in (("mean", ".3f"), ("last", ".3f"), ("cost", ".3f"), ("change", ".1e"))
             ),
         ]
         for number, one in enumerate(layers)
         for head_number in range(len(one.columns))
     ]  # fmt: skip
-    columns = [f"{when}: {what}" for when in ("before", "after") for what in ("recall", "last rows", "keys")]
+    columns = [f"{when}: {what}" for when in ("before", "after") for what in ("recall", "last rows", "keys", "change")]
     return (
         f"# Sparse budgets of {given['model']}\n\n"
         f"Before: {given['before']}. Recall is the share of a head's attention that is kept, `keys` the share of the "
-        "keys that are visited, `last rows` the recall of the texts' last 64 rows; the table of layers has the lower "
-        "of both recalls.\n\n"
+        "keys that are visited, `last rows` the recall of the texts' last 64 rows, `change` what the "
+        "missing keys change of the residual stream behind it, squared norm over squared norm; the table of layers has "
+        "the lower of both recalls, and the sum of the changes.\n\n"
         f"{_table(head, rows)}\n\n{_table(['layer.head', 'columns', 'diagonals', *columns], details)}\n\n"
         f"## What was given\n\n```json\n{_json(given).decode()}```\n"
     )
@@ -158,7 +162,12 @@ def markdown(given: Mapping[str, Any], layers: Sequence[LayerResult]) -> str:
 
 def _cells(kept: Mapping[str, Sequence[float]]) -> list[str]:
     recall = np.minimum(kept["mean"], kept["last"])
-    return [f"{recall.mean():.3f}", f"{recall.min():.3f}", f"{np.mean(kept['cost']):.1%}"]
+    return [
+        f"{recall.mean():.3f}",
+        f"{recall.min():.3f}",
+        f"{np.mean(kept['cost']):.1%}",
+        f"{np.sum(kept['change']):.1e}",
+    ]
 
 
 def _joined(layers: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, list[float]]:
@@ -171,7 +180,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _rounded(values: npt.NDArray[np.float64]) -> list[float]:
-    return [round(float(value), 3) for value in values]
+    return [float(f"{value:.4g}") for value in values]
 
 
 def _json(value: Mapping[str, Any]) -> bytes:

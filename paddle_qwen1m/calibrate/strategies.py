@@ -19,6 +19,10 @@ INCREMENTS = ((0.9, 0), (0.8, 2048), (0.7, 4096), (0.6, 8192), (0.0, 12244))
 """What both of a pair grow by, from which recall on (found in the 1,920 entries of the 14B's file)."""
 LEAST_COST = 1e-6
 """A step that costs nothing more is worth this one's price."""
+LEAST_CHANGE = 2.0**-18
+"""What rounding to bfloat16 changes at most: `output` takes less for none."""
+COST_UNIT = 1e-4
+"""What `output` counts costs in, rounded up."""
 RAISED, RAISED_TO = 30, 130
 """Columns of a file, and what whoever reads it makes of them: see SparseBudgets."""
 
@@ -42,12 +46,15 @@ class Kept(NamedTuple):
     """What pairs keep of the attention of each head, [H] each.
 
     mean: the share exp(lse_sparse - lse_full), over all rows measured. last: over the last rows of the texts, where a
-    question stands. cost: keys visited, as a share of all.
+    question stands. cost: keys visited, as a share of all. change: what the missing keys change of the layer's output,
+    the squared norm of the difference over that of the residual stream behind the attention; the mean of that over all
+    rows measured and that over the last rows.
     """
 
     mean: Floats
     last: Floats
     cost: Floats
+    change: Floats
 
     @property
     def recall(self) -> Floats:
@@ -63,7 +70,9 @@ class Measure(Protocol):
 
 @dataclass(frozen=True)
 class Goal:
-    """The share of the attention to keep, and the share of the keys that a head may visit for it."""
+    """The share of the attention to keep, and the share of the keys that a head, or with `output` the mean of a layer's
+    heads, may visit for it.
+    """
 
     recall: float = RECALL
     cost: float = COST
@@ -131,7 +140,18 @@ def refined(bases: Pairs, score: Floats) -> Pairs:
     return Pairs(bases.columns + by_recall[place], bases.diagonals + by_recall[place])
 
 
-STRATEGIES: dict[str, Strategy] = {"least": least, "published": published}
+def output(measure: Measure, heads: int, goal: Goal) -> Chosen:
+    """The pairs of the grid with the least sum of `change` of all that visit the goal's cost in the mean of the layer's
+    heads; the smallest of all where none does. A head that changes little leaves its keys to others, and a layer that
+    changes less than LEAST_CHANGE head by head takes no more, whatever the recall: the goal's is not asked for.
+    """
+    columns, diagonals = np.indices((len(COLUMNS), len(DIAGONALS))).reshape(2, -1)
+    recall, cost, change = _affordable(measure, heads, goal.cost).reshape(3, -1, heads)
+    best = _least_change(cost, np.where(change < LEAST_CHANGE, 0.0, change), goal.cost)
+    return Chosen(_grid(columns[best], diagonals[best]), recall[best, np.arange(heads)])
+
+
+STRATEGIES: dict[str, Strategy] = {"least": least, "published": published, "output": output}
 
 
 def _same(pair: Sequence[int], heads: int) -> Pairs:
@@ -140,6 +160,51 @@ def _same(pair: Sequence[int], heads: int) -> Pairs:
 
 def _grid(column: Ints, diagonal: Ints) -> Pairs:
     return Pairs(np.array(COLUMNS, np.int64)[column], np.array(DIAGONALS, np.int64)[diagonal])
+
+
+def _affordable(measure: Measure, heads: int, mean_cost: float) -> Floats:
+    """Recall, cost and change over the grid, [3, columns, diagonals, H]; infinite where a pair costs a head too much.
+
+    More of either never costs less, so that each next diagonal of the grid is measured where both pairs before it cost
+    no more than what the smallest pairs of the other heads leave.
+    """
+    kept = np.full((3, len(COLUMNS) + 1, len(DIAGONALS) + 1, heads), np.inf)
+    cost = kept[1]
+    cost[0], cost[:, 0] = 0.0, 0.0
+    limits = np.full(heads, np.inf)
+    for steps in range(len(COLUMNS) + len(DIAGONALS) - 1):
+        places = [(at, steps - at) for at in range(len(COLUMNS)) if 0 <= steps - at < len(DIAGONALS)]
+        worth = {(i, j): np.maximum(cost[i, j + 1], cost[i + 1, j]) <= limits for i, j in places}
+        worth = {place: which for place, which in worth.items() if which.any()}
+        # heads for which a pair costs too much are measured where that takes least
+        pairs = [_grid(*(np.where(which, at, 0) for at in place)) for place, which in worth.items()]
+        for ((i, j), which), one in zip(worth.items(), measure(*pairs) if pairs else []):
+            kept[:, i + 1, j + 1] = np.where(which, (one.recall, one.cost, one.change), np.inf)
+        limits = mean_cost * heads - cost[1, 1].sum() + cost[1, 1]
+    return kept[:, 1:, 1:]
+
+
+def _least_change(cost: Floats, change: Floats, mean_cost: float) -> Ints:
+    """Of each head [H] a pair, given [pairs, H], where the first costs least: a knapsack, filled head by head. Of pairs
+    that change as much the cheaper.
+    """
+    heads = np.arange(cost.shape[1])
+    order = np.argsort(cost, axis=0, kind="stable")
+    weights = np.ceil(np.minimum(cost[order, heads], len(heads) + 1) / COST_UNIT).astype(np.int64)
+    room = int(mean_cost * len(heads) / COST_UNIT)
+    filled, choices = np.zeros(room + 1), []
+    for head in heads:
+        before, filled, choice = filled, np.full(room + 1, np.inf), np.zeros(room + 1, np.int16)
+        for place, weight in enumerate(weights[:, head]):
+            sums = before[: max(0, room + 1 - weight)] + change[order[place, head], head]
+            better = sums < filled[weight:]
+            filled[weight:][better], choice[weight:][better] = sums[better], place
+        choices.append(choice)
+    chosen = np.zeros(len(heads), np.int64)
+    for head in heads[::-1]:
+        place = choices[head][room]
+        chosen[head], room = order[place, head], max(0, room - weights[place, head])
+    return chosen
 
 
 def _best(found: dict[tuple[int, int], tuple[float, float]], goal: Goal) -> tuple[int, int]:

@@ -46,7 +46,9 @@ def kept_in_float64(layer: DecoderLayer, text: Text, pairs: Pairs, *, last_block
     table = oracle.rotary_table(oracle.query_positions(where, length, size), inv_freq)
     q = oracle.rotate_and_cache(qkv, bias, table, where, keys, values)
     critical = oracle.rotary_table(oracle.critical_positions(where, length, size), inv_freq)
-    shares, rows_kept, visited, causal = [], [], np.zeros(CONFIG.num_heads), 0
+    output = layer.output_weight.numpy().astype(np.float64).reshape(CONFIG.hidden_size, CONFIG.num_heads, -1)
+    shares, moves, sizes, rows_kept = [], [], [], []
+    visited, causal = np.zeros(CONFIG.num_heads), 0
     cuts = sorted({*range(0, tokens, CHUNK), *range(0, tokens, length), tokens})
     for begin, end in zip(cuts, cuts[1:]):
         if end - begin <= 64 or end <= tokens / 2:
@@ -56,11 +58,15 @@ def kept_in_float64(layer: DecoderLayer, text: Text, pairs: Pairs, *, last_block
         chosen = oracle.select_critical(*sums, *pairs, int(pairs.columns.max()), int(pairs.diagonals.max()))
         index = oracle.sparse_index(*chosen, begin, end - begin, length)
         own = q[:, begin:end]
-        _, sparse = oracle.sparse_piece(own, keys, values, where, index, begin, length, scale)
-        _, dense = oracle.dense_piece(own, keys, values, where, begin, length, scale)
+        chosen_out, sparse = oracle.sparse_piece(own, keys, values, where, index, begin, length, scale)
+        full_out, dense = oracle.dense_piece(own, keys, values, where, begin, length, scale)
         last = 0 if end > tokens - 64 else (end - begin - 1) // 64 * 64
         measured = range(last if last_blocks else 0, end - begin)
         shares.append(np.exp(sparse - dense)[:, measured])
+        moved = np.einsum("nhd,chd->hnc", chosen_out - full_out, output)
+        moves.append(np.square(moved).sum(-1)[:, measured])
+        behind = text.residual[begin:end] + np.einsum("nhd,chd->nc", full_out, output)
+        sizes += np.square(behind).sum(-1)[measured].tolist()
         rows_kept += [begin + row for row in measured]
         for first in range(measured.start, measured.stop, 64):
             counts, ends = index.counts[:, first // 64], range(begin + first, min(begin + first + 64, end))
@@ -68,9 +74,13 @@ def kept_in_float64(layer: DecoderLayer, text: Text, pairs: Pairs, *, last_block
             visited += np.minimum(len(ends) * (64 * counts[:, :3].sum(-1) + counts[:, 3:].sum(-1)), pairs_seen)
             causal += pairs_seen
     share = np.concatenate(shares, axis=1)
-    behind = share[:, np.array(rows_kept) >= tokens - 64]
-    mean = share.mean(1)
-    return Kept(mean, behind.mean(1) if behind.size else np.ones_like(mean), visited / causal)
+    last = np.array(rows_kept) >= tokens - 64
+    last_share, mean = share[:, last], share.mean(1)
+    move, size = np.concatenate(moves, axis=1), np.array(sizes)
+    change = move.mean(1) / size.mean() / 2
+    if last.any():
+        change += move[:, last].mean(1) / size[last].mean() / 2
+    return Kept(mean, last_share.mean(1) if last_share.size else np.ones_like(mean), visited / causal, change)
 
 
 @pytest.fixture
@@ -85,12 +95,19 @@ def test_kept_is_what_float64_says(model: Qwen2OneM, rng: np.random.Generator, t
     layer = layer_of(model.layers[1], [text, other])
     expected = [kept_in_float64(model.layers[1], one, PAIRS) for one in (text, other)]
     assert expected[0].mean.min() < 0.9 and expected[0].cost.min() < 0.9
+    assert expected[0].change.max() > 1e-2
     for kept, wanted in (
         (layer.measure(OTHERS, PAIRS, first_alone=True)[1], expected[0]),
         (layer.measure(PAIRS)[0], Kept(*(np.mean(two, axis=0) for two in zip(*expected)))),
         (layer.measure(PAIRS, first_alone=True)[0], expected[0]),
     ):
-        np.testing.assert_allclose(kept, wanted, rtol=1e-4)
+        np.testing.assert_allclose(kept, wanted, rtol=1e-4, atol=1e-10)
+
+
+def test_all_keys_change_nothing(model: Qwen2OneM, rng: np.random.Generator) -> None:
+    (kept,) = layer_of(model.layers[1], [make_text(rng, 480)]).measure(Pairs(*np.full((2, 4), 600)))
+    np.testing.assert_allclose(kept.mean, 1, rtol=1e-5)
+    np.testing.assert_allclose(kept.change, 0, atol=1e-12)
 
 
 def test_with_fewer_blocks_the_last_of_each_piece_is_measured_and_all_at_the_end(
@@ -99,7 +116,7 @@ def test_with_fewer_blocks_the_last_of_each_piece_is_measured_and_all_at_the_end
     monkeypatch.setattr(reading, "BLOCKS_A_TEXT", 1)
     text = make_text(rng, 530)
     expected = kept_in_float64(model.layers[0], text, PAIRS, last_blocks=True)
-    np.testing.assert_allclose(layer_of(model.layers[0], [text]).measure(PAIRS)[0], expected, rtol=1e-4)
+    np.testing.assert_allclose(layer_of(model.layers[0], [text]).measure(PAIRS)[0], expected, rtol=1e-4, atol=1e-10)
 
 
 def test_texts_that_went_through_all_layers_are_where_the_model_takes_them(

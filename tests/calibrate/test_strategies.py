@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import numpy as np
@@ -16,6 +17,7 @@ from paddle_qwen1m.calibrate.strategies import (
     Kept,
     Pairs,
     least,
+    output,
     published,
 )
 from paddle_qwen1m.config import CONFIGS
@@ -37,7 +39,8 @@ class Simulated:
 
     def table(self, *, first_alone: bool) -> Kept:
         texts = slice(1 if first_alone else None)
-        return Kept(self._recall[texts].mean(0), self._last[texts].mean(0), self._cost)
+        recall = self._recall[texts].mean(0)
+        return Kept(recall, self._last[texts].mean(0), self._cost, 1 - recall)
 
     def __call__(self, *pairs: Pairs, first_alone: bool = False) -> list[Kept]:
         self.calls += 1
@@ -97,6 +100,70 @@ def test_what_holds_on_the_first_text_alone_grows_until_it_holds_on_all(rng: np.
     assert (found.cost > cheapest_on_first).any(), "a head has grown"
 
 
+class Changing:
+    """Heads with a cost and a change of each pair of the grid, [H, columns, diagonals]."""
+
+    def __init__(self, cost: Floats, change: Floats) -> None:
+        self.table = cost, change
+
+    @classmethod
+    def of(cls, rng: np.random.Generator, heads: int) -> Changing:
+        """That cost more, and change less, with more of either."""
+        steps = rng.exponential(size=(2, heads, len(COLUMNS), len(DIAGONALS))) ** 3
+        cost, gain = steps.cumsum(2).cumsum(3)
+        return cls(cost / cost.max(), rng.exponential(size=(heads, 1, 1)) * (1 - gain / gain.max()))
+
+    def __call__(self, *pairs: Pairs, first_alone: bool = False) -> list[Kept]:
+        assert not first_alone
+        return [self.one(pair) for pair in pairs]
+
+    def one(self, pairs: Pairs) -> Kept:
+        columns, diagonals = np.searchsorted(COLUMNS, pairs.columns), np.searchsorted(DIAGONALS, pairs.diagonals)
+        cost, change = (values[range(len(values)), columns, diagonals] for values in self.table)
+        return Kept(1 - cost, cost, cost, change)
+
+
+@pytest.mark.parametrize("cost", [0.05, 0.2, 0.6])
+def test_output_finds_what_changes_least_of_all_choices(rng: np.random.Generator, cost: float) -> None:
+    grid = list(itertools.product(COLUMNS, DIAGONALS))
+    measure = Changing.of(rng, 3)
+    kept = measure(*(Pairs(*np.tile(np.array([pair]).T, 3)) for pair in grid))
+    costs, changes = (np.array([getattr(one, name) for one in kept]) for name in ("cost", "change"))
+    choices = np.array(list(itertools.product(range(len(grid)), repeat=3)))
+    allowed = np.ceil(costs * 1e4)[choices, range(3)].sum(1) <= 3 * cost * 1e4
+    chosen = output(measure, 3, Goal(cost=cost))
+    found = measure.one(chosen.pairs)
+    assert 0 < allowed.sum() < len(choices)
+    np.testing.assert_allclose(found.change.sum(), changes[choices, range(3)].sum(1)[allowed].min(), atol=1e-5)
+    assert found.cost.mean() <= cost
+    np.testing.assert_array_equal(chosen.score, found.recall)
+
+
+def test_with_more_keys_output_never_changes_more(rng: np.random.Generator) -> None:
+    measure, sums = Changing.of(rng, 12), []
+    for cost in (0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0):
+        found = measure.one(output(measure, 12, Goal(cost=cost)).pairs)
+        sums.append(found.change.sum())
+        assert found.cost.mean() <= cost
+    assert sums == sorted(sums, reverse=True) and sums[0] > sums[-1]
+
+
+@pytest.mark.parametrize("scale", [0, 1e-7])
+def test_a_head_that_changes_nothing_gets_the_smallest_pair(rng: np.random.Generator, scale: float) -> None:
+    cost, change = Changing.of(rng, 4).table
+    change[1] *= scale
+    columns, diagonals = output(Changing(cost, change), 4, Goal(cost=1.0)).pairs
+    assert (columns[1], diagonals[1]) == (COLUMNS[0], DIAGONALS[0])
+    assert columns[0] > COLUMNS[0] and diagonals[0] > DIAGONALS[0]
+
+
+def test_where_no_pairs_are_cheap_enough_all_heads_get_the_smallest() -> None:
+    cost = np.full((3, len(COLUMNS), len(DIAGONALS)), 0.5)
+    cost[0] = 0.01
+    columns, diagonals = output(Changing(cost, 1 / np.indices(cost.shape).sum(0).clip(1)), 3, Goal(cost=0.1)).pairs
+    assert set(columns) == {COLUMNS[0]} and set(diagonals) == {DIAGONALS[0]}
+
+
 def entries_of_14b() -> list[list[tuple[int, int, float]]]:
     layers = json.loads((CONFIGS / "sparse_attention_config_14B.json").read_text(encoding="utf-8"))
     return [[tuple(entry[1:]) for entry in layer.values()] for layer in layers]
@@ -124,7 +191,7 @@ def test_published_regenerates_the_1920_entries_of_the_14b_file() -> None:
                 is_base = np.array([pair == base for pair, base in zip(zip(*one), read)])
                 assert first_alone or is_base.all(), "the score is that of the base"
                 recall = np.where(is_base, np.maximum(scores, 0.9) if first_alone else scores, 0.0)
-                kept.append(Kept(recall, recall, recall))
+                kept.append(Kept(recall, recall, recall, recall))
             return kept
 
         chosen = published(measure, HEADS, Goal())
