@@ -177,8 +177,8 @@ class _Server:
             strings = self._model.texts.token_strings(ids) if body.return_token_strs else None
             length = self._engine.limits.max_model_len
             counts = _encoded({"count": len(ids), "max_model_len": length})
-            tokens, strings = _encoded_list(ids), b"null" if strings is None else _encoded_list(strings)
-            return counts[:-1] + b',"tokens":' + tokens + b',"token_strs":' + strings + b"}"
+            texts = b"null" if strings is None else _encoded_list(strings)
+            return counts[:-1] + b',"tokens":' + _encoded_list(ids) + b',"token_strs":' + texts + b"}"
 
         with self._prepared(request.state.num_bytes):
             return Response(await self._in_thread(tokenize), media_type="application/json")

@@ -103,12 +103,11 @@ struct Rows {
   }
 
   // Ends the products under way but for the last kGroups groups, in all warps of the group at one instruction. They run
-  // beside what was computed so far: ptxas moves a wait up to the last branch, which is the one of a loop that waits
-  // for all weights and is never taken.
+  // beside what was computed so far: ptxas moves a wait up to the last branch, here one that is never taken.
   template <int kGroups = 0>
   __device__ void settle_output() {
     const bool rescaled = grown();
-    while (sum[0] + sum[1] < 0) asm volatile("nanosleep.u32 1;");
+    while (shrink[0] < 0) asm volatile("nanosleep.u32 1;");
     products_wait<kGroups>();
     settle(out);
     if (rescaled) rescale();
