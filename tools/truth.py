@@ -164,10 +164,9 @@ def main() -> int:
     parser.add_argument("--recall", type=float, default=0.9, help="default: %(default)s")
     parser.add_argument("--cost", type=float, default=0.1, help="default: %(default)s")
     parser.add_argument("--sparse-threshold", type=int, default=4096, help="default: %(default)s")
-    parser.add_argument("--seconds", type=float, default=460.0, help="after which no document is begun")
+    parser.add_argument("--seconds", type=float, default=460.0, help="after calibration; then no document is begun")
     arguments = parser.parse_args()
     logger.set_level("ERROR")
-    until = time.monotonic() + arguments.seconds
     arguments.out.mkdir(parents=True, exist_ok=True)
     truth = Truth(arguments.out, arguments)
     card = _card()
@@ -182,6 +181,7 @@ def main() -> int:
 
     maker = DocumentMaker(encode)
     budgets = {one: calibrated(arguments.out, one, arguments.texts, maker, arguments) for one in arguments.tokens}
+    until = time.monotonic() + arguments.seconds
     choices = [DENSE, *(choice for choice in arguments.choices if choice != DENSE)]
     subjects = {choice: Subject(choice, config, arguments.sparse_threshold) for choice in choices}
     for number in range(arguments.documents):
