@@ -115,14 +115,14 @@ def test_too_long_input_is_refused_with_the_numbers(server: Server) -> None:
 
 def test_a_grammar_compiles_beside_the_rest_and_within_its_time(texts) -> None:
     engine = FakeEngine()
-    engine.compile_seconds = 1.0
-    with serve(texts, engine, settings=Settings(grammar_seconds=0.4)) as server:
+    engine.compile_seconds = 3.0
+    with serve(texts, engine, settings=Settings(grammar_seconds=1.5)) as server:
         answers: list[httpx.Response] = []
         body = {"prompt": "x", "structured_outputs": {"regex": "x"}}
         asking = threading.Thread(target=lambda: answers.append(httpx.post(f"{server.url}/v1/completions", json=body)))
         asking.start()
-        started = time.monotonic()
-        assert server.complete("x", max_tokens=2).status_code == 200 and time.monotonic() - started < 0.4
+        assert server.complete("x", max_tokens=2).status_code == 200
+        assert asking.is_alive(), "it still compiles"
         asking.join()
     assert answers[0].status_code == 400 and "--grammar-seconds" in answers[0].json()["error"]["message"]
     assert Settings().grammar_seconds == 5
