@@ -83,6 +83,8 @@ class Job:
         self.ended: JobEnded | None = None
         """Why the job has ended, where the process outlives it."""
         self._has_left = False
+        self._leaving = threading.Lock()
+        """Held while the others are told; connections are closed behind it."""
         for peer in peers.values():
             peer.open(self._tick)
         atexit.register(self._say_last_words)
@@ -173,11 +175,12 @@ class Job:
 
     def leave(self) -> None:
         """This rank is done, while its process goes on."""
-        self._has_left = True
-        for peer in self._peers.values():
-            with contextlib.suppress(OSError):
-                peer.send({"kind": "exit", "status": 0, **own_progress(), "busy": 0}, TELL_SECONDS)
-                peer.socket.shutdown(socket.SHUT_WR)
+        with self._leaving:
+            self._has_left = True
+            for peer in self._peers.values():
+                with contextlib.suppress(OSError):
+                    peer.send({"kind": "exit", "status": 0, **own_progress(), "busy": 0}, TELL_SECONDS)
+                    peer.socket.shutdown(socket.SHUT_WR)
 
     def _described(self, ranks: Iterable[int], reason: str) -> str:
         hosts = {rank: peer.host for rank, peer in self._peers.items()}
@@ -223,8 +226,9 @@ class Job:
                 watchdog.beat(self.rank, now, own_progress())
                 self._judge(watchdog, now)
         atexit.unregister(self._say_last_words)
-        for peer in self._peers.values():
-            peer.close()
+        with self._leaving:
+            for peer in self._peers.values():
+                peer.close()
 
     def _take(self, message: Message, peer: Connection, watchdog: Watchdog, now: float) -> None:
         kind = message["kind"]

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from parallel_ranks import Process
 
+from paddle_qwen1m.parallel.connection import Connection, Message
 from paddle_qwen1m.parallel.job import Job, JobEnded, StartError, free_port, join
 
 OWNING = Path(__file__).with_name("owning_rank.py")
@@ -54,6 +55,25 @@ def test_waiting_for_a_rank_0_that_is_done_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="rank 0 ended while this rank waited"):
         second.share(None)
     second.leave()
+
+
+def test_connections_close_when_the_others_know_that_a_rank_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = meet(2)
+    told: list[JobEnded] = []
+    second.survive(told.append)
+    send = Connection.send
+
+    def late(connection: Connection, message: Message, seconds: float | None = None) -> None:
+        if message["kind"] == "exit":
+            time.sleep(1.5)  # more than a look at the connections takes to come
+        send(connection, message, seconds)
+
+    monkeypatch.setattr(Connection, "send", late)
+    first.leave()
+    with pytest.raises(RuntimeError, match="rank 0 ended while this rank waited"):
+        second.share(None)
+    second.leave()
+    assert not told
 
 
 def test_whatever_else_connects_is_ignored() -> None:
