@@ -52,7 +52,7 @@ demo demo-long:
 	@$(PY) -W ignore tools/demo.py $(if $(filter demo-long,$@),--long)
 
 test: $(VENV)/extra-test ## the tests, without those that take long, in two processes
-	@$(PY) -m pytest -n 2 --dist loadfile -m "not slow and not soak"
+	@$(PY) -m pytest -n 2 --dist loadfile --max-worker-restart 0 -m "not slow and not soak"
 
 test-slow: $(VENV)/extra-test ## those that take long
 	@$(PY) -m pytest -m slow
