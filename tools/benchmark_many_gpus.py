@@ -93,15 +93,14 @@ def run_model(model: str, degree: int, tokens: int, options: EngineOptions, out:
     """
     kept = {name: getattr(options, name) for name in ("kv_cache_dtype", "quantization", "max_num_batched_tokens")}
     given = {name: str(value) for name, value in kept.items() if value is not None}
-    name = out / "-".join([model, str(tokens), str(degree), *given.values()])
-    numbers = name.with_name(f"{name.name}.json")
+    numbers = out / f"{'-'.join([model, str(tokens), str(degree), *given.values()])}.json"
     paths = [numbers] if degree == 1 else [numbers.with_suffix(f".{rank}.json") for rank in range(degree)]
     if not all(path.exists() for path in paths):
         arguments = ["prefill", "--model", model, "--tokens", str(tokens), "--decode", str(NEW_TOKENS)]
         for option, value in given.items():
             arguments += [f"--{option.replace('_', '-')}", value]
         began = time.perf_counter()
-        log = name.with_name(f"{name.name}.log")
+        log = numbers.with_suffix(".log")
         with log.open("w") as stream:
             command = launched(degree, "benchmark_gpu_model.py", *arguments, "--json", str(numbers))
             status = subprocess.run(command, stdout=stream, stderr=stream).returncode
