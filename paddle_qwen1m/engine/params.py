@@ -16,6 +16,9 @@ MAX_LISTED = 4096
 MAX_BIAS = 100.0
 MAX_TOKEN_ID = 2**31
 """No vocabulary has so many."""
+MAX_N = 16384
+MAX_PENALTY = 1e6
+"""Of repetition_penalty, and its inverse the least: what lies beyond chooses the same tokens, and no logit overflows."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,8 @@ class SamplingParams:
             self.temperature = LOWEST_TEMPERATURE
         if self.n > 1 and self.is_greedy:
             raise ValueError(f"n must be 1 at temperature 0, where all answers are the same, got {self.n}")
-        self.top_k = max(0, self.top_k)
+        self.top_k = min(max(0, self.top_k), MAX_TOKEN_ID - 1)
+        self.repetition_penalty = min(max(1 / MAX_PENALTY, self.repetition_penalty), MAX_PENALTY)
         if self.stop and not self.detokenize:
             raise ValueError("stop needs detokenize=True: it is compared with the text")
 
@@ -138,6 +142,8 @@ class SamplingParams:
         for name, lowest in (("n", 1), ("top_k", -1), ("min_tokens", 0)):
             if _whole(name, getattr(self, name)) < lowest:
                 raise ValueError(f"{name} must be at least {lowest}, got {getattr(self, name)}")
+        if self.n > MAX_N:
+            raise ValueError(f"n must be at most {MAX_N}, got {self.n}")
         if self.max_tokens is not None:
             if _whole("max_tokens", self.max_tokens) < 1:
                 raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
@@ -179,9 +185,13 @@ def _is_text(value: object) -> bool:
 
 
 def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"{name} must be a finite number, got {value!r}")
-    return float(value)
+    try:
+        number = math.nan if isinstance(value, bool) or not isinstance(value, (int, float)) else float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be a finite number, got {value!r:.100}")
+    return number
 
 
 def _whole(name: str, value: Any) -> int:

@@ -31,6 +31,9 @@ def test_names_and_defaults_are_the_known_ones() -> None:
         ({"stop": None, "stop_token_ids": None, "bad_words": None}, {}),
         ({"logit_bias": {"5": 1000, 6: -2}}, {"logit_bias": {5: 100.0, 6: -2.0}}),
         ({"max_tokens": None, "min_tokens": 5}, {"max_tokens": None, "min_tokens": 5}),
+        ({"top_k": 2**70}, {"top_k": 2**31 - 1}),
+        ({"repetition_penalty": 1e308}, {"repetition_penalty": 1e6}),
+        ({"repetition_penalty": 5e-324}, {"repetition_penalty": 1e-6}),
     ],
 )
 def test_values_are_read(given: dict[str, Any], read: dict[str, Any]) -> None:
@@ -55,7 +58,9 @@ def test_log_probabilities_are_counted() -> None:
         ({"min_p": 1.5}, "min_p must be 0 to 1, got 1.5"),
         ({"top_k": -2}, "top_k must be at least -1, got -2"),
         ({"top_k": 1.5}, "top_k must be a whole number, got 1.5"),
+        ({"temperature": 10**400}, "temperature must be a finite number, got 10000"),
         ({"n": 0}, "n must be at least 1, got 0"),
+        ({"n": 16385}, "n must be at most 16384, got 16385"),
         ({"n": 2, "temperature": 0}, "n must be 1 at temperature 0"),
         ({"max_tokens": 0}, "max_tokens must be at least 1, got 0"),
         ({"max_tokens": 3, "min_tokens": 4}, r"min_tokens must be 0 to max_tokens \(3\), got 4"),

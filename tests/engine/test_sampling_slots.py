@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import oracle
@@ -106,6 +107,30 @@ def test_slots_hold_what_they_were_given_last(rng: np.random.Generator) -> None:
             np.testing.assert_allclose(logprobs[row], expected[1], atol=1e-5)
             if row in filled:
                 filled[row].answer.append(int(ids[row]))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-300, 2.0])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"top_k": 1}, {"top_k": 2**31 - 1}, {"top_k": 2**31}, {"top_k": 2**63}, {"top_k": 2**70},
+        {"top_p": 5e-324}, {"top_p": 1e-40}, {"min_p": 5e-324}, {"min_p": 1.0},
+        {"repetition_penalty": 5e-324}, {"repetition_penalty": 1e-40}, {"repetition_penalty": 1e308},
+        {"presence_penalty": -2.0, "frequency_penalty": 5e-324}, {"logit_bias": {0: -1e308, VOCABULARY - 1: 1e308}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_whatever_params_accept_can_be_drawn_by(
+    temperature: float, fields: dict[str, Any], rng: np.random.Generator
+) -> None:
+    params = SamplingParams(temperature=temperature, **fields)
+    slots = SamplingSlots(2, VOCABULARY)
+    for slot, seed in enumerate((-(2**63), 2**63 - 1)):
+        slots.put(slot, params, prompt=np.arange(VOCABULARY // 2), answer_tokens=[3, 3], seed=seed)
+    logits = np.stack([100.0 * rng.standard_normal(VOCABULARY), np.zeros(VOCABULARY)]).astype(np.float32)
+    ids, logprobs = (values.numpy() for values in slots.sample(paddle.to_tensor(logits)))
+    assert ((ids >= 0) & (ids < VOCABULARY)).all()
+    assert np.isfinite(logprobs).all() and (logprobs <= 0).all()
 
 
 def test_a_steps_tensors_stay_where_they_are(monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator) -> None:

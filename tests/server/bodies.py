@@ -64,6 +64,11 @@ EVIL = [
     b'{"prompt": "x", "response_format": {"type": "xml"}}',
     b'{"prompt": "x", "logit_bias": {"999999999999999999999": 1}}',
 ]
+EDGES: list[float] = [
+    *(sign * 2**bits + more for bits in (15, 31, 32, 53, 63, 64, 70) for sign in (1, -1) for more in (-1, 0)),
+    *(0, 1, -1, 0.5, 1e38, 3.5e38, 1e308, -1e308, 5e-324, 1e-40),
+]
+"""Numbers at the ends of types."""
 NUMBERS = st.integers(-(2**70), 2**70) | st.floats() | st.sampled_from([0, 1, -1, 2**31, 2**63, 1e308, 5e-324, 0.5])
 TEXTS = st.text(max_size=8) | st.sampled_from(["\0", "\ud800", "x" * 2000, "🙂", "auto", "none", "{{ 7 * 7 }}", "</s>"])
 VALUES = st.recursive(
@@ -109,6 +114,18 @@ SHAPED = {
     "stream": st.booleans(),
 }
 """Fields whose values are drawn near what they should be, so that more than the first check sees them."""
+
+
+def at_edges() -> list[tuple[str, bytes]]:
+    """For each field that is a number, or a list of them, and each of EDGES: a good body with it."""
+    made = []
+    for path, kind in KINDS.items():
+        for name, field in kind.model_fields.items():
+            of = str(field.annotation)
+            for number in EDGES if "int" in of or "float" in of else []:
+                value = {str(number): 1.0, "5": number} if "dict" in of else [number] if "list" in of else number
+                made.append((path, json.dumps({**GOOD[path], name: value}).encode()))
+    return made
 
 
 @st.composite

@@ -13,6 +13,7 @@ import http_requests
 import numpy as np
 import openai
 import pytest
+from bodies import at_edges
 from mixed_requests import Maker
 from openai.types import Completion, CompletionUsage
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
@@ -160,6 +161,14 @@ def test_refusals_of_the_engine_are_400s(client: openai.OpenAI) -> None:
     for wrong in ({"prompt": [1024]}, {"prompt": "x", "extra_body": {"allowed_token_ids": [5000]}}):
         with pytest.raises(openai.BadRequestError):
             client.completions.create(model="needle", **wrong)
+
+
+def test_numbers_at_the_ends_of_their_types_are_served_or_refused(server: Server) -> None:
+    made = at_edges()
+    assert len(made) > 500
+    for path, raw in made:
+        answer = server.client.post(path, content=raw, headers={"content-type": "application/json"})
+        assert answer.status_code in (200, 400), f"{raw!r}: {answer.text}"
 
 
 @needs_grammars
