@@ -87,9 +87,9 @@ class Subject:
         """Of a prompt that goes before: two chunks, or all of it, where lines are seeded as its pieces first ask."""
         return None if self.is_random else 2 * engine.max_num_batched_tokens
 
-    def selection(self, tokens: int) -> AbstractContextManager[object]:
-        """What prefill of so many tokens visits."""
-        return seeded_selection(tokens) if self.is_random else nullcontext()
+    def selection(self) -> AbstractContextManager[object]:
+        """What prefill visits."""
+        return seeded_selection() if self.is_random else nullcontext()
 
 
 def params(new_tokens: int) -> SamplingParams:
@@ -154,7 +154,7 @@ def beside(subject: Subject, tokens: int, sequences: int) -> None:
     engine = subject.engine(EngineOptions(cache_tokens=room))
     bound, short_tokens = engine.max_inter_token_ms, engine.max_pause_tokens
     long = subject.prompt(tokens)
-    with subject.selection(tokens):
+    with subject.selection():
         Log().run(_with(engine, Request("warm", long[: subject.warm_tokens(engine)], params(4))))
         alone, start = Log(), time.perf_counter()
         alone.run(_with(engine, Request("alone", long, params(2))))
@@ -219,7 +219,7 @@ def prefix(subject: Subject, documents: list[int], question: int, *, sparse: boo
     print("document    cold s  cold without cuts s  the cuts cost  second question s  times sooner  tokens reused")
     for tokens in documents:
         document, first, second = subject.prompt(tokens), subject.prompt(question), subject.prompt(question, 1)
-        with subject.selection(tokens + question):
+        with subject.selection():
             warm_up = np.concatenate([document[::-1], first])[: subject.warm_tokens(engine)]
             Log().run(_with(engine, Request("warm", warm_up, params(2))))
             engine.reset_prefix_cache()

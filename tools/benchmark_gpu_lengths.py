@@ -145,9 +145,9 @@ def dense_chunk_seconds(engine: Engine, prompt: np.ndarray, begin: int, rows: in
 def sparse_seconds(engine: Engine, prompt: np.ndarray) -> float:
     """To the first token of a prompt; the engine decides as always whether it is read sparsely."""
     rows, chunk_len = engine.max_num_batched_tokens, engine.model.config.dual_chunk.chunk_len
-    with seeded_selection(len(prompt)) as lines:
+    with seeded_selection() as lines:
         token_seconds(engine, prompt[: min(len(prompt), rows + 1000)], 1)
-        lines.prepare(piece.end for chunk in spans(len(prompt), rows) for piece in pieces(*chunk, chunk_len))
+        lines.prepare(piece for chunk in spans(len(prompt), rows) for piece in pieces(*chunk, chunk_len))
         start = time.perf_counter()
         return token_seconds(engine, prompt, 1)[0] - start
 

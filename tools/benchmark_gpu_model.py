@@ -6,8 +6,8 @@
     python -m paddle.distributed.launch --devices 0,1 tools/benchmark_gpu_model.py prefill ...  for each rank
 
 Random weights have no structure, and the diagonals that they would choose scatter. So the prefill runs probe and top-k
-for real, and goes on with columns and diagonals of sparse_workload.py, seeded for each layer and head and as many as
-its published budgets say ("published:21": those of one layer in all of them), which cost what a real selection costs.
+for real, and goes on with columns and diagonals of sparse_workload.py, seeded for each layer, head and piece of a chunk
+and as many as the published budgets say ("published:21": those of one layer in all), as a real selection has.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import paddle
 import sparse_workload
 
 from paddle_qwen1m import ops
-from paddle_qwen1m.attention.positions import pieces
+from paddle_qwen1m.attention.positions import Piece, pieces
 from paddle_qwen1m.attention.selector import Selector
 from paddle_qwen1m.attention.step import SparsePiece
 from paddle_qwen1m.config import ModelConfig, SparseBudgets, published_budgets
@@ -66,49 +66,49 @@ def random_model(
 
 
 class SeededLines:
-    """Columns and diagonals of every layer for prompts of `tokens`: made when a layer first asks, kept in pinned memory
-    for each number of keys, since making them takes the host longer than a layer takes the GPU.
+    """Columns and diagonals of every layer for every piece of a prompt: made when a layer first asks, kept in pinned
+    memory, since making them takes the host longer than a layer takes the GPU.
     """
 
-    def __init__(self, tokens: int, rank: int) -> None:
-        self._workload = sparse_workload.Workload(min(tokens, 32768), tokens, "a layer's", 64)
+    def __init__(self, rank: int) -> None:
         self._rank = rank
-        self._layers: dict[int, sparse_workload.Lines] = {}
-        self._pinned: dict[tuple[int, int], list[paddle.Tensor]] = {}
+        self._budgets: dict[int, list[tuple[int, int]]] = {}
+        self._pinned: dict[tuple[int, int, int], list[paddle.Tensor]] = {}
 
-    def of(self, selector: Selector, keys: int) -> list[paddle.Tensor]:
-        """What select_critical would return for the layer's heads and so many keys; nothing waits for the GPU."""
-        if selector.layer not in self._layers:
-            budgets = zip(selector.budgets.vertical.numpy().tolist(), selector.budgets.slash.numpy().tolist())
-            seed = 64 * selector.layer + self._rank
-            self._layers[selector.layer] = sparse_workload.make(self._workload, list(budgets), seed)
-        if (selector.layer, keys) not in self._pinned:
-            self._make(selector.layer, keys)
+    def of(self, selector: Selector, piece: Piece) -> list[paddle.Tensor]:
+        """What select_critical would return for the layer's heads and the piece; nothing waits for the GPU."""
+        if selector.layer not in self._budgets:
+            sizes = selector.budgets.vertical.numpy().tolist(), selector.budgets.slash.numpy().tolist()
+            self._budgets[selector.layer] = list(zip(*sizes))
+        name = selector.layer, piece.begin, piece.end
+        if name not in self._pinned:
+            self._make(selector.layer, piece)
         place = paddle.framework._current_expected_place()
-        return [lines._copy_to(place, False) for lines in self._pinned[selector.layer, keys]]
+        return [lines._copy_to(place, False) for lines in self._pinned[name]]
 
-    def prepare(self, ends: Iterable[int]) -> None:
-        """Makes those of pieces that end there, of every layer that has asked before."""
-        for keys in ends:
-            for layer in self._layers:
-                self._make(layer, keys)
+    def prepare(self, many: Iterable[Piece]) -> None:
+        """Makes those of the pieces, of every layer that has asked before."""
+        for piece in many:
+            for layer in self._budgets:
+                self._make(layer, piece)
 
-    def _make(self, layer: int, keys: int) -> None:
-        lines = self._layers[layer]
-        self._pinned[layer, keys] = [
+    def _make(self, layer: int, piece: Piece) -> None:
+        workload = sparse_workload.Workload(piece.rows, piece.end, "a layer's", 64)
+        lines = sparse_workload.make(workload, self._budgets[layer], (layer, self._rank, piece.end))
+        self._pinned[layer, piece.begin, piece.end] = [
             paddle.to_tensor(values, place=paddle.CUDAPinnedPlace())
-            for values in (lines.columns_before(keys), lines.slashes(keys))
+            for values in (lines.columns, lines.slashes(piece.end))
         ]
 
 
 @contextmanager
-def seeded_selection(tokens: int, rank: int = 0) -> Iterator[SeededLines]:
+def seeded_selection(rank: int = 0) -> Iterator[SeededLines]:
     """Selectors probe and rank their keys, and go on with seeded lines instead of those that they found."""
     choose, select = Selector.choose, ops.select_critical
-    lines, asking = SeededLines(tokens, rank), list[tuple[Selector, int]]()
+    lines, asking = SeededLines(rank), list[tuple[Selector, Piece]]()
 
     def choose_seeded(selector: Selector, sparse: SparsePiece, *arguments: Any, **options: Any) -> ops.SparseIndex:
-        asking[:] = [(selector, sparse.piece.end)]
+        asking[:] = [(selector, sparse.piece)]
         return choose(selector, sparse, *arguments, **options)
 
     def select_seeded(*arguments: Any) -> list[paddle.Tensor]:
@@ -224,9 +224,9 @@ def prefill(
     prompt = random_prompt(model, tokens)
     progress: list[PrefillProgress] = []
     chunks = [(begin, min(begin + rows, tokens)) for begin in range(0, tokens, rows)]
-    with seeded_selection(tokens, group.rank) as lines:
+    with seeded_selection(group.rank) as lines:
         token_seconds(engine, prompt[: rows + 1000], 3)  # libraries and memory
-        lines.prepare(piece.end for chunk in chunks for piece in pieces(*chunk, config.dual_chunk.chunk_len))
+        lines.prepare(piece for chunk in chunks for piece in pieces(*chunk, config.dual_chunk.chunk_len))
         group.meet()
         start = time.perf_counter()
         times = token_seconds(engine, prompt, new_tokens, on_prefill=progress.append)

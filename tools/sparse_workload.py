@@ -56,10 +56,6 @@ class Lines(NamedTuple):
             row[: count - first] = keys - 1 - offsets[first:count]
         return met
 
-    def columns_before(self, keys: int) -> np.ndarray:
-        """The columns that `keys` keys have, ascending, padded with 2^31 - 1."""
-        return np.where(self.columns < keys, self.columns, NO_COLUMN)
-
 
 def budgets_of(name: str, heads: int) -> list[tuple[int, int]]:
     """(columns, diagonals) of each head."""
@@ -73,22 +69,26 @@ def budgets_of(name: str, heads: int) -> list[tuple[int, int]]:
     return [(130 if vertical == 30 else vertical, slash) for vertical, slash in sizes]
 
 
-def make(workload: Workload, budgets: Sequence[tuple[int, int]], seed: int = 0) -> Lines:
+def make(workload: Workload, budgets: Sequence[tuple[int, int]], seed: int | Sequence[int] = 0) -> Lines:
+    """As many of both as each head's (columns, diagonals) say, and there are."""
     rng = np.random.default_rng(seed)
     near = 4096 if max(slash for _, slash in budgets) > 20000 and len(set(budgets)) == 1 else 2048
-    column_counts, offset_counts = np.asarray(budgets, np.int32).T.copy()
+    counts = np.minimum(np.asarray(budgets, np.int32), workload.keys)
+    column_counts, offset_counts = counts.T.copy()
     columns = np.full((len(budgets), column_counts.max()), NO_COLUMN, np.int32)
     offsets = np.full((len(budgets), offset_counts.max()), NO_OFFSET, np.int32)
     shared_keys = workload.keys - workload.rows
-    for head, (vertical, slash) in enumerate(budgets):
-        columns[head, :vertical] = np.sort(rng.choice(max(shared_keys, vertical), vertical, replace=False))
-        chosen = np.zeros(workload.keys, bool)
-        chosen[: min(near, slash)] = True
-        count = min(near, slash)
-        while count < slash:
-            start = rng.integers(min(near, slash), workload.keys - workload.run)
-            run = chosen[start : start + workload.run]
-            count += len(run) - int(run.sum())
-            run[:] = True
-        offsets[head, :slash] = np.flatnonzero(chosen)[:slash][::-1]
+    for head, (vertical, slash) in enumerate(counts):
+        columns[head, :vertical] = _spread(rng, 0, shared_keys, vertical, 1)
+        nearest = min(near, slash)
+        far = _spread(rng, nearest, workload.keys, slash - nearest, workload.run)
+        offsets[head, :slash] = np.concatenate([np.arange(nearest), far])[::-1]
     return Lines(columns, offsets, column_counts, offset_counts)
+
+
+def _spread(rng: np.random.Generator, begin: int, end: int, count: int, run: int) -> np.ndarray:
+    """`count` numbers from begin on, ascending, before `end` where so many are: runs of `run`, which start anywhere."""
+    runs = -(-count // run)
+    gaps = np.sort(rng.integers(0, max(0, end - begin - runs * run) + 1, runs))
+    starts = begin + gaps + run * np.arange(runs)
+    return (starts[:, None] + np.arange(run)).ravel()[:count]

@@ -76,7 +76,7 @@ def _run(
             layer = Layer(stream.layer(number), config, texts, cache, _chunk(arguments))
             chosen = STRATEGIES[arguments.strategy](layer.measure, config.num_heads, goal)
             old = Pairs(before.vertical[number].astype(np.int64), before.slash[number].astype(np.int64))
-            found = LayerResult.of(chosen, *layer.measure(old, chosen.pairs.visited))
+            found = LayerResult.of(chosen, *layer.measure(old, chosen.pairs.visited, change=True))
             for done in layer.advance():
                 bar.update(done)
             progress.add(found, [text.residual for text in texts])

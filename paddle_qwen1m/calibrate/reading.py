@@ -50,8 +50,8 @@ class _Known(NamedTuple):
 
 @dataclass(frozen=True)
 class _Piece:
-    """A sparse piece of a text before a layer. q: of the chunk that it is in. The rows that are measured are those of
-    `blocks`, which stand at `positions`.
+    """A sparse piece of a text before a layer. q: of the chunk that it is in. The rows of `blocks` are measured: `rows`
+    of q, which stand at `positions`.
     """
 
     sparse: SparsePiece
@@ -59,6 +59,7 @@ class _Piece:
     known: _Known
     blocks: npt.NDArray[np.int64]
     positions: npt.NDArray[np.int64]
+    rows: npt.NDArray[np.int64]
 
 
 class Layer:
@@ -80,10 +81,10 @@ class Layer:
         self._output_gram = of_heads.transpose(0, 2, 1) @ of_heads
         """Float32 [H, D, D]: x' gram x is the squared norm of what a head's x adds to the residual stream."""
 
-    def measure(self, *pairs: Pairs, first_alone: bool = False) -> list[Kept]:
+    def measure(self, *pairs: Pairs, first_alone: bool = False, change: bool = False) -> list[Kept]:
         """What each of the pairs keeps of the attention to all texts, or to the first one."""
         texts = range(1 if first_alone else len(self._texts))
-        of_texts = [[self._measure(number, one) for one in pairs] for number in texts]
+        of_texts = [[self._measure(number, one, change) for one in pairs] for number in texts]
         return [Kept(*(np.mean(values, axis=0) for values in zip(*of_pair))) for of_pair in zip(*of_texts)]
 
     def advance(self) -> Iterator[int]:
@@ -148,6 +149,7 @@ class Layer:
         piece, cache = sparse.piece, self._cache.layers[0]
         blocks = _spread(piece, blocks_a_piece, ends_text=piece.end > len(self._texts[number].ids) - LAST_ROWS)
         positions = np.concatenate([np.arange(rows) + piece.begin + first for first, rows in _rows(piece, blocks)])
+        measured = piece.row - piece.begin + positions
         if (number, piece.begin) not in self._known:
             first = piece.row + piece.rows - piece.probe_rows
             critical = ops.rotate_queries(*projected, sparse.critical_rotary, first, q.shape[2])
@@ -158,40 +160,47 @@ class Layer:
             ops.dca_prefill(
                 q, out, cache.keys, cache.values, step.block_tables, pieces, step.scale, cache.chunk_len, lse
             )  # fmt: skip
-            rows = piece.row - piece.begin + positions
-            heads = _rows_of(out, rows)
+            heads = _rows_of(out, measured)
             behind = self._texts[number].residual[positions] + _floats(self._layer.linear(heads, "output_weight"))
             self._known[number, piece.begin] = _Known(
-                sums, lse.numpy()[rows].astype(np.float64), _floats(heads).reshape(-1, *out.shape[1:]),
+                sums, lse.numpy()[measured].astype(np.float64), _floats(heads).reshape(-1, *out.shape[1:]),
                 np.square(behind).sum(axis=-1, dtype=np.float64),
             )  # fmt: skip
-        return _Piece(sparse, q, self._known[number, piece.begin], blocks, positions)
+        return _Piece(sparse, q, self._known[number, piece.begin], blocks, positions, measured)
 
-    def _measure(self, number: int, pairs: Pairs) -> Kept:
+    def _measure(self, number: int, pairs: Pairs, with_change: bool) -> Kept:
         budgets = LayerBudgets(*(sizes.astype(np.int32) for sizes in pairs))
         shares, moves, visited = [], [], np.zeros(len(pairs.columns))
         pieces = self._pieces(number)
         for piece in pieces:
-            lse, out, keys = self._sparse(piece, budgets)
+            lse, heads, keys = self._sparse(piece, budgets)
             shares.append(np.exp(lse - piece.known.lse))
-            missing = (out - piece.known.out).transpose(1, 0, 2)
-            moves.append(((missing @ self._output_gram) * missing).sum(axis=-1, dtype=np.float64).T)
+            if with_change:
+                moves.append(self._moved(heads, piece))
             visited += keys
-        share, moved = np.concatenate(shares), np.concatenate(moves)
-        sizes = np.concatenate([piece.known.sizes for piece in pieces])
+        share = np.concatenate(shares)
         positions = np.concatenate([piece.positions for piece in pieces])
         last = positions >= len(self._texts[number].ids) - LAST_ROWS
-        mean, change = share.mean(axis=0), moved.mean(axis=0) / sizes.mean()
-        kept, changed = np.ones_like(mean), np.zeros_like(mean)  # by rows that are too few for sparse attention
-        if last.any():
-            kept, changed = share[last].mean(axis=0), moved[last].mean(axis=0) / sizes[last].mean()
-        return Kept(mean, kept, visited / (positions + 1).sum(), (change + changed) / 2)
+        # Where they are too few for sparse attention, the last rows keep all.
+        mean, kept = share.mean(axis=0), share[last].mean(axis=0) if last.any() else np.ones(share.shape[1])
+        change = np.full_like(mean, np.nan)
+        if with_change:
+            moved, sizes = np.concatenate(moves), np.concatenate([piece.known.sizes for piece in pieces])
+            changed = moved[last].mean(axis=0) / sizes[last].mean() if last.any() else 0.0
+            change = (moved.mean(axis=0) / sizes.mean() + changed) / 2
+        return Kept(mean, kept, visited / (positions + 1).sum(), change)
+
+    def _moved(self, heads: paddle.Tensor, piece: _Piece) -> npt.NDArray[np.float64]:
+        """The squared norm, [n, H], by which each head of [n, H D] adds something else than in full attention."""
+        out = _floats(heads).reshape(piece.known.out.shape)
+        missing = (out - piece.known.out).transpose(1, 0, 2)
+        return ((missing @ self._output_gram) * missing).sum(axis=-1, dtype=np.float64).T
 
     def _sparse(
         self, measured: _Piece, budgets: LayerBudgets
-    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float32], npt.NDArray[np.float64]]:
-        """lse and out of the rows measured, as _Known has them; and how many keys each head visits there [H], whole
-        blocks at most.
+    ) -> tuple[npt.NDArray[np.float64], paddle.Tensor, npt.NDArray[np.float64]]:
+        """lse of the rows measured, as _Known has it; their output [n, H D]; and how many keys each head visits there
+        [H], whole blocks at most.
         """
         piece, cache, q = measured.sparse.piece, self._cache.layers[0], measured.q
         columns, slashes = ops.select_critical(
@@ -209,11 +218,8 @@ class Layer:
         keys = BLOCK * counts[..., :3].sum(-1) + counts[..., 3:].sum(-1)
         heights = np.array([rows for _, rows in _rows(piece, measured.blocks)])
         causal = np.add.reduceat(measured.positions + 1, np.cumsum(heights) - heights)
-        rows = piece.row - piece.begin + measured.positions
-        return (
-            lse.numpy()[rows].astype(np.float64), _floats(_rows_of(out, rows)).reshape(-1, *out.shape[1:]),
-            np.minimum(keys * heights, causal).sum(-1).astype(np.float64),
-        )  # fmt: skip
+        lse_of_rows = lse.numpy()[measured.rows].astype(np.float64)
+        return lse_of_rows, _rows_of(out, measured.rows), np.minimum(keys * heights, causal).sum(-1).astype(np.float64)
 
 
 def _rows_of(out: paddle.Tensor, rows: npt.NDArray[np.int64]) -> paddle.Tensor:

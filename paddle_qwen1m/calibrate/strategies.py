@@ -48,7 +48,7 @@ class Kept(NamedTuple):
     mean: the share exp(lse_sparse - lse_full), over all rows measured. last: over the last rows of the texts, where a
     question stands. cost: keys visited, as a share of all. change: what the missing keys change of the layer's output,
     the squared norm of the difference over that of the residual stream behind the attention; the mean of that over all
-    rows measured and that over the last rows.
+    rows measured and that over the last rows; NaN where it was not asked for.
     """
 
     mean: Floats
@@ -63,9 +63,11 @@ class Kept(NamedTuple):
 
 
 class Measure(Protocol):
-    """Measures pairs, several in one reading of the texts; `first_alone`: on the first one, which takes less time."""
+    """Measures pairs, several in one reading of the texts; `first_alone`: on the first one, which takes less time, as
+    it does without `change`.
+    """
 
-    def __call__(self, *pairs: Pairs, first_alone: bool = False) -> list[Kept]: ...
+    def __call__(self, *pairs: Pairs, first_alone: bool = False, change: bool = False) -> list[Kept]: ...
 
 
 @dataclass(frozen=True)
@@ -178,7 +180,7 @@ def _affordable(measure: Measure, heads: int, mean_cost: float) -> Floats:
         worth = {place: which for place, which in worth.items() if which.any()}
         # heads for which a pair costs too much are measured where that takes least
         pairs = [_grid(*(np.where(which, at, 0) for at in place)) for place, which in worth.items()]
-        for ((i, j), which), one in zip(worth.items(), measure(*pairs) if pairs else []):
+        for ((i, j), which), one in zip(worth.items(), measure(*pairs, change=True) if pairs else []):
             kept[:, i + 1, j + 1] = np.where(which, (one.recall, one.cost, one.change), np.inf)
         limits = mean_cost * heads - cost[1, 1].sum() + cost[1, 1]
     return kept[:, 1:, 1:]

@@ -18,7 +18,7 @@ MAX_TOKEN_ID = 2**31
 """No vocabulary has so many."""
 MAX_N = 16384
 MAX_PENALTY = 1e6
-"""Of repetition_penalty, and its inverse the least: what lies beyond chooses the same tokens, and no logit overflows."""
+"""Of repetition_penalty, and its inverse the least: beyond, the same tokens are chosen until logits overflow."""
 
 
 @dataclass(frozen=True)

@@ -97,15 +97,16 @@ def test_kept_is_what_float64_says(model: Qwen2OneM, rng: np.random.Generator, t
     assert expected[0].mean.min() < 0.9 and expected[0].cost.min() < 0.9
     assert expected[0].change.max() > 1e-2
     for kept, wanted in (
-        (layer.measure(OTHERS, PAIRS, first_alone=True)[1], expected[0]),
-        (layer.measure(PAIRS)[0], Kept(*(np.mean(two, axis=0) for two in zip(*expected)))),
-        (layer.measure(PAIRS, first_alone=True)[0], expected[0]),
+        (layer.measure(OTHERS, PAIRS, first_alone=True, change=True)[1], expected[0]),
+        (layer.measure(PAIRS, change=True)[0], Kept(*(np.mean(two, axis=0) for two in zip(*expected)))),
+        (layer.measure(PAIRS, first_alone=True, change=True)[0], expected[0]),
+        (layer.measure(PAIRS, first_alone=True)[0], expected[0]._replace(change=np.full(4, np.nan))),
     ):
         np.testing.assert_allclose(kept, wanted, rtol=1e-4, atol=1e-10)
 
 
 def test_all_keys_change_nothing(model: Qwen2OneM, rng: np.random.Generator) -> None:
-    (kept,) = layer_of(model.layers[1], [make_text(rng, 480)]).measure(Pairs(*np.full((2, 4), 600)))
+    (kept,) = layer_of(model.layers[1], [make_text(rng, 480)]).measure(Pairs(*np.full((2, 4), 600)), change=True)
     np.testing.assert_allclose(kept.mean, 1, rtol=1e-5)
     np.testing.assert_allclose(kept.change, 0, atol=1e-12)
 
@@ -116,7 +117,8 @@ def test_with_fewer_blocks_the_last_of_each_piece_is_measured_and_all_at_the_end
     monkeypatch.setattr(reading, "BLOCKS_A_TEXT", 1)
     text = make_text(rng, 530)
     expected = kept_in_float64(model.layers[0], text, PAIRS, last_blocks=True)
-    np.testing.assert_allclose(layer_of(model.layers[0], [text]).measure(PAIRS)[0], expected, rtol=1e-4, atol=1e-10)
+    (kept,) = layer_of(model.layers[0], [text]).measure(PAIRS, change=True)
+    np.testing.assert_allclose(kept, expected, rtol=1e-4, atol=1e-10)
 
 
 def test_texts_that_went_through_all_layers_are_where_the_model_takes_them(

@@ -42,7 +42,8 @@ class Simulated:
         recall = self._recall[texts].mean(0)
         return Kept(recall, self._last[texts].mean(0), self._cost, 1 - recall)
 
-    def __call__(self, *pairs: Pairs, first_alone: bool = False) -> list[Kept]:
+    def __call__(self, *pairs: Pairs, first_alone: bool = False, change: bool = False) -> list[Kept]:
+        assert not change
         self.calls += 1
         return [self.one(pair, first_alone=first_alone) for pair in pairs]
 
@@ -113,8 +114,8 @@ class Changing:
         cost, gain = steps.cumsum(2).cumsum(3)
         return cls(cost / cost.max(), rng.exponential(size=(heads, 1, 1)) * (1 - gain / gain.max()))
 
-    def __call__(self, *pairs: Pairs, first_alone: bool = False) -> list[Kept]:
-        assert not first_alone
+    def __call__(self, *pairs: Pairs, first_alone: bool = False, change: bool = False) -> list[Kept]:
+        assert change and not first_alone
         return [self.one(pair) for pair in pairs]
 
     def one(self, pairs: Pairs) -> Kept:
@@ -127,7 +128,7 @@ class Changing:
 def test_output_finds_what_changes_least_of_all_choices(rng: np.random.Generator, cost: float) -> None:
     grid = list(itertools.product(COLUMNS, DIAGONALS))
     measure = Changing.of(rng, 3)
-    kept = measure(*(Pairs(*np.tile(np.array([pair]).T, 3)) for pair in grid))
+    kept = measure(*(Pairs(*np.tile(np.array([pair]).T, 3)) for pair in grid), change=True)
     costs, changes = (np.array([getattr(one, name) for one in kept]) for name in ("cost", "change"))
     choices = np.array(list(itertools.product(range(len(grid)), repeat=3)))
     allowed = np.ceil(costs * 1e4)[choices, range(3)].sum(1) <= 3 * cost * 1e4
