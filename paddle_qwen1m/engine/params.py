@@ -58,16 +58,17 @@ class SamplingParams:
 
     n: answers; the j-th is what seed + j gives. presence_penalty, frequency_penalty (-2 to 2): taken from the logits of
     tokens that the answer has, once and for each time. repetition_penalty: divides (multiplies, where negative) the
-    logits of tokens that prompt or answer have. temperature: 0 is greedy. top_k: 0 or -1 keeps all. top_p, min_p: how
-    much probability is kept, and the least, relative to the likeliest token, that one needs. seed: the draw of a token
-    depends on (seed, its number) alone; None draws one. stop: texts that end an answer and are not part of it unless
-    include_stop_str_in_output. stop_token_ids: tokens that do, beside the model's own, which ignore_eos passes over.
-    max_tokens: of an answer; None is whatever the model's length leaves. min_tokens: before which nothing ends it.
-    bad_words: texts that no answer has. logit_bias: added to the logits of token ids, at most 100 either way.
-    allowed_token_ids: no other tokens. logprobs: log-probabilities of so many likeliest tokens and of the chosen one;
-    0: of that alone; None: none; -1: of 20. prompt_logprobs: the same for each token of the prompt, which is then
-    computed anew. detokenize: whether tokens become text; skip_special_tokens: whether without the special ones.
-    structured_outputs: what an answer must look like. skip_reading_prefix_cache: computes the whole prompt.
+    logits of tokens that prompt or answer have; held to 1e-6 to 1e6. temperature: 0 is greedy. top_k: 0, -1 or more
+    than the vocabulary has keeps all. top_p, min_p: how much probability is kept, and the least, relative to the
+    likeliest token, that one needs. seed: the draw of a token depends on (seed, its number) alone; None draws one.
+    stop: texts that end an answer and are not part of it unless include_stop_str_in_output. stop_token_ids: tokens that
+    do, beside the model's own, which ignore_eos passes over. max_tokens: of an answer; None is whatever the model's
+    length leaves. min_tokens: before which nothing ends it. bad_words: texts that no answer has. logit_bias: added to
+    the logits of token ids, at most 100 either way. allowed_token_ids: no other tokens. logprobs: log-probabilities of
+    so many likeliest tokens and of the chosen one; 0: of that alone; None: none; -1: of 20. prompt_logprobs: the same
+    for each token of the prompt, which is then computed anew. detokenize: whether tokens become text;
+    skip_special_tokens: whether without the special ones. structured_outputs: what an answer must look like.
+    skip_reading_prefix_cache: computes the whole prompt.
 
     ValueError for what cannot be used.
     """
