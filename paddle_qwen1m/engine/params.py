@@ -134,11 +134,11 @@ class SamplingParams:
             ("temperature", 0.0, self.MAX_TEMPERATURE),
             ("min_p", 0.0, 1.0),
         ):
-            if not low <= _number(name, getattr(self, name)) <= high:
+            if not low <= number(name, getattr(self, name)) <= high:
                 raise ValueError(f"{name} must be {low:g} to {high:g}, got {getattr(self, name)}")
-        if not 0.0 < _number("top_p", self.top_p) <= 1.0:
+        if not 0.0 < number("top_p", self.top_p) <= 1.0:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
-        if _number("repetition_penalty", self.repetition_penalty) <= 0.0:
+        if number("repetition_penalty", self.repetition_penalty) <= 0.0:
             raise ValueError(f"repetition_penalty must be above 0, got {self.repetition_penalty}")
         for name, lowest in (("n", 1), ("top_k", -1), ("min_tokens", 0)):
             if _whole(name, getattr(self, name)) < lowest:
@@ -174,7 +174,7 @@ class SamplingParams:
         if self.logit_bias is not None:
             bias = {_token_id("logit_bias", token): value for token, value in self.logit_bias.items()}
             self.logit_bias = {
-                token: min(MAX_BIAS, max(-MAX_BIAS, _number("logit_bias", value))) for token, value in bias.items()
+                token: min(MAX_BIAS, max(-MAX_BIAS, number("logit_bias", value))) for token, value in bias.items()
             }
         for name in ("bad_words", "allowed_token_ids", "logit_bias"):
             if len(getattr(self, name) or ()) > MAX_LISTED:
@@ -185,14 +185,15 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str)
 
 
-def _number(name: str, value: Any) -> float:
+def number(name: str, value: Any) -> float:
+    """A finite one that float64 holds; ValueError for anything else."""
     try:
-        number = math.nan if isinstance(value, bool) or not isinstance(value, (int, float)) else float(value)
+        read = math.nan if isinstance(value, bool) or not isinstance(value, (int, float)) else float(value)
     except OverflowError:
-        number = math.inf
-    if not math.isfinite(number):
+        read = math.inf
+    if not math.isfinite(read):
         raise ValueError(f"{name} must be a finite number, got {value!r:.100}")
-    return number
+    return read
 
 
 def _whole(name: str, value: Any) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence, Set
 from typing import Any, Callable
 
@@ -10,6 +9,7 @@ import numpy as np
 from paddlenlp.generation import LogitsProcessorList
 from paddlenlp.utils.log import logger
 
+from paddle_qwen1m.engine import params
 from paddle_qwen1m.engine.params import MAX_BIAS
 
 GREEDY, SAMPLING = "greedy_search", "sampling"
@@ -22,11 +22,7 @@ def whole(name: str, value: Any) -> int:
 
 
 def number(name: str, value: Any) -> float:
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.number)):
-        raise ValueError(f"{name} must be a finite number, got {value!r}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be a finite number, got {value!r}")
-    return float(value)
+    return params.number(name, value.item() if isinstance(value, np.generic) else value)
 
 
 def switch(name: str, value: Any) -> bool:

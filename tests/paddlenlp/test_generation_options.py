@@ -144,6 +144,7 @@ def test_options_without_effect_are_accepted(keywords: dict[str, Any]) -> None:
         ({"max_new_tokens": 2.5}, "max_new_tokens must be a whole number, got 2.5"),
         ({"min_new_tokens": 21}, r"min_new_tokens must be between 0 and max_new_tokens \(20\), got 21"),
         ({"temperature": float("nan")}, "temperature must be a finite number, got nan"),
+        ({"temperature": 10**400}, "temperature must be a finite number, got 10000"),
         ({"temperature": -1.0}, "temperature must be 0 .* got -1.0"),
         ({"temperature": "hot"}, "temperature must be a finite number, got 'hot'"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
