@@ -31,15 +31,16 @@ from benchmark_gpu_model import (
     copy_bandwidth,
     kept_as,
     options_of,
+    prompt_pieces,
     random_model,
     random_prompt,
     seconds_a_call,
     seeded_selection,
+    spans,
     token_seconds,
 )
 
 from paddle_qwen1m import ops
-from paddle_qwen1m.attention.positions import pieces
 from paddle_qwen1m.attention.step import SequenceRows, StepBuilder
 from paddle_qwen1m.config import ModelConfig, SparseBudgets, published_budgets
 from paddle_qwen1m.engine import Engine
@@ -64,11 +65,6 @@ class Kept(NamedTuple):
     cache_dtype: str
 
 
-def spans(length: int, rows: int) -> list[tuple[int, int]]:
-    """The chunks [begin, end) of a prompt."""
-    return [(begin, min(begin + rows, length)) for begin in range(0, length, rows)]
-
-
 def causal_pairs(length: int, most: np.ndarray) -> float:
     """Pairs of a row and a key at or before it, of which row i has i + 1, `most` at most; summed over `most` [n]."""
     bound = np.minimum(most.astype(np.float64), length)
@@ -85,7 +81,7 @@ def operations(config: ModelConfig, length: int, rows: int, kept: Kept, budgets:
     if budgets is None:
         return linear + 4 * config.head_dim * causal_pairs(length, np.full(heads, length))
     chosen = 4 * config.head_dim * causal_pairs(length, (budgets.vertical + budgets.slash).ravel())
-    ends = [piece.end for chunk in spans(length, rows) for piece in pieces(*chunk, config.dual_chunk.chunk_len)]
+    ends = [piece.end for piece in prompt_pieces(length, rows, config.dual_chunk.chunk_len)]
     return linear + chosen + 2 * config.head_dim * heads * ops.PROBE_ROWS * float(sum(ends))
 
 
@@ -147,7 +143,7 @@ def sparse_seconds(engine: Engine, prompt: np.ndarray) -> float:
     rows, chunk_len = engine.max_num_batched_tokens, engine.model.config.dual_chunk.chunk_len
     with seeded_selection() as lines:
         token_seconds(engine, prompt[: min(len(prompt), rows + 1000)], 1)
-        lines.prepare(piece for chunk in spans(len(prompt), rows) for piece in pieces(*chunk, chunk_len))
+        lines.prepare(prompt_pieces(len(prompt), rows, chunk_len))
         start = time.perf_counter()
         return token_seconds(engine, prompt, 1)[0] - start
 

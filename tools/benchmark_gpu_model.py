@@ -80,25 +80,25 @@ class SeededLines:
         if selector.layer not in self._budgets:
             sizes = selector.budgets.vertical.numpy().tolist(), selector.budgets.slash.numpy().tolist()
             self._budgets[selector.layer] = list(zip(*sizes))
-        name = selector.layer, piece.begin, piece.end
-        if name not in self._pinned:
-            self._make(selector.layer, piece)
         place = paddle.framework._current_expected_place()
-        return [lines._copy_to(place, False) for lines in self._pinned[name]]
+        return [lines._copy_to(place, False) for lines in self._kept(selector.layer, piece)]
 
     def prepare(self, many: Iterable[Piece]) -> None:
         """Makes those of the pieces, of every layer that has asked before."""
         for piece in many:
             for layer in self._budgets:
-                self._make(layer, piece)
+                self._kept(layer, piece)
 
-    def _make(self, layer: int, piece: Piece) -> None:
-        workload = sparse_workload.Workload(piece.rows, piece.end, "a layer's", 64)
-        lines = sparse_workload.make(workload, self._budgets[layer], (layer, self._rank, piece.end))
-        self._pinned[layer, piece.begin, piece.end] = [
-            paddle.to_tensor(values, place=paddle.CUDAPinnedPlace())
-            for values in (lines.columns, lines.slashes(piece.end))
-        ]
+    def _kept(self, layer: int, piece: Piece) -> list[paddle.Tensor]:
+        name = layer, piece.begin, piece.end
+        if name not in self._pinned:
+            workload = sparse_workload.Workload(piece.rows, piece.end, "a layer's", 64)
+            lines = sparse_workload.make(workload, self._budgets[layer], (layer, self._rank, piece.end))
+            self._pinned[name] = [
+                paddle.to_tensor(values, place=paddle.CUDAPinnedPlace())
+                for values in (lines.columns, lines.slashes(piece.end))
+            ]
+        return self._pinned[name]
 
 
 @contextmanager
@@ -184,6 +184,16 @@ def kept_as(options: EngineOptions) -> str:
     return f"weights in {options.quantization or 'bf16'}, keys and values in {options.kv_cache_dtype or 'bf16'}"
 
 
+def spans(length: int, rows: int) -> list[tuple[int, int]]:
+    """The chunks [begin, end) of a prompt."""
+    return [(begin, min(begin + rows, length)) for begin in range(0, length, rows)]
+
+
+def prompt_pieces(length: int, rows: int, chunk_len: int) -> list[Piece]:
+    """The pieces of all chunks of a prompt."""
+    return [piece for chunk in spans(length, rows) for piece in pieces(*chunk, chunk_len)]
+
+
 def random_prompt(model: Qwen2OneM, tokens: int) -> np.ndarray:
     return np.random.default_rng(1).integers(0, model.config.vocab_size, tokens)
 
@@ -223,10 +233,9 @@ def prefill(
     print(f"{name}, random weights, {kept_as(options)}{ranks}: the plan takes {plan.total / 1e9:.2f} GB", flush=True)
     prompt = random_prompt(model, tokens)
     progress: list[PrefillProgress] = []
-    chunks = [(begin, min(begin + rows, tokens)) for begin in range(0, tokens, rows)]
     with seeded_selection(group.rank) as lines:
         token_seconds(engine, prompt[: rows + 1000], 3)  # libraries and memory
-        lines.prepare(piece for chunk in chunks for piece in pieces(*chunk, config.dual_chunk.chunk_len))
+        lines.prepare(prompt_pieces(tokens, rows, config.dual_chunk.chunk_len))
         group.meet()
         start = time.perf_counter()
         times = token_seconds(engine, prompt, new_tokens, on_prefill=progress.append)
