@@ -1,44 +1,49 @@
-// Sparse dual chunk attention on Hopper: two neighbouring row blocks of one head share a stream of slots of 64 keys.
+// Sparse dual chunk attention on Hopper: three neighbouring row blocks of one head share a stream of slots of 64 keys.
 //
 // A row block's keys are blocks of 64 that start anywhere, then single columns, 64 a slot; the next row block's blocks
-// are mostly the same, shifted by 64. So the two lists are merged, a slot says which row block wants it, and what both
+// are mostly the same, shifted by 64. So the lists are merged, a slot says which row blocks want it, and what several
 // want is read once. A row block only ever weighs the keys of its own lists, in their order.
 //
-//   producer   four warps. They merge the lists, a window of each at once, into a plan of slots and copy the planned
-//              keys and values into a ring each
-//   consumers  two warpgroups, a row block each, its queries in registers. A slot that a consumer does not want it
-//              releases at once. It has the scores of the next slot that it wants under way, and the output of the one
-//              before, while it weighs those of this one
+//   producer   four warps. They merge the lists, a window of each at once, into a plan of slots and bring the planned
+//              keys and values into a ring each: slots that lie in one page by the copy engine, others row by row
+//   consumers  three warpgroups, a row block each. A slot that a consumer does not want it releases at once. Output of
+//              a slot and scores of the next one that it wants are under way together; then it is at its softmax, and
+//              the tensor cores are the others'
 //
 // Keys are released once they were scored, values once they made output. A consumer that holds values waits only for
 // slots that the producer can fill without them: kSoon says whether the next one is so near. Else the consumer first
 // ends what it has begun.
 //
-// Row blocks 2i and 2i + 1 of a piece are always merged, wanted or not, so that rows do not depend on how it is cut. Of
-// a piece of few rows, several blocks take a share of each list.
+// Which row blocks of a piece are merged does not depend on which are wanted, so that rows do not depend on how it is
+// cut. Of a piece of few rows, several blocks take a share of each list.
 #include <algorithm>
 #include <climits>
+#include <utility>
 
 #include "attention.cuh"
 #include "row_loads.cuh"
 #include "rows.cuh"
+#include "tensor_map.h"
 
 namespace qwen1m {
 namespace cuda {
 namespace sm90 {
 namespace {
 
-constexpr int kConsumers = 2, kThreads = (1 + kConsumers) * kWarpgroup;
+constexpr int kConsumers = 3, kThreads = (1 + kConsumers) * kWarpgroup;
 constexpr int kSlotKeys = kTileKeys;
-constexpr int kKeyRing = 5, kValueRing = 7;   // slots
-constexpr int kReach = (kValueRing - 1) / 2;  // a consumer holds the values of two slots while it waits for a third
-constexpr int kWindow = 512;                  // entries of each list that are merged at once
+constexpr int kKeyRing = 4, kValueRing = 6;        // slots
+constexpr int kReach = kValueRing - 1;             // a consumer holds the values of a slot while it waits for another
+constexpr int kWindow = kWarpgroup;                // entries of each list that are merged at once, one a thread
 constexpr int kMostShares = 64, kShareSlots = 64;  // of the lists of few rows; slots of a share at least
-constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
+constexpr int kProducerRegisters = 56, kConsumerRegisters = 152;
+constexpr int kAll = (1 << kConsumers) - 1;  // row blocks, bit by bit
 constexpr int32_t kNoKey = INT_MAX;
 constexpr int kNone = -1;
+constexpr int64_t kAnyRow = INT32_MAX;  // the pages' number is not known here; tables name only those that exist
 
-enum NamedBarrier { kPlan = 1 };  // the producer's warps agree on a plan
+// The producer's warps agree on a plan; kQueries + consumer: its warps on the queries that lie there.
+enum NamedBarrier { kPlan = 1, kQueries };
 
 constexpr int kSlotPanelBytes = kSlotKeys * kPanelRowBytes;
 
@@ -49,18 +54,20 @@ struct SlotInfo {
   uint32_t traits;  // the stage, or kLast; then bit by bit for each consumer:
 };
 enum Trait {
-  kWanted = 8,  // its row block lists the slot
-  kMasked = 16,
-  kSoon = 24  // it wants one of the next kReach slots, of the same stage
+  kWanted = 8,    // its row block lists the slot
+  kBounded = 12,  // some keys lie behind a row or behind the end
+  kHoles = 16,    // it does not list some of the columns
+  kSoon = 20      // it wants one of the next kReach slots, of the same stage
 };
+static_assert(kConsumers <= kBounded - kWanted, "the bits of a trait");
 constexpr uint32_t kLast = kStages;  // in place of a stage: no slot, the item ends
-__device__ inline uint32_t traits_of(uint32_t stage, uint32_t wanted, uint32_t masked, uint32_t soon) {
-  return stage | wanted << kWanted | masked << kMasked | soon << kSoon;
+__device__ inline uint32_t traits_of(uint32_t stage, uint32_t wanted, uint32_t bounded, uint32_t holes, uint32_t soon) {
+  return stage | wanted << kWanted | bounded << kBounded | holes << kHoles | soon << kSoon;
 }
 __device__ inline int stage_of(uint32_t traits) { return traits & 0xff; }
 
 // A key with marks: the row blocks that list it, bit by bit.
-constexpr int kMarkShift = 30;
+constexpr int kMarkShift = 32 - kConsumers;
 __device__ inline uint32_t mark(int32_t key, int marks) { return key | static_cast<uint32_t>(marks) << kMarkShift; }
 __device__ inline int32_t key_of(uint32_t marked) { return marked & ((1u << kMarkShift) - 1); }
 __device__ inline int marks_of(uint32_t marked) { return marked >> kMarkShift; }
@@ -72,20 +79,21 @@ struct List {
 
   __device__ bool more() const { return taken < end; }
 };
-using Pair = List[2];
+using Lists = List[kConsumers];
 
 // What the producer is about to load. A block's row r lies at number near + r of the pool before the border of the page
 // that it begins in, at far + r behind it.
 struct Plan {
-  Pair blocks[kStages], columns[kStages];
-  int32_t entry[2][kWindow];                 // of the two lists, kNoKey behind their ends
-  uint32_t twice[kWindow / kWarp];           // bit by bit, which entries of the first list the second has as well
-  uint32_t merged[2 * kWindow + kSlotKeys];  // marked keys, ascending
-  int32_t near[2 * kWindow], far[2 * kWindow];
-  uint8_t soon[2 * kWindow];
+  Lists blocks[kStages], columns[kStages];
+  int32_t entry[kConsumers][kWindow];                 // of the lists, kNoKey behind their ends
+  uint32_t firsts[kConsumers][kWindow / kWarp];       // bit by bit, which entries of a list no list before it has
+  uint32_t merged[kConsumers * kWindow + kSlotKeys];  // marked keys, ascending
+  int32_t near[kConsumers * kWindow], far[kConsumers * kWindow];
+  uint8_t soon[kConsumers * kWindow];
 };
 
 struct alignas(1024) Shared {
+  char queries[kConsumers][kPanels][kSlotPanelBytes];
   char keys[kKeyRing][kPanels][kSlotPanelBytes];
   char values[kValueRing][kPanels][kSlotPanelBytes];
   uint64_t key_full[kKeyRing], key_empty[kKeyRing];
@@ -99,25 +107,33 @@ struct alignas(1024) Shared {
 static_assert(sizeof(Shared) <= 227 << 10, "what a block may have");
 
 struct SparseArguments : qwen1m_dca_sparse_prefill {
+  CUtensorMap key_map, value_map;
   Shares shares;
 };
 
-// Row blocks 2i and 2i + 1 of one head, and a share of their lists.
+// Neighbouring row blocks of one head, and a share of their lists.
 struct Item {
   const SparseArguments& a;
   int head, row_block;
 
   __device__ explicit Item(const SparseArguments& arguments)
-      : a(arguments), head(blockIdx.y), row_block(2 * (a.first_block / 2 + static_cast<int>(blockIdx.x))) {}
+      : a(arguments),
+        head(blockIdx.y),
+        row_block(kConsumers * (a.first_block / kConsumers + static_cast<int>(blockIdx.x))) {}
   __device__ int share() const { return blockIdx.z; }
   __device__ int32_t begin() const { return a.begin + row_block * kRows; }    // position of the first row
   __device__ int32_t first_row() const { return a.row + row_block * kRows; }  // its number in the step
   __device__ int32_t rows() const { return min(a.rows - row_block * kRows, kConsumers * kRows); }
-  // Whether row block 2i + c is to be computed, and as bits.
+  // Whether its c-th row block is to be computed, and as bits.
   __device__ bool has(int c) const {
     return row_block + c >= a.first_block && row_block + c < a.first_block + a.num_blocks;
   }
-  __device__ int present() const { return (has(0) ? 1 : 0) | (has(1) ? 2 : 0); }
+  __device__ int present() const {
+    int bits = 0;
+#pragma unroll
+    for (int c = 0; c < kConsumers; ++c) bits |= has(c) << c;
+    return bits;
+  }
 };
 
 // How many of `count` ascending entries are below `value`.
@@ -176,7 +192,9 @@ struct Producer {
   template <typename F>
   __device__ void copy_slot(F&& pool_row_of) {
     constexpr int kAtOnce = kWarpgroup / 16, kEach = kSlotKeys / kAtOnce;
-    const int row = threadIdx.x / 16, chunk = threadIdx.x % 16;  // of the first copy; the others 8 rows further
+    int thread = threadIdx.x;
+    asm("" : "+r"(thread));                            // as in merge
+    const int row = thread / 16, chunk = thread % 16;  // of the first copy; the others 8 rows further
     const int32_t stride = a.cache.kv_heads * kHeadDim * static_cast<int32_t>(sizeof(T));
     const int place = chunk / 8 * kSlotPanelBytes + row * kPanelRowBytes + ((chunk % 8 ^ row) << 4);
     int32_t rows[kEach];
@@ -193,7 +211,9 @@ struct Producer {
     copy(a.cache.key, shared.keys[key.index]);
     hand_over_keys();
     copy(a.cache.value, shared.values[value.index]);
-    copy_arrive(shared_address(&shared.value_full[value.index]));
+    const uint32_t full = shared_address(&shared.value_full[value.index]);
+    copy_arrive(full);
+    if (threadIdx.x == 0) barrier_arrive(full);
     value.advance();
   }
 
@@ -203,21 +223,26 @@ struct Producer {
     hand_over_keys();
   }
 
-  // Which of `wanting` the slot's keys, the last of them `last`, need a mask for.
-  __device__ int masked(const Item& item, int stage, int32_t last, int32_t end, int wanting) const {
+  // For which of `wanting` some of the slot's keys, the last of them `last`, lie behind a row or the end.
+  __device__ int bounded(const Item& item, int stage, int32_t last, int32_t end, int wanting) const {
     if (last >= end) return wanting;
     if (stage != kIntra) return 0;
-    return wanting & ((last > item.begin() ? 1 : 0) | (last > item.begin() + kRows ? 2 : 0));
+    int below = 0;
+#pragma unroll
+    for (int c = 0; c < kConsumers; ++c) below |= (last > item.begin() + c * kRows) << c;
+    return wanting & below;
   }
 
-  // This block's share of the lists of all stages, which stand one behind the other; a thread for a pair of lists.
+  // This block's share of the lists of all stages, which stand one behind the other; a thread for the lists of a kind.
   __device__ void open(const Item& item) const {
     const int stage = threadIdx.x % kStages, row_blocks = (a.rows + kRows - 1) / kRows;
     const bool columns = threadIdx.x >= kStages;
     if (threadIdx.x < kWarp) {
-      Pair lists{};
+      Lists lists{};
       int32_t slots = 0;
-      for (int c = 0; threadIdx.x < 2 * kStages && c < 2 && item.row_block + c < row_blocks; ++c) {
+#pragma unroll
+      for (int c = 0; c < kConsumers; ++c) {
+        if (threadIdx.x >= 2 * kStages || item.row_block + c >= row_blocks) continue;
         const int64_t number = static_cast<int64_t>(item.head) * row_blocks + item.row_block + c;
         const int32_t* counts = a.tables.counts + number * 2 * kStages + (columns ? kStages : 0);
         lists[c].entries = columns ? a.tables.columns + number * a.tables.column_width
@@ -228,108 +253,118 @@ struct Producer {
       }
       if (a.shares.count > 1) {
         const int32_t all_slots = __reduce_add_sync(kAllLanes, slots);
-        const int count = max(1, min(a.shares.count, all_slots / kShareSlots));
-        if (lists[0].end > 0) {
-          cut(lists[0], lists[1], item.share(), count);
-        } else {
-          cut(lists[1], lists[0], item.share(), count);
-        }
+        cut(lists, item.share(), max(1, min(a.shares.count, all_slots / kShareSlots)));
       }
       if (threadIdx.x < 2 * kStages) {
-        Pair& opened = (columns ? shared.plan.columns : shared.plan.blocks)[stage];
-        opened[0] = lists[0];
-        opened[1] = lists[1];
+        Lists& opened = (columns ? shared.plan.columns : shared.plan.blocks)[stage];
+#pragma unroll
+        for (int c = 0; c < kConsumers; ++c) opened[c] = lists[c];
       }
     }
     agree();
   }
 
-  // Share number `share` of `count`: one list is cut into equal parts, the other where the entries are as large.
-  __device__ static void cut(List& even, List& other, int share, int count) {
+  // Share number `share` of `count`: the first list with entries is cut into equal parts, the others where theirs are
+  // as large.
+  __device__ static void cut(Lists& lists, int share, int count) {
+    List even{};
+#pragma unroll
+    for (int c = kConsumers - 1; c >= 0; --c) {
+      if (lists[c].end > 0) even = lists[c];
+    }
     const int64_t entries = even.end;
     const auto border = [&](int number) { return static_cast<int32_t>(entries * min(number, count) / count); };
-    const auto other_border = [&](int32_t at) {
-      return at == 0 ? 0 : at == entries ? other.end : count_below(other.entries, other.end, __ldg(even.entries + at));
+    const auto border_in = [&](const List& list, int32_t at) {
+      return at == 0 ? 0 : at == entries ? list.end : count_below(list.entries, list.end, __ldg(even.entries + at));
     };
     const int32_t from = border(share), to = border(share + 1);
-    if (entries > 0) {
-      const int32_t first = other_border(from);
-      other.end = other_border(to);
-      other.taken = first;
+    if (entries == 0) return;
+#pragma unroll
+    for (int c = 0; c < kConsumers; ++c) {
+      lists[c].taken = border_in(lists[c], from);
+      lists[c].end = border_in(lists[c], to);
     }
-    even.taken = from;
-    even.end = to;
   }
 
   // Appends to plan.merged from `at` on what the next windows surely hold of the lists' union, with its marks. Returns
   // how many entries that are.
-  __device__ int merge(Pair& lists, int at) {
+  __device__ int merge(Lists& lists, int at) {
     Plan& plan = shared.plan;
-    constexpr int kEach = kWindow / kWarpgroup;
-    int lane = threadIdx.x % kWarp;
-    asm("" : "+r"(lane));  // computed here each time: no registers are left to keep addresses in
-    const int first_group = threadIdx.x / kWarp * kEach;
+    constexpr int kGroups = kWindow / kWarp;
+    int i = threadIdx.x;
+    asm("" : "+r"(i));  // computed here each time: no registers are left to keep addresses in
+    const int lane = i % kWarp, group = i / kWarp;
 #pragma unroll
-    for (int l = 0; l < 2; ++l) {
-      for (int i = threadIdx.x; i < kWindow; i += kWarpgroup) {
-        const int32_t number = lists[l].taken + i;
-        plan.entry[l][i] = number < lists[l].end ? __ldg(lists[l].entries + number) : kNoKey;
-      }
+    for (int l = 0; l < kConsumers; ++l) {
+      const int32_t number = lists[l].taken + i;
+      plan.entry[l][i] = number < lists[l].end ? __ldg(lists[l].entries + number) : kNoKey;
     }
     agree();
-    const int32_t bound = min(plan.entry[0][kWindow - 1], plan.entry[1][kWindow - 1]);
-    int taken[2];
+    int32_t bound = kNoKey;
 #pragma unroll
-    for (int l = 0; l < 2; ++l) {
+    for (int l = 0; l < kConsumers; ++l) bound = min(bound, plan.entry[l][kWindow - 1]);
+    int taken[kConsumers];
+#pragma unroll
+    for (int l = 0; l < kConsumers; ++l) {
       taken[l] = bound == kNoKey ? min(lists[l].end - lists[l].taken, kWindow) : count_below(plan.entry[l], bound + 1);
     }
-#pragma unroll 1
-    for (int k = 0; k < kEach; ++k) {
-      const int i = (first_group + k) * kWarp + lane;
-      const int32_t key = plan.entry[0][i];
-      const int below = count_below(plan.entry[1], key);
-      const bool twice = i < taken[0] && below < kWindow && plan.entry[1][below] == key;
-      const unsigned both = __ballot_sync(kAllLanes, twice);
-      if (lane == 0) plan.twice[first_group + k] = both;
+#pragma unroll
+    for (int l = 0; l < kConsumers; ++l) {
+      const int32_t key = plan.entry[l][i];
+      bool first = i < taken[l];
+#pragma unroll
+      for (int before = 0; before < l; ++before) {
+        first = first && !holds(before, count_below(plan.entry[before], key), key);
+      }
+      const unsigned all = __ballot_sync(kAllLanes, first);
+      if (lane == 0) plan.firsts[l][group] = all;
     }
     agree();
-    // Lane g holds how many entries of groups up to g are in both lists.
-    int doubles = lane < kWindow / kWarp ? __popc(plan.twice[lane]) : 0;
+    // Lane g holds how many entries of a list's groups up to g are firsts.
+    int firsts[kConsumers];
 #pragma unroll
-    for (int distance = 1; distance < kWarp; distance *= 2) {
-      const int lower = __shfl_up_sync(kAllLanes, doubles, distance);
-      if (lane >= distance) doubles += lower;
+    for (int l = 0; l < kConsumers; ++l) {
+      firsts[l] = lane < kGroups ? __popc(plan.firsts[l][lane]) : 0;
+#pragma unroll
+      for (int distance = 1; distance < kGroups; distance *= 2) {
+        const int lower = __shfl_up_sync(kAllLanes, firsts[l], distance);
+        if (lane >= distance) firsts[l] += lower;
+      }
     }
-    const auto doubles_before = [&](int i) {
-      const int group = i / kWarp, before = __shfl_sync(kAllLanes, doubles, max(group - 1, 0));
-      const unsigned own = group < kWindow / kWarp ? plan.twice[group] & ((1u << i % kWarp) - 1) : 0;
+    const auto firsts_before = [&](int l, int place) {
+      const int group = place / kWarp, before = __shfl_sync(kAllLanes, firsts[l], max(group - 1, 0));
+      const unsigned own = group < kGroups ? plan.firsts[l][group] & ((1u << place % kWarp) - 1) : 0;
       return (group > 0 ? before : 0) + __popc(own);
     };
-#pragma unroll 1
-    for (int k = 0; k < kEach; ++k) {
-      const int i = (first_group + k) * kWarp + lane;
-      const int32_t key = plan.entry[0][i];
-      const int below = count_below(plan.entry[1], key), rank = i + below - doubles_before(i);
-      if (i < taken[0]) {
-        plan.merged[at + rank] = mark(key, plan.twice[first_group + k] >> lane & 1 ? 3 : 1);
+    int total = 0;
+#pragma unroll
+    for (int l = 0; l < kConsumers; ++l) {
+      const int32_t key = plan.entry[l][i];
+      int rank = 0, marks = 1 << l;
+#pragma unroll
+      for (int other = 0; other < kConsumers; ++other) {
+        const int below = other == l ? i : count_below(plan.entry[other], key);
+        if (other != l) marks |= holds(other, below, key) << other;
+        rank += firsts_before(other, below);
       }
+      if (i < taken[l] && (marks & ((1 << l) - 1)) == 0) plan.merged[at + rank] = mark(key, marks);
+      if (threadIdx.x == 0) lists[l].taken += taken[l];
+      total += __shfl_sync(kAllLanes, firsts[l], kGroups - 1);
     }
-#pragma unroll 1
-    for (int k = 0; k < kEach; ++k) {
-      const int i = (first_group + k) * kWarp + lane;
-      const int32_t key = plan.entry[1][i];
-      const int before = count_below(plan.entry[0], key), rank = i + before - doubles_before(before);
-      if (i < taken[1] && !(before < kWindow && plan.entry[0][before] == key)) {
-        plan.merged[at + rank] = mark(key, 2);
-      }
-    }
-    if (threadIdx.x == 0) {
-      lists[0].taken += taken[0];
-      lists[1].taken += taken[1];
-    }
-    const int total = taken[0] + taken[1] - __shfl_sync(kAllLanes, doubles, kWarp - 1);
     agree();
     return total;
+  }
+
+  // Whether entry number `place` of a list's window is `key`.
+  __device__ bool holds(int list, int place, int32_t key) const {
+    return place < kWindow && shared.plan.entry[list][place] == key;
+  }
+
+  __device__ static int more_of(const Lists& lists) {
+    int more = 0;
+#pragma unroll
+    for (int c = 0; c < kConsumers; ++c) more |= lists[c].more() << c;
+    return more;
   }
 
   __device__ void load_block(const Item& item, int stage, int32_t end, int number) {
@@ -339,20 +374,43 @@ struct Producer {
     if (wanted == 0) return;
     wait_for_slot();
     if (threadIdx.x == 0) {
-      const int masks = masked(item, stage, first + kSlotKeys - 1, end, wanted);
-      shared.info[value.index] = {first, end, traits_of(stage, wanted, masks, shared.plan.soon[number])};
+      const int bounds = bounded(item, stage, first + kSlotKeys - 1, end, wanted);
+      shared.info[value.index] = {first, end, traits_of(stage, wanted, bounds, 0, shared.plan.soon[number])};
     }
-    // In place of no key stands the last one, whose weight the mask makes zero.
     const int32_t start = min(first, end - 1), border = page_mask() + 1 - (start & page_mask()), last = end - 1 - start;
-    copy_slot([&](int32_t r) {
-      r = min(r, last);
-      return (r < border ? near : far) + r;
-    });
+    if (border >= kSlotKeys && last >= kSlotKeys - 1) {
+      copy_boxes(near);
+    } else {
+      // In place of no key stands the last one, whose weight the mask makes zero.
+      copy_slot([&](int32_t r) {
+        r = min(r, last);
+        return (r < border ? near : far) + r;
+      });
+    }
+  }
+
+  // The slot's keys and values, which lie one behind the other in the pool.
+  __device__ void copy_boxes(int32_t first) {
+    const int kv_head = head_bytes / (kHeadDim * static_cast<int32_t>(sizeof(T)));
+    const auto copy = [&](const CUtensorMap& map, char (&target)[kPanels][kSlotPanelBytes], uint32_t full) {
+      if (threadIdx.x == 0) {
+        barrier_arrive_expecting(full, sizeof(target));
+#pragma unroll
+        for (int panel = 0; panel < kPanels; ++panel) {
+          copy_box(shared_address(target[panel]), map, full, panel * kPanelValues, kv_head, first);
+        }
+      }
+      copy_arrive(full);
+    };
+    copy(a.key_map, shared.keys[key.index], shared_address(&shared.key_full[key.index]));
+    key.advance();
+    copy(a.value_map, shared.values[value.index], shared_address(&shared.value_full[value.index]));
+    value.advance();
   }
 
   __device__ void load_blocks(const Item& item, int stage, int32_t end) {
-    Pair& lists = shared.plan.blocks[stage];
-    while (lists[0].more() || lists[1].more()) {
+    Lists& lists = shared.plan.blocks[stage];
+    while (more_of(lists) != 0) {
       const int count = merge(lists, 0);
       for (int i = threadIdx.x; i < count; i += kWarpgroup) {
         const int32_t start = min(key_of(shared.plan.merged[i]), end - 1), border = (start | page_mask()) + 1;
@@ -375,7 +433,6 @@ struct Producer {
     wait_for_slot();
     if (threadIdx.x < kWarp) {
       uint64_t listed[kConsumers] = {};
-      int32_t last = 0;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int i = half * kWarp + threadIdx.x;
@@ -383,7 +440,6 @@ struct Producer {
         const int32_t position = i < count ? key_of(column) : kNoKey;
         const int marks = marks_of(column);
         shared.position[value.index][i] = position;
-        last = __shfl_sync(kAllLanes, position, kWarp - 1);
 #pragma unroll
         for (int c = 0; c < kConsumers; ++c) {
           listed[c] |= static_cast<uint64_t>(__ballot_sync(kAllLanes, marks >> c & 1)) << half * kWarp;
@@ -391,13 +447,14 @@ struct Producer {
       }
       if (threadIdx.x == 0) {
         const int wanted = listing & item.present();
-        int flags = masked(item, stage, last, end, wanted);
+        const int bounds = bounded(item, stage, key_of(columns[count - 1]), end, wanted);
+        int holes = 0;
 #pragma unroll
         for (int c = 0; c < kConsumers; ++c) {
           shared.listed[value.index][c] = listed[c];
-          flags |= (listed[c] != ~0ull) << c;
+          holes |= (listed[c] != ~0ull) << c;
         }
-        shared.info[value.index] = {kNoKey, end, traits_of(stage, wanted, flags, more ? 3 : 0)};
+        shared.info[value.index] = {kNoKey, end, traits_of(stage, wanted, bounds, holes, more ? kAll : 0)};
       }
       __syncwarp();
     }
@@ -406,13 +463,13 @@ struct Producer {
   }
 
   __device__ void load_columns(const Item& item, int stage, int32_t end) {
-    Pair& lists = shared.plan.columns[stage];
-    const int listing = (lists[0].more() ? 1 : 0) | (lists[1].more() ? 2 : 0);
+    Lists& lists = shared.plan.columns[stage];
+    const int listing = more_of(lists);
     if ((listing & item.present()) == 0) return;
     int waiting = 0;
     for (bool more = true; more;) {
       const int count = waiting + merge(lists, waiting);
-      more = lists[0].more() || lists[1].more();
+      more = more_of(lists) != 0;
       int from = 0;
       for (; from + kSlotKeys <= count || (!more && from < count); from += kSlotKeys) {
         const int slot = min(count - from, kSlotKeys);
@@ -450,7 +507,8 @@ struct Consumer {
   RingPlace<kValueRing> value;
   int before = kNone;  // whose output is under way
   Rows<T> rows;
-  uint32_t queries[kHeadDim / 16][4];
+  Scores<T, kSlotKeys> scores;
+  uint32_t weights[kSlotKeys / 4];
 
   // After all of the warp have read what they need of the slot.
   __device__ void release(uint64_t& barrier) const {
@@ -458,31 +516,31 @@ struct Consumer {
     if (threadIdx.x % kWarp == 0) barrier_arrive(shared_address(&barrier));
   }
 
-  // The rows' rotation of a stage, as left factors; rows that do not exist repeat the last one.
-  __device__ void take_queries(const Item& item, int stage) {
-    const int lane = threadIdx.x % kWarp, row = number * kRows + threadIdx.x / kWarp % 4 * 16 + lane / 4;
+  // The rows' rotation of a stage, once no product reads the last one's; rows that do not exist repeat the last one.
+  __device__ void take_queries(const Item& item, int stage) const {
+    named_sync(kQueries + number, kWarpgroup);
+    const int first = threadIdx.x % kWarpgroup / 16, chunk = threadIdx.x % 16;
     const int64_t stride = static_cast<int64_t>(a.heads) * kHeadDim;
     const T* q = static_cast<const T*>(a.q) + (stage * static_cast<int64_t>(a.tokens) + item.first_row()) * stride +
-                 item.head * kHeadDim + lane % 4 * 2;
+                 item.head * kHeadDim + chunk * 8;
+    char* target = shared.queries[number][chunk / 8];
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const uint32_t* values = reinterpret_cast<const uint32_t*>(q + min(row + 8 * h, item.rows() - 1) * stride);
-#pragma unroll
-      for (int step = 0; step < kHeadDim / 16; ++step) {
-        queries[step][h] = __ldg(values + step * 8);
-        queries[step][h + 2] = __ldg(values + step * 8 + 4);
-      }
+    for (int r = first; r < kRows; r += kWarpgroup / 16) {
+      const uint4 values = __ldg(reinterpret_cast<const uint4*>(q + min(number * kRows + r, item.rows() - 1) * stride));
+      *reinterpret_cast<uint4*>(target + r * kPanelRowBytes + ((chunk % 8 ^ r % 8) << 4)) = values;
     }
-#pragma unroll
-    for (int step = 0; step < kHeadDim / 16; ++step) settle(queries[step]);
+    async_proxy_fence();
+    named_sync(kQueries + number, kWarpgroup);
   }
 
   // scores = Q K^T of a slot, under way.
-  __device__ void score(float (&scores)[kSlotKeys / 2], int place) {
+  __device__ void score(int place) {
+    const uint32_t q = rows_descriptor(shared_address(shared.queries[number][0]));
     const uint32_t k = rows_descriptor(shared_address(shared.keys[place][0]));
 #pragma unroll
     for (int step = 0; step < kHeadDim / 16; ++step) {
-      multiply_transposed<T>(scores, queries[step], k + (step / 4 * kSlotPanelBytes >> 4) + step % 4 * 2, step > 0);
+      const int on = (step / 4 * kSlotPanelBytes >> 4) + step % 4 * 2;
+      multiply_shared<T>(scores.value, q + on, k + on, step > 0);
     }
   }
 
@@ -492,26 +550,32 @@ struct Consumer {
 
   __device__ bool is(Trait trait, uint32_t traits) const { return traits >> trait >> number & 1; }
 
-  __device__ void mask(const Item& item, int place, float (&scores)[kSlotKeys / 2]) const {
+  // Columns that the row block does not list count for none.
+  __device__ void skip_holes(int place) {
+    const int pair = threadIdx.x % 4 * 2;
+    const uint64_t listed = shared.listed[place][number] >> pair;
+    mask_scores(scores.value, [&](int column, int) { return (listed >> (column - pair) & 1) != 0; });
+  }
+
+  // Nor do keys behind a row or the end.
+  __device__ void skip_what_is_behind(const Item& item, int place) {
     const SlotInfo& info = shared.info[place];
     const int32_t position = item.begin() + number * kRows + threadIdx.x / kWarp % 4 * 16 + threadIdx.x % kWarp / 4;
     const int32_t limit[2] = {min(position, info.end - 1), min(position + 8, info.end - 1)};
     const bool columns = info.first == kNoKey;
     const int pair = threadIdx.x % 4 * 2;
-    const uint64_t listed = columns ? shared.listed[place][number] >> pair : ~0ull;
     // Bit by bit, which of this thread's keys its two rows see: gathered one by one, since registers are few.
     uint32_t seen[2] = {};
 #pragma unroll 1
     for (int i = 0; i < kSlotKeys / 4; ++i) {
       const int column = i / 2 * 8 + i % 2;
       const int32_t key = columns ? shared.position[place][pair + column] : info.first + pair + column;
-      const uint32_t bit = static_cast<uint32_t>(listed >> column & 1) << i;
 #pragma unroll
-      for (int h = 0; h < 2; ++h) seen[h] |= key <= limit[h] ? bit : 0;
+      for (int h = 0; h < 2; ++h) seen[h] |= (key <= limit[h]) << i;
     }
 #pragma unroll
     for (int i = 0; i < kSlotKeys / 2; ++i) {
-      if (!(seen[i / 2 % 2] >> (i / 4 * 2 + i % 2) & 1)) scores[i] = kNegativeInfinity;
+      if (!(seen[i / 2 % 2] >> (i / 4 * 2 + i % 2) & 1)) scores.value[i] = kNegativeInfinity;
     }
   }
 
@@ -537,11 +601,11 @@ struct Consumer {
   };
 
   // The scores of the slot that was found, under way.
-  __device__ Slot begin(uint32_t traits, Scores<T, kSlotKeys>& scores) {
+  __device__ Slot begin(uint32_t traits) {
     const Slot slot{traits, key.index, value};
     async_proxy_fence();
     products_begin();
-    score(scores.value, slot.key);
+    score(slot.key);
     products_commit();
     key.advance();
     value.advance();
@@ -551,26 +615,23 @@ struct Consumer {
   // Whether the consumer may wait for its next slot before it has made output of this one.
   __device__ bool comes_soon(const Slot& slot) const { return __any_sync(kAllLanes, is(kSoon, slot.traits)); }
 
-  // The scores of `slot` are there: its keys are not needed any more.
-  __device__ void end_scores(const Slot& slot, Scores<T, kSlotKeys>& scores) {
-    products_wait<1>();
+  // What is under way ends: `out` holds all slots so far.
+  __device__ void end_products() {
+    products_wait<0>();
     settle(scores.value);
-    release(shared.key_empty[slot.key]);
+    settle(rows.out);
+    settle(weights);
+    if (before != kNone) release(shared.value_empty[before]);
+    before = kNone;
   }
 
-  // The output of `slot` under way, behind that of the slot before, whose values are released. kGroups: of products
-  // that were begun since.
-  template <int kGroups>
-  __device__ void attend(const Item& item, float scale, Scores<T, kSlotKeys>& scores,
-                         uint32_t (&weights)[kSlotKeys / 4], const Slot& slot) {
+  // The output of the slot whose scores are there, under way.
+  __device__ void attend(const Item& item, float scale, const Slot& slot) {
     const int place = slot.value.index;
-    if (is(kMasked, slot.traits)) mask(item, place, scores.value);
+    if (is(kHoles, slot.traits)) skip_holes(place);
+    if (is(kBounded, slot.traits)) skip_what_is_behind(item, place);
     rows.soften(scores, scale);
-    settle(scores.value);
-    rows.template settle_output<kGroups>();
-    settle(weights);
-    release_values();
-    before = place;
+    if (rows.grown()) rows.rescale();
     scores.pack(weights);
     barrier_wait(shared_address(&shared.value_full[place]), slot.value.parity);
     async_proxy_fence();
@@ -579,30 +640,7 @@ struct Consumer {
     products_begin();
     rows.template attend<kSlotKeys / 16>(weights, 0, values_of(place));
     products_commit();
-  }
-
-  __device__ void release_values() {
-    if (before != kNone) release(shared.value_empty[before]);
-    before = kNone;
-  }
-
-  // Attends to `slot` with the scores of the next one under way, and goes on to that one.
-  __device__ void advance(const Item& item, float scale, Scores<T, kSlotKeys>& scores,
-                          Scores<T, kSlotKeys>& next_scores, uint32_t (&weights)[kSlotKeys / 4], Slot& slot) {
-    end_scores(slot, scores);
-    const Slot next = begin(find(), next_scores);
-    attend<1>(item, scale, scores, weights, slot);
-    slot = next;
-  }
-
-  __device__ void end(const Item& item, float scale, Scores<T, kSlotKeys>& scores, uint32_t (&weights)[kSlotKeys / 4],
-                      const Slot& slot) {
-    end_scores(slot, scores);
-    attend<0>(item, scale, scores, weights, slot);
-    products_wait<0>();
-    settle(rows.out);
-    settle(weights);
-    release_values();
+    before = place;
   }
 
   __device__ void walk(const Item& item) {
@@ -616,22 +654,15 @@ struct Consumer {
         stage = stage_of(traits);
         take_queries(item, stage);
       }
-      Scores<T, kSlotKeys> even, odd;
-      uint32_t weights[kSlotKeys / 4];
-      Slot slot = begin(traits, even);
-      products_commit();  // in place of an output under way
+      Slot slot = begin(traits);
       for (;;) {
-        if (!comes_soon(slot)) {
-          end(item, scale, even, weights, slot);
-          break;
-        }
-        advance(item, scale, even, odd, weights, slot);
-        if (!comes_soon(slot)) {
-          end(item, scale, odd, weights, slot);
-          break;
-        }
-        advance(item, scale, odd, even, weights, slot);
+        end_products();
+        release(shared.key_empty[slot.key]);
+        attend(item, scale, slot);
+        if (!comes_soon(slot)) break;
+        slot = begin(find());
       }
+      end_products();
     }
     if (!item.has(number)) return;
     const int64_t first_row = item.first_row() + number * kRows;
@@ -655,7 +686,7 @@ __global__ void __launch_bounds__(kThreads, 1) dca_sparse_prefill_kernel(const _
   if (threadIdx.x == 0) {
     constexpr int kConsumerWarps = kConsumers * kWarpgroup / kWarp;
     for (uint64_t& full : shared.key_full) barrier_init(shared_address(&full), kWarpgroup + 1);
-    for (uint64_t& full : shared.value_full) barrier_init(shared_address(&full), kWarpgroup);
+    for (uint64_t& full : shared.value_full) barrier_init(shared_address(&full), kWarpgroup + 1);
     for (uint64_t& empty : shared.key_empty) barrier_init(shared_address(&empty), kConsumerWarps);
     for (uint64_t& empty : shared.value_empty) barrier_init(shared_address(&empty), kConsumerWarps);
     barrier_init_fence();
@@ -687,13 +718,20 @@ int64_t dca_sparse_prefill_workspace(const qwen1m_dca_sparse_prefill& a) {
 template <typename T>
 int dca_sparse_prefill(const qwen1m_dca_sparse_prefill& piece, void* workspace, qwen1m_stream stream) {
   if (piece.num_blocks == 0) return cudaSuccess;
-  const SparseArguments a{piece, Shares(workspace, static_cast<int64_t>(piece.rows) * piece.heads, kHeadDim,
-                                        most_shares(piece), piece.row)};
+  SparseArguments a{
+      piece,
+      {},
+      {},
+      Shares(workspace, static_cast<int64_t>(piece.rows) * piece.heads, kHeadDim, most_shares(piece), piece.row)};
+  for (const auto& [map, pool] : {std::pair{&a.key_map, a.cache.key}, std::pair{&a.value_map, a.cache.value}}) {
+    const int code = make_tensor_map(*map, a.activation, pool, kHeadDim, a.cache.kv_heads, kAnyRow);
+    if (code != cudaSuccess) return code;
+  }
   const auto kernel = dca_sparse_prefill_kernel<T>;
   const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared));
   if (status != cudaSuccess) return status;
-  const int pairs = (a.first_block + a.num_blocks - 1) / 2 - a.first_block / 2 + 1;
-  kernel<<<dim3(pairs, a.heads, a.shares.count), kThreads, sizeof(Shared), as_stream(stream)>>>(a);
+  const int items = (a.first_block + a.num_blocks - 1) / kConsumers - a.first_block / kConsumers + 1;
+  kernel<<<dim3(items, a.heads, a.shares.count), kThreads, sizeof(Shared), as_stream(stream)>>>(a);
   if (a.shares.count == 1) return cudaGetLastError();
   const cudaError_t launched = cudaGetLastError();
   if (launched != cudaSuccess) return launched;

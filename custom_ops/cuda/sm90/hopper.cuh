@@ -133,9 +133,10 @@ __device__ inline void products_wait() {
 constexpr int kPanelValues = 64, kPanelRowBytes = 128;
 
 // The low half of a descriptor, which says where an operand begins: adding to it moves on by 16 bytes a unit. The high
-// half is the same for all, eight rows one behind the other and the permutation.
+// half is the same for all, eight rows one behind the other and the permutation. Products take it from a uniform
+// register: the shuffle tells the compiler that all lanes have the same, so that what is added to it stays there too.
 __device__ inline uint32_t descriptor(uint32_t shared, uint32_t leading_bytes) {
-  return leading_bytes >> 4 << 16 | (shared & 0x3ffff) >> 4;
+  return __shfl_sync(kAllLanes, leading_bytes >> 4 << 16 | (shared & 0x3ffff) >> 4, 0);
 }
 constexpr uint32_t kDescriptorHigh = 1u << 30 | 8 * kPanelRowBytes >> 4;
 

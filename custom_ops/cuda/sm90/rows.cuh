@@ -65,20 +65,28 @@ struct Rows {
   // Scores become weights. `scale` includes log2(e). Leaves `out` alone. A row's numbers depend on its own scores only.
   template <int kKeys>
   __device__ void soften(Scores<T, kKeys>& scores, float scale) {
+    float top[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      float tops[2] = {kNegativeInfinity, kNegativeInfinity};
+      constexpr int kChains = 4;  // side by side
+      float tops[kChains];
 #pragma unroll
-      for (int n = 0; n < kKeys / 8; ++n) {
-#pragma unroll
-        for (int c = 0; c < 2; ++c) tops[c] = fmaxf(tops[c], scores.value[4 * n + 2 * h + c]);
+      for (int i = 0; i < kKeys / 4; ++i) {
+        const float score = scores.value[i / 2 * 4 + 2 * h + i % 2];
+        tops[i % kChains] = i < kChains ? score : fmaxf(tops[i % kChains], score);
       }
-      float top = fmaxf(tops[0], tops[1]);
-      top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 1));
-      top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 2));
-      const bool grown = (top - maximum[h]) * scale > kGrowth;
-      shrink[h] = grown ? exp2_fast((maximum[h] - top) * scale) : 1.0f;
-      maximum[h] = grown ? top : maximum[h];
+      top[h] = fmaxf(fmaxf(tops[0], tops[1]), fmaxf(tops[2], tops[3]));
+    }
+#pragma unroll
+    for (int distance = 1; distance < 4; distance *= 2) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) top[h] = fmaxf(top[h], __shfl_xor_sync(kAllLanes, top[h], distance));
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const bool grown = (top[h] - maximum[h]) * scale > kGrowth;
+      shrink[h] = grown ? exp2_fast((maximum[h] - top[h]) * scale) : 1.0f;
+      maximum[h] = grown ? top[h] : maximum[h];
       const float origin = maximum[h] == kNegativeInfinity ? 0.0f : maximum[h] * scale;
       float totals[2] = {0, 0};
 #pragma unroll
