@@ -3,6 +3,7 @@
     python tools/benchmark_engine.py throughput [--model 7B] [--prompt 2048] [--new 256] [--requests 1 8 32]
     python tools/benchmark_engine.py beside [--tokens 262144] [--sequences 8]    a long prefill beside running answers
     python tools/benchmark_engine.py prefix [--documents 229311 262144]           a second question on a cached document
+    python tools/benchmark_engine.py questions [--documents 131072 150000] [--questions 100]    an evaluation by logits
     python tools/benchmark_engine.py --checkpoint checkpoints/needle beside --tokens 60000        on whatever device
 
 With random weights the attention of sparse prefill visits the seeded lines of benchmark_gpu_model.py. Every bound that
@@ -235,6 +236,35 @@ def prefix(subject: Subject, documents: list[int], question: int, *, sparse: boo
         )
 
 
+def questions(subject: Subject, documents: list[int], question: int, many: int, *, sparse: bool) -> None:
+    """What `eval --score logits` asks of the engine, beside one prefill and as many questions on a cached document."""
+    options = EngineOptions(cache_tokens=2 * (max(documents) + question) + 65536, enable_prefix_caching=True, sparse=sparse)
+    engine = subject.engine(options)
+    print(f"{many} questions of {question} tokens, logits of all but the first, {'sparse' if sparse else 'dense'}")
+    print("document    prefill s  one question s  all s  of the prefill and as many questions")
+    for tokens in documents:
+        document = subject.prompt(tokens)
+        prompts = [np.concatenate([document, subject.prompt(question, one)]) for one in range(many)]
+        with subject.selection():
+            _logits_seconds(engine, np.concatenate([document[::-1], prompts[0]])[: subject.warm_tokens(engine)])
+            engine.reset_prefix_cache()
+            first, *rest = (_logits_seconds(engine, prompt) for prompt in prompts[:8])
+            one = float(np.median(rest))
+            engine.reset_prefix_cache()
+            whole = sum(_logits_seconds(engine, prompt) for prompt in prompts)
+        prefill = first - one
+        share = whole / (prefill + many * one)
+        print(f"{tokens:9,} {prefill:12.3f} {one:15.4f} {whole:6.2f} {share:8.3f}", flush=True)
+
+
+def _logits_seconds(engine: Engine, prompt: np.ndarray) -> float:
+    """How long the logits of the last tokens but one take, as many as ANSWER."""
+    places = range(max(len(prompt) - ANSWER, 0), len(prompt) - 1)
+    start = time.perf_counter()
+    Log().run(_with(engine, Request("one", prompt, logit_positions=tuple(places))))
+    return time.perf_counter() - start
+
+
 @contextmanager
 def _idle_share(on_gpu: bool) -> Iterator[list[float]]:
     """Meanwhile, how often the driver saw no kernel on the GPU: a share for each of its samples, there at the end."""
@@ -282,6 +312,11 @@ def main() -> int:
     one.add_argument("--documents", type=int, nargs="+", default=[229311, 262144], help="their tokens")
     one.add_argument("--question", type=int, default=64, help="its tokens")
     one.add_argument("--dense", action="store_true")
+    one = commands.add_parser("questions")
+    one.add_argument("--documents", type=int, nargs="+", default=[131072, 150000], help="their tokens")
+    one.add_argument("--question", type=int, default=ANSWER, help="its tokens, the answer's with it")
+    one.add_argument("--questions", type=int, default=100)
+    one.add_argument("--dense", action="store_true")
     arguments = parser.parse_args()
     logger.set_level("ERROR")
     if arguments.checkpoint is None:
@@ -293,6 +328,9 @@ def main() -> int:
         throughput(subject, arguments.prompt, arguments.new, arguments.requests)
     elif arguments.what == "beside":
         beside(subject, arguments.tokens, arguments.sequences)
+    elif arguments.what == "questions":
+        sparse = not arguments.dense
+        questions(subject, arguments.documents, arguments.question, arguments.questions, sparse=sparse)
     else:
         prefix(subject, arguments.documents, arguments.question, sparse=not arguments.dense)
     return 0
