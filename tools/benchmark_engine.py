@@ -238,8 +238,8 @@ def prefix(subject: Subject, documents: list[int], question: int, *, sparse: boo
 
 def questions(subject: Subject, documents: list[int], question: int, many: int, *, sparse: bool) -> None:
     """What `eval --score logits` asks of the engine, beside one prefill and as many questions on a cached document."""
-    options = EngineOptions(cache_tokens=2 * (max(documents) + question) + 65536, enable_prefix_caching=True, sparse=sparse)
-    engine = subject.engine(options)
+    tokens = 2 * (max(documents) + question) + 65536
+    engine = subject.engine(EngineOptions(cache_tokens=tokens, enable_prefix_caching=True, sparse=sparse))
     print(f"{many} questions of {question} tokens, logits of all but the first, {'sparse' if sparse else 'dense'}")
     print("document    prefill s  one question s  all s  of the prefill and as many questions")
     for tokens in documents:
