@@ -141,20 +141,20 @@ class SamplingParams:
         if number("repetition_penalty", self.repetition_penalty) <= 0.0:
             raise ValueError(f"repetition_penalty must be above 0, got {self.repetition_penalty}")
         for name, lowest in (("n", 1), ("top_k", -1), ("min_tokens", 0)):
-            if _whole(name, getattr(self, name)) < lowest:
+            if whole(name, getattr(self, name)) < lowest:
                 raise ValueError(f"{name} must be at least {lowest}, got {getattr(self, name)}")
         if self.n > MAX_N:
             raise ValueError(f"n must be at most {MAX_N}, got {self.n}")
         if self.max_tokens is not None:
-            if _whole("max_tokens", self.max_tokens) < 1:
+            if whole("max_tokens", self.max_tokens) < 1:
                 raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
             if self.min_tokens > self.max_tokens:
                 raise ValueError(f"min_tokens must be 0 to max_tokens ({self.max_tokens}), got {self.min_tokens}")
-        if self.seed is not None and not -MAX_SEED <= _whole("seed", self.seed) < MAX_SEED:
+        if self.seed is not None and not -MAX_SEED <= whole("seed", self.seed) < MAX_SEED:
             raise ValueError(f"seed must be in [-2^63, 2^63), got {self.seed}")
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(self, name)
-            if value is not None and not -1 <= _whole(name, value) <= MAX_LOGPROBS:
+            if value is not None and not -1 <= whole(name, value) <= MAX_LOGPROBS:
                 raise ValueError(f"{name} must be 0 to {MAX_LOGPROBS}, or -1 for {MAX_LOGPROBS}, got {value}")
 
     def _check_lists(self) -> None:
@@ -196,7 +196,8 @@ def number(name: str, value: Any) -> float:
     return read
 
 
-def _whole(name: str, value: Any) -> int:
+def whole(name: str, value: Any) -> int:
+    """ValueError for what is no whole number."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise ValueError(f"{name} must be a whole number, got {value!r}")
     return value

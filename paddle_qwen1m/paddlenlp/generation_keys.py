@@ -16,13 +16,16 @@ GREEDY, SAMPLING = "greedy_search", "sampling"
 
 
 def whole(name: str, value: Any) -> int:
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
-        raise ValueError(f"{name} must be a whole number, got {value!r}")
-    return int(value)
+    return params.whole(name, _plain(value))
 
 
 def number(name: str, value: Any) -> float:
-    return params.number(name, value.item() if isinstance(value, np.generic) else value)
+    return params.number(name, _plain(value))
+
+
+def _plain(value: Any) -> Any:
+    """Python's number in place of numpy's."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def switch(name: str, value: Any) -> bool:
