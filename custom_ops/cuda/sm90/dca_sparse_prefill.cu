@@ -180,12 +180,11 @@ struct Producer {
     barrier_wait(shared_address(&shared.key_empty[key.index]), key.parity ^ 1);
   }
 
-  // After the slot was described by thread 0 and the copies of its keys are under way.
-  __device__ void hand_over_keys() {
-    const uint32_t full = shared_address(&shared.key_full[key.index]);
+  // The slot's keys, or its values, once their copies are under way, and thread 0 has described the slot.
+  __device__ void hand_over(uint64_t& barrier) const {
+    const uint32_t full = shared_address(&barrier);
     copy_arrive(full);
     if (threadIdx.x == 0) barrier_arrive(full);
-    key.advance();
   }
 
   // The slot's keys and values; pool_row_of a row of this thread.
@@ -209,18 +208,17 @@ struct Producer {
       }
     };
     copy(a.cache.key, shared.keys[key.index]);
-    hand_over_keys();
+    hand_over(shared.key_full[key.index]);
+    key.advance();
     copy(a.cache.value, shared.values[value.index]);
-    const uint32_t full = shared_address(&shared.value_full[value.index]);
-    copy_arrive(full);
-    if (threadIdx.x == 0) barrier_arrive(full);
+    hand_over(shared.value_full[value.index]);
     value.advance();
   }
 
   __device__ void end_item() {
     wait_for_slot();
     if (threadIdx.x == 0) shared.info[value.index].traits = kLast;
-    hand_over_keys();
+    hand_over(shared.key_full[key.index]);
   }
 
   // For which of `wanting` some of the slot's keys, the last of them `last`, lie behind a row or the end.

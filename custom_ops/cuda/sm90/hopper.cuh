@@ -169,11 +169,7 @@ __device__ inline void multiply_shared(float (&c)[64], uint32_t a, uint32_t b, b
 template <typename T>
 __device__ inline void multiply_shared(float (&c)[32], uint32_t a, uint32_t b, bool add);
 
-// The left factor in registers, as multiply_add takes it; the right one as its transpose.
-template <typename T>
-__device__ inline void multiply_transposed(float (&c)[32], const uint32_t (&a)[4], uint32_t b, bool add);
-
-// The left factor in registers, the right one as it is. Always adds.
+// The left factor in registers, as multiply_add takes it, the right one as it is. Always adds.
 template <typename T>
 __device__ inline void multiply_rows(float (&c)[64], const uint32_t (&a)[4], uint32_t b);
 
@@ -193,15 +189,6 @@ __device__ inline void multiply_rows(float (&c)[64], const uint32_t (&a)[4], uin
         "wgmma.mma_async.sync.aligned.m64n64k16.f32." name "." name " {" QWEN1M_R32 "}, a, b, p, 1, 1, 0, 0;\n}"      \
         : QWEN1M_F16(c, 0), QWEN1M_F16(c, 16)                                                                         \
         : "r"(a), "r"(b), "r"(kDescriptorHigh), "r"(static_cast<int>(add)));                                          \
-  }                                                                                                                   \
-  template <>                                                                                                         \
-  __device__ inline void multiply_transposed<T>(float (&c)[32], const uint32_t (&a)[4], uint32_t b, bool add) {       \
-    asm volatile(                                                                                                     \
-        "{\n.reg .pred p;\n.reg .b64 b;\nsetp.ne.b32 p, %38, 0;\nmov.b64 b, {%36, %37};\n"                            \
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32." name "." name " {" QWEN1M_R32                                   \
-        "}, {%32, %33, %34, %35}, b, p, 1, 1, 0;\n}"                                                                  \
-        : QWEN1M_F16(c, 0), QWEN1M_F16(c, 16)                                                                         \
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(kDescriptorHigh), "r"(static_cast<int>(add)));      \
   }                                                                                                                   \
   template <>                                                                                                         \
   __device__ inline void multiply_rows<T>(float (&c)[64], const uint32_t (&a)[4], uint32_t b) {                       \
