@@ -212,9 +212,7 @@ def beside(subject: Subject, tokens: int, sequences: int) -> None:
 
 
 def prefix(subject: Subject, documents: list[int], question: int, *, sparse: bool) -> None:
-    options = EngineOptions(
-        cache_tokens=2 * (max(documents) + question) + 65536, enable_prefix_caching=True, sparse=sparse
-    )
+    options = _reusing(documents, question, sparse)
     engine = subject.engine(options)
     print(f"documents and questions of {question} tokens, {'sparse' if sparse else 'dense'}")
     print("document    cold s  cold without cuts s  the cuts cost  second question s  times sooner  tokens reused")
@@ -238,28 +236,34 @@ def prefix(subject: Subject, documents: list[int], question: int, *, sparse: boo
 
 def questions(subject: Subject, documents: list[int], question: int, many: int, *, sparse: bool) -> None:
     """What `eval --score logits` asks of the engine, beside one prefill and as many questions on a cached document."""
-    tokens = 2 * (max(documents) + question) + 65536
-    engine = subject.engine(EngineOptions(cache_tokens=tokens, enable_prefix_caching=True, sparse=sparse))
+    engine = subject.engine(_reusing(documents, question, sparse))
     print(f"{many} questions of {question} tokens, logits of all but the first, {'sparse' if sparse else 'dense'}")
     print("document    prefill s  one question s  all s  of the prefill and as many questions")
     for tokens in documents:
         document = subject.prompt(tokens)
         prompts = [np.concatenate([document, subject.prompt(question, one)]) for one in range(many)]
         with subject.selection():
-            _logits_seconds(engine, np.concatenate([document[::-1], prompts[0]])[: subject.warm_tokens(engine)])
+            warm_up = np.concatenate([document[::-1], prompts[0]])[: subject.warm_tokens(engine)]
+            _logits_seconds(engine, warm_up, question)
             engine.reset_prefix_cache()
-            first, *rest = (_logits_seconds(engine, prompt) for prompt in prompts[:8])
+            first, *rest = (_logits_seconds(engine, prompt, question) for prompt in prompts[:8])
             one = float(np.median(rest))
             engine.reset_prefix_cache()
-            whole = sum(_logits_seconds(engine, prompt) for prompt in prompts)
+            whole = sum(_logits_seconds(engine, prompt, question) for prompt in prompts)
         prefill = first - one
         share = whole / (prefill + many * one)
         print(f"{tokens:9,} {prefill:12.3f} {one:15.4f} {whole:6.2f} {share:8.3f}", flush=True)
 
 
-def _logits_seconds(engine: Engine, prompt: np.ndarray) -> float:
-    """How long the logits of the last tokens but one take, as many as ANSWER."""
-    places = range(max(len(prompt) - ANSWER, 0), len(prompt) - 1)
+def _reusing(documents: list[int], question: int, sparse: bool) -> EngineOptions:
+    """With room for a document twice, and what questions add."""
+    tokens = 2 * (max(documents) + question) + 65536
+    return EngineOptions(cache_tokens=tokens, enable_prefix_caching=True, sparse=sparse)
+
+
+def _logits_seconds(engine: Engine, prompt: np.ndarray, question: int) -> float:
+    """How long the logits behind the prompt's last `question` tokens but one take: of all its tokens but the first."""
+    places = range(len(prompt) - question, len(prompt) - 1)
     start = time.perf_counter()
     Log().run(_with(engine, Request("one", prompt, logit_positions=tuple(places))))
     return time.perf_counter() - start
@@ -314,8 +318,8 @@ def main() -> int:
     one.add_argument("--dense", action="store_true")
     one = commands.add_parser("questions")
     one.add_argument("--documents", type=int, nargs="+", default=[131072, 150000], help="their tokens")
-    one.add_argument("--question", type=int, default=ANSWER, help="its tokens, the answer's with it")
-    one.add_argument("--questions", type=int, default=100)
+    one.add_argument("--question", type=int, default=64, help="its tokens, the answer's with it")
+    one.add_argument("--questions", type=int, default=100, help="at least 2 (default: %(default)s)")
     one.add_argument("--dense", action="store_true")
     arguments = parser.parse_args()
     logger.set_level("ERROR")
