@@ -15,6 +15,8 @@ PLANNED = 0.9
 PART_OF_BOUND = 0.25
 """Of the bound on the time between tokens, one advance of a chunk takes this part."""
 ROW_BLOCK = 64
+ABREAST = 6
+"""Row blocks: a multiple of those that a kernel's thread block takes together, two densely and three sparsely."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,7 @@ class Pacer:
         if layer / 2 > most:
             a_block = rate * ROW_BLOCK * self._work.of_key * (begin + rows)
             fitting = max(1, int(most / a_block)) if a_block else 0
+            fitting -= fitting % ABREAST if fitting > ABREAST else 0
             row_blocks = fitting if fitting * ROW_BLOCK < rows else 0
         return ChunkPace(work, sparse, row_blocks, min(most, layer / 2) if row_blocks else layer / 2)
 

@@ -202,6 +202,17 @@ def test_a_chunk_tells_how_long_the_next_one_takes(pacer: Pacer, clock: Clock) -
     assert pacer.begin(64_000, 1_000_000, sparse=False).row_blocks > 0
 
 
+def test_row_blocks_that_a_kernel_takes_together_are_not_parted(pacer: Pacer, clock: Clock) -> None:
+    """Two densely and three sparsely, where so many fit an advance."""
+    pacer.queue_points(pacer.begin(1000, 0, sparse=False), 20)
+    clock.now = 0.150
+    pacer.finished(at_end=True)
+    whole = 0
+    rows = 2000, 4000, 8000
+    cut = {pacer.begin(n, begin, sparse=False).row_blocks for n in rows for begin in range(0, 50_000, 50)}
+    assert cut == {whole, 1, 2, 3, 4, 5, 6, 12, 18}
+
+
 def test_what_has_failed_is_forgotten(pacer: Pacer, clock: Clock) -> None:
     pacer.queue("head", 5.0)
     pacer.forget()

@@ -26,13 +26,14 @@ FORMS = {
     "tensor-parallel": {"form": "tensor-parallel", "degree": 2},
 }
 
-# Dies by SIGKILL after exactly that many bytes of weights, or before that call of a function that makes things durable.
+# Dies by SIGKILL after exactly that many bytes of weights, when so many shards are finished (a disk may be slow to sync
+# them), or before that call of a function that makes things durable.
 KILLED = """
-import json, os, signal, sys
+import json, os, signal, sys, threading
 from paddle_qwen1m.weights import convert, writer
 
-source, destination, options, point, limit = sys.argv[1:]
-limit, seen = int(limit), 0
+source, destination, options, point, limit, shards = sys.argv[1:]
+limit, seen, finished = int(limit), 0, threading.Semaphore(0)
 
 
 def die():
@@ -51,17 +52,24 @@ def counted(function):
 
 
 if point == "bytes":
-    write = writer.OutputFile.write
+    write, replace = writer.OutputFile.write, os.replace
 
     def write_until(file, data):
         global seen
         if seen + len(data) > limit:
             write(file, data[: limit - seen])
+            for _ in range(int(shards)):
+                finished.acquire()
             die()
         seen += len(data)
         write(file, data)
 
-    writer.OutputFile.write = write_until
+    def replace_and_count(source, destination):
+        replace(source, destination)
+        if str(destination).endswith(".safetensors"):
+            finished.release()
+
+    writer.OutputFile.write, os.replace = write_until, replace_and_count
 else:
     os.fsync, os.replace = counted(os.fsync), counted(os.replace)
 options = json.loads(options)
@@ -69,9 +77,9 @@ convert.convert(source, destination, options.pop("form"), progress=False, **opti
 """
 
 
-def killed(source, destination, options, point, limit):
+def killed(source, destination, options, point, limit, shards=0):
     """Whether the conversion was killed before its end."""
-    arguments = [str(source), str(destination), json.dumps(options), point, str(limit)]
+    arguments = [str(source), str(destination), json.dumps(options), point, str(limit), str(shards)]
     run = subprocess.run([sys.executable, "-W", "ignore", "-c", KILLED, *arguments], capture_output=True, timeout=120)
     assert run.returncode in (0, -9), run.stderr.decode()[-2000:]
     return run.returncode == -9
@@ -89,9 +97,9 @@ def state(directory):
     return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in directory.rglob("*.safetensors")}
 
 
-def kill_and_resume(source, destination, options, point, limit, expected):
+def kill_and_resume(source, destination, options, point, limit, expected, shards=0):
     """Returns the number of shards that were finished when the conversion was killed, None when it was not."""
-    if not killed(source, destination, options, point, limit):
+    if not killed(source, destination, options, point, limit, shards):
         identical(destination, expected)
         return None
     finished = state(destination) if destination.exists() else {}
@@ -153,7 +161,7 @@ def test_half_a_gigabyte_in_nine_shards_is_killed_27_times(tmp_path):
         for kill in range(9):
             # from beyond the second shard to the last bytes, at no round place
             limit = total * 3 // 9 + kill * (total * 6 // 9) // 9 + 12_345 * kill
-            finished = kill_and_resume(source, tmp_path / "out", options, "bytes", limit, expected)
+            finished = kill_and_resume(source, tmp_path / "out", options, "bytes", limit, expected, shards=1)
             print(f"{form}: killed after {limit:,} of {total:,} bytes with {finished} shards finished")
             assert finished is not None and finished >= 1
             shutil.rmtree(tmp_path / "out")
