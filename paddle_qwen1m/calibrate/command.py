@@ -18,7 +18,7 @@ from paddle_qwen1m.cache import PagedCache, choose_page_size
 from paddle_qwen1m.calibrate import results
 from paddle_qwen1m.calibrate.flags import MODEL_OPTIONS
 from paddle_qwen1m.calibrate.reading import Layer, Text
-from paddle_qwen1m.calibrate.results import LayerResult
+from paddle_qwen1m.calibrate.results import Measured
 from paddle_qwen1m.calibrate.strategies import STRATEGIES, Goal, Pairs
 from paddle_qwen1m.calibrate.stream import WeightStream
 from paddle_qwen1m.config import LOCAL_DIAGONALS, SINK_COLUMNS, SparseBudgets
@@ -47,7 +47,8 @@ def calibrate(arguments: argparse.Namespace) -> int:
     progress = results.Progress(out, given)
     with paddle.no_grad():
         _run(arguments, opened, texts, goal, progress)
-    report = results.write(out, given, progress.layers)
+    chosen = STRATEGIES[arguments.strategy].choose([layer.candidates for layer in progress.layers], goal)
+    report = results.write(out, given, [layer.chosen(which) for layer, which in zip(progress.layers, chosen)])
     progress.end()
     say(report.partition("\n\n| layer.head")[0])
     say(f"\n{shown(str(out))}")
@@ -74,9 +75,9 @@ def _run(
     with Progress(title, tokens * left) as bar:
         for number in range(len(progress.layers), config.num_layers):
             layer = Layer(stream.layer(number), config, texts, cache, _chunk(arguments))
-            chosen = STRATEGIES[arguments.strategy](layer.measure, config.num_heads, goal)
+            candidates = STRATEGIES[arguments.strategy].candidates(layer.measure, config.num_heads, goal)
             old = Pairs(before.vertical[number].astype(np.int64), before.slash[number].astype(np.int64))
-            found = LayerResult.of(chosen, *layer.measure(old, chosen.pairs.visited, change=True))
+            found = Measured.of(candidates, *layer.measure(old, change=True))
             for done in layer.advance():
                 bar.update(done)
             progress.add(found, [text.residual for text in texts])

@@ -25,8 +25,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--strategy", choices=list(STRATEGIES), default="least",
         help="least: the cheapest columns and diagonals that keep --recall; published: one of five pairs and an "
-        "increment by its recall, as in the published files; output: those of all a layer's heads with which its "
-        "output changes least, at --cost in the mean and whatever their recall (default: %(default)s)",
+        "increment by its recall, as in the published files; output: those of all heads with which the layers' outputs "
+        "change least, at --cost in the mean and whatever their recall (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--recall", type=float, default=RECALL, metavar="X",
@@ -34,6 +34,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--cost", type=float, default=COST, metavar="X",
-        help="share of the keys that a head of least may visit, or the heads of a layer in the mean with output "
+        help="share of the keys that a head of least may visit, or all heads in the mean with output "
         "(default: %(default)s)",
     )  # fmt: skip

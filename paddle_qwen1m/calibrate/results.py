@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from paddle_qwen1m.calibrate.strategies import Chosen, Kept
+from paddle_qwen1m.calibrate.strategies import Candidates, Ints, Kept, Pairs
 from paddle_qwen1m.fileio.durable import publish, temporary, write_whole
 from paddle_qwen1m.streams import InputError, shown
 
@@ -32,12 +32,46 @@ class LayerResult:
     before: dict[str, list[float]]
     after: dict[str, list[float]]
 
+
+@dataclass(frozen=True)
+class Measured:
+    """Of a layer: what its heads may get, and what the pairs before keep, [1, H]."""
+
+    candidates: Candidates
+    before: Kept
+
     @classmethod
-    def of(cls, chosen: Chosen, before: Kept, after: Kept) -> LayerResult:
-        return cls(
-            chosen.pairs.columns.tolist(), chosen.pairs.diagonals.tolist(), _rounded(chosen.score),
-            {name: _rounded(values) for name, values in before._asdict().items()},
-            {name: _rounded(values) for name, values in after._asdict().items()},
+    def of(cls, candidates: Candidates, before: Kept) -> Measured:
+        """With numbers as they are kept, so that a run that goes on chooses as one that was never interrupted."""
+        return cls.read(json.loads(json.dumps(cls(candidates, Kept(*(values[None] for values in before))).line())))
+
+    @classmethod
+    def read(cls, line: Mapping[str, Any]) -> Measured:
+        pairs = Pairs(*(np.array(line[name], np.int64) for name in Pairs._fields))
+        kept, before = (Kept(*(np.array(line[which][name]) for name in Kept._fields)) for which in ("kept", "before"))
+        return cls(Candidates(pairs, np.array(line["score"]), kept), before)
+
+    def line(self) -> dict[str, Any]:
+        """What `read` reads."""
+        pairs, score, kept = self.candidates
+        return {
+            **{name: sizes.tolist() for name, sizes in pairs._asdict().items()},
+            "score": _rounded(score),
+            "kept": {name: _rounded(values) for name, values in kept._asdict().items()},
+            "before": {name: _rounded(values) for name, values in self.before._asdict().items()},
+        }
+
+    def chosen(self, which: Ints) -> LayerResult:
+        """With this candidate of each head, [H]."""
+        pairs, score, kept = self.candidates
+
+        def of(values: npt.NDArray[Any]) -> list[Any]:
+            return np.take_along_axis(values, which[None], 0)[0].tolist()
+
+        return LayerResult(
+            of(pairs.columns), of(pairs.diagonals), of(score),
+            {name: values[0].tolist() for name, values in self.before._asdict().items()},
+            {name: of(values) for name, values in kept._asdict().items()},
         )  # fmt: skip
 
 
@@ -47,7 +81,7 @@ class Progress:
     def __init__(self, out: Path, given: Mapping[str, Any]) -> None:
         """InputError where a run with other options has left its folder there, or `out` cannot be written."""
         self.folder = out.with_name(out.name + PROGRESS_SUFFIX)
-        self.layers: list[LayerResult] = []
+        self.layers: list[Measured] = []
         try:
             if (self.folder / GIVEN).exists():
                 self._go_on(json.loads(json.dumps(given)))
@@ -63,8 +97,8 @@ class Progress:
         try:
             before = dict(json.loads((self.folder / GIVEN).read_text(encoding="utf-8")))
             lines = (self.folder / LAYERS).read_bytes().splitlines() if (self.folder / LAYERS).exists() else []
-            self.layers = [LayerResult(**json.loads(line)) for line in lines]
-        except (ValueError, TypeError) as error:
+            self.layers = [Measured.read(json.loads(line)) for line in lines]
+        except (ValueError, TypeError, KeyError) as error:
             raise InputError(
                 f"--out: {shown(str(self.folder))} is not what a run has left there: {error}; remove it to begin anew"
             ) from error
@@ -84,7 +118,7 @@ class Progress:
         files = sorted(self.folder.glob(self._pattern(len(self.layers))))
         return [np.fromfile(path, np.float32).reshape(-1, hidden_size) for path in files]
 
-    def add(self, layer: LayerResult, texts: Sequence[npt.NDArray[np.float32]]) -> None:
+    def add(self, layer: Measured, texts: Sequence[npt.NDArray[np.float32]]) -> None:
         """Keeps what was found of the next layer, and the texts as they are behind it."""
         number = len(self.layers) + 1
         for place, text in enumerate(texts):
@@ -92,7 +126,7 @@ class Progress:
             with open(temporary(path), "wb") as file:
                 text.tofile(file)
             publish(path)
-        lines = [json.dumps(asdict(one)) for one in (*self.layers, layer)]
+        lines = [json.dumps(one.line()) for one in (*self.layers, layer)]
         write_whole(self.folder / LAYERS, "".join(f"{line}\n" for line in lines).encode())
         self.layers.append(layer)
         for old in self.folder.glob(self._pattern(number - 1)):
@@ -179,8 +213,8 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _rounded(values: npt.NDArray[np.float64]) -> list[float]:
-    return [float(f"{value:.4g}") for value in values]
+def _rounded(values: npt.NDArray[np.float64]) -> list[list[float]]:
+    return [[float(f"{value:.4g}") for value in row] for row in values]
 
 
 def _json(value: Mapping[str, Any]) -> bytes:

@@ -1,4 +1,4 @@
-"""How a pair (columns, diagonals) is found for each head of a layer, given a way to measure pairs."""
+"""How a pair (columns, diagonals) is found for each head, given a way to measure pairs layer by layer."""
 
 from __future__ import annotations
 
@@ -21,8 +21,6 @@ LEAST_COST = 1e-6
 """A step that costs nothing more is worth this one's price."""
 LEAST_CHANGE = 2.0**-18
 """What rounding to bfloat16 changes at most: `output` takes less for none."""
-COST_UNIT = 1e-4
-"""What `output` counts costs in, rounded up."""
 RAISED, RAISED_TO = 30, 130
 """Columns of a file, and what whoever reads it makes of them: see SparseBudgets."""
 
@@ -72,8 +70,8 @@ class Measure(Protocol):
 
 @dataclass(frozen=True)
 class Goal:
-    """The share of the attention to keep, and the share of the keys that a head, or with `output` the mean of a layer's
-    heads, may visit for it.
+    """The share of the attention to keep, and the share of the keys that a head, or with `output` the mean of all heads
+    of all layers, may visit for it.
     """
 
     recall: float = RECALL
@@ -86,18 +84,35 @@ class Goal:
                 raise ValueError(f"--{name} must be above 0 and at most 1, got {value:g}")
 
 
-class Chosen(NamedTuple):
-    """Pairs, and the score that goes into the file, [H]."""
+class Candidates(NamedTuple):
+    """Of each head of a layer n pairs that it may get, as they stand in a file, the score that goes there with it, and
+    what each keeps, [n, H] each; infinite where a pair was not measured.
+    """
 
     pairs: Pairs
     score: Floats
+    kept: Kept
+
+    @classmethod
+    def one(cls, pairs: Pairs, score: Floats, kept: Kept) -> Candidates:
+        """A pair a head, [H]."""
+        return cls(Pairs(*(sizes[None] for sizes in pairs)), score[None], Kept(*(values[None] for values in kept)))
 
 
-Strategy = Callable[[Measure, int, Goal], Chosen]
-"""Of how to measure, the number of heads and the goal."""
+class Strategy(NamedTuple):
+    """candidates: of a layer, of how to measure, the number of heads and the goal. choose: of all layers, and the goal;
+    which of them each head gets, [H] of each layer.
+    """
+
+    candidates: Callable[[Measure, int, Goal], Candidates]
+    choose: Callable[[Sequence[Candidates], Goal], list[Ints]]
 
 
-def least(measure: Measure, heads: int, goal: Goal) -> Chosen:
+def the_only_ones(layers: Sequence[Candidates], _goal: Goal) -> list[Ints]:
+    return [np.zeros(layer.score.shape[1], np.int64) for layer in layers]
+
+
+def least(measure: Measure, heads: int, goal: Goal) -> Candidates:
     """The cheapest pair of the grid that keeps the goal's recall at its cost, or what comes nearest on the way there.
 
     More columns or diagonals never keep less and never cost less, so that on the first text each head walks along the
@@ -118,10 +133,12 @@ def least(measure: Measure, heads: int, goal: Goal) -> Chosen:
         diagonal = diagonal + (walking & ~holds)
         walking &= (column >= 0) & (diagonal < len(DIAGONALS))
     places = np.array([_best(found, goal) for found in seen], np.int64).T
-    return _grown(measure, places, goal)
+    pairs = _grown(measure, places, goal)
+    (kept,) = measure(pairs, change=True)
+    return Candidates.one(pairs, kept.recall, kept)
 
 
-def published(measure: Measure, heads: int, goal: Goal) -> Chosen:
+def published(measure: Measure, heads: int, goal: Goal) -> Candidates:
     """As in the published files: a pair of BASES, and an increment of both by its recall on all texts.
 
     Which of the five a head got is not published: here it is the first that keeps the goal's recall, else the one that
@@ -132,7 +149,8 @@ def published(measure: Measure, heads: int, goal: Goal) -> Chosen:
     base = np.where(holds.any(0), holds.argmax(0), kept.argmax(0))
     pairs = Pairs(*np.array(BASES, np.int64)[base].T)
     (found,) = measure(pairs.visited)
-    return Chosen(refined(pairs, found.recall), found.recall)
+    grown = refined(pairs, found.recall)
+    return Candidates.one(grown, found.recall, *measure(grown.visited, change=True))
 
 
 def refined(bases: Pairs, score: Floats) -> Pairs:
@@ -142,18 +160,52 @@ def refined(bases: Pairs, score: Floats) -> Pairs:
     return Pairs(bases.columns + by_recall[place], bases.diagonals + by_recall[place])
 
 
-def output(measure: Measure, heads: int, goal: Goal) -> Chosen:
-    """The pairs of the grid with the least sum of `change` of all that visit the goal's cost in the mean of the layer's
-    heads; the smallest of all where none does. A head that changes little leaves its keys to others, and a layer that
-    changes less than LEAST_CHANGE head by head takes no more, whatever the recall: the goal's is not asked for.
+def affordable(measure: Measure, heads: int, goal: Goal) -> Candidates:
+    """The pairs of the grid, unless with fewer columns or diagonals a head alone costs what all of its layer may.
+
+    More of either never costs less: each next diagonal of the grid is measured where both pairs before it are cheap.
     """
-    columns, diagonals = np.indices((len(COLUMNS), len(DIAGONALS))).reshape(2, -1)
-    recall, cost, change = _affordable(measure, heads, goal.cost).reshape(3, -1, heads)
-    best = _least_change(cost, np.where(change < LEAST_CHANGE, 0.0, change), goal.cost)
-    return Chosen(_grid(columns[best], diagonals[best]), recall[best, np.arange(heads)])
+    kept = np.full((len(Kept._fields), len(COLUMNS) + 1, len(DIAGONALS) + 1, heads), np.inf)
+    cost = kept[Kept._fields.index("cost")]
+    cost[0], cost[:, 0] = 0.0, 0.0
+    for steps in range(len(COLUMNS) + len(DIAGONALS) - 1):
+        places = [(at, steps - at) for at in range(len(COLUMNS)) if 0 <= steps - at < len(DIAGONALS)]
+        worth = {(i, j): np.maximum(cost[i, j + 1], cost[i + 1, j]) <= goal.cost * heads for i, j in places}
+        worth = {place: which for place, which in worth.items() if which.any()}
+        # heads for which a pair costs too much are measured where that takes least
+        pairs = [_grid(*(np.where(which, at, 0) for at in place)) for place, which in worth.items()]
+        for ((i, j), which), one in zip(worth.items(), measure(*pairs, change=True) if pairs else []):
+            kept[:, i + 1, j + 1] = np.where(which, one, np.inf)
+    found = Kept(*kept[:, 1:, 1:].reshape(len(kept), -1, heads))
+    grid = np.indices((len(COLUMNS), len(DIAGONALS))).reshape(2, -1, 1)
+    return Candidates(_grid(*np.broadcast_to(grid, (2, *found.mean.shape))), found.recall, found)
 
 
-STRATEGIES: dict[str, Strategy] = {"least": least, "published": published, "output": output}
+def least_change(layers: Sequence[Candidates], goal: Goal) -> list[Ints]:
+    """With which the sum of `change` over all heads is small, where their mean cost is the goal's at most; the smallest
+    pairs where it cannot be. A head that changes less than LEAST_CHANGE takes no more.
+
+    From the cheapest pairs on, always the step of one head that gains most for what it costs more and still fits.
+    """
+    cost, change = (np.concatenate([getattr(layer.kept, name) for layer in layers], 1) for name in ("cost", "change"))
+    change = np.where(change < LEAST_CHANGE, 0.0, change)
+    heads = np.arange(cost.shape[1])
+    chosen = cost.argmin(0)
+    while True:
+        more, gain = cost - cost[chosen, heads], change[chosen, heads] - change
+        fits = (gain > 0) & (cost < np.inf) & (more <= goal.cost * len(heads) - cost[chosen, heads].sum())
+        worth = np.divide(gain, np.maximum(more, LEAST_COST), out=np.zeros_like(gain), where=fits)
+        pair, head = np.unravel_index(worth.argmax(), worth.shape)
+        if not worth[pair, head]:
+            return np.split(chosen, np.cumsum([layer.score.shape[1] for layer in layers])[:-1])
+        chosen[head] = pair
+
+
+STRATEGIES = {
+    "least": Strategy(least, the_only_ones),
+    "published": Strategy(published, the_only_ones),
+    "output": Strategy(affordable, least_change),
+}
 
 
 def _same(pair: Sequence[int], heads: int) -> Pairs:
@@ -162,51 +214,6 @@ def _same(pair: Sequence[int], heads: int) -> Pairs:
 
 def _grid(column: Ints, diagonal: Ints) -> Pairs:
     return Pairs(np.array(COLUMNS, np.int64)[column], np.array(DIAGONALS, np.int64)[diagonal])
-
-
-def _affordable(measure: Measure, heads: int, mean_cost: float) -> Floats:
-    """Recall, cost and change over the grid, [3, columns, diagonals, H]; infinite where a pair costs a head too much.
-
-    More of either never costs less, so that each next diagonal of the grid is measured where both pairs before it cost
-    no more than what the smallest pairs of the other heads leave.
-    """
-    kept = np.full((3, len(COLUMNS) + 1, len(DIAGONALS) + 1, heads), np.inf)
-    cost = kept[1]
-    cost[0], cost[:, 0] = 0.0, 0.0
-    limits = np.full(heads, np.inf)
-    for steps in range(len(COLUMNS) + len(DIAGONALS) - 1):
-        places = [(at, steps - at) for at in range(len(COLUMNS)) if 0 <= steps - at < len(DIAGONALS)]
-        worth = {(i, j): np.maximum(cost[i, j + 1], cost[i + 1, j]) <= limits for i, j in places}
-        worth = {place: which for place, which in worth.items() if which.any()}
-        # heads for which a pair costs too much are measured where that takes least
-        pairs = [_grid(*(np.where(which, at, 0) for at in place)) for place, which in worth.items()]
-        for ((i, j), which), one in zip(worth.items(), measure(*pairs, change=True) if pairs else []):
-            kept[:, i + 1, j + 1] = np.where(which, (one.recall, one.cost, one.change), np.inf)
-        limits = mean_cost * heads - cost[1, 1].sum() + cost[1, 1]
-    return kept[:, 1:, 1:]
-
-
-def _least_change(cost: Floats, change: Floats, mean_cost: float) -> Ints:
-    """Of each head [H] a pair, given [pairs, H], where the first costs least: a knapsack, filled head by head. Of pairs
-    that change as much the cheaper.
-    """
-    heads = np.arange(cost.shape[1])
-    order = np.argsort(cost, axis=0, kind="stable")
-    weights = np.ceil(np.minimum(cost[order, heads], len(heads) + 1) / COST_UNIT).astype(np.int64)
-    room = int(mean_cost * len(heads) / COST_UNIT)
-    filled, choices = np.zeros(room + 1), []
-    for head in heads:
-        before, filled, choice = filled, np.full(room + 1, np.inf), np.zeros(room + 1, np.int16)
-        for place, weight in enumerate(weights[:, head]):
-            sums = before[: max(0, room + 1 - weight)] + change[order[place, head], head]
-            better = sums < filled[weight:]
-            filled[weight:][better], choice[weight:][better] = sums[better], place
-        choices.append(choice)
-    chosen = np.zeros(len(heads), np.int64)
-    for head in heads[::-1]:
-        place = choices[head][room]
-        chosen[head], room = order[place, head], max(0, room - weights[place, head])
-    return chosen
 
 
 def _best(found: dict[tuple[int, int], tuple[float, float]], goal: Goal) -> tuple[int, int]:
@@ -218,7 +225,7 @@ def _best(found: dict[tuple[int, int], tuple[float, float]], goal: Goal) -> tupl
     return max(allowed, key=lambda pair: (allowed[pair][0], -allowed[pair][1])) if allowed else (0, 0)
 
 
-def _grown(measure: Measure, places: Ints, goal: Goal) -> Chosen:
+def _grown(measure: Measure, places: Ints, goal: Goal) -> Pairs:
     """Places on the grid, moved until they hold on all texts, as far as the goal's cost allows: each time to the next
     number of columns or of diagonals, whichever of the two gains more for what it costs more.
     """
@@ -244,7 +251,7 @@ def _grown(measure: Measure, places: Ints, goal: Goal) -> Chosen:
         places = np.where(growing, np.where(columns_first, *steps), places)
         kept = _either(growing, _either(columns_first, *tried), kept)
         growing &= kept.recall < goal.recall
-    return Chosen(_grid(*places), kept.recall)
+    return _grid(*places)
 
 
 def _either(which: npt.NDArray[np.bool_], one: Kept, other: Kept) -> Kept:

@@ -253,7 +253,7 @@ struct ByteRows {
 };
 
 template <typename T, typename Number, bool kUpper>
-__global__ void __launch_bounds__(kThreads, kUpper ? 2 : kByteBlocksPerProcessor)
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
     decode_bytes_kernel(const __grid_constant__ DecodeArguments a) {
   extern __shared__ char shared[];
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;

@@ -18,7 +18,6 @@ namespace {
 constexpr int kWarps = 4, kThreads = kWarps * kWarp;
 constexpr int kGroupRows = 16;  // query heads of one KV head that share a block
 constexpr int kBlocksPerProcessor = 2;
-constexpr int kByteBlocksPerProcessor = 2;
 constexpr int kFewestTiles = 4;    // of a share
 constexpr int kMergedAtOnce = 16;  // shares whose values a warp reads together
 
@@ -175,9 +174,7 @@ inline int32_t decode_splits(const qwen1m_dca_decode& a) {
   cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   const int64_t parts = ceil_div(a.heads / a.cache.kv_heads, kGroupRows);
   const int64_t merged = a.cache.kv_heads * parts * a.batch;
-  const int64_t blocks =
-      processors * (qwen1m_is_quantised(a.cache.dtype) ? kByteBlocksPerProcessor : kBlocksPerProcessor);
-  const int64_t fill = merged > kMostMerged ? 1 : blocks / merged;
+  const int64_t fill = merged > kMostMerged ? 1 : processors * kBlocksPerProcessor / merged;
   const int64_t most = ceil_div(static_cast<int64_t>(a.table_width) * a.cache.page_size, kTileKeys);
   return static_cast<int32_t>(std::max<int64_t>(1, std::min(fill, most)));
 }
