@@ -38,7 +38,7 @@ from typing import Any, Optional, cast
 
 import numpy as np
 import paddle
-from needle_documents import DocumentMaker, prompt_head, prompt_tail
+from asked_documents import TASKS, Document, make
 from paddlenlp.transformers import AutoModelForCausalLM, AutoTokenizer
 from paddlenlp.utils.log import logger
 from retrieval import BUDGETS, CHECKPOINT
@@ -51,7 +51,7 @@ from paddle_qwen1m.cache.kv_scales import KVScales, centre_of, exponents_of
 from paddle_qwen1m.config import SparseBudgets
 from paddle_qwen1m.engine import Engine
 from paddle_qwen1m.engine.calibration import keys_of, measure
-from paddle_qwen1m.evaluate import needle, ruler
+from paddle_qwen1m.evaluate import needle
 from paddle_qwen1m.evaluate.asking import Job, ask
 from paddle_qwen1m.evaluate.results import Journal, Record
 from paddle_qwen1m.evaluate.samples import Prompter
@@ -187,14 +187,6 @@ class Copy:
 
 
 @dataclass(frozen=True)
-class Document:
-    """Token ids int64: `head`, and behind it a question and its right answer, of each question."""
-
-    head: np.ndarray
-    asked: tuple[tuple[np.ndarray, np.ndarray], ...]
-
-
-@dataclass(frozen=True)
 class Questions:
     """Documents of a task, the same for every cache. each: questions a document, of the needle task."""
 
@@ -224,19 +216,7 @@ class Questions:
 
     @lru_cache(128)  # noqa: B019  (there is one for the whole run)
     def _document(self, tokens: int, number: int) -> Document:
-        encode = self.prompter.encode
-        if self.task == needle.TASK:
-            maker = DocumentMaker(encode)
-            made = maker.make(tokens, self.each, number)
-            asked = [(encode(prompt_tail(one)), encode(one.sentence)) for one in made.needles]
-            pairs = tuple((np.asarray(question, np.int64), np.asarray(answer, np.int64)) for question, answer in asked)
-            return Document(np.asarray(encode(prompt_head()) + maker.ids(made), np.int64), pairs)
-        (question,) = ruler.make(self.task, tokens, number, self.prompter).questions
-        text = self.prompter.text(question)
-        before, whole = (np.asarray(encode(one), np.int64) for one in (text, text + question.answer))
-        same = before == whole[: len(before)]
-        begin = len(before) if same.all() else int(same.argmin())
-        return Document(whole[:begin], ((whole[begin:begin], whole[begin:]),))
+        return make(self.task, tokens, number, self.each, self.prompter)
 
 
 @dataclass
@@ -375,7 +355,7 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("--caches", nargs="+", choices=CACHES, help="beside bfloat16 (default: all)")
     parser.add_argument("--documents", type=int, default=16, help="of each length (default: %(default)s)")
     parser.add_argument("--questions", type=int, default=16, help="a document, needle (default: %(default)s)")
-    parser.add_argument("--task", choices=[needle.TASK, *ruler.TASKS], default=needle.TASK)
+    parser.add_argument("--task", choices=TASKS, default=needle.TASK)
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT, metavar="DIR", help="default: %(default)s")
     parser.add_argument("--device", choices=["cpu", "gpu"], help="default: a GPU where Paddle has one")
     parser.add_argument("--sparse-threshold", type=int, default=4096, help="default: %(default)s")

@@ -1,13 +1,14 @@
-"""What sparse prefill loses with calibrated budgets, on the needle checkpoint: one command, one table, GPU or CPU.
+"""What sparse prefill loses with calibrated budgets, on the small checkpoints: one command, one table, GPU or CPU.
 
-    python tools/truth.py --out DIR [--tokens 16384 65536 131072 262144] [--documents 16] [--seconds 460]
+    python tools/truth.py --out DIR [--needle 16384 65536 131072 262144] [--ruler 16384] [--rounds 16] [--seconds 460]
 
-For each length it calibrates on texts of that length (`paddle-qwen1m calibrate`), then asks for every needle of
+For each length of either checkpoint it calibrates on texts of that length (`paddle-qwen1m calibrate`), then asks about
 documents of other seeds: dense, with the calibrated budgets, with those that ship with the checkpoint, with the forced
-keys alone, and the first two with int8 keys and values, all about the same documents. Question and answer stand in the
-prompt (needle_reading.py). Documents are gone through one by one, all lengths and choices of each, so that the table
-stands on whole documents whenever --seconds are over; DIR/truth.md has it, DIR/truth.json every answer. A second call
-with the same DIR goes on from there.
+keys alone, and the first two with int8 keys and values, all about the same documents. A round is a document with
+--answers needles, or as many of RULER's documents, of --tasks in turn. Question and answer stand in the prompt
+(needle_reading.py). Rounds are gone through one by one, all lengths and choices of each, so that the table stands on
+whole ones whenever --seconds are over; DIR/truth.md has it, DIR/truth.json every answer. A second call with the same
+DIR goes on from there.
 """
 
 from __future__ import annotations
@@ -18,33 +19,51 @@ import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import asked_documents
 import numpy as np
-from needle_documents import END_OF_TURN, Document, DocumentMaker, Encode, prompt
-from needle_reading import READS_ONCE, read
+from asked_documents import Document
+from needle_reading import READS_ONCE, read_asked
 from paddlenlp.transformers import AutoModelForCausalLM, AutoTokenizer
 from paddlenlp.utils.log import logger
-from retrieval import BUDGETS, CHECKPOINT, FORCED_ALONE, VisitedAtMost
+from retrieval import BUDGETS, FORCED_ALONE, VisitedAtMost
 
 from paddle_qwen1m import cli, ops
 from paddle_qwen1m.calibrate.strategies import STRATEGIES
 from paddle_qwen1m.config import SparseBudgets
+from paddle_qwen1m.evaluate import needle, ruler
+from paddle_qwen1m.evaluate.samples import Prompter
 from paddle_qwen1m.evaluate.statistics import paired_difference
 
+CHECKPOINTS = Path(__file__).resolve().parent.parent / "checkpoints"
+NEEDLE, RULER = "needle", "ruler"
+KNOWN_TASKS = ("niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_3")
+"""Which checkpoints/ruler answers at four times its trained length as well."""
 DENSE, CALIBRATED, SHIPPED, FORCED = "dense", "calibrated", "shipped", "forced keys alone"
 INT8 = "+int8"
 CHOICES = (DENSE, CALIBRATED, SHIPPED, FORCED, DENSE + INT8, CALIBRATED + INT8)
 FIRST_SEED, CALIBRATION_SEED = 1000, 0
 """Of the documents that are asked about, and of the texts that budgets are found on."""
-GIVEN = ("needles", "strategy", "recall", "cost", "sparse_threshold")
+GIVEN = ("answers", "tasks", "strategy", "recall", "cost", "sparse_threshold")
 """Arguments that a run goes on with."""
 
 
+class Cell(NamedTuple):
+    """A checkpoint at a length."""
+
+    checkpoint: str
+    tokens: int
+
+    def __str__(self) -> str:
+        return f"{self.checkpoint}, {self.tokens:,} tokens"
+
+
 class Truth:
-    """The run in a folder: answers by length, choice and document, each a list of 0 and 1; shares of pairs visited."""
+    """The run in a folder: answers by cell, choice and round, each a list of 0 and 1; shares of pairs visited."""
 
     def __init__(self, out: Path, arguments: argparse.Namespace) -> None:
         self.path = out / "truth.json"
@@ -58,62 +77,91 @@ class Truth:
                 sys.exit(f"{self.path} is of a run with {before['given']}, not {self.given}: give another --out")
             self.answers, self.visited, self.cards = before["answers"], before["visited"], before["cards"]
 
-    def add(self, tokens: int, choice: str, document: int, right: list[int], visited: str | None) -> None:
-        self.answers.setdefault(str(tokens), {}).setdefault(choice, {})[str(document)] = right
-        if visited is not None:
-            self.visited.setdefault(str(tokens), {})[choice] = visited
+    def add(self, cell: Cell, choice: str, number: int, right: list[int], visited: str) -> None:
+        self.answers.setdefault(str(cell), {}).setdefault(choice, {})[str(number)] = right
+        self.visited.setdefault(str(cell), {})[choice] = visited
         state = {"given": self.given, "cards": self.cards, "visited": self.visited, "answers": self.answers}
         self.path.write_text(json.dumps(state), encoding="utf-8")
 
-    def __contains__(self, key: tuple[int, str, int]) -> bool:
-        tokens, choice, document = key
-        return str(document) in self.answers.get(str(tokens), {}).get(choice, {})
+    def __contains__(self, key: tuple[Cell, str, int]) -> bool:
+        cell, choice, number = key
+        return str(number) in self.answers.get(str(cell), {}).get(choice, {})
 
-    def table(self, lengths: Sequence[int], choices: Sequence[str]) -> str:
-        """Markdown: a row a length, and one of all, of the documents that all choices have read; the first is dense."""
-        head = "| tokens | answers | dense | " + " | ".join(
+    def table(self, cells: Sequence[Cell], choices: Sequence[str]) -> str:
+        """Markdown: a row a cell, and one of all, of the rounds that all choices have had; the first is dense."""
+        head = "| | answers | dense | " + " | ".join(
             f"{choice} | less dense, points [95 %] | pairs visited" for choice in choices[1:]
         )
-        lines = [f"{head} |", f"|{'---:|' * (3 + 3 * len(choices[1:]))}"]
-        for title, chosen in [*((f"{one:,}", [one]) for one in lengths), ("all", list(lengths))]:
+        lines = [f"{head} |", f"|---|{'---:|' * (2 + 3 * len(choices[1:]))}"]
+        for title, chosen in [*((str(one), [one]) for one in cells), ("all", list(cells))]:
             shared = [
-                (one, document)
+                (str(one), number)
                 for one in chosen
-                for document in self.answers.get(str(one), {}).get(DENSE, {})
-                if all(document in self.answers[str(one)].get(choice, {}) for choice in choices)
+                for number in self.answers.get(str(one), {}).get(DENSE, {})
+                if all(number in self.answers[str(one)].get(choice, {}) for choice in choices)
             ]
             if not shared:
                 continue
             scores = {
-                choice: [right for one, document in shared for right in self.answers[str(one)][choice][document]]
+                choice: [right for one, number in shared for right in self.answers[one][choice][number]]
                 for choice in choices
             }
-            documents = [(one, d) for one, d in shared for _ in self.answers[str(one)][DENSE][d]]
-            cells = [title, f"{len(documents):,}", f"{100 * np.mean(scores[DENSE]):.1f}"]
+            rounds = [(one, number) for one, number in shared for _ in self.answers[one][DENSE][number]]
+            line = [title, f"{len(rounds):,}", f"{100 * np.mean(scores[DENSE]):.1f}"]
             for choice in choices[1:]:
-                lost = paired_difference(scores[choice], scores[DENSE], documents)
+                lost = paired_difference(scores[choice], scores[DENSE], rounds)
                 interval = f"{100 * lost.mean:+.1f}"
                 if not math.isnan(lost.low):
                     interval += f" [{100 * lost.low:+.1f}, {100 * lost.high:+.1f}]"
-                seen = self.visited.get(str(chosen[0]), {}).get(choice, "") if len(chosen) == 1 else ""
-                cells += [f"{100 * np.mean(scores[choice]):.1f}", interval, seen]
-            lines.append(f"| {' | '.join(cells)} |")
+                seen = self.visited[str(chosen[0])][choice] if len(chosen) == 1 else ""
+                line += [f"{100 * np.mean(scores[choice]):.1f}", interval, seen]
+            lines.append(f"| {' | '.join(line)} |")
         return "\n".join(lines)
 
 
-def calibrated(out: Path, tokens: int, texts: int, maker: DocumentMaker, arguments: argparse.Namespace) -> Path:
-    """Budgets for a length, found on texts of that length: a document, a question and its answer each."""
-    budgets = out / f"budgets_{tokens}.json"
+@dataclass(frozen=True)
+class Asker:
+    """Makes what a checkpoint is asked: rounds of so many answers, and texts to calibrate on."""
+
+    checkpoint: str
+    tasks: Sequence[str]
+    answers: int
+    prompter: Prompter
+
+    @property
+    def folder(self) -> Path:
+        return CHECKPOINTS / self.checkpoint
+
+    def round(self, tokens: int, number: int) -> Iterator[Document]:
+        if self.checkpoint == NEEDLE:
+            yield self._document(needle.TASK, tokens, FIRST_SEED + number)
+            return
+        for one in range(number * self.answers, (number + 1) * self.answers):
+            yield self._document(self.tasks[one % len(self.tasks)], tokens, FIRST_SEED + one)
+
+    def texts(self, tokens: int, count: int) -> Iterator[str]:
+        """A document, a question and its answer each, of every task as many."""
+        for task in (needle.TASK,) if self.checkpoint == NEEDLE else self.tasks:
+            for number in range(count):
+                document = self._document(task, tokens, CALIBRATION_SEED + number)
+                yield self.prompter.decode(np.concatenate([document.head, *document.asked[0]]).tolist())
+
+    def _document(self, task: str, tokens: int, number: int) -> Document:
+        return asked_documents.make(task, tokens, number, self.answers, self.prompter)
+
+
+def calibrated(out: Path, cell: Cell, asker: Asker, arguments: argparse.Namespace) -> Path:
+    """Budgets for a checkpoint and a length, found on texts of that length."""
+    name = f"{cell.checkpoint}_{cell.tokens}"
+    budgets = out / f"budgets_{name}.json"
     if budgets.exists():
         return budgets
     files = []
-    for seed in range(CALIBRATION_SEED, CALIBRATION_SEED + texts):
-        document = maker.make(tokens, arguments.needles, seed)
-        needle = document.needles[0]
-        files.append(out / f"text_{tokens}_{seed}.txt")
-        files[-1].write_text(prompt(document, needle) + needle.sentence + END_OF_TURN, encoding="utf-8")
+    for number, text in enumerate(asker.texts(cell.tokens, arguments.texts)):
+        files.append(out / f"text_{name}_{number}.txt")
+        files[-1].write_text(text, encoding="utf-8")
     command = [
-        "calibrate", str(CHECKPOINT), "--out", str(budgets), "--strategy", arguments.strategy,
+        "calibrate", str(asker.folder), "--out", str(budgets), "--strategy", arguments.strategy,
         "--recall", str(arguments.recall), "--cost", str(arguments.cost),
         "--sparse-threshold", str(arguments.sparse_threshold),
         "--text", *map(str, files),
@@ -125,13 +173,16 @@ def calibrated(out: Path, tokens: int, texts: int, maker: DocumentMaker, argumen
 
 
 class Subject:
-    """The checkpoint with one choice of keys."""
+    """A checkpoint with one choice of keys."""
 
-    def __init__(self, choice: str, config: dict[str, Any], threshold: int) -> None:
+    def __init__(self, choice: str, folder: Path, longest: int, threshold: int) -> None:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config["max_position_embeddings"] = max(config["max_position_embeddings"], longest)
         name, _, int8 = choice.partition("+")
-        self._choice, self._shape = name, (config["num_hidden_layers"], config["num_attention_heads"])
+        self._choice, self._folder = name, folder
+        self._shape = config["num_hidden_layers"], config["num_attention_heads"]
         self._engine = AutoModelForCausalLM.from_pretrained(
-            str(CHECKPOINT),
+            str(folder),
             config=config,
             sparse=name != DENSE,
             sparse_threshold=threshold,
@@ -139,68 +190,84 @@ class Subject:
             **({"kv_cache_dtype": int8} if int8 else {}),
         ).engine
 
-    def read(self, tokens: int, document: Document, encode: Encode, budgets: Path) -> tuple[list[int], str]:
-        """Which answers are right, and the share of pairs visited of the document."""
+    def read(self, tokens: int, documents: Sequence[Document], budgets: Path) -> tuple[list[int], str]:
+        """Which answers are right, and the share of pairs visited of the documents."""
+        self._engine.configure(self._engine.options, self._budgets(tokens, budgets))
+        visited, right = VisitedAtMost(), list[int]()
+        for document in documents:
+            asked_once = len(document.asked) == 1
+            answers = read_asked(
+                self._engine, document.head, document.asked, visited, visited if asked_once else _nobody
+            )
+            right += [int(one.right) for one in answers]
+        return right, str(visited)
+
+    def _budgets(self, tokens: int, calibrated: Path) -> SparseBudgets:
         if self._choice == FORCED:
-            chosen = SparseBudgets.uniform(*FORCED_ALONE, *self._shape)
-        else:
-            shipped = CHECKPOINT / BUDGETS[max(start for start in BUDGETS if start <= tokens)]
-            chosen = SparseBudgets.from_file(shipped if self._choice == SHIPPED else budgets, *self._shape)
-        self._engine.configure(self._engine.options, chosen)
-        visited = VisitedAtMost()
-        answers = read(self._engine, [document], encode, visited, lambda *_piece: None)
-        return [int(one.right) for one in answers], str(visited)
+            return SparseBudgets.uniform(*FORCED_ALONE, *self._shape)
+        shipped = [start for start, name in BUDGETS.items() if start <= tokens and (self._folder / name).exists()]
+        file = self._folder / BUDGETS[max(shipped)] if self._choice == SHIPPED else calibrated
+        return SparseBudgets.from_file(file, *self._shape)
 
 
-def main() -> int:
+def _nobody(*_piece: Any) -> None:
+    """Observes nothing."""
+
+
+def main(given: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--tokens", type=int, nargs="*", default=[16384, 65536, 131072, 262144])
-    parser.add_argument("--documents", type=int, default=16, help="of each length (default: %(default)s)")
-    parser.add_argument("--needles", type=int, default=16, help="answers a document (default: %(default)s)")
-    parser.add_argument("--texts", type=int, default=2, help="to calibrate on, of each length (default: %(default)s)")
+    for name, lengths in ((NEEDLE, [16384, 65536, 131072, 262144]), (RULER, [16384])):
+        text = f"lengths for checkpoints/{name} (default: {' '.join(map(str, lengths))})"
+        parser.add_argument(f"--{name}", type=int, nargs="*", default=lengths, metavar="TOKENS", help=text)
+    parser.add_argument("--rounds", type=int, default=16, help="of each length (default: %(default)s)")
+    parser.add_argument("--answers", type=int, default=16, help="a round (default: %(default)s)")
+    parser.add_argument("--tasks", nargs="+", choices=list(ruler.TASKS), default=list(KNOWN_TASKS))
+    parser.add_argument("--texts", type=int, default=2, help="of a task, to calibrate on (default: %(default)s)")
     parser.add_argument("--choices", nargs="*", choices=CHOICES, default=list(CHOICES), help="dense is always one")
-    parser.add_argument("--strategy", choices=list(STRATEGIES), default="least", help="default: %(default)s")
+    parser.add_argument("--strategy", choices=list(STRATEGIES), default="output", help="default: %(default)s")
     parser.add_argument("--recall", type=float, default=0.9, help="default: %(default)s")
-    parser.add_argument("--cost", type=float, default=0.1, help="default: %(default)s")
+    parser.add_argument("--cost", type=float, default=0.07, help="default: %(default)s")
     parser.add_argument("--sparse-threshold", type=int, default=4096, help="default: %(default)s")
-    parser.add_argument("--seconds", type=float, default=460.0, help="after calibration; then no document is begun")
-    arguments = parser.parse_args()
+    parser.add_argument("--seconds", type=float, default=460.0, help="after calibration; then no round is begun")
+    arguments = parser.parse_args(given)
     logger.set_level("ERROR")
     arguments.out.mkdir(parents=True, exist_ok=True)
     truth = Truth(arguments.out, arguments)
     card = _card()
     truth.cards = list(dict.fromkeys([*truth.cards, card]))
     print(card, flush=True)
-    tokenizer = AutoTokenizer.from_pretrained(str(CHECKPOINT))
-    config = json.loads((CHECKPOINT / "config.json").read_text(encoding="utf-8"))
-    config["max_position_embeddings"] = max(config["max_position_embeddings"], *arguments.tokens)
-
-    def encode(text: str) -> list[int]:
-        return list(tokenizer(text)["input_ids"])
-
-    maker = DocumentMaker(encode)
-    budgets = {one: calibrated(arguments.out, one, arguments.texts, maker, arguments) for one in arguments.tokens}
+    cells = [Cell(name, tokens) for name in (NEEDLE, RULER) for tokens in getattr(arguments, name)]
+    askers = {
+        name: Asker(
+            name, arguments.tasks, arguments.answers, Prompter(AutoTokenizer.from_pretrained(str(CHECKPOINTS / name)))
+        )
+        for name in dict.fromkeys(cell.checkpoint for cell in cells)
+    }
+    budgets = {cell: calibrated(arguments.out, cell, askers[cell.checkpoint], arguments) for cell in cells}
     until = time.monotonic() + arguments.seconds
     choices = [DENSE, *(choice for choice in arguments.choices if choice != DENSE)]
-    subjects = {choice: Subject(choice, config, arguments.sparse_threshold) for choice in choices}
-    for number in range(arguments.documents):
-        for tokens in arguments.tokens:
+    subjects = {
+        (name, choice): Subject(choice, asker.folder, max(getattr(arguments, name)), arguments.sparse_threshold)
+        for name, asker in askers.items()
+        for choice in choices
+    }
+    for number in range(arguments.rounds):
+        for cell in cells:
             if time.monotonic() > until:
                 break
-            document = maker.make(tokens, arguments.needles, FIRST_SEED + number)
-            for choice, subject in subjects.items():
-                if (tokens, choice, number) not in truth:
-                    started = time.monotonic()
-                    right, visited = subject.read(tokens, document, encode, budgets[tokens])
-                    truth.add(tokens, choice, number, right, visited)
-                    seconds = time.monotonic() - started
-                    print(
-                        f"{number}: {tokens:,} tokens, {choice}: {sum(right)} of {len(right)}, {visited} of the pairs, "
-                        f"{seconds:.1f} s",
-                        flush=True,
-                    )
-    table = truth.table(arguments.tokens, choices)
+            left = [choice for choice in choices if (cell, choice, number) not in truth]
+            documents = list(askers[cell.checkpoint].round(cell.tokens, number)) if left else []
+            for choice in left:
+                started = time.monotonic()
+                right, visited = subjects[cell.checkpoint, choice].read(cell.tokens, documents, budgets[cell])
+                truth.add(cell, choice, number, right, visited)
+                print(
+                    f"{number}: {cell}, {choice}: {sum(right)} of {len(right)}, {visited} of the pairs, "
+                    f"{time.monotonic() - started:.1f} s",
+                    flush=True,
+                )
+    table = truth.table(cells, choices)
     (arguments.out / "truth.md").write_text(f"{', '.join(truth.cards)}\n\n{table}\n", encoding="utf-8")
     print(table)
     return 0
