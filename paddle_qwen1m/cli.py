@@ -13,6 +13,7 @@ import os
 import re
 import signal
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
@@ -39,6 +40,8 @@ from paddle_qwen1m.server.flags import spelled
 from paddle_qwen1m.streams import InputError, note, open_standard_streams
 
 BAD_INPUT, INTERRUPTED = 2, 130
+RANK_0_SECONDS = 30.0
+"""Rank 0 may take so much longer than another one to find out, and say, that the arguments are wrong."""
 HARNESS = "lm-eval"
 """The command whose arguments are another program's."""
 
@@ -122,9 +125,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _arguments(argv: Sequence[str] | None, rank: int) -> argparse.Namespace:
-    """What the command line says; rank 0 alone prints help and errors. Ends the process as argparse does."""
+    """What the command line says; rank 0 alone prints help and errors, and is left the time to: the launcher ends all
+    when the first one ends with an error. Ends the process as argparse does.
+    """
     with ExitStack() as stack:
         if rank != 0:
+            stack.push(_leave_errors_to_rank_0)
             nowhere = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(redirect_stdout(nowhere))
             stack.enter_context(redirect_stderr(nowhere))
@@ -134,6 +140,11 @@ def _arguments(argv: Sequence[str] | None, rank: int) -> argparse.Namespace:
             own.arguments, own.debug = given[1:], False
             return own
         return _parser().parse_args(spelled(given))
+
+
+def _leave_errors_to_rank_0(_kind: object, error: BaseException | None, _traceback: object) -> None:
+    if isinstance(error, SystemExit) and error.code:
+        time.sleep(RANK_0_SECONDS)
 
 
 def _generate_on_ranks(arguments: argparse.Namespace) -> int:

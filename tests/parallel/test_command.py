@@ -28,6 +28,12 @@ process = subprocess.Popen(sys.argv[2:])
 (folder / f"status.{rank}").write_text(str(process.wait()))
 """
 """A rank that writes down how the command ended."""
+SLOW_RANK_0 = """
+import os, sys, time
+
+time.sleep(5 if os.environ["PADDLE_TRAINER_ID"] == "0" else 0)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
 START, END = 150.0, 30.0
 """Seconds for processes to start on a busy machine, and to end."""
 
@@ -51,6 +57,14 @@ def test_rank_0_alone_prints_what_is_wrong_with_the_arguments(tmp_path: Path) ->
     assert status == 2
     assert "one of the arguments --prompt-file --prompt is required" in (tmp_path / "logs" / "workerlog.0").read_text()
     assert "is required" not in (tmp_path / "logs" / "workerlog.1").read_text()
+
+
+def test_a_rank_0_that_is_slow_says_it_all_the_same(tmp_path: Path) -> None:
+    script = tmp_path / "rank.py"
+    script.write_text(SLOW_RANK_0, encoding="utf-8")
+    status, output = launch(2, tmp_path / "logs", [script, COMMAND, "generate", "--model", NEEDLE], START)
+    assert status == 2, output
+    assert "one of the arguments --prompt-file --prompt is required" in (tmp_path / "logs" / "workerlog.0").read_text()
 
 
 def test_other_commands_are_rank_0s_alone(tmp_path: Path) -> None:
