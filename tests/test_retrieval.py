@@ -170,6 +170,7 @@ def test_sparse_prefill_answers_what_dense_answers(
     assert control.score < 0.2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("documents", [1], indirect=True, ids=["16 answers"])
 def test_the_temperature_keeps_answers_that_dual_chunk_attention_alone_loses(
     documents: list[Document], dense: Reading, read: Read, config: dict[str, Any]

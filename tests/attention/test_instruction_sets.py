@@ -17,7 +17,7 @@ SAMPLE = (
 )
 
 
-@pytest.mark.parametrize("isa", ["generic", "avx2"])
+@pytest.mark.parametrize("isa", [pytest.param("generic", marks=pytest.mark.slow), "avx2"])
 def test_narrower_instruction_sets_pass_the_same_tests(isa: str) -> None:
     """QWEN1M_CPU_ISA narrows the ops to one instruction set; a sample of the tests beside this one runs with it."""
     files = [str(path) for path in sorted(HERE.glob("test_ops_*.py"))]

@@ -76,7 +76,7 @@ def test_other_commands_are_rank_0s_alone(tmp_path: Path) -> None:
     assert (tmp_path / "logs" / "workerlog.1").read_text() == ""
 
 
-@pytest.mark.parametrize("whom", ["launcher", "rank"])
+@pytest.mark.parametrize("whom", ["launcher", pytest.param("rank", marks=pytest.mark.slow)])
 def test_ctrl_c_ends_every_rank_with_130(tmp_path: Path, whom: str) -> None:
     """The launcher passes Ctrl-C on as SIGTERM and ends with its number; ranks are told by it, or by a user."""
     document, logs = tmp_path / "long.txt", tmp_path / "logs"

@@ -107,7 +107,7 @@ def test_ranks_that_do_not_come_are_named(prompt: Path) -> None:
     [
         (2, 1, "prefill", "kill"),
         pytest.param(2, 0, "decode", "kill", marks=pytest.mark.slow),
-        (3, 2, "decode", "kill"),
+        pytest.param(3, 2, "decode", "kill", marks=pytest.mark.slow),
         (2, 1, "decode", "raise"),
         pytest.param(2, 1, "decode", "exit", marks=pytest.mark.slow),
     ],
@@ -143,7 +143,8 @@ def _three_heads(folder: Path) -> Path:
 # --- two machines ---
 
 
-@pytest.mark.parametrize("fails", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["answers", "rank killed"])
+@pytest.mark.slow
+@pytest.mark.parametrize("fails", [False, True], ids=["answers", "rank killed"])
 def test_two_launchers_make_one_job(
     tmp_path: Path, prompt: Path, fails: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
