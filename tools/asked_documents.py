@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import needle_documents
 import numpy as np
-from needle_documents import DocumentMaker, prompt_head, prompt_tail
+from needle_documents import DocumentMaker, Encode, prompt_head, prompt_tail
 
 from paddle_qwen1m.evaluate import needle, ruler
 from paddle_qwen1m.evaluate.samples import Prompter
@@ -21,16 +22,20 @@ class Document:
     asked: tuple[tuple[np.ndarray, np.ndarray], ...]
 
 
+def with_needles(document: needle_documents.Document, maker: DocumentMaker, encode: Encode) -> Document:
+    """A document and the questions for its needles."""
+    head = np.asarray(encode(prompt_head()) + maker.ids(document), np.int64)
+    pairs = [(encode(prompt_tail(one)), encode(one.sentence)) for one in document.needles]
+    return Document(head, tuple((np.asarray(one, np.int64), np.asarray(other, np.int64)) for one, other in pairs))
+
+
 def make(task: str, tokens: int, number: int, needles: int, prompter: Prompter) -> Document:
     """The task's document of this number, whose prompt and answer take up to so many tokens; of the needle task with so
     many questions, of RULER's with one, which stands in `head`.
     """
     if task == needle.TASK:
         maker = DocumentMaker(prompter.encode)
-        made = maker.make(tokens, needles, number)
-        asked = [(prompter.encode(prompt_tail(one)), prompter.encode(one.sentence)) for one in made.needles]
-        pairs = tuple((np.asarray(question, np.int64), np.asarray(answer, np.int64)) for question, answer in asked)
-        return Document(np.asarray(prompter.encode(prompt_head()) + maker.ids(made), np.int64), pairs)
+        return with_needles(maker.make(tokens, needles, number), maker, prompter.encode)
     (question,) = ruler.make(task, tokens, number, prompter).questions
     text = prompter.text(question)
     before, whole = (np.asarray(prompter.encode(one), np.int64) for one in (text, text + question.answer))

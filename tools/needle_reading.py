@@ -7,21 +7,18 @@ when each of its tokens is the arg-max of the logits before it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Union
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-from needle_documents import Document, DocumentMaker, Encode, prompt_head, prompt_tail
+from asked_documents import Document as Asked
+from asked_documents import with_needles
+from needle_documents import Document, DocumentMaker, Encode
 
 from paddle_qwen1m import ops
 from paddle_qwen1m.attention.positions import Piece
 from paddle_qwen1m.attention.selector import Observer
 from paddle_qwen1m.config import BLOCK
-
-IntArray = npt.NDArray[np.int64]
-Ids = Union[Sequence[int], IntArray]
 
 READS_ONCE = {"enable_prefix_caching": True, "prefix_temperature_tolerance": 1e-3}
 """Options of an engine that reads a document once for all its questions, whose lengths differ by a few tokens."""
@@ -86,29 +83,24 @@ def read(
     engine: Any, documents: list[Document], encode: Encode, in_document: Observer, in_question: Observer
 ) -> list[Answer]:
     """Asks for every needle of every document; see `read_asked`."""
-    maker, answers = DocumentMaker(encode), []
-    for document in documents:
-        head = np.asarray(encode(prompt_head()) + maker.ids(document), np.int64)
-        asked = [(encode(prompt_tail(needle)), encode(needle.sentence)) for needle in document.needles]
-        answers += read_asked(engine, head, asked, in_document, in_question)
-    return answers
+    maker = DocumentMaker(encode)
+    asked = (with_needles(document, maker, encode) for document in documents)
+    return [answer for one in asked for answer in read_asked(engine, one, in_document, in_question)]
 
 
-def read_asked(
-    engine: Any, head: IntArray, asked: Iterable[tuple[Ids, Ids]], in_document: Observer, in_question: Observer
-) -> list[Answer]:
-    """Asks all questions about a document, token ids [n], each with its right answer behind it. The observers see the
-    sparse pieces of the document's first reading, and those that questions and answers are in, with what of the
-    document is in the same pieces.
+def read_asked(engine: Any, document: Asked, in_document: Observer, in_question: Observer) -> list[Answer]:
+    """Asks all questions about a document, each with its right answer behind it. The observers see the sparse pieces of
+    the document's first reading, and those that questions and answers are in, with what of the document is in the same
+    pieces.
     """
-    answers = []
-    for number, (question, answer) in enumerate(asked):
-        ids = np.concatenate([head, question, answer]).astype(np.int64)
-        watch = _Watch(len(head), in_document if number == 0 else None, in_question)
+    answers, head = [], len(document.head)
+    for number, (question, answer) in enumerate(document.asked):
+        ids = np.concatenate([document.head, question, answer])
+        watch = _Watch(head, in_document if number == 0 else None, in_question)
         engine.observe(watch)
         begin = len(ids) - len(answer)
         likeliest = engine.logits(ids, range(begin - 1, len(ids) - 1)).argmax(-1)
-        answers.append(Answer(np.array_equal(likeliest, answer), watch.chose == len(ids) - len(head)))
+        answers.append(Answer(np.array_equal(likeliest, answer), watch.chose == len(ids) - head))
     engine.observe(None)
     return answers
 

@@ -196,9 +196,7 @@ class Subject:
         visited, right = VisitedAtMost(), list[int]()
         for document in documents:
             asked_once = len(document.asked) == 1
-            answers = read_asked(
-                self._engine, document.head, document.asked, visited, visited if asked_once else _nobody
-            )
+            answers = read_asked(self._engine, document, visited, visited if asked_once else _nobody)
             right += [int(one.right) for one in answers]
         return right, str(visited)
 

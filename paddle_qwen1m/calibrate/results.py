@@ -43,7 +43,7 @@ class Measured:
     @classmethod
     def of(cls, candidates: Candidates, before: Kept) -> Measured:
         """With numbers as they are kept, so that a run that goes on chooses as one that was never interrupted."""
-        return cls.read(json.loads(json.dumps(cls(candidates, Kept(*(values[None] for values in before))).line())))
+        return cls.read(cls(candidates, Kept(*(values[None] for values in before))).line())
 
     @classmethod
     def read(cls, line: Mapping[str, Any]) -> Measured:
