@@ -35,7 +35,7 @@ class LayerResult:
 
 @dataclass(frozen=True)
 class Measured:
-    """Of a layer: what its heads may get, and what the pairs before keep, [1, H]."""
+    """Of a layer: what its heads may get, and what the pairs before keep, [H]."""
 
     candidates: Candidates
     before: Kept
@@ -43,7 +43,7 @@ class Measured:
     @classmethod
     def of(cls, candidates: Candidates, before: Kept) -> Measured:
         """With numbers as they are kept, so that a run that goes on chooses as one that was never interrupted."""
-        return cls.read(cls(candidates, Kept(*(values[None] for values in before))).line())
+        return cls.read(cls(candidates, before).line())
 
     @classmethod
     def read(cls, line: Mapping[str, Any]) -> Measured:
@@ -70,7 +70,7 @@ class Measured:
 
         return LayerResult(
             of(pairs.columns), of(pairs.diagonals), of(score),
-            {name: values[0].tolist() for name, values in self.before._asdict().items()},
+            {name: values.tolist() for name, values in self.before._asdict().items()},
             {name: of(values) for name, values in kept._asdict().items()},
         )  # fmt: skip
 
@@ -213,8 +213,10 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _rounded(values: npt.NDArray[np.float64]) -> list[list[float]]:
-    return [[float(f"{value:.4g}") for value in row] for row in values]
+def _rounded(values: npt.NDArray[np.float64]) -> list[Any]:
+    """In lists as deep as the array, to four digits."""
+    rounded: list[Any] = np.array([float(f"{value:.4g}") for value in values.flat]).reshape(values.shape).tolist()
+    return rounded
 
 
 def _json(value: Mapping[str, Any]) -> bytes:

@@ -126,7 +126,8 @@ class Pacer:
         if layer / 2 > most:
             a_block = rate * ROW_BLOCK * self._work.of_key * (begin + rows)
             fitting = max(1, int(most / a_block)) if a_block else 0
-            fitting -= fitting % ABREAST if fitting > ABREAST else 0
+            if fitting > ABREAST:
+                fitting -= fitting % ABREAST
             row_blocks = fitting if fitting * ROW_BLOCK < rows else 0
         return ChunkPace(work, sparse, row_blocks, min(most, layer / 2) if row_blocks else layer / 2)
 
