@@ -1,8 +1,9 @@
 """Decode over 8-bit caches, int8 and FP8, beside a 16-bit one; the copy that widens them, beside a device copy.
 
-    python tools/benchmark_gpu_int8.py [--keys 4096 131072 1010000] [--library FILE ...]
+    python tools/benchmark_gpu_int8.py [--keys 4096 131072 1010000] [--library FILE ...] [--layers 28] [--in-order]
 
-One layer, batch 1. Medians of CUDA events over graphs in which caches larger than L2 take turns.
+Batch 1. Medians of CUDA events over graphs in which the caches of some layers take turns, larger than L2 together; a
+model's own number of them reaches over as much memory as it does. Pages are shuffled, or in the order of the tokens.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from cuda_library import LIBRARY, CudaLibrary
 
 
 class Layer:
-    """A layer's cache of `keys` tokens in shuffled pages, and a query in three rotations."""
+    """A layer's cache of `keys` tokens, in pages that are shuffled or in order, and a query in three rotations."""
 
-    def __init__(self, heads: int, kv_heads: int, keys: int, dtype: str) -> None:
+    def __init__(self, heads: int, kv_heads: int, keys: int, dtype: str, *, shuffled: bool) -> None:
         import torch
 
         self.keys, self.dtype = keys, dtype
@@ -46,7 +47,7 @@ class Layer:
                 "centre": torch.randn(kv_heads, HEAD_DIM, device="cuda"),
             }
             self.cache["frame"] = frame
-        self.table = torch.randperm(self.pages, device="cuda").int()
+        self.table = (torch.randperm if shuffled else torch.arange)(self.pages, device="cuda").int()
         self.q = torch.randn(3, 1, heads, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
         self.fields = {
             "q": self.q,
@@ -106,6 +107,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--keys", type=int, nargs="*", default=[4096, 131072, 1010000])
     parser.add_argument("--library", type=Path, nargs="*", default=[LIBRARY])
+    parser.add_argument("--layers", type=int, help="default: 2, or 16 of few keys")
+    parser.add_argument("--in-order", action="store_true", help="pages in the order of the tokens")
     arguments = parser.parse_args()
     import torch
 
@@ -114,11 +117,12 @@ def main() -> int:
     print(f"{torch.cuda.get_device_name()}; a copy moves {bandwidth / 1e12:.2f} TB/s")
     for model, (heads, kv_heads) in MODELS.items():
         for keys in arguments.keys:
-            copies, rounds = (2, 4) if keys > 100000 else (16, 1)
+            many, rounds = (arguments.layers or 2, 4) if keys > 100000 else (arguments.layers or 16, 1)
             for name, cuda in libraries.items():
                 times = {}
                 for dtype in ("bfloat16", "int8", "e4m3"):
-                    layers = [Layer(heads, kv_heads, keys, dtype) for _ in range(copies)]
+                    shuffled = not arguments.in_order
+                    layers = [Layer(heads, kv_heads, keys, dtype, shuffled=shuffled) for _ in range(many)]
                     time = times[dtype] = decode(cuda, layers, rounds)
                     share = layers[0].read / time * 1e3 / bandwidth
                     what = f"{model} {keys:9,} keys, {name}, {dtype:8}"

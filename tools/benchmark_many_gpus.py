@@ -4,8 +4,9 @@
         [--only model answers failures] [--kv-cache-dtype int8] [--quantization fp8] [--max-num-batched-tokens 16384]
 
 model: benchmark_gpu_model.py, random weights of the published shapes, at each number of ranks that the machine has and
-the memory allows; each is predicted from the smallest: what the ranks share out takes its part of the time, the norms
-take all of theirs, and collectives what they took when they were measured alone. answers: the needle checkpoint's
+the memory allows; each is predicted from the smallest: what the ranks share out takes its part of the time, attention
+what the busiest rank of each layer visits of the keys, and collectives what they took when they were measured alone.
+Without a GPU the table is of the numbers that --out has from earlier runs. answers: the needle checkpoint's
 tokens of several ranks and of one, dense and sparse. failures: benchmark_llm.py, a rank killed while it works.
 """
 
@@ -29,6 +30,7 @@ from paddle_qwen1m.config import published_budgets
 from paddle_qwen1m.engine.admission import Allowance, Need, longest_fitting
 from paddle_qwen1m.options import GPU_BATCHED_TOKENS, EngineOptions
 from paddle_qwen1m.parallel.group import MOST_LANES
+from paddle_qwen1m.parallel.placement import Placement
 from paddle_qwen1m.parallel.split import degrees
 from paddle_qwen1m.planning import PUBLISHED
 from paddle_qwen1m.weights.convert import convert
@@ -60,9 +62,17 @@ class Run:
         return max(one["ops_ms"].get(name, 0.0) for one in self.ranks) / 1e3
 
     def imbalance(self) -> float:
-        """Sparse attention of the slowest rank over the mean."""
+        """Sparse attention of the slowest rank over the mean, all layers together."""
         times = [one["ops_ms"].get("dca_sparse_prefill", 0.0) for one in self.ranks]
         return max(times) / (sum(times) / len(times)) if sum(times) else 1.0
+
+
+def imbalance_of_layers(model: str, degree: int) -> float:
+    """What the busiest rank of each layer visits over the mean of all ranks: in every layer they wait for it."""
+    config = PUBLISHED[model]
+    budgets = published_budgets(config)
+    assert budgets is not None
+    return Placement.balanced(config, degree, budgets).imbalance(budgets) if degree > 1 else 1.0
 
 
 def launched(degree: int, script: str, *arguments: str) -> list[str]:
@@ -87,15 +97,17 @@ def chunk_rows(options: EngineOptions) -> int:
     return options.max_num_batched_tokens or GPU_BATCHED_TOKENS
 
 
-def run_model(model: str, degree: int, tokens: int, options: EngineOptions, out: Path) -> Run | None:
-    """That of an earlier run into the same folder, or a new one; None, with the reason printed, where it did not come
-    to its end.
+def run_model(model: str, degree: int, tokens: int, options: EngineOptions, out: Path, memory: int) -> Run | None:
+    """That of an earlier run into the same folder, or a new one; None where `memory` bytes a GPU are too few, and, with
+    the reason printed, where it did not come to its end.
     """
     kept = {name: getattr(options, name) for name in ("kv_cache_dtype", "quantization", "max_num_batched_tokens")}
     given = {name: str(value) for name, value in kept.items() if value is not None}
     numbers = out / f"{'-'.join([model, str(tokens), str(degree), *given.values()])}.json"
     paths = [numbers] if degree == 1 else [numbers.with_suffix(f".{rank}.json") for rank in range(degree)]
     if not all(path.exists() for path in paths):
+        if not memory or not fits(model, degree, tokens, memory, options):
+            return None
         arguments = ["prefill", "--model", model, "--tokens", str(tokens), "--decode", str(NEW_TOKENS)]
         for option, value in given.items():
             arguments += [f"--{option.replace('_', '-')}", value]
@@ -111,10 +123,11 @@ def run_model(model: str, degree: int, tokens: int, options: EngineOptions, out:
     return Run([json.loads(path.read_text(encoding="utf-8")) for path in paths])
 
 
-def predicted(base: Run, degree: int, measured: Run, layers: int, chunks: float) -> tuple[float, float]:
-    """First token in seconds and decode in milliseconds of `degree` ranks from the base's, with the collectives that
-    were measured there, of a prefill those of one of its lanes, which lie beside nothing, and the imbalance that the
+def predicted(base: Run, model: str, measured: Run, chunks: float) -> tuple[float, float]:
+    """First token in seconds and decode in milliseconds from those of the base, with the collectives that were
+    measured there, of a prefill those of one of its lanes, which lie beside nothing, and the imbalance that the
     placement has."""
+    degree, layers = measured.degree, PUBLISHED[model].num_layers
     share = base.degree / degree
     of_all = sum(base.op(name) for name in NOT_SHARED)
     attention = base.op("dca_sparse_prefill")
@@ -123,7 +136,8 @@ def predicted(base: Run, degree: int, measured: Run, layers: int, chunks: float)
     one, chunk = sorted(collectives, key=int)
     bare = chunks / MOST_LANES
     shared = base["first_token_s"] - of_all - attention - bare * before[chunk]
-    first = shared * share + attention * share * measured.imbalance() / base.imbalance() + of_all
+    uneven = imbalance_of_layers(model, degree) / imbalance_of_layers(model, base.degree)
+    first = shared * share + attention * share * uneven + of_all
     step = (base["decode_ms"] - 1e3 * before[one]) * share + 1e3 * collectives[one]
     return first + bare * collectives[chunk], step
 
@@ -133,24 +147,23 @@ def measure_models(
 ) -> None:
     print(kept_as(options))
     print("model  tokens     ranks  first token s (predicted)  of the smallest's speed a card  decode ms (predicted)  "
-          "peak GB (plan)  slowest rank's sparse attention over the mean")  # fmt: skip
+          "peak GB (plan)  busiest rank's sparse attention over the mean: all layers (each, by keys)")  # fmt: skip
     for model in models:
-        layers = PUBLISHED[model].num_layers
         for tokens in lengths:
             base: Run | None = None
             for degree in ranks:
-                if degree not in degrees(PUBLISHED[model]) or not fits(model, degree, tokens, memory, options):
-                    continue
-                run = run_model(model, degree, tokens, options, out)
+                run = None
+                if degree in degrees(PUBLISHED[model]):
+                    run = run_model(model, degree, tokens, options, out, memory)
                 if run is None:
                     continue
                 base = base or run
-                first, step = predicted(base, degree, run, layers, tokens / chunk_rows(options))
+                first, step = predicted(base, model, run, tokens / chunk_rows(options))
                 speed = base["first_token_s"] * base.degree / (run["first_token_s"] * degree)
                 print(
                     f"{model:5} {tokens:10,} {degree:6} {run['first_token_s']:10.2f} ({first:.2f})"
                     f"{speed:22.0%} {run['decode_ms']:22.2f} ({step:.2f}) {run['peak_gb']:12.2f} ({run['plan_gb']:.2f})"
-                    f"{run.imbalance():10.3f}",
+                    f"{run.imbalance():10.3f} ({imbalance_of_layers(model, degree):.3f})",
                     flush=True,
                 )
                 for one in run.ranks:
@@ -229,10 +242,14 @@ def main() -> int:
         number, checkpoint = arguments.answer_with
         print(json.dumps(answer(int(number), checkpoint)))
         return 0
-    cards = paddle.device.cuda.device_count()
+    ranks = arguments.ranks or [1, 2, 4, 8]
+    cards = paddle.device.cuda.device_count() if paddle.is_compiled_with_cuda() else 0
     if not cards:
-        raise SystemExit("no GPU was found")
-    ranks = [one for one in arguments.ranks or (1, 2, 4, 8) if one <= cards]
+        if arguments.out is None or not arguments.out.is_dir():
+            raise SystemExit("no GPU was found, and --out is no folder with numbers of earlier runs")
+        measure_models(arguments.models, arguments.tokens, ranks, 0, options_of(arguments), arguments.out)
+        return 0
+    ranks = [one for one in ranks if one <= cards]
     names = {paddle.device.cuda.get_device_name(card) for card in range(cards)}
     memory = min(paddle.device.cuda.get_device_properties(card).total_memory for card in range(cards))
     out = arguments.out or Path(tempfile.mkdtemp(prefix="many_gpus-"))

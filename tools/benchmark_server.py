@@ -3,7 +3,7 @@
     python tools/benchmark_server.py                                   the needle checkpoint, on whatever device
     python tools/benchmark_server.py --checkpoint DIR [--input 2048] [--output 64] [--concurrency 1 8 32] [--out FILE]
     python tools/benchmark_server.py --checkpoint DIR -- --tensor-parallel-size 2     flags for the server
-    python tools/benchmark_server.py --checkpoint DIR --long 131072       a long prompt, and others meanwhile
+    python tools/benchmark_server.py --checkpoint DIR --long 131072 [--others 8]     a long prompt, others meanwhile
 
 Prints for each concurrency what `vllm bench serve` prints, under its names, in JSON, for the loop ("engine") and the
 server ("server"), and how much longer the server took. Requests are streamed completions of token ids; as many as the
@@ -196,13 +196,15 @@ async def _gauge(url: str, name: str) -> float:
     return float(next(line.rpartition(" ")[2] for line in text.splitlines() if line.startswith(f"vllm:{name}{{")))
 
 
-async def run_long(url: str, tokens: int, output: int, vocabulary: int) -> dict[str, Any]:
-    """A prompt of so many tokens with its progress, short requests meanwhile; then one that its client leaves."""
+async def run_long(url: str, tokens: int, output: int, others: int, vocabulary: int) -> dict[str, Any]:
+    """A prompt of so many tokens with its progress, `others` short requests at once meanwhile; then one that its client
+    leaves.
+    """
     random = np.random.default_rng(1)
     short: list[float] = []
     done = asyncio.Event()
 
-    async def others() -> None:
+    async def ask_on() -> None:
         while not done.is_set():
             told = await ask(url, random.integers(0, vocabulary, 64).tolist(), 16)
             if told.error:
@@ -210,7 +212,7 @@ async def run_long(url: str, tokens: int, output: int, vocabulary: int) -> dict[
             short.append(told.times[-1] - told.start)
             await asyncio.sleep(0.5)
 
-    beside = asyncio.ensure_future(others())
+    beside = asyncio.gather(*(ask_on() for _ in range(others)))
     start = time.perf_counter()
     moments, progress, firsts = [], [], []
     prompt = random.integers(0, vocabulary, tokens).tolist()
@@ -238,6 +240,7 @@ async def run_long(url: str, tokens: int, output: int, vocabulary: int) -> dict[
         "different_progress": len(set(progress)),
         "ttft_s": firsts[0],
         "e2el_s": moments[-1],
+        "others_at_once": others,
         "others_meanwhile": len(short),
         "others_median_s": float(np.median(short)),
         "others_longest_s": max(short),
@@ -282,6 +285,7 @@ def main() -> int:
     parser.add_argument(
         "--long", type=int, metavar="TOKENS", help="a prompt of so many tokens instead, others meanwhile"
     )
+    parser.add_argument("--others", type=int, default=1, help="meanwhile, at once (default: %(default)s)")
     parser.add_argument("--bare", action="store_true", help=argparse.SUPPRESS)
     own, flags = _parted(sys.argv[1:])
     arguments = parser.parse_args(own)
@@ -293,7 +297,9 @@ def main() -> int:
         ranks = _options(flags).get("tensor_parallel_size", 1)
         try:
             with serving(arguments.checkpoint, *flags) as url:
-                told = asyncio.run(run_long(url, arguments.long, arguments.output, arguments.vocabulary))
+                told = asyncio.run(
+                    run_long(url, arguments.long, arguments.output, arguments.others, arguments.vocabulary)
+                )
                 print(json.dumps(told, indent=2), flush=True)
                 if ranks > 1:
                     told = asyncio.run(run_killed(url, ranks - 1, arguments.long, arguments.vocabulary))

@@ -26,6 +26,8 @@ BLOCKS_A_TEXT = 128
 """Row blocks that are measured, as many in each piece, spread evenly, the piece's last one among them."""
 LAST_ROWS = 64
 """Of a text, which count on their own."""
+BLOCKS_ABREAST = 256
+"""Row blocks, of a head each, that a GPU computes in the time of one, at least."""
 
 
 @dataclass
@@ -209,10 +211,11 @@ class Layer:
         index = ops.sparse_index(columns, slashes, piece.begin, piece.rows, cache.chunk_len)
         out, lse = paddle.empty(q.shape[1:], q.dtype), paddle.empty(q.shape[1:3], "float32")
         where = piece.row, piece.begin, piece.rows, cache.chunk_len, measured.sparse.scale
-        for block in measured.blocks.tolist():
+        at_once = ops.on_gpu() and _sooner_at_once(piece, measured.blocks, q.shape[2])
+        for first, count in [(0, piece.row_blocks)] if at_once else [(block, 1) for block in measured.blocks.tolist()]:
             ops.dca_sparse_prefill(
                 q, out, cache.keys, cache.values, measured.sparse.block_table, index, *where, lse,
-                first_block=block, num_blocks=1,
+                first_block=first, num_blocks=count,
             )  # fmt: skip
         counts = np.asarray(index.counts.numpy(), np.int64)[:, measured.blocks]
         keys = BLOCK * counts[..., :3].sum(-1) + counts[..., 3:].sum(-1)
@@ -233,6 +236,11 @@ def _floats(values: paddle.Tensor) -> npt.NDArray[np.float32]:
 
 def _is_measured(piece: Piece, length: int) -> bool:
     return piece.end > MEASURED_FROM * length
+
+
+def _sooner_at_once(piece: Piece, blocks: npt.NDArray[np.int64], heads: int) -> bool:
+    """Whether a GPU computes all row blocks of a piece in less time than some of them one after the other."""
+    return piece.row_blocks * heads < BLOCKS_ABREAST * len(blocks)
 
 
 def _spread(piece: Piece, count: int, *, ends_text: bool) -> npt.NDArray[np.int64]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import oracle
 import pytest
 from small_model import CONFIG, random_model
 
+from paddle_qwen1m import ops
+from paddle_qwen1m.attention.positions import Piece
 from paddle_qwen1m.cache import PagedCache
 from paddle_qwen1m.calibrate import reading
 from paddle_qwen1m.calibrate.reading import Layer, Text
@@ -119,6 +122,38 @@ def test_with_fewer_blocks_the_last_of_each_piece_is_measured_and_all_at_the_end
     expected = kept_in_float64(model.layers[0], text, PAIRS, last_blocks=True)
     (kept,) = layer_of(model.layers[0], [text]).measure(PAIRS, change=True)
     np.testing.assert_allclose(kept, expected, rtol=1e-4, atol=1e-10)
+
+
+def test_all_row_blocks_of_a_piece_at_once_keep_what_those_measured_keep_one_by_one(
+    model: Qwen2OneM, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "BLOCKS_A_TEXT", 1)
+    text, launches = make_text(rng, 530), list[int]()
+    attend = ops.dca_sparse_prefill
+
+    def counted(*arguments: Any, **options: Any) -> None:
+        launches.append(options["num_blocks"])
+        attend(*arguments, **options)
+
+    monkeypatch.setattr(ops, "dca_sparse_prefill", counted)
+    (expected,) = layer_of(model.layers[0], [text]).measure(PAIRS, change=True)
+    assert set(launches) == {1}
+    layer = layer_of(model.layers[0], [text])
+    layer.measure(PAIRS)  # reads the text; from here on nothing else asks which device it is
+    launches.clear()
+    monkeypatch.setattr(ops, "on_gpu", lambda: True)
+    (kept,) = layer.measure(PAIRS, change=True)
+    assert set(launches) == {2}
+    np.testing.assert_array_equal(kept, expected)
+
+
+@pytest.mark.parametrize(("rows", "blocks", "heads", "at_once"), [(32768, 43, 4, True), (32768, 8, 28, False)])
+def test_a_gpu_computes_all_row_blocks_where_these_are_done_sooner(
+    rows: int, blocks: int, heads: int, at_once: bool
+) -> None:
+    """The last pieces of a small model's text of 131,072 tokens, and of the 7B's of 1,000,000."""
+    piece = Piece(0, 65536, rows)
+    assert reading._sooner_at_once(piece, np.arange(blocks), heads) == at_once
 
 
 def test_texts_that_went_through_all_layers_are_where_the_model_takes_them(
