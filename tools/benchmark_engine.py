@@ -19,12 +19,13 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Callable
 
 import numpy as np
 import paddle
-from benchmark_gpu_model import copy_bandwidth, random_model, seeded_selection
+from benchmark_gpu_model import copy_bandwidth, prompt_pieces, random_model, seeded_selection
 from paddlenlp.transformers import AutoModelForCausalLM
 from paddlenlp.utils.log import logger
 
@@ -88,9 +89,16 @@ class Subject:
         """Of a prompt that goes before: two chunks, or all of it, where lines are seeded as its pieces first ask."""
         return None if self.is_random else 2 * engine.max_num_batched_tokens
 
-    def selection(self) -> AbstractContextManager[object]:
-        """What prefill visits."""
-        return seeded_selection() if self.is_random else nullcontext()
+    @contextmanager
+    def selection(self) -> Iterator[Callable[[Engine, int], None]]:
+        """What prefill visits. Yields what makes that of prompts of so many tokens, once all layers have asked: before
+        anything is timed.
+        """
+        if not self.is_random:
+            yield lambda _engine, _tokens: None
+            return
+        with seeded_selection() as lines:
+            yield lambda engine, tokens: lines.prepare(prompt_pieces(tokens, engine.chunking))
 
 
 def params(new_tokens: int) -> SamplingParams:
@@ -155,8 +163,9 @@ def beside(subject: Subject, tokens: int, sequences: int) -> None:
     engine = subject.engine(EngineOptions(cache_tokens=room))
     bound, short_tokens = engine.max_inter_token_ms, engine.max_pause_tokens
     long = subject.prompt(tokens)
-    with subject.selection():
+    with subject.selection() as prepare:
         Log().run(_with(engine, Request("warm", long[: subject.warm_tokens(engine)], params(4))))
+        prepare(engine, tokens)
         alone, start = Log(), time.perf_counter()
         alone.run(_with(engine, Request("alone", long, params(2))))
         alone_seconds = alone.tokens["alone"][0] - start
@@ -218,13 +227,15 @@ def prefix(subject: Subject, documents: list[int], question: int, *, sparse: boo
     print("document    cold s  cold without cuts s  the cuts cost  second question s  times sooner  tokens reused")
     for tokens in documents:
         document, first, second = subject.prompt(tokens), subject.prompt(question), subject.prompt(question, 1)
-        with subject.selection():
+        with subject.selection() as prepare:
             warm_up = np.concatenate([document[::-1], first])[: subject.warm_tokens(engine)]
             Log().run(_with(engine, Request("warm", warm_up, params(2))))
             engine.reset_prefix_cache()
+            prepare(engine, tokens + question)
             cold, _ = _first_token(engine, np.concatenate([document, first]))
             warm, reused = _first_token(engine, np.concatenate([document, second]))
             engine.configure(replace(options, prefix_border_parts=1), subject.budgets)
+            prepare(engine, tokens + question)
             whole, _ = _first_token(engine, np.concatenate([document, first]))
             engine.configure(options, subject.budgets)
         print(
@@ -242,10 +253,11 @@ def questions(subject: Subject, documents: list[int], question: int, many: int, 
     for tokens in documents:
         document = subject.prompt(tokens)
         prompts = [np.concatenate([document, subject.prompt(question, one)]) for one in range(many)]
-        with subject.selection():
+        with subject.selection() as prepare:
             warm_up = np.concatenate([document[::-1], prompts[0]])[: subject.warm_tokens(engine)]
             _logits_seconds(engine, warm_up, question)
             engine.reset_prefix_cache()
+            prepare(engine, tokens + question)
             first, *rest = (_logits_seconds(engine, prompt, question) for prompt in prompts[:8])
             one = float(np.median(rest))
             engine.reset_prefix_cache()

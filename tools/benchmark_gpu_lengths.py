@@ -36,14 +36,15 @@ from benchmark_gpu_model import (
     random_prompt,
     seconds_a_call,
     seeded_selection,
-    spans,
     token_seconds,
 )
 
 from paddle_qwen1m import ops
 from paddle_qwen1m.attention.step import SequenceRows, StepBuilder
+from paddle_qwen1m.cache import choose_page_size
 from paddle_qwen1m.config import ModelConfig, SparseBudgets, published_budgets
 from paddle_qwen1m.engine import Engine
+from paddle_qwen1m.engine.borders import Chunking
 from paddle_qwen1m.options import EngineOptions
 from paddle_qwen1m.plan import cache_bytes_per_token, parameters, weight_bytes
 from paddle_qwen1m.planning import PUBLISHED
@@ -65,6 +66,11 @@ class Kept(NamedTuple):
     cache_dtype: str
 
 
+def spans(length: int, rows: int) -> list[tuple[int, int]]:
+    """The chunks [begin, end) of a prompt, were they cut nowhere else."""
+    return [(begin, min(begin + rows, length)) for begin in range(0, length, rows)]
+
+
 def causal_pairs(length: int, most: np.ndarray) -> float:
     """Pairs of a row and a key at or before it, of which row i has i + 1, `most` at most; summed over `most` [n]."""
     bound = np.minimum(most.astype(np.float64), length)
@@ -81,7 +87,8 @@ def operations(config: ModelConfig, length: int, rows: int, kept: Kept, budgets:
     if budgets is None:
         return linear + 4 * config.head_dim * causal_pairs(length, np.full(heads, length))
     chosen = 4 * config.head_dim * causal_pairs(length, (budgets.vertical + budgets.slash).ravel())
-    ends = [piece.end for piece in prompt_pieces(length, rows, config.dual_chunk.chunk_len)]
+    chunk_len = config.dual_chunk.chunk_len
+    ends = [piece.end for piece in prompt_pieces(length, Chunking(rows, chunk_len, choose_page_size(chunk_len)))]
     return linear + chosen + 2 * config.head_dim * heads * ops.PROBE_ROWS * float(sum(ends))
 
 
@@ -140,10 +147,9 @@ def dense_chunk_seconds(engine: Engine, prompt: np.ndarray, begin: int, rows: in
 
 def sparse_seconds(engine: Engine, prompt: np.ndarray) -> float:
     """To the first token of a prompt; the engine decides as always whether it is read sparsely."""
-    rows, chunk_len = engine.max_num_batched_tokens, engine.model.config.dual_chunk.chunk_len
     with seeded_selection() as lines:
-        token_seconds(engine, prompt[: min(len(prompt), rows + 1000)], 1)
-        lines.prepare(prompt_pieces(len(prompt), rows, chunk_len))
+        token_seconds(engine, prompt[: min(len(prompt), engine.max_num_batched_tokens + 1000)], 1)
+        lines.prepare(prompt_pieces(len(prompt), engine.chunking))
         start = time.perf_counter()
         return token_seconds(engine, prompt, 1)[0] - start
 

@@ -35,6 +35,7 @@ from paddle_qwen1m.attention.step import SparsePiece
 from paddle_qwen1m.config import ModelConfig, SparseBudgets, published_budgets
 from paddle_qwen1m.dtypes import INT8
 from paddle_qwen1m.engine import Engine, PrefillProgress, SamplingParams
+from paddle_qwen1m.engine.borders import Chunking
 from paddle_qwen1m.model import Qwen2OneM
 from paddle_qwen1m.options import EngineOptions
 from paddle_qwen1m.parallel.group import ALONE, Group, ProcessGroup, start
@@ -184,14 +185,10 @@ def kept_as(options: EngineOptions) -> str:
     return f"weights in {options.quantization or 'bf16'}, keys and values in {options.kv_cache_dtype or 'bf16'}"
 
 
-def spans(length: int, rows: int) -> list[tuple[int, int]]:
-    """The chunks [begin, end) of a prompt."""
-    return [(begin, min(begin + rows, length)) for begin in range(0, length, rows)]
-
-
-def prompt_pieces(length: int, rows: int, chunk_len: int) -> list[Piece]:
-    """The pieces of all chunks of a prompt."""
-    return [piece for chunk in spans(length, rows) for piece in pieces(*chunk, chunk_len)]
+def prompt_pieces(length: int, chunking: Chunking) -> list[Piece]:
+    """The pieces of all chunks of a prompt that is read sparsely."""
+    ends = chunking.ends(length, sparse=True)
+    return [piece for chunk in zip([0, *ends], ends) for piece in pieces(*chunk, chunking.chunk_len)]
 
 
 def random_prompt(model: Qwen2OneM, tokens: int) -> np.ndarray:
@@ -235,7 +232,7 @@ def prefill(
     progress: list[PrefillProgress] = []
     with seeded_selection(group.rank) as lines:
         token_seconds(engine, prompt[: rows + 1000], 3)  # libraries and memory
-        lines.prepare(prompt_pieces(tokens, rows, config.dual_chunk.chunk_len))
+        lines.prepare(prompt_pieces(tokens, engine.chunking))
         group.meet()
         start = time.perf_counter()
         times = token_seconds(engine, prompt, new_tokens, on_prefill=progress.append)

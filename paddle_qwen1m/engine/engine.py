@@ -80,9 +80,10 @@ class Engine:
     """Serves requests with one model: `add` them, call `step` until the engine is idle, `abort` what nobody wants.
 
     `options` holds those given with every default filled in; `max_model_len` is the most tokens of one request, prompt
-    and answer together. weights: names the checkpoint in prefixes. compile_grammar: for structured outputs, None
-    refuses them. The KV cache is made by `reserve`, or at the first request, for it and those that come with it, and
-    then kept until a call needs a larger one, options change, or `release_cache`.
+    and answer together; `chunking` says where prompts are cut. weights: names the checkpoint in prefixes.
+    compile_grammar: for structured outputs, None refuses them. The KV cache is made by `reserve`, or at the first
+    request, for it and those that come with it, and then kept until a call needs a larger one, options change, or
+    `release_cache`.
 
     Where several ranks share the model, rank 0 decides what all of them do. `generate` and `logits` are called by every
     rank with the same input and give every rank the same; or rank 0 alone calls whatever it likes while the others are
@@ -142,7 +143,7 @@ class Engine:
             replay=model.on_gpu and options.cuda_graph,
             store=self._store,
         )
-        self._chunking = chunking = Chunking(self.max_num_batched_tokens, chunk_len, page_size, parts)
+        self.chunking = chunking = Chunking(self.max_num_batched_tokens, chunk_len, page_size, parts)
         self._sparse_rule = None
         if budgets is not None:
             digest = budgets_digest(budgets.vertical, budgets.slash)
@@ -548,7 +549,7 @@ class Engine:
         if prefixes is None or chain is None or prefixes.find(chain).tokens:
             return
         dense = request.prompt[: self.options.sparse_threshold]
-        cuts, name = self._chunking.cuts(len(dense), sparse=False), self._name(request, None)
+        cuts, name = self.chunking.cuts(len(dense), sparse=False), self._name(request, None)
         known = prefixes.find(PrefixChain.of(dense, cuts, name, sequence.m2, self.page_size)).tokens
         if known:
             self._metrics.prefix_dense_tokens += known
@@ -688,7 +689,7 @@ class Engine:
                 min_tokens=options.prefix_store_min_tokens,
                 tolerance=tolerance,
             )
-        waiting = WaitingRoom(pool, self._chunking, seats, short, self._m2, prefixes, keeper)
+        waiting = WaitingRoom(pool, self.chunking, seats, short, self._m2, prefixes, keeper)
         limits = SchedulerLimits(seats, short, ahead=1 if on_gpu else 0)
         pacer = Pacer(self.max_inter_token_ms / 1000, layer_work(layers), layers.num_layers, time.perf_counter)
         chooser = Chooser(seats, self.model.config.vocab_size)
