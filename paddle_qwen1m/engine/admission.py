@@ -177,15 +177,15 @@ def fitting_options(
     in_16_bits: int = 0,
 ) -> EngineOptions:
     """The options, or where contexts of max_model_len do not fit with them, the first of those that let them: on a GPU
-    chunks of half the tokens, an 8-bit cache, both. What a user chose stays. The arguments are those of Need.of and
-    choose_capacity.
+    chunks of three quarters of the tokens or half, an 8-bit cache, both. What a user chose stays. The arguments are
+    those of Need.of and choose_capacity.
     """
     if max_model_len == AUTO:
         return options
     wanted = shapes.max_position_embeddings if max_model_len is None else max_model_len
     chunks: list[int | None] = [options.max_num_batched_tokens]
     if options.max_num_batched_tokens is None and on_gpu:
-        chunks.append(default_batched_tokens(on_gpu) // 2)
+        chunks += [default_batched_tokens(on_gpu) * quarters // 4 for quarters in (3, 2)]
     kinds = [None, INT8] if options.kv_cache_dtype is None else [options.kv_cache_dtype]
     for kind in kinds:
         for chunk in chunks:
