@@ -13,6 +13,7 @@ and as many as the published budgets say ("published:21": those of one layer in 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import sys
 import time
@@ -134,50 +135,89 @@ def budgets_of(config: ModelConfig, lines: str) -> SparseBudgets:
     return SparseBudgets(*(np.repeat(one[layer : layer + 1], len(one), 0) for one in (budgets.vertical, budgets.slash)))
 
 
-class OpTimes:
-    """Milliseconds by op: the device is waited for before and after every call, which costs some microseconds each.
-    "seeded lines" is what a real prefill has not: the copies that come in place of what was selected.
-    """
+class DeviceClock:
+    """Points of the computation's stream, by the driver; marking one waits for nothing."""
 
     def __init__(self) -> None:
-        self._totals: dict[str, float] = defaultdict(float)
-        self._within = [0.0]
-        """Of the calls under way, what others within them took."""
+        self._driver = ctypes.CDLL("libcuda.so.1")
+        self._stream = ctypes.c_void_p(paddle.device.cuda.current_stream().cuda_stream)
+
+    def mark(self) -> ctypes.c_void_p:
+        event = ctypes.c_void_p()
+        self._call("cuEventCreate", ctypes.byref(event), 0)
+        self._call("cuEventRecord", event, self._stream)
+        return event
+
+    def milliseconds(self, start: ctypes.c_void_p, end: ctypes.c_void_p) -> float:
+        """Between two marks, both of which the device has passed."""
+        elapsed = ctypes.c_float()
+        self._call("cuEventElapsedTime", ctypes.byref(elapsed), start, end)
+        return elapsed.value
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        if status := getattr(self._driver, name)(*arguments):
+            raise RuntimeError(f"{name}: CUDA error {status}")
+
+
+class OpTimes:
+    """Milliseconds by op, of the device, in a run that goes on as it would: the host waits for nothing.
+
+    What a stream waits for between two ops, sums on their way from other ranks above all, is in none of them. "seeded
+    lines" is what a real prefill has not: the copies that come in place of what was selected.
+    """
+
+    def __init__(self, clock: DeviceClock) -> None:
+        self._clock = clock
+        self._calls: list[tuple[str, str, Any, Any]] = []
+        """Name, that of the call which it was made in ("" for none), marks around it."""
+        self._within = [""]
+        self._watching = False
 
     @contextmanager
     def watch(self) -> Iterator[None]:
         names = [name for name in ops.__all__ if name[0].islower() and name not in ("gpu_obstacle", "load", "on_gpu")]
-        timed_calls = [
-            *((ops, name) for name in names),
-            *((ProcessGroup, name) for name in ("all_reduce", "reduce_scatter", "all_gather")),
-            (SeededLines, "of"),
-        ]
-        originals = {call: getattr(*call) for call in timed_calls}
+        watched = [*((ops, name) for name in names), (ProcessGroup, "all_reduce"), (SeededLines, "of")]
+        originals = {call: getattr(*call) for call in watched}
 
-        def timed(owner: Any, name: str) -> Any:
+        def marked(owner: Any, name: str) -> Any:
+            shown = "seeded lines" if owner is SeededLines else name
+
             def call(*arguments: Any, **options: Any) -> Any:
-                paddle.device.cuda.synchronize()
-                self._within.append(0.0)
-                start = time.perf_counter()
+                if not self._watching:
+                    return originals[owner, name](*arguments, **options)
+                outer = self._within[-1]
+                self._within.append(shown)
+                start = self._clock.mark()
                 result = originals[owner, name](*arguments, **options)
-                paddle.device.cuda.synchronize()
-                milliseconds = (time.perf_counter() - start) * 1e3
-                self._totals["seeded lines" if owner is SeededLines else name] += milliseconds - self._within.pop()
-                self._within[-1] += milliseconds
+                self._calls.append((shown, outer, start, self._clock.mark()))
+                self._within.pop()
                 return result
 
             return call
 
-        for owner, name in timed_calls:
-            setattr(owner, name, timed(owner, name))
+        for owner, name in watched:
+            setattr(owner, name, marked(owner, name))
+        self._watching = True
         try:
             yield
         finally:
+            self.stop()
             for (owner, name), original in originals.items():
                 setattr(owner, name, original)
 
+    def stop(self) -> None:
+        """What comes from now on is not counted."""
+        self._watching = False
+
     def totals(self) -> dict[str, float]:
-        return dict(sorted(self._totals.items(), key=lambda item: -item[1]))
+        """Once the device has done it all."""
+        totals: dict[str, float] = defaultdict(float)
+        for name, outer, begin, end in self._calls:
+            milliseconds = self._clock.milliseconds(begin, end)
+            totals[name] += milliseconds
+            if outer:
+                totals[outer] -= milliseconds
+        return dict(sorted(totals.items(), key=lambda item: -item[1]))
 
 
 def kept_as(options: EngineOptions) -> str:
@@ -195,15 +235,22 @@ def random_prompt(model: Qwen2OneM, tokens: int) -> np.ndarray:
     return np.random.default_rng(1).integers(0, model.config.vocab_size, tokens)
 
 
-def token_seconds(engine: Engine, prompt: np.ndarray, new_tokens: int, **hooks: Any) -> list[float]:
-    """When each token came."""
+def token_seconds(
+    engine: Engine,
+    prompt: np.ndarray,
+    new_tokens: int,
+    at_first: Callable[[], object] = lambda: None,
+    **hooks: Any,
+) -> list[float]:
+    """When each token came; `at_first` is called with the first one."""
     times: list[float] = []
-    engine.generate(
-        [prompt],
-        SamplingParams(max_tokens=new_tokens, temperature=0.0),
-        on_token=lambda index, token: times.append(time.perf_counter()),
-        **hooks,
-    )
+
+    def on_token(_index: int, _token: int) -> None:
+        times.append(time.perf_counter())
+        if len(times) == 1:
+            at_first()
+
+    engine.generate([prompt], SamplingParams(max_tokens=new_tokens, temperature=0.0), on_token=on_token, **hooks)
     return times
 
 
@@ -234,12 +281,12 @@ def prefill(
         token_seconds(engine, prompt[: rows + 1000], 3)  # libraries and memory
         lines.prepare(prompt_pieces(tokens, engine.chunking))
         group.meet()
-        start = time.perf_counter()
-        times = token_seconds(engine, prompt, new_tokens, on_prefill=progress.append)
-        peak = paddle.device.cuda.max_memory_allocated() / 1e9
-        watch = OpTimes()
+        watch = OpTimes(DeviceClock())
         with watch.watch():
-            engine.logits(prompt)
+            start = time.perf_counter()
+            times = token_seconds(engine, prompt, new_tokens, watch.stop, on_prefill=progress.append)
+        peak = paddle.device.cuda.max_memory_allocated() / 1e9
+    paddle.device.cuda.synchronize()
     first = times[0] - start
     print(f"{tokens:,} tokens in chunks of {rows:,}, sparse with the budgets {budgeted}, attention over seeded lines;")
     print(f"first token after {first:.2f} s ({tokens / first:,.0f} tokens/s); chunk by chunk, tokens and seconds:")
@@ -256,7 +303,7 @@ def prefill(
     )
     totals = watch.totals()
     whole = sum(totals.values())
-    print(f"by op, a prefill of its own ({whole / 1e3:.2f} s on the device):")
+    print(f"by op, {whole / 1e3:.2f} s of that prefill; in the rest the stream waits, for other ranks above all:")
     for op, milliseconds in totals.items():
         print(f"  {op:20} {milliseconds:10.1f} ms {milliseconds / whole:6.1%}")
     return {
