@@ -27,7 +27,7 @@ class Progress:
         self, title: str, total: int, unit: str = "tokens", *, visible: bool = True, stay: bool = True
     ) -> None:
         self.done, self.total = 0, total
-        self._title, self._unit = title, unit
+        self._title, self._unit, self._note = title, unit, ""
         self._bar: tqdm | None = None
         self._closed = threading.Event()
         self._started = time.monotonic()
@@ -58,6 +58,13 @@ class Progress:
         if self._bar is not None:
             self._bar.total = total
 
+    def note(self, note: str) -> None:
+        """What is being done, where what is done grows too slowly to say so."""
+        self._note = note
+        if self._bar is not None:
+            with contextlib.suppress(OSError):
+                self._bar.set_postfix_str(note)
+
     def close(self) -> None:
         self._closed.set()
         if self._bar is not None:
@@ -69,12 +76,12 @@ class Progress:
         while not self._closed.wait(max(LINE_SECONDS, LINE_SHARE * seconds)):
             seconds = time.monotonic() - self._started
             with contextlib.suppress(OSError, ValueError):  # closed, or its reader is gone
-                print(
-                    f"{self._title}: {self._state()}, {seconds:.0f} s{self._rate(seconds)}", file=sys.stderr, flush=True
-                )
+                note = f", {self._note}" if self._note else ""
+                line = f"{self._title}: {self._state()}, {seconds:.0f} s{self._rate(seconds)}{note}"
+                print(line, file=sys.stderr, flush=True)
 
     def _rate(self, seconds: float) -> str:
-        if self._unit != "tokens" or seconds < 1:
+        if self._unit != "tokens" or seconds < 1 or (self._note and not self.done):
             return ""
         left = f", about {(self.total - self.done) * seconds / self.done:.0f} s left" if self.done else ""
         return f", {self.done / seconds:,.0f} tokens/s{left}"

@@ -56,6 +56,14 @@ def test_a_bar_needs_a_terminal_that_has_a_width(monkeypatch: pytest.MonkeyPatch
     assert ("50 of 100 tokens" in shown) == (not bar)
 
 
+def test_a_note_says_what_is_being_done_while_nothing_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", written)
+    with Progress("Calibrating", 100) as work:
+        work.note("layer 0, 7 pairs measured")
+        assert wait_for(2, written)[-1] == "Calibrating: 0 of 100 tokens (0%), 0 s, layer 0, 7 pairs measured"
+
+
 def test_bytes_are_shown_in_gigabytes(monkeypatch: pytest.MonkeyPatch) -> None:
     written = io.StringIO()
     monkeypatch.setattr(sys, "stderr", written)

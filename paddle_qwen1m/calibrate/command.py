@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from hashlib import sha256
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -74,13 +76,18 @@ def _run(
     title = f"Calibrating, layers {len(progress.layers)} to {config.num_layers - 1}"
     with Progress(title, tokens * left) as bar:
         for number in range(len(progress.layers), config.num_layers):
-            layer = Layer(stream.layer(number), config, texts, cache, _chunk(arguments))
+            tell = partial(_tell, bar, number, count(1))
+            layer = Layer(stream.layer(number), config, texts, cache, _chunk(arguments), tell)
             candidates = STRATEGIES[arguments.strategy].candidates(layer.measure, config.num_heads, goal)
             old = Pairs(before.vertical[number].astype(np.int64), before.slash[number].astype(np.int64))
             found = Measured.of(candidates, *layer.measure(old, change=True))
             for done in layer.advance():
                 bar.update(done)
             progress.add(found, [text.residual for text in texts])
+
+
+def _tell(bar: Progress, layer: int, measured: Iterator[int]) -> None:
+    bar.note(f"layer {layer}, {next(measured)} pairs measured")
 
 
 def _ids(name: str, tokenizer: Any, tokens: int | None, opened: serving.Opened) -> npt.NDArray[np.int64]:

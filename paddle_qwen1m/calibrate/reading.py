@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -67,14 +67,21 @@ class _Piece:
 class Layer:
     """One layer and the texts before it, which are read in chunks of `chunk` tokens, as prompts are.
 
-    cache: of one layer, with room for the longest text; keys and values of the text at hand.
+    cache: of one layer, with room for the longest text; keys and values of the text at hand. on_measured: called behind
+    each pair that was measured on a text.
     """
 
     def __init__(
-        self, layer: DecoderLayer, config: ModelConfig, texts: Sequence[Text], cache: PagedCache, chunk: int
+        self,
+        layer: DecoderLayer,
+        config: ModelConfig,
+        texts: Sequence[Text],
+        cache: PagedCache,
+        chunk: int,
+        on_measured: Callable[[], object] = lambda: None,
     ) -> None:
         self._layer, self._config, self._texts, self._cache, self._chunk = layer, config, texts, cache, chunk
-        self._builder = StepBuilder(config)
+        self._builder, self._on_measured = StepBuilder(config), on_measured
         self._at_hand: tuple[int, list[_Piece]] | None = None
         self._known: dict[tuple[int, int], _Known] = {}
         """By the text's number and where the piece begins."""
@@ -190,6 +197,7 @@ class Layer:
             moved, sizes = np.concatenate(moves), np.concatenate([piece.known.sizes for piece in pieces])
             changed = moved[last].mean(axis=0) / sizes[last].mean() if last.any() else 0.0
             change = (moved.mean(axis=0) / sizes.mean() + changed) / 2
+        self._on_measured()
         return Kept(mean, kept, visited / (positions + 1).sum(), change)
 
     def _moved(self, heads: paddle.Tensor, piece: _Piece) -> npt.NDArray[np.float64]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
-from paddle_qwen1m import cli
+from paddle_qwen1m import cli, progress
 from paddle_qwen1m.calibrate import results
 from paddle_qwen1m.calibrate.reading import Layer
 from paddle_qwen1m.config import SparseBudgets
@@ -29,8 +30,14 @@ def run(model: Path, out: Path, text: Path, *more: object) -> int:
 
 @pytest.mark.parametrize("strategy", ["least", "published", "output"])
 def test_budgets_are_written_with_their_report(
-    needle_checkpoint: Path, tmp_path: Path, text: Path, strategy: str, capsys: pytest.CaptureFixture[str]
+    needle_checkpoint: Path,
+    tmp_path: Path,
+    text: Path,
+    strategy: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.02)
     out = tmp_path / "sparse_attention_config.json"
     assert run(needle_checkpoint, out, text, "--strategy", strategy) == 0
     budgets = SparseBudgets.from_file(out, 4, 4)
@@ -46,7 +53,8 @@ def test_budgets_are_written_with_their_report(
             assert budgets.slash[number, head] == entry[2]
     table = (tmp_path / f"{out.name}.report.md").read_text(encoding="utf-8")
     assert "| 3.3 |" in table
-    assert "| all |" in capsys.readouterr().out
+    told = capsys.readouterr()
+    assert "| all |" in told.out and re.search(r", layer 3, \d+ pairs measured\n", told.err)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         out.name, f"{out.name}.report.json", f"{out.name}.report.md",
     ]  # fmt: skip
