@@ -81,10 +81,10 @@ class Progress:
                 print(line, file=sys.stderr, flush=True)
 
     def _rate(self, seconds: float) -> str:
-        if self._unit != "tokens" or seconds < 1 or (self._note and not self.done):
+        if self._unit != "tokens" or seconds < 1 or not self.done:
             return ""
-        left = f", about {(self.total - self.done) * seconds / self.done:.0f} s left" if self.done else ""
-        return f", {self.done / seconds:,.0f} tokens/s{left}"
+        left = (self.total - self.done) * seconds / self.done
+        return f", {self.done / seconds:,.0f} tokens/s, about {left:.0f} s left"
 
     def _state(self) -> str:
         share = f"{self.done / self.total:.0%}" if self.total else "0%"

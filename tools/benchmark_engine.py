@@ -85,10 +85,6 @@ class Subject:
     def prompt(self, tokens: int, *seed: int) -> np.ndarray:
         return np.random.default_rng([*seed, tokens]).integers(0, self.model.config.vocab_size, tokens)
 
-    def warm_tokens(self, engine: Engine) -> int | None:
-        """Of a prompt that goes before: two chunks, or all of it, where lines are seeded as its pieces first ask."""
-        return None if self.is_random else 2 * engine.max_num_batched_tokens
-
     @contextmanager
     def selection(self) -> Iterator[Callable[[Engine, int], None]]:
         """What prefill visits. Yields what makes that of prompts of so many tokens, once all layers have asked: before
@@ -99,6 +95,11 @@ class Subject:
             return
         with seeded_selection() as lines:
             yield lambda engine, tokens: lines.prepare(prompt_pieces(tokens, engine.chunking))
+
+
+def two_chunks(engine: Engine, prompt: np.ndarray) -> np.ndarray:
+    """What of a prompt goes before all that is timed: every layer has prefilled sparsely then."""
+    return prompt[: 2 * engine.max_num_batched_tokens]
 
 
 def params(new_tokens: int) -> SamplingParams:
@@ -164,7 +165,7 @@ def beside(subject: Subject, tokens: int, sequences: int) -> None:
     bound, short_tokens = engine.max_inter_token_ms, engine.max_pause_tokens
     long = subject.prompt(tokens)
     with subject.selection() as prepare:
-        Log().run(_with(engine, Request("warm", long[: subject.warm_tokens(engine)], params(4))))
+        Log().run(_with(engine, Request("warm", two_chunks(engine, long), params(4))))
         prepare(engine, tokens)
         alone, start = Log(), time.perf_counter()
         alone.run(_with(engine, Request("alone", long, params(2))))
@@ -228,7 +229,7 @@ def prefix(subject: Subject, documents: list[int], question: int, *, sparse: boo
     for tokens in documents:
         document, first, second = subject.prompt(tokens), subject.prompt(question), subject.prompt(question, 1)
         with subject.selection() as prepare:
-            warm_up = np.concatenate([document[::-1], first])[: subject.warm_tokens(engine)]
+            warm_up = two_chunks(engine, np.concatenate([document[::-1], first]))
             Log().run(_with(engine, Request("warm", warm_up, params(2))))
             engine.reset_prefix_cache()
             prepare(engine, tokens + question)
@@ -254,7 +255,7 @@ def questions(subject: Subject, documents: list[int], question: int, many: int, 
         document = subject.prompt(tokens)
         prompts = [np.concatenate([document, subject.prompt(question, one)]) for one in range(many)]
         with subject.selection() as prepare:
-            warm_up = np.concatenate([document[::-1], prompts[0]])[: subject.warm_tokens(engine)]
+            warm_up = two_chunks(engine, np.concatenate([document[::-1], prompts[0]]))
             _logits_seconds(engine, warm_up, question)
             engine.reset_prefix_cache()
             prepare(engine, tokens + question)

@@ -117,12 +117,14 @@ def main() -> int:
     print(f"{torch.cuda.get_device_name()}; a copy moves {bandwidth / 1e12:.2f} TB/s")
     for model, (heads, kv_heads) in MODELS.items():
         for keys in arguments.keys:
-            many, rounds = (arguments.layers or 2, 4) if keys > 100000 else (arguments.layers or 16, 1)
+            many, rounds = (2, 4) if keys > 100000 else (16, 1)
             for name, cuda in libraries.items():
                 times = {}
                 for dtype in ("bfloat16", "int8", "e4m3"):
-                    shuffled = not arguments.in_order
-                    layers = [Layer(heads, kv_heads, keys, dtype, shuffled=shuffled) for _ in range(many)]
+                    layers = [
+                        Layer(heads, kv_heads, keys, dtype, shuffled=not arguments.in_order)
+                        for _ in range(arguments.layers or many)
+                    ]
                     time = times[dtype] = decode(cuda, layers, rounds)
                     share = layers[0].read / time * 1e3 / bandwidth
                     what = f"{model} {keys:9,} keys, {name}, {dtype:8}"

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +68,13 @@ class Run:
         return max(times) / (sum(times) / len(times)) if sum(times) else 1.0
 
 
+@cache
 def imbalance_of_layers(model: str, degree: int) -> float:
     """What the busiest rank of each layer visits over the mean of all ranks: in every layer they wait for it."""
     config = PUBLISHED[model]
     budgets = published_budgets(config)
     assert budgets is not None
-    return Placement.balanced(config, degree, budgets).imbalance(budgets) if degree > 1 else 1.0
+    return Placement.balanced(config, degree, budgets).imbalance(budgets)
 
 
 def launched(degree: int, script: str, *arguments: str) -> list[str]:
@@ -151,10 +153,8 @@ def measure_models(
     for model in models:
         for tokens in lengths:
             base: Run | None = None
-            for degree in ranks:
-                run = None
-                if degree in degrees(PUBLISHED[model]):
-                    run = run_model(model, degree, tokens, options, out, memory)
+            for degree in (one for one in ranks if one in degrees(PUBLISHED[model])):
+                run = run_model(model, degree, tokens, options, out, memory)
                 if run is None:
                     continue
                 base = base or run
@@ -243,7 +243,7 @@ def main() -> int:
         print(json.dumps(answer(int(number), checkpoint)))
         return 0
     ranks = arguments.ranks or [1, 2, 4, 8]
-    cards = paddle.device.cuda.device_count() if paddle.is_compiled_with_cuda() else 0
+    cards = paddle.device.cuda.device_count()
     if not cards:
         if arguments.out is None or not arguments.out.is_dir():
             raise SystemExit("no GPU was found, and --out is no folder with numbers of earlier runs")
