@@ -20,7 +20,7 @@ def write_run(out: Path, degree: int, first_token_s: float, decode_ms: float, at
             "peak_gb": 27.0,
             "plan_gb": 27.4,
             "ops_ms": {"dca_sparse_prefill": 1e3 * attention_s, "linear": 1e3, "embedding": 100.0},
-            "all_reduce_ms": reduced,
+            "sums_ms": reduced,
         }
         name = "7B-131072-1.json" if degree == 1 else f"7B-131072-{degree}.{rank}.json"
         (out / name).write_text(json.dumps(told), encoding="utf-8")

@@ -133,8 +133,8 @@ def predicted(base: Run, model: str, measured: Run, chunks: float) -> tuple[floa
     share = base.degree / degree
     of_all = sum(base.op(name) for name in NOT_SHARED)
     attention = base.op("dca_sparse_prefill")
-    collectives = {rows: 2 * layers * 1e-3 * float(ms) for rows, ms in measured.ranks[0]["all_reduce_ms"].items()}
-    before = {rows: 2 * layers * 1e-3 * float(ms) for rows, ms in base.ranks[0]["all_reduce_ms"].items()}
+    collectives = {rows: 2 * layers * 1e-3 * float(ms) for rows, ms in measured.ranks[0]["sums_ms"].items()}
+    before = {rows: 2 * layers * 1e-3 * float(ms) for rows, ms in base.ranks[0]["sums_ms"].items()}
     one, chunk = sorted(collectives, key=int)
     bare = chunks / MOST_LANES
     shared = base["first_token_s"] - of_all - attention - bare * before[chunk]

@@ -24,6 +24,7 @@ FAMILIES = (
     "keys",
     "attention",
     "step",
+    "mailbox",
     "weight8",
     "sampling",
     "post",
@@ -106,6 +107,12 @@ class CudaLibrary:
         function = self._library.qwen1m_cuda_product8_version
         function.argtypes, function.restype = (ctypes.c_int64, ctypes.c_int64, ctypes.c_int), ctypes.c_int64
         return int(function(in_features, out_features, self._dtypes[str(dtype).replace("torch.", "")]))
+
+    def mailbox_bytes(self, degree: int) -> int:
+        """See qwen1m_cuda_mailbox_bytes."""
+        function = self._library.qwen1m_cuda_mailbox_bytes
+        function.argtypes, function.restype = (ctypes.c_int32,), ctypes.c_int64
+        return int(function(degree))
 
     def make_workspace(self, size: int) -> Any:
         """Device memory of `size` bytes, poisoned."""

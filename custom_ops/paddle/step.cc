@@ -1,9 +1,11 @@
-// PD_BUILD_OP bindings of the rest of a step: rotations and cache write, embedding, norms, linears, activation, casts.
+// PD_BUILD_OP bindings of the rest of a step: rotations and cache write, embedding, norms, also of what several ranks
+// add up, linears, activation, casts.
 #include "qwen1m/step.h"
 
 #include <string>
 
 #include "dual_chunk.h"
+#include "qwen1m/mailbox.h"
 
 namespace qwen1m {
 namespace {
@@ -215,7 +217,9 @@ Tensors join_columns(const Tensor& parts, int64_t columns) {
   return {out};
 }
 
-Tensors normalise(const Tensor* delta, const Tensor& residual, const Tensor& weight, float eps) {
+// run(call, arguments) computes `out`.
+template <typename Run>
+Tensors normalise(const Tensor* delta, const Tensor& residual, const Tensor& weight, float eps, const Run& run) {
   Call call(residual);
   call.expect(residual, delta ? "residual" : "hidden", DataType::FLOAT32, {-1, -1});
   const int64_t tokens = residual.shape()[0], width = residual.shape()[1];
@@ -223,28 +227,51 @@ Tensors normalise(const Tensor* delta, const Tensor& residual, const Tensor& wei
   const qwen1m_dtype type = call.expect_stored(weight, "weight", {width});
   call.expect_width(width);
   const Tensor out = call.make_activation({tokens, width});
-  call.run(
-      qwen1m_rms_norm{
-          .delta = delta ? delta->data() : nullptr,
-          .residual = pointer<float>(residual),
-          .weight = weight.data(),
-          .out = memory(out),
-          .tokens = tokens,
-          .width = width,
-          .eps = eps,
-          .activation = storage_type(out, "out"),
-          .dtype = type,
-      },
-      QWEN1M_KERNEL(rms_norm));
+  run(call, qwen1m_rms_norm{
+                .delta = delta ? delta->data() : nullptr,
+                .residual = pointer<float>(residual),
+                .weight = weight.data(),
+                .out = memory(out),
+                .tokens = tokens,
+                .width = width,
+                .eps = eps,
+                .activation = storage_type(out, "out"),
+                .dtype = type,
+            });
   return {out};
 }
 
+void run_norm(const Call& call, const qwen1m_rms_norm& norm) { call.run(norm, QWEN1M_KERNEL(rms_norm)); }
+
 Tensors rms_norm(const Tensor& hidden, const Tensor& weight, float eps) {
-  return normalise(nullptr, hidden, weight, eps);
+  return normalise(nullptr, hidden, weight, eps, run_norm);
 }
 
 Tensors add_rms_norm(const Tensor& delta, Tensor& residual, const Tensor& weight, float eps) {
-  return normalise(&delta, residual, weight, eps);
+  return normalise(&delta, residual, weight, eps, run_norm);
+}
+
+Tensors sum_rms_norm(const Tensor& delta, Tensor& residual, const Tensor& weight, float eps,
+                     const std::vector<int64_t>& boxes, int64_t rank) {
+  const auto degree = static_cast<int64_t>(boxes.size());
+  QWEN1M_REQUIRE(degree >= 2 && degree <= QWEN1M_MAILBOX_RANKS && rank >= 0 && rank < degree,
+                 "boxes must be those of 2 to " + text(QWEN1M_MAILBOX_RANKS) + " ranks and rank one of them, got " +
+                     text(degree) + " and rank " + text(rank));
+  return normalise(&delta, residual, weight, eps, [&](const Call& call, const qwen1m_rms_norm& norm) {
+    QWEN1M_REQUIRE(call.on_gpu(), "delta must lie on a GPU, where mailboxes are");
+    QWEN1M_REQUIRE(norm.tokens <= QWEN1M_MAILBOX_ROWS && norm.width <= QWEN1M_MAILBOX_WIDTH,
+                   "delta must have at most " + text(QWEN1M_MAILBOX_ROWS) + " rows of " + text(QWEN1M_MAILBOX_WIDTH) +
+                       " values, got " + text(delta.shape()));
+    const auto no_mailboxes = [](const qwen1m_sum_rms_norm*) {};
+    call.run(
+        qwen1m_sum_rms_norm{
+            .norm = norm,
+            .boxes = boxes.data(),
+            .rank = static_cast<int32_t>(rank),
+            .degree = static_cast<int32_t>(degree),
+        },
+        no_mailboxes, QWEN1M_CUDA(qwen1m_cuda_sum_rms_norm));
+  });
 }
 
 Tensors linear(const Tensor& x, const Tensor& weight, const paddle::optional<Tensor>& bias, bool float32_out) {
@@ -364,6 +391,13 @@ PD_BUILD_OP(qwen1m_add_rms_norm)
     .Attrs({"eps: float"})
     .SetInplaceMap({{"residual", "sum"}})
     .SetKernelFn(PD_KERNEL(qwen1m::add_rms_norm));
+
+PD_BUILD_OP(qwen1m_sum_rms_norm)
+    .Inputs({"delta", "residual", "weight"})
+    .Outputs({"sum", "out"})
+    .Attrs({"eps: float", "boxes: std::vector<int64_t>", "rank: int64_t"})
+    .SetInplaceMap({{"residual", "sum"}})
+    .SetKernelFn(PD_KERNEL(qwen1m::sum_rms_norm));
 
 PD_BUILD_OP(qwen1m_linear)
     .Inputs({"x", "weight", paddle::Optional("bias")})

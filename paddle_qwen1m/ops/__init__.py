@@ -27,6 +27,14 @@ from paddle_qwen1m.ops.attention import Stage, dca_decode, dca_prefill, dca_spar
 from paddle_qwen1m.ops.files import read_rows
 from paddle_qwen1m.ops.keys import PROBE_ROWS, SparseIndex, dca_probe, select_critical, sparse_index
 from paddle_qwen1m.ops.library import LIBRARY, cpu_isa, gpu_obstacle, load, on_gpu, set_num_threads
+from paddle_qwen1m.ops.mailbox import (
+    MAILBOX_RANKS,
+    MAILBOX_ROWS,
+    MAILBOX_WIDTH,
+    make_mailbox,
+    open_mailbox,
+    sum_rms_norm,
+)
 from paddle_qwen1m.ops.pages import Quantised, copy_page, dequantize_pages
 from paddle_qwen1m.ops.pieces import PieceBuffer
 from paddle_qwen1m.ops.post import Post, tensor, upload
@@ -68,6 +76,9 @@ __all__ = [
     "IN_PROMPT",
     "LARGEST_COUNT",
     "LIBRARY",
+    "MAILBOX_RANKS",
+    "MAILBOX_ROWS",
+    "MAILBOX_WIDTH",
     "PROBE_ROWS",
     "PieceBuffer",
     "Post",
@@ -94,8 +105,10 @@ __all__ = [
     "join_columns",
     "linear",
     "load",
+    "make_mailbox",
     "mark_progress",
     "on_gpu",
+    "open_mailbox",
     "product8",
     "product8_version",
     "read_rows",
@@ -112,6 +125,7 @@ __all__ = [
     "silu_mul",
     "silu_mul8",
     "sparse_index",
+    "sum_rms_norm",
     "tensor",
     "top_logprobs",
     "upload",

@@ -1,7 +1,8 @@
 """The tensor parallel group of this process: its rank, and the collectives of a forward pass.
 
 On a CPU they go through gloo, on a GPU through NCCL: on the stream of the computation, where a CUDA graph captures
-them, but for those of a prefill's lanes, which are on the library's own stream beside it.
+them, but for those of a prefill's lanes, which are on the library's own stream beside it. Sums of few rows, two a layer
+of every decode step, go through the cards' mailboxes, where these reach each other.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from paddle_qwen1m.parallel.job import (
     launched_rank,
     launched_ranks,
 )
+from paddle_qwen1m.parallel.mailboxes import open_mailboxes
 
 GROUP_OF_ONE = "PADDLE_QWEN1M_GROUP_OF_ONE"
 """Environment variable: 1 sends the collectives of one rank through a real process group."""
@@ -68,6 +70,12 @@ class Group:
     def all_reduce(self, values: paddle.Tensor) -> paddle.Tensor:
         """`values`, contiguous, replaced by their sum over all ranks."""
         return values
+
+    def add_rms_norm(
+        self, values: paddle.Tensor, residual: paddle.Tensor, weight: paddle.Tensor, eps: float
+    ) -> paddle.Tensor:
+        """`ops.add_rms_norm` of the sum over all ranks of `values` [T, N], contiguous, which may be overwritten."""
+        return ops.add_rms_norm(self.all_reduce(values), residual, weight, eps)
 
     def lanes(self, rows: int) -> int:
         """In how many lanes so many rows of a step go (lanes.py): one where they are few or do not divide by degree."""
@@ -142,6 +150,7 @@ class ProcessGroup(Group):
         self._group = kind.create(self._store, self.rank, self.degree, port)
         if self._on_gpu:  # NCCL takes its buffers now, before anybody asks how much memory is free
             self.all_reduce(ops.tensor(np.zeros(1, np.float32)))
+        self._mailboxes = open_mailboxes(self._store, self.rank, self.degree) if self._on_gpu and job else None
         keep = weakref.WeakMethod(self._keep)
         os.register_at_fork(after_in_child=lambda: (call := keep()) is not None and call())
 
@@ -152,6 +161,14 @@ class ProcessGroup(Group):
             else:
                 self._group.all_reduce(values, core.ReduceOp.SUM, True).wait()
         return values
+
+    def add_rms_norm(
+        self, values: paddle.Tensor, residual: paddle.Tensor, weight: paddle.Tensor, eps: float
+    ) -> paddle.Tensor:
+        if self._mailboxes is None or not self._mailboxes.take(*values.shape):
+            return super().add_rms_norm(values, residual, weight, eps)
+        with self._collective():
+            return ops.sum_rms_norm(values, residual, weight, eps, self._mailboxes.boxes, self._mailboxes.rank)
 
     def lanes(self, rows: int) -> int:
         return 1 if rows % self.degree else max(1, min(MOST_LANES, rows // self._lane_rows))

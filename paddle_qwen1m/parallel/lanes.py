@@ -1,11 +1,11 @@
 """How the rows of a step go through the layers on several ranks: what is summed over all of them waits for nobody.
 
-Few rows, of a decode step above all, are one lane: behind each product one all-reduce of all of them. Many rows are two
-to four lanes. A rank keeps the residual stream of one share of a lane's rows: a product's sums come to it by a
-reduce-scatter, it norms its share, and an all-gather gives all ranks the lane's rows. While those of one lane are under
-way, on the library's stream, the computation goes on with the next one's. Lanes are of the rows alone: attention has
-all of them, its keys are cached before any are chosen, and nothing is under way at its beginning, nor where a prefill
-stands still.
+Few rows, of a decode step above all, are one lane: behind each product their sum over all ranks, and its norm. Many
+rows are two to four lanes. A rank keeps the residual stream of one share of a lane's rows: a product's sums come to it
+by a reduce-scatter, it norms its share, and an all-gather gives all ranks the lane's rows. While those of one lane are
+under way, on the library's stream, the computation goes on with the next one's. Lanes are of the rows alone: attention
+has all of them, its keys are cached before any are chosen, and nothing is under way at its beginning, nor where a
+prefill stands still.
 """
 
 from __future__ import annotations
@@ -79,8 +79,7 @@ class Lanes:
             self._norm_late()
             for product in products[1:]:
                 values = product(values)
-            split = self._is_split
-            lane.sums = self._group.reduce_scatter(values) if split else Pending(self._group.all_reduce(values))
+            lane.sums = self._group.reduce_scatter(values) if self._is_split else Pending(values)
             del values
             self._late = lane, norm, takes_rows8
 
@@ -122,15 +121,21 @@ class Lanes:
             return
         (lane, weight, takes_rows8), self._late = self._late, None
         assert lane.sums is not None
-        sums, lane.sums = lane.sums.wait(), None
+        values, lane.sums = lane.sums.wait(), None
         lane.normed = None
         own: Any
-        in_fp8 = takes_rows8 is not None and not self._is_split and takes_rows8(sums.shape[0])
+        in_fp8 = takes_rows8 is not None and not self._is_split and takes_rows8(values.shape[0])
+        if not self._is_split and (in_fp8 or lane.residual is None):
+            values = self._group.all_reduce(values)
         if lane.residual is None:
-            lane.residual = sums
-            own = (ops.rms_norm8 if in_fp8 else ops.rms_norm)(sums, weight, self._eps)
+            lane.residual = values
+            own = (ops.rms_norm8 if in_fp8 else ops.rms_norm)(values, weight, self._eps)
+        elif in_fp8:
+            own = ops.add_rms_norm8(values, lane.residual, weight, self._eps)
+        elif self._is_split:
+            own = ops.add_rms_norm(values, lane.residual, weight, self._eps)
         else:
-            own = (ops.add_rms_norm8 if in_fp8 else ops.add_rms_norm)(sums, lane.residual, weight, self._eps)
+            own = self._group.add_rms_norm(values, lane.residual, weight, self._eps)
         if not self._is_split:
             lane.normed = Pending(own)
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -98,3 +99,37 @@ def test_a_launcher_that_is_killed_leaves_no_rank_and_no_memory(
     with capsys.disabled():
         print(f"\nlauncher killed: ranks had ended {time.monotonic() - began:.1f} s later, in use {after} of {before}")
     assert all(now <= then + LEFT for now, then in zip(after, before))
+
+
+SUMS = """
+import json, sys
+import numpy as np
+from benchmark_sums import Rows, all_reduced
+import paddle
+from paddle_qwen1m.parallel.group import start
+
+paddle.device.set_device("gpu")
+group = start(2)
+found = []
+for number in range(100):
+    rows = 1 + number % 70
+    sums = [Rows(group.rank, rows, 512).sums(norm) for norm in (group.add_rms_norm, all_reduced(group))]
+    found.append([float(np.abs(sums[0] - sums[1]).max()), float(np.abs(sums[1]).max())])
+open(sys.argv[1] + str(group.rank), "w").write(json.dumps([group._mailboxes is not None, found]))
+"""
+
+
+@pytest.mark.parametrize("mailboxes", ["1", "0"])
+def test_sums_of_few_rows_go_through_mailboxes_where_that_is_not_switched_off(tmp_path: Path, mailboxes: str) -> None:
+    """They are those of NCCL, which rounds to bfloat16; more rows than a mailbox takes are NCCL's."""
+    script = tmp_path / "sums.py"
+    script.write_text(SUMS, encoding="utf-8")
+    command = ["-m", "paddle.distributed.launch", "--devices", "0,1", "--log_dir", tmp_path / "logs", script]
+    environment = {"PADDLE_QWEN1M_MAILBOXES": mailboxes, "PYTHONPATH": str(Path(__file__).parents[2] / "tools")}
+    launched = Process([*command, tmp_path / "found"], **environment)
+    status, output = launched.finish(START)
+    assert status == 0, output
+    for rank in range(2):
+        opened, found = json.loads((tmp_path / f"found{rank}").read_text())
+        assert opened == (mailboxes == "1")
+        assert all(off <= 2.0**-8 * largest for off, largest in found)

@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kNormThreads) rms_norm8_kernel(const qwen1m_rm
         to_e4m3(values[0] * inverse, values[1] * inverse, values[2] * inverse, values[3] * inverse);
   };
   if (row < a.norm.tokens) {
-    normalise_row<T>(a.norm, put);
+    normalise_row<T>(a.norm, AddDelta{}, put);
     return;
   }
   await_previous();

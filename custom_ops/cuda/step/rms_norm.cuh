@@ -16,47 +16,60 @@ inline unsigned norm_threads(int64_t width) {
   return static_cast<unsigned>(ceil_div(width, kNormValues * kWarp) * kWarp);
 }
 
+constexpr int kNormVectors = kNormValues / kNormVector;
+
+// Of a row's values those that a thread has: vectors from column `first` on, `stride` apart.
+struct NormColumns {
+  int first, stride, width;
+  __device__ int column(int j) const { return first + j * stride; }
+  __device__ bool has(int j) const { return column(j) < width; }
+};
+
+// add(delta, columns, values) puts a row's delta to the values that a thread has of it.
+struct AddDelta {
+  template <typename T>
+  __device__ void operator()(const T* delta, const NormColumns& own, float (&values)[kNormVectors][kNormVector]) const {
+    Vector<T, kNormVector> loaded[kNormVectors];
+#pragma unroll
+    for (int j = 0; j < kNormVectors; ++j) {
+      if (own.has(j)) loaded[j] = load_vector<kNormVector>(delta + own.column(j));
+    }
+#pragma unroll
+    for (int j = 0; j < kNormVectors; ++j) {
+#pragma unroll
+      for (int n = 0; n < kNormVector && own.has(j); ++n) values[j][n] += widen(loaded[j].values[n]);
+    }
+  }
+};
+
 // store(i, inside, values) gets the result from column i on, of all threads the same number of times; `inside` is false
 // behind the row. Everything is loaded before the sum: a decode step waits for memory once, and for the weight while
 // the launch before still runs.
-template <typename T, typename Store>
-__device__ inline void normalise_row(const qwen1m_rms_norm& a, const Store& store) {
-  constexpr int N = kNormVector, kVectors = kNormValues / N;
+template <typename T, typename Add, typename Store>
+__device__ inline void normalise_row(const qwen1m_rms_norm& a, const Add& add, const Store& store) {
+  constexpr int N = kNormVector, kVectors = kNormVectors;
   __shared__ float partial[kNormThreads / kWarp];
   const int64_t row = blockIdx.x * a.width;
-  const int width = static_cast<int>(a.width), stride = static_cast<int>(blockDim.x) * N;
-  const int first = static_cast<int>(threadIdx.x) * N;
+  const NormColumns own{static_cast<int>(threadIdx.x) * N, static_cast<int>(blockDim.x) * N, static_cast<int>(a.width)};
   float* residual = a.residual + row;
 
   float values[kVectors][N] = {};
   Vector<T, N> weight[kVectors];
 #pragma unroll
   for (int j = 0; j < kVectors; ++j) {
-    const int i = first + j * stride;
-    if (i < width) weight[j] = load_vector<N>(static_cast<const T*>(a.weight) + i);
+    if (own.has(j)) weight[j] = load_vector<N>(static_cast<const T*>(a.weight) + own.column(j));
   }
   await_previous();
   admit_next();
 #pragma unroll
   for (int j = 0; j < kVectors; ++j) {
-    const int i = first + j * stride;
-    if (i < width) load_widened(residual + i, values[j]);
+    if (own.has(j)) load_widened(residual + own.column(j), values[j]);
   }
   if (a.delta) {
-    Vector<T, N> delta[kVectors];
+    add(static_cast<const T*>(a.delta) + row, own, values);
 #pragma unroll
     for (int j = 0; j < kVectors; ++j) {
-      const int i = first + j * stride;
-      if (i < width) delta[j] = load_vector<N>(static_cast<const T*>(a.delta) + row + i);
-    }
-#pragma unroll
-    for (int j = 0; j < kVectors; ++j) {
-      const int i = first + j * stride;
-      if (i < width) {
-#pragma unroll
-        for (int n = 0; n < N; ++n) values[j][n] += widen(delta[j].values[n]);
-        store_narrowed(values[j], residual + i);
-      }
+      if (own.has(j)) store_narrowed(values[j], residual + own.column(j));
     }
   }
 
@@ -70,16 +83,15 @@ __device__ inline void normalise_row(const qwen1m_rms_norm& a, const Store& stor
   if (lane == 0) partial[threadIdx.x / kWarp] = squares;
   __syncthreads();
   const float total = warp_sum(lane < warps ? partial[lane] : 0.0f);
-  const float inverse = rsqrtf(total / static_cast<float>(width) + a.eps);
+  const float inverse = rsqrtf(total / static_cast<float>(own.width) + a.eps);
 
 #pragma unroll
   for (int j = 0; j < kVectors; ++j) {
-    const int i = first + j * stride;
-    if (i < width) {
+    if (own.has(j)) {
 #pragma unroll
       for (int n = 0; n < N; ++n) values[j][n] *= inverse * widen(weight[j].values[n]);
     }
-    store(i, i < width, values[j]);
+    store(own.column(j), own.has(j), values[j]);
   }
 }
 

@@ -1,0 +1,48 @@
+"""Sums of a few rows over ranks whose cards write to each other's memory: mailboxes, and the norm that has the sum."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import paddle
+
+from paddle_qwen1m.ops.library import call, library
+
+MAILBOX_RANKS = 8
+MAILBOX_ROWS = 64
+MAILBOX_WIDTH = 8192
+"""The most ranks that have mailboxes, rows of a sum, and values of a row (custom_ops/include/qwen1m/mailbox.h)."""
+NAME_BYTES = 64
+
+
+def sum_rms_norm(
+    delta: paddle.Tensor, residual: paddle.Tensor, weight: paddle.Tensor, eps: float, boxes: Sequence[int], rank: int
+) -> paddle.Tensor:
+    """`add_rms_norm` of the sum over all ranks of their `delta` [T, N], bit by bit the same on each. On a GPU alone.
+
+    boxes: the address of every rank's mailbox in this process, the own one at `rank`. All ranks call it as often, and
+    for as many rows.
+    """
+    return call("sum_rms_norm", delta, residual, weight, eps, list(boxes), rank)[1]
+
+
+def make_mailbox(degree: int) -> tuple[int, bytes]:
+    """The address of a new mailbox for `degree` ranks on the current device, which is there until this process ends,
+    and the name by which others of the machine open it. OSError where the driver shares no memory.
+    """
+    address, name = ctypes.c_int64(), ctypes.create_string_buffer(NAME_BYTES)
+    _check("make_mailbox", library().qwen1m_cuda_make_mailbox(degree, ctypes.byref(address), name))
+    return address.value, name.raw
+
+
+def open_mailbox(name: bytes) -> int:
+    """The address of another process's mailbox. OSError where the cards cannot reach each other's memory."""
+    address = ctypes.c_int64()
+    _check("open_mailbox", library().qwen1m_cuda_open_mailbox(name, ctypes.byref(address)))
+    return address.value
+
+
+def _check(what: str, status: int) -> None:
+    if status != 0:
+        raise OSError(f"{what}: CUDA error {status}")

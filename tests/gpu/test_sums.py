@@ -1,0 +1,129 @@
+"""Sums over ranks through mailboxes, the ranks being streams of one GPU: values, turns, graphs, who waits for whom."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import oracle
+import pytest
+
+torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+
+from test_step_ops import DEVICE, check, each_half, exact, largest, poisoned, same_bits, stored  # noqa: E402
+
+EPS = 1e-6
+
+
+class Ranks:
+    """Of one sum after the other; each has a stream, a mailbox and a residual stream of zeros."""
+
+    def __init__(self, cuda: Any, degree: int, rows: int, width: int, dtype: torch.dtype) -> None:
+        self.cuda, self.degree, self.width, self.dtype = cuda, degree, width, dtype
+        self.boxes = [torch.zeros(cuda.mailbox_bytes(degree), dtype=torch.uint8, device=DEVICE) for _ in range(degree)]
+        self.streams = [torch.cuda.Stream() for _ in range(degree)]
+        self.residuals = [torch.zeros(rows, width, dtype=torch.float32, device=DEVICE) for _ in range(degree)]
+        self.outs = [poisoned(rows, width, dtype=dtype) for _ in range(degree)]
+        self._addresses = np.array([box.data_ptr() for box in self.boxes])
+        torch.cuda.synchronize()
+
+    def add(self, rank: int, delta: torch.Tensor, weight: torch.Tensor) -> None:
+        """Launches a rank's part of a sum of as many rows as delta has, on the current stream."""
+        norm = {"delta": delta, "residual": self.residuals[rank], "weight": weight, "out": self.outs[rank], "eps": EPS}
+        norm |= {"tokens": len(delta), "width": self.width, "activation": self.dtype, "dtype": self.dtype}
+        self.cuda("sum_rms_norm", norm=norm, boxes=self._addresses, rank=rank, degree=self.degree)
+
+    def add_all(self, deltas: list[torch.Tensor], weight: torch.Tensor) -> None:
+        for rank, (stream, delta) in enumerate(zip(self.streams, deltas)):
+            with torch.cuda.stream(stream):
+                self.add(rank, delta, weight)
+
+
+def drawn(rng: np.random.Generator, rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+    return stored(rng.standard_normal((rows, width)), dtype)
+
+
+@each_half
+@pytest.mark.parametrize("degree, width", [(2, 3584), (3, 104), (4, 5120), (4, 8192), (8, 3584)])
+def test_every_rank_has_the_sum_of_all_in_their_order(
+    cuda: Any, rng: np.random.Generator, degree: int, width: int, dtype: torch.dtype
+) -> None:
+    """Turn after turn, of one row and of more: float32 sums, bit by bit, and their norm, the same on every rank."""
+    weight, most = drawn(rng, 1, width, dtype)[0], 64 if degree <= 4 else 8  # all blocks of all ranks find room
+    ranks = Ranks(cuda, degree, most, width, dtype)
+    expected = torch.zeros(most, width, dtype=torch.float32, device=DEVICE)
+    for rows in [1, most, 1, 3, most, 3, 1, 1]:
+        deltas = [drawn(rng, rows, width, dtype) for _ in range(degree)]
+        torch.cuda.synchronize()
+        ranks.add_all(deltas, weight)
+        torch.cuda.synchronize()
+        total = torch.zeros(rows, width, dtype=torch.float32, device=DEVICE)
+        for delta in deltas:
+            total += delta.float()
+        expected[:rows] += total
+        for residual, out in zip(ranks.residuals, ranks.outs):
+            assert same_bits(residual, expected) and same_bits(out, ranks.outs[0])
+        normed = oracle.rms_norm(exact(expected[:rows]), exact(weight), EPS)
+        check(ranks.outs[0][:rows], normed, 1e-6 * largest(normed))
+
+
+def test_a_rank_waits_for_those_that_come_late(cuda: Any, rng: np.random.Generator) -> None:
+    ranks, weight = Ranks(cuda, 3, 2, 512, torch.bfloat16), drawn(rng, 1, 512, torch.bfloat16)[0]
+    deltas = [drawn(rng, 2, 512, torch.bfloat16) for _ in range(3)]
+    torch.cuda.synchronize()
+    for rank in (2, 0, 1):
+        time.sleep(0.05)
+        assert not ranks.streams[2].query() or rank == 2
+        with torch.cuda.stream(ranks.streams[rank]):
+            ranks.add(rank, deltas[rank], weight)
+    torch.cuda.synchronize()
+    total = deltas[0].float() + deltas[1].float() + deltas[2].float()
+    assert all(same_bits(residual, total) for residual in ranks.residuals)
+
+
+def test_turns_go_on_behind_the_largest_number(cuda: Any, rng: np.random.Generator) -> None:
+    ranks, weight = Ranks(cuda, 2, 1, 256, torch.float16), drawn(rng, 1, 256, torch.float16)[0]
+    for box in ranks.boxes:
+        box[:256].view(torch.int32).fill_(-4)
+    expected = torch.zeros(1, 256, dtype=torch.float32, device=DEVICE)
+    for _ in range(9):
+        deltas = [drawn(rng, 1, 256, torch.float16) for _ in range(2)]
+        torch.cuda.synchronize()
+        ranks.add_all(deltas, weight)
+        torch.cuda.synchronize()
+        expected += deltas[0].float() + deltas[1].float()
+        assert all(same_bits(residual, expected) for residual in ranks.residuals)
+
+
+def test_replayed_from_graphs_the_ranks_stay_in_turn(cuda: Any, rng: np.random.Generator) -> None:
+    """Two thousand sums behind each other: lines of an earlier turn would be those of other rows."""
+    degree, rows, width, captured, replays = 4, 4, 1024, 50, 40
+    ranks, weight = Ranks(cuda, degree, rows, width, torch.bfloat16), drawn(rng, 1, width, torch.bfloat16)[0]
+    deltas = [[drawn(rng, rows, width, torch.bfloat16) for _ in range(degree)] for _ in range(captured)]
+    graphs = [torch.cuda.CUDAGraph() for _ in range(degree)]
+    for rank, graph in enumerate(graphs):
+        with torch.cuda.graph(graph, stream=ranks.streams[rank]):
+            for delta in deltas:
+                ranks.add(rank, delta[rank], weight)
+    for _ in range(replays):
+        for graph, stream in zip(graphs, ranks.streams):
+            with torch.cuda.stream(stream):
+                graph.replay()
+    torch.cuda.synchronize()
+    totals = [((one.float() + two.float()) + three.float()) + four.float() for one, two, three, four in deltas]
+    expected = torch.zeros(rows, width, dtype=torch.float32, device=DEVICE)
+    for total in totals * replays:
+        expected += total
+    assert all(same_bits(residual, expected) for residual in ranks.residuals)
+
+
+@pytest.mark.parametrize("change", [{"degree": 1}, {"degree": 9}, {"rank": 2}, {"tokens": 65}, {"width": 8200}])
+def test_what_a_mailbox_does_not_take_is_refused(cuda: Any, change: dict[str, int]) -> None:
+    ranks, given = Ranks(cuda, 2, 1, 64, torch.bfloat16), {"degree": 2, "rank": 0, "tokens": 1, "width": 64} | change
+    row = poisoned(1, 64, dtype=torch.bfloat16)
+    norm = {"delta": row, "residual": ranks.residuals[0], "weight": row, "out": row, "eps": EPS}
+    norm |= {"tokens": given["tokens"], "width": given["width"], "activation": row.dtype, "dtype": row.dtype}
+    boxes = np.array([box.data_ptr() for box in ranks.boxes] * 5)
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        cuda("sum_rms_norm", norm=norm, boxes=boxes, rank=given["rank"], degree=given["degree"])
