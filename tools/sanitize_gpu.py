@@ -19,6 +19,7 @@ from cuda_library import CudaLibrary
 
 TOOLS = ("memcheck", "racecheck", "synccheck")
 CHUNK_LEN, PAGE = 256, 64
+MAILBOX_ROWS = 64
 EXIT_CODE = 9
 
 
@@ -293,7 +294,7 @@ class Kernels:
             )
 
     def sum_of_two_ranks(self, tokens: int, width: int, residual: DeviceArray) -> None:
-        """Rank 0's part of the first sum: all lines of the other rank's lie in its mailbox, for it cannot run beside."""
+        """Rank 0's part of the first sum: all of the other rank's lines are there, for it cannot run beside."""
         half = "bfloat16"
         lines = np.full(self.cuda.mailbox_bytes(2) // 8, 1 << 32, np.uint64)
         lines[: MAILBOX_ROWS // 2] = 0  # nobody has added anything yet

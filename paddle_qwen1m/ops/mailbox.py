@@ -11,7 +11,7 @@ from paddle_qwen1m.ops.library import call, library
 
 MAILBOX_RANKS = 8
 MAILBOX_ROWS = 64
-MAILBOX_WIDTH = 8192
+MAILBOX_WIDTH = 6144
 """The most ranks that have mailboxes, rows of a sum, and values of a row (custom_ops/include/qwen1m/mailbox.h)."""
 NAME_BYTES = 64
 

@@ -10,54 +10,46 @@ namespace cuda {
 namespace {
 
 static_assert(kNormVector == kLineValues, "a thread's vector is a line");
-static_assert(QWEN1M_MAILBOX_WIDTH == kNormThreads * kNormValues, "the widest row");
 
-// The parts of all ranks, added up in their order; `turn` is that of the sum.
-template <typename T, int kOthers>
+constexpr int kSumThreads = QWEN1M_MAILBOX_WIDTH / kNormValues;  // of the widest row, so that all fits into registers
+
+using Values = float[kNormVectors][kNormVector];
+
+// The parts of all ranks, added up in their order, kAtOnce of the others being waited for together; `turn` is the
+// sum's.
+template <typename T, int kAtOnce>
 struct AddParts {
+  using Part = Vector<T, kNormVector>[kNormVectors];
   const Mailboxes& boxes;
   uint32_t& turn;
 
-  __device__ void operator()(const T* delta, const NormColumns& own, float (&values)[kNormVectors][kNormVector]) const {
-    const int row = static_cast<int>(blockIdx.x);
-    Vector<T, kNormVector> mine[kNormVectors];
+  __device__ void operator()(const T* delta, const NormColumns& own, Values& values) const {
+    const int row = static_cast<int>(blockIdx.x), others = boxes.degree - 1;
+    Part mine;
     turn = turn_after(*boxes.turn(row));
 #pragma unroll
     for (int j = 0; j < kNormVectors; ++j) {
       if (own.has(j)) mine[j] = load_vector<kNormVector>(delta + own.column(j));
     }
-    send(mine, own, row);
+    for (int other = 0; other < others; ++other) send(mine, own, boxes.lines(rank_of(other), boxes.rank, turn, row));
 
-    Vector<T, kNormVector> parts[kOthers][kNormVectors];
-    bool waiting = true;
-    while (waiting) {
-      waiting = false;
+    Values sums = {};
+#pragma unroll 1
+    for (int first = 0; first < others; first += kAtOnce) {
+      Part parts[kAtOnce];
+      while (!all_there(first, own, row, parts)) {
+      }
 #pragma unroll
-      for (int other = 0; other < kOthers; ++other) {
-        if (other + 1 >= boxes.degree) continue;
-        const Line* lines = boxes.lines(boxes.rank, rank_of(other), turn, row);
-#pragma unroll
-        for (int j = 0; j < kNormVectors; ++j) {
-          if (!own.has(j)) continue;
-          const Line seen = look_at_line(lines + own.column(j) / kLineValues);
-          waiting |= !is_of(seen, turn);
-          *reinterpret_cast<uint2*>(parts[other][j].values) = values_of(seen);
-        }
+      for (int k = 0; k < kAtOnce && first + k < others; ++k) {
+        if (first + k == boxes.rank) add(mine, own, sums);
+        add(parts[k], own, sums);
       }
     }
-
+    if (boxes.rank == others) add(mine, own, sums);
 #pragma unroll
     for (int j = 0; j < kNormVectors; ++j) {
-      if (!own.has(j)) continue;
-      float sums[kNormVector] = {};
 #pragma unroll
-      for (int other = 0; other < kOthers; ++other) {
-        if (other == boxes.rank) add(mine[j], sums);
-        if (other + 1 < boxes.degree) add(parts[other][j], sums);
-      }
-      if (boxes.rank + 1 == boxes.degree) add(mine[j], sums);
-#pragma unroll
-      for (int n = 0; n < kNormVector; ++n) values[j][n] += sums[n];
+      for (int n = 0; n < kNormVector; ++n) values[j][n] += sums[j][n];
     }
   }
 
@@ -65,32 +57,47 @@ struct AddParts {
   // The ranks but this one, ascending.
   __device__ int rank_of(int other) const { return other + (other >= boxes.rank); }
 
-  __device__ void send(const Vector<T, kNormVector> (&mine)[kNormVectors], const NormColumns& own, int row) const {
+  __device__ void send(const Part& mine, const NormColumns& own, Line* lines) const {
 #pragma unroll
-    for (int other = 0; other < kOthers; ++other) {
-      if (other + 1 >= boxes.degree) continue;
-      Line* lines = boxes.lines(rank_of(other), boxes.rank, turn, row);
-#pragma unroll
-      for (int j = 0; j < kNormVectors; ++j) {
-        if (own.has(j)) {
-          send_line(lines + own.column(j) / kLineValues, *reinterpret_cast<const uint2*>(mine[j].values), turn);
-        }
-      }
+    for (int j = 0; j < kNormVectors; ++j) {
+      if (!own.has(j)) continue;
+      send_line(lines + own.column(j) / kLineValues, *reinterpret_cast<const uint2*>(mine[j].values), turn);
     }
   }
 
-  __device__ static void add(const Vector<T, kNormVector>& part, float (&sums)[kNormVector]) {
+  // Whether what this thread has of kAtOnce others from `first` on has come, which then is in `parts`.
+  __device__ bool all_there(int first, const NormColumns& own, int row, Part (&parts)[kAtOnce]) const {
+    bool there = true;
 #pragma unroll
-    for (int n = 0; n < kNormVector; ++n) sums[n] += widen(part.values[n]);
+    for (int k = 0; k < kAtOnce; ++k) {
+      if (first + k + 1 >= boxes.degree) continue;
+      const Line* lines = boxes.lines(boxes.rank, rank_of(first + k), turn, row);
+#pragma unroll
+      for (int j = 0; j < kNormVectors; ++j) {
+        if (!own.has(j)) continue;
+        const Line seen = look_at_line(lines + own.column(j) / kLineValues);
+        there &= is_of(seen, turn);
+        *reinterpret_cast<uint2*>(parts[k][j].values) = values_of(seen);
+      }
+    }
+    return there;
+  }
+
+  __device__ static void add(const Part& part, const NormColumns& own, Values& sums) {
+#pragma unroll
+    for (int j = 0; j < kNormVectors; ++j) {
+#pragma unroll
+      for (int n = 0; n < kNormVector && own.has(j); ++n) sums[j][n] += widen(part[j].values[n]);
+    }
   }
 };
 
-template <typename T, int kOthers>
-__global__ void __launch_bounds__(kNormThreads)
+template <typename T, int kAtOnce>
+__global__ void __launch_bounds__(kSumThreads)
     sum_rms_norm_kernel(const qwen1m_rms_norm a, const __grid_constant__ Mailboxes boxes) {
   uint32_t turn = 0;
   T* out = static_cast<T*>(a.out) + blockIdx.x * a.width;
-  normalise_row<T>(a, AddParts<T, kOthers>{boxes, turn}, [&](int i, bool inside, const float (&values)[kNormVector]) {
+  normalise_row<T>(a, AddParts<T, kAtOnce>{boxes, turn}, [&](int i, bool inside, const float (&values)[kNormVector]) {
     if (inside) store_narrowed(values, out + i);
   });
   // All threads have read the last one, or the row's sum of squares would not be there.
@@ -122,7 +129,6 @@ int qwen1m_cuda_sum_rms_norm(const qwen1m_sum_rms_norm* a, qwen1m_stream stream)
                                 as_stream(stream), norm, boxes);
     };
     if (a->degree == 2) return launch(sum_rms_norm_kernel<T, 1>);
-    if (a->degree <= 4) return launch(sum_rms_norm_kernel<T, 3>);
-    return launch(sum_rms_norm_kernel<T, QWEN1M_MAILBOX_RANKS - 1>);
+    return launch(sum_rms_norm_kernel<T, 3>);
   });
 }

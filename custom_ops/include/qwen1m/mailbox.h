@@ -6,7 +6,7 @@
 enum {
   QWEN1M_MAILBOX_RANKS = 8,     // at most
   QWEN1M_MAILBOX_ROWS = 64,     // of a sum, at most
-  QWEN1M_MAILBOX_WIDTH = 8192,  // values of a row, at most
+  QWEN1M_MAILBOX_WIDTH = 6144,  // values of a row, at most
   QWEN1M_MAILBOX_NAME_BYTES = 64,
 };
 
