@@ -50,7 +50,7 @@ def test_every_rank_has_the_sum_of_all_in_their_order(
     cuda: Any, rng: np.random.Generator, degree: int, width: int, dtype: torch.dtype
 ) -> None:
     """Turn after turn, of one row and of more: float32 sums, bit by bit, and their norm, the same on every rank."""
-    weight, most = drawn(rng, 1, width, dtype)[0], 64 if degree <= 4 else 8  # all blocks of all ranks find room
+    weight, most = drawn(rng, 1, width, dtype)[0], 128 // degree  # a processor each: blocks wait for other ranks'
     ranks = Ranks(cuda, degree, most, width, dtype)
     expected = torch.zeros(most, width, dtype=torch.float32, device=DEVICE)
     for rows in [1, most, 1, 3, most, 3, 1, 1]:
