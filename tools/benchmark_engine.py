@@ -6,9 +6,9 @@
     python tools/benchmark_engine.py questions [--documents 131072 150000] [--questions 100]    an evaluation by logits
     python tools/benchmark_engine.py --checkpoint checkpoints/needle beside --tokens 60000        on whatever device
 
-With random weights the attention of sparse prefill visits the seeded lines of benchmark_gpu_model.py. Every bound that
-a line prints beside its figure is measured in the same run: bytes over what a device copy moves, operations over a
-large matmul's speed.
+With random weights the attention of sparse prefill visits the lines of seeded_lines.py. Every bound that a line prints
+beside its figure is measured in the same run: bytes over what a device copy moves, operations over a large matmul's
+speed.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from typing import Callable
 
 import numpy as np
 import paddle
-from benchmark_gpu_model import copy_bandwidth, prompt_pieces, random_model, seeded_selection
+from benchmark_gpu_model import copy_bandwidth, prompt_pieces, random_model
 from paddlenlp.transformers import AutoModelForCausalLM
 from paddlenlp.utils.log import logger
+from seeded_lines import seeded_selection
 
 import paddle_qwen1m  # noqa: F401  (importing it registers the model)
 from paddle_qwen1m.config import SparseBudgets, published_budgets

@@ -4,7 +4,7 @@
                                           [--kv-cache-dtype int8] [--quantization fp8] [--max-num-batched-tokens 16384]
     python tools/benchmark_gpu_lengths.py picture OUT.png FILE.json ...      needs matplotlib, and no GPU
 
-Sparse prompts are read whole through the engine, their attention over seeded lines as in benchmark_gpu_model.py. Dense
+Sparse prompts are read whole through the engine, their attention over seeded lines (seeded_lines.py). Dense
 ones would take up to a quarter of an hour: some of their chunks are timed over a full cache, the ones between are
 interpolated, since a chunk takes linearly more with the keys before it, and all are summed.
 
@@ -35,9 +35,9 @@ from benchmark_gpu_model import (
     random_model,
     random_prompt,
     seconds_a_call,
-    seeded_selection,
     token_seconds,
 )
+from seeded_lines import seeded_selection
 
 from paddle_qwen1m import ops
 from paddle_qwen1m.attention.step import SequenceRows, StepBuilder

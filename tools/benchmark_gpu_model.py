@@ -5,20 +5,18 @@
     either with [--quantization fp8], prefill with [--kv-cache-dtype int8] [--max-num-batched-tokens 16384]
     python -m paddle.distributed.launch --devices 0,1 tools/benchmark_gpu_model.py prefill ...  for each rank
 
-Random weights have no structure, and the diagonals that they would choose scatter. So the prefill runs probe and top-k
-for real, and goes on with columns and diagonals of sparse_workload.py, seeded for each layer, head and piece of a chunk
-and as many as the published budgets say ("published:21": those of one layer in all), as a real selection has.
+The prefill visits seeded columns and diagonals (seeded_lines.py), as many as the published budgets say ("published:21":
+those of one layer in all).
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -27,13 +25,12 @@ from typing import Any, Callable
 
 import numpy as np
 import paddle
-import sparse_workload
 from benchmark_sums import sum_ms
+from cuda_driver import DeviceClock
+from seeded_lines import SeededLines, seeded_selection
 
 from paddle_qwen1m import ops
 from paddle_qwen1m.attention.positions import Piece, pieces
-from paddle_qwen1m.attention.selector import Selector
-from paddle_qwen1m.attention.step import SparsePiece
 from paddle_qwen1m.config import ModelConfig, SparseBudgets, published_budgets
 from paddle_qwen1m.dtypes import INT8
 from paddle_qwen1m.engine import Engine, PrefillProgress, SamplingParams
@@ -68,64 +65,6 @@ def random_model(
     return model
 
 
-class SeededLines:
-    """Columns and diagonals of every layer for every piece of a prompt: made when a layer first asks, kept in pinned
-    memory, since making them takes the host longer than a layer takes the GPU.
-    """
-
-    def __init__(self, rank: int) -> None:
-        self._rank = rank
-        self._budgets: dict[int, list[tuple[int, int]]] = {}
-        self._pinned: dict[tuple[int, int, int], list[paddle.Tensor]] = {}
-
-    def of(self, selector: Selector, piece: Piece) -> list[paddle.Tensor]:
-        """What select_critical would return for the layer's heads and the piece; nothing waits for the GPU."""
-        if selector.layer not in self._budgets:
-            sizes = selector.budgets.vertical.numpy().tolist(), selector.budgets.slash.numpy().tolist()
-            self._budgets[selector.layer] = list(zip(*sizes))
-        place = paddle.framework._current_expected_place()
-        return [lines._copy_to(place, False) for lines in self._kept(selector.layer, piece)]
-
-    def prepare(self, many: Iterable[Piece]) -> None:
-        """Makes those of the pieces, of every layer that has asked before."""
-        for piece in many:
-            for layer in self._budgets:
-                self._kept(layer, piece)
-
-    def _kept(self, layer: int, piece: Piece) -> list[paddle.Tensor]:
-        name = layer, piece.begin, piece.end
-        if name not in self._pinned:
-            workload = sparse_workload.Workload(piece.rows, piece.end, "a layer's", 64)
-            lines = sparse_workload.make(workload, self._budgets[layer], (layer, self._rank, piece.end))
-            self._pinned[name] = [
-                paddle.to_tensor(values, place=paddle.CUDAPinnedPlace())
-                for values in (lines.columns, lines.slashes(piece.end))
-            ]
-        return self._pinned[name]
-
-
-@contextmanager
-def seeded_selection(rank: int = 0) -> Iterator[SeededLines]:
-    """Selectors probe and rank their keys, and go on with seeded lines instead of those that they found."""
-    choose, select = Selector.choose, ops.select_critical
-    lines, asking = SeededLines(rank), list[tuple[Selector, Piece]]()
-
-    def choose_seeded(selector: Selector, sparse: SparsePiece, *arguments: Any, **options: Any) -> ops.SparseIndex:
-        asking[:] = [(selector, sparse.piece)]
-        return choose(selector, sparse, *arguments, **options)
-
-    def select_seeded(*arguments: Any) -> list[paddle.Tensor]:
-        select(*arguments)
-        return lines.of(*asking[0])
-
-    Selector.choose = choose_seeded  # type: ignore[method-assign]
-    ops.select_critical = select_seeded  # type: ignore[assignment]
-    try:
-        yield lines
-    finally:
-        Selector.choose, ops.select_critical = choose, select  # type: ignore[method-assign, assignment]
-
-
 def budgets_of(config: ModelConfig, lines: str) -> SparseBudgets:
     """The published budgets, or those of one layer in every layer."""
     budgets = published_budgets(config)
@@ -136,35 +75,11 @@ def budgets_of(config: ModelConfig, lines: str) -> SparseBudgets:
     return SparseBudgets(*(np.repeat(one[layer : layer + 1], len(one), 0) for one in (budgets.vertical, budgets.slash)))
 
 
-class DeviceClock:
-    """Points of the computation's stream, by the driver; marking one waits for nothing."""
-
-    def __init__(self) -> None:
-        self._driver = ctypes.CDLL("libcuda.so.1")
-        self._stream = ctypes.c_void_p(paddle.device.cuda.current_stream().cuda_stream)
-
-    def mark(self) -> ctypes.c_void_p:
-        event = ctypes.c_void_p()
-        self._call("cuEventCreate", ctypes.byref(event), 0)
-        self._call("cuEventRecord", event, self._stream)
-        return event
-
-    def milliseconds(self, start: ctypes.c_void_p, end: ctypes.c_void_p) -> float:
-        """Between two marks, both of which the device has passed."""
-        elapsed = ctypes.c_float()
-        self._call("cuEventElapsedTime", ctypes.byref(elapsed), start, end)
-        return elapsed.value
-
-    def _call(self, name: str, *arguments: Any) -> None:
-        if status := getattr(self._driver, name)(*arguments):
-            raise RuntimeError(f"{name}: CUDA error {status}")
-
-
 class OpTimes:
     """Milliseconds by op, of the device, in a run that goes on as it would: the host waits for nothing.
 
     What a stream waits for between two ops, sums on their way from other ranks above all, is in none of them. "seeded
-    lines" is what a real prefill has not: the copies that come in place of what was selected.
+    lines" is what a real prefill has not
     """
 
     def __init__(self, clock: DeviceClock) -> None:
