@@ -7,8 +7,8 @@ documents of other seeds: dense, with the calibrated budgets, with those that sh
 keys alone, and the first two with int8 keys and values, all about the same documents. A round is a document with
 --answers needles, or as many of RULER's documents, of --tasks in turn. Question and answer stand in the prompt
 (needle_reading.py). Rounds are gone through one by one, all lengths and choices of each, so that the table stands on
-whole ones whenever --seconds are over; DIR/truth.md has it, DIR/truth.json every answer. A second call with the same
-DIR goes on from there.
+whole ones whenever --seconds are over; DIR/truth.md has it, DIR/truth.png shows it, DIR/truth.json has every answer. A
+second call with the same DIR goes on from there.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from paddle_qwen1m.calibrate.strategies import STRATEGIES
 from paddle_qwen1m.config import SparseBudgets
 from paddle_qwen1m.evaluate import needle, ruler
 from paddle_qwen1m.evaluate.samples import Prompter
-from paddle_qwen1m.evaluate.statistics import paired_difference
+from paddle_qwen1m.evaluate.statistics import Interval, paired_difference
 
 CHECKPOINTS = Path(__file__).resolve().parent.parent / "checkpoints"
 NEEDLE, RULER = "needle", "ruler"
@@ -45,6 +45,7 @@ KNOWN_TASKS = ("niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey
 """Which checkpoints/ruler answers at four times its trained length as well."""
 DENSE, CALIBRATED, SHIPPED, FORCED = "dense", "calibrated", "shipped", "forced keys alone"
 INT8 = "+int8"
+ALL = "all"
 CHOICES = (DENSE, CALIBRATED, SHIPPED, FORCED, DENSE + INT8, CALIBRATED + INT8)
 FIRST_SEED, CALIBRATION_SEED = 1000, 0
 """Of the documents that are asked about, and of the texts that budgets are found on."""
@@ -60,6 +61,23 @@ class Cell(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.checkpoint}, {self.tokens:,} tokens"
+
+
+class Beside(NamedTuple):
+    """A choice's share of right answers, how much it is less dense's, and the share of pairs that it visits."""
+
+    score: float
+    lost: Interval
+    visited: str
+
+
+class Line(NamedTuple):
+    """A cell's, or all cells', answers: how many, dense's share of right ones, and the other choices beside it."""
+
+    title: str
+    answers: int
+    dense: float
+    others: dict[str, Beside]
 
 
 class Truth:
@@ -87,13 +105,10 @@ class Truth:
         cell, choice, number = key
         return str(number) in self.answers.get(str(cell), {}).get(choice, {})
 
-    def table(self, cells: Sequence[Cell], choices: Sequence[str]) -> str:
-        """Markdown: a row a cell, and one of all, of the rounds that all choices have had; the first is dense."""
-        head = "| | answers | dense | " + " | ".join(
-            f"{choice} | less dense, points [95 %] | pairs visited" for choice in choices[1:]
-        )
-        lines = [f"{head} |", f"|---|{'---:|' * (2 + 3 * len(choices[1:]))}"]
-        for title, chosen in [*((str(one), [one]) for one in cells), ("all", list(cells))]:
+    def lines(self, cells: Sequence[Cell], choices: Sequence[str]) -> list[Line]:
+        """One a cell, and one of all, of the rounds that all choices have had; the first choice is dense."""
+        found = []
+        for title, chosen in [*((str(one), [one]) for one in cells), (ALL, list(cells))]:
             shared = [
                 (str(one), number)
                 for one in chosen
@@ -102,21 +117,74 @@ class Truth:
             ]
             if not shared:
                 continue
-            scores = {
+            right = {
                 choice: [right for one, number in shared for right in self.answers[one][choice][number]]
                 for choice in choices
             }
             rounds = [(one, number) for one, number in shared for _ in self.answers[one][DENSE][number]]
-            line = [title, f"{len(rounds):,}", f"{100 * np.mean(scores[DENSE]):.1f}"]
-            for choice in choices[1:]:
-                lost = paired_difference(scores[choice], scores[DENSE], rounds)
-                interval = f"{100 * lost.mean:+.1f}"
-                if not math.isnan(lost.low):
-                    interval += f" [{100 * lost.low:+.1f}, {100 * lost.high:+.1f}]"
-                seen = self.visited[str(chosen[0])][choice] if len(chosen) == 1 else ""
-                line += [f"{100 * np.mean(scores[choice]):.1f}", interval, seen]
-            lines.append(f"| {' | '.join(line)} |")
-        return "\n".join(lines)
+            visited = self.visited[str(chosen[0])] if len(chosen) == 1 else {}
+            others = {
+                choice: Beside(
+                    float(np.mean(right[choice])),
+                    paired_difference(right[choice], right[DENSE], rounds),
+                    visited.get(choice, ""),
+                )
+                for choice in choices[1:]
+            }
+            found.append(Line(title, len(rounds), float(np.mean(right[DENSE])), others))
+        return found
+
+
+def table(lines: Sequence[Line]) -> str:
+    """Markdown."""
+    choices = list(lines[0].others) if lines else []
+    head = "| | answers | dense | " + " | ".join(
+        f"{choice} | less dense, points [95 %] | pairs visited" for choice in choices
+    )
+    rows = [f"{head} |", f"|---|{'---:|' * (2 + 3 * len(choices))}"]
+    for line in lines:
+        row = [line.title, f"{line.answers:,}", f"{100 * line.dense:.1f}"]
+        for score, lost, visited in line.others.values():
+            interval = f"{100 * lost.mean:+.1f}"
+            if not math.isnan(lost.low):
+                interval += f" [{100 * lost.low:+.1f}, {100 * lost.high:+.1f}]"
+            row += [f"{100 * score:.1f}", interval, visited]
+        rows.append(f"| {' | '.join(row)} |")
+    return "\n".join(rows)
+
+
+def picture(out: Path, lines: Sequence[Line]) -> None:
+    """What each choice but the control loses beside dense, with its interval: PNG. Nothing without matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    choices = [choice for choice in lines[0].others if choice != FORCED] if lines else []
+    figure, axes = pyplot.subplots(figsize=(8, 1.2 + 0.22 * len(lines) * (len(choices) + 1)))
+    for number, choice in enumerate(choices):
+        places = [(len(choices) + 1) * row + number for row in range(len(lines))]
+        lost = [line.others[choice].lost for line in lines]
+        means = [100 * one.mean for one in lost]
+        sides = [[0.0 if math.isnan(end) else 100 * abs(end - one.mean) for end, one in zip(ends, lost)]
+                 for ends in ([one.low for one in lost], [one.high for one in lost])]  # fmt: skip
+        axes.errorbar(means, places, xerr=sides, fmt="o", capsize=3, label=choice)
+    middle = (len(choices) - 1) / 2
+    axes.set_yticks(
+        [(len(choices) + 1) * row + middle for row in range(len(lines))],
+        [f"{line.title}\n{line.answers:,} answers, dense {100 * line.dense:.1f} %" for line in lines],
+    )
+    axes.invert_yaxis()
+    axes.axvline(0, color="0.5", linewidth=1)
+    axes.grid(True, axis="x", alpha=0.3)
+    axes.set_xlabel("points beside dense, the same documents; 95 % intervals")
+    if choices:
+        axes.legend(loc="best")
+    figure.tight_layout()
+    figure.savefig(out, dpi=120)
+    pyplot.close(figure)
 
 
 @dataclass(frozen=True)
@@ -265,9 +333,10 @@ def main(given: Sequence[str] | None = None) -> int:
                     f"{time.monotonic() - started:.1f} s",
                     flush=True,
                 )
-    table = truth.table(cells, choices)
-    (arguments.out / "truth.md").write_text(f"{', '.join(truth.cards)}\n\n{table}\n", encoding="utf-8")
-    print(table)
+    lines = truth.lines(cells, choices)
+    (arguments.out / "truth.md").write_text(f"{', '.join(truth.cards)}\n\n{table(lines)}\n", encoding="utf-8")
+    picture(arguments.out / "truth.png", lines)
+    print(table(lines))
     return 0
 
 
