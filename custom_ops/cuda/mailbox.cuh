@@ -1,4 +1,4 @@
-// What lies in a mailbox, and how a row gets from one rank's card into those of all others without a wait for either.
+// What lies in a mailbox, and how a row gets from one rank's card into those of all others in a single trip.
 //
 // A row's values travel in lines of 16 bytes: four values, and twice the turn that they belong to, so that whoever sees
 // a turn sees the values beside it. A row's turns count its sums, each row by itself. Lines of a turn lie where those
