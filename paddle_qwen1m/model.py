@@ -162,11 +162,12 @@ class DecoderLayer(nn.Layer):
         rows: paddle.Tensor | None = None,
     ) -> Generator[None, None, paddle.Tensor]:
         """What the rank's heads make of `rows` int64 [n] of the step, by default of all: [n, H D], to be projected by
-        "output_weight".
+        "output_weight". Rows that another rank with the same heads attends for are zeros.
         """
         q, projected = self.project(hidden, step, cache)
         heads = (yield from attend(q, projected, cache, step, selector)).reshape([q.shape[1], -1])
-        return heads if rows is None else ops.gather_rows(heads, rows)
+        own = rows if step.attended is None else step.attended
+        return heads if own is None else ops.gather_rows(heads, own)
 
     def gated(self, gate_up: paddle.Tensor) -> Activations:
         """What the MLP's second product takes."""

@@ -351,7 +351,7 @@ def test_vllms_own_defaults_where_they_are_asked_for() -> None:
 
 
 def test_degrees_that_do_not_fit_are_refused_by_the_name_that_was_given() -> None:
-    with pytest.raises(ValueError, match="tensor_parallel_size must be one of 1, 2, 4 for a model of"):
+    with pytest.raises(ValueError, match="tensor_parallel_size must be one of 1, 2, 4, 8 for a model of"):
         LLM(NEEDLE, tensor_parallel_size=3)
 
 

@@ -137,13 +137,13 @@ Tensors decode_inputs(Tensor& lengths, const Tensor& block_tables, const Tensor&
   return {slots, table, scale};
 }
 
-// Rows of `table` [n, width] at `indices`, each of which must be one of its n.
-void expect_indices(const Call& call, const Tensor& indices, int64_t count, const std::string& what,
+// Numbers from `least` on, below `count`.
+void expect_indices(const Call& call, const Tensor& indices, int64_t least, int64_t count, const std::string& what,
                     const std::string& among) {
   if (call.on_gpu()) return;
   const int64_t* index = indices.data<int64_t>();
   for (int64_t i = 0; i < indices.shape()[0]; ++i) {
-    QWEN1M_REQUIRE(index[i] >= 0 && index[i] < count, what + " " + text(index[i]) + among);
+    QWEN1M_REQUIRE(index[i] >= least && index[i] < count, what + " " + text(index[i]) + among);
   }
 }
 
@@ -154,7 +154,7 @@ Tensors embedding(const Tensor& ids, const Tensor& table, int64_t first, int64_t
   const qwen1m_dtype type = call.expect_stored(table, "table", {-1, -1});
   const int64_t tokens = ids.shape()[0], rows = table.shape()[0], width = table.shape()[1];
   call.expect_width(width);
-  expect_indices(call, ids, vocabulary, "id", " is outside the vocabulary of " + text(vocabulary));
+  expect_indices(call, ids, 0, vocabulary, "id", " is outside the vocabulary of " + text(vocabulary));
   const Tensor out = call.make({tokens, width}, DataType::FLOAT32);
   call.run(
       qwen1m_embedding{
@@ -172,6 +172,7 @@ Tensors embedding(const Tensor& ids, const Tensor& table, int64_t first, int64_t
   return {out};
 }
 
+// Row -1 gives zeros.
 Tensors gather_rows(const Tensor& hidden, const Tensor& rows) {
   Call call(hidden);
   call.expect_shape(hidden, "hidden", {-1, -1});
@@ -180,7 +181,7 @@ Tensors gather_rows(const Tensor& hidden, const Tensor& rows) {
   call.expect(rows, "rows", DataType::INT64, {-1});
   const int64_t tokens = hidden.shape()[0], width = hidden.shape()[1], count = rows.shape()[0];
   call.expect_width(width);
-  expect_indices(call, rows, tokens, "row", " is not one of the " + text(tokens) + " rows");
+  expect_indices(call, rows, -1, tokens, "row", " is not one of the " + text(tokens) + " rows");
   const Tensor out = call.make({count, width}, hidden.dtype());
   call.run(
       qwen1m_embedding{

@@ -18,7 +18,7 @@ def attend(
     """Attention output [T, H, D] of queries q [V, T, H, D] against a cache that holds the step's keys already.
 
     `projected` is what the queries of sparse pieces are rotated from once more, to choose keys; `selector` does that.
-    Pauses behind each group of row blocks that the step names.
+    Pauses behind each group of row blocks that the step names. Rows of another share hold whatever was in memory.
     """
     if step.lengths is not None:
         return ops.dca_decode(
@@ -35,14 +35,18 @@ def attend(
     for dense in step.dense_pieces:
         (keys, values, chunk_len, quantised, _), tables = cache.readable(step.block_tables, dense.copied)
         where = tables, dense.pieces, step.scale, chunk_len
-        ops.dca_prefill(q, out, keys, values, *where, quantised=quantised)
+        if dense.pieces.shape[0] > 0:
+            ops.dca_prefill(q, out, keys, values, *where, quantised=quantised)
         yield
     for sparse in step.sparse_pieces:
         assert selector is not None
         piece = sparse.piece
         pages = sparse.block_table, sparse.copied
         index = selector.choose(sparse, projected, *cache.readable(*pages), heads=q.shape[2])
-        for first, count in sparse.groups:
+        for first, count in sparse.own_groups:
+            if count == 0:
+                yield
+                continue
             # once more: in a pause others read theirs
             (keys, values, chunk_len, quantised, _), table = cache.readable(*pages)
             ops.dca_sparse_prefill(

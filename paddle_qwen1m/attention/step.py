@@ -41,11 +41,43 @@ class SequenceRows:
 
 
 @dataclass(frozen=True)
+class RowShare:
+    """Number `number` of `count` shares of a step's rows, those that a rank attends for; others have the same keys."""
+
+    number: int = 0
+    count: int = 1
+
+    def of_blocks(self, first: int, blocks: int) -> tuple[int, int]:
+        """The first and the number of its row blocks among [first, first + blocks), which may be none."""
+        begin, end = (first + blocks * number // self.count for number in (self.number, self.number + 1))
+        return begin, end - begin
+
+    def of_pieces(self, group: np.ndarray) -> np.ndarray:
+        """Its rows of pieces int32 [P, 4]: of each piece, cut in twice as many runs as there are shares, one run from
+        either end, for rows near the end see more keys.
+        """
+        if self.count == 1:
+            return group
+        own = []
+        for number, row, rows, begin in group.tolist():
+            blocks = -(-rows // BLOCK)
+            for run in (self.number, 2 * self.count - 1 - self.number):
+                first, count = RowShare(run, 2 * self.count).of_blocks(0, blocks)
+                if count:
+                    skipped = first * BLOCK
+                    own.append((number, row + skipped, min(count * BLOCK, rows - skipped), begin + skipped))
+        return np.asarray(own, np.int32).reshape([-1, 4])
+
+
+ALL_ROWS = RowShare()
+
+
+@dataclass(frozen=True)
 class SparsePiece:
     """A piece that attends to chosen keys only. `critical_rotary` float32 [V, n, D] rotates its n probe rows.
 
-    groups: the first and the number of the row blocks that are computed between two pauses. block_table: int32 [W].
-    copied: as of DensePieces, with a table int32 [W].
+    groups: the first and the number of the row blocks that are computed between two pauses, of which `share` has some.
+    block_table: int32 [W]. copied: as of DensePieces, with a table int32 [W].
     """
 
     piece: Piece
@@ -54,6 +86,12 @@ class SparsePiece:
     critical_rotary: paddle.Tensor
     groups: Sequence[tuple[int, int]]
     copied: CopiedPages | None = None
+    share: RowShare = ALL_ROWS
+
+    @property
+    def own_groups(self) -> list[tuple[int, int]]:
+        """What the share has of each group."""
+        return [self.share.of_blocks(*group) for group in self.groups]
 
     def around(self, rows: np.ndarray) -> SparsePiece | None:
         """Of its row blocks those that Piece.around names; keys are chosen as for all of them."""
@@ -68,8 +106,8 @@ class SparsePiece:
 
 @dataclass(frozen=True)
 class DensePieces:
-    """Pieces that are computed between two pauses: int32 [P, 4] in host memory. copied: what layers whose pages are
-    copied for their readers are to copy, with tables int32 [S, W].
+    """Pieces that are computed between two pauses: int32 [P, 4] in host memory, P may be 0. copied: what layers whose
+    pages are copied for their readers are to copy, with tables int32 [S, W].
     """
 
     pieces: paddle.Tensor
@@ -87,6 +125,8 @@ class Step:
     logit_rows: int64 [m], the rows that a prefill's last layer computes: the `num_logits` whose logits are wanted, then
     copies, since products of as few rows as decode has are rounded otherwise than those of the layers before. Decode
     gives the logits of every row.
+    attended: int64 [T], the number of each row that this rank attends for, -1 of another's; None: all are its. The last
+    layer's, of `logit_rows`: `last_attended`.
     """
 
     ids: paddle.Tensor
@@ -101,10 +141,17 @@ class Step:
     sparse_pieces: Sequence[SparsePiece] = ()
     last_dense_pieces: Sequence[DensePieces] = ()
     last_sparse_pieces: Sequence[SparsePiece] = ()
+    attended: paddle.Tensor | None = None
+    last_attended: paddle.Tensor | None = None
 
     def of_last_layer(self) -> Step:
         """The same, attending in the row blocks of `logit_rows` alone."""
-        return replace(self, dense_pieces=self.last_dense_pieces, sparse_pieces=self.last_sparse_pieces)
+        return replace(
+            self,
+            dense_pieces=self.last_dense_pieces,
+            sparse_pieces=self.last_sparse_pieces,
+            attended=self.last_attended,
+        )
 
 
 def page_tables(pages: Sequence[Sequence[int]]) -> paddle.Tensor:
@@ -149,15 +196,32 @@ def _host(group: np.ndarray) -> paddle.Tensor:
     return paddle.to_tensor(group, place=paddle.CPUPlace())
 
 
+def attended_rows(rows: int, dense: Iterable[DensePieces], sparse: Iterable[SparsePiece]) -> np.ndarray:
+    """The number of each of so many rows that the share of these pieces has, int64 [T]; -1 of others."""
+    attended = np.full(rows, -1, np.int64)
+    runs = [(row, row + count) for one in dense for _, row, count, _ in one.pieces.numpy().tolist()]
+    for whole in sparse:
+        piece = whole.piece
+        for first, count in whole.own_groups:
+            runs.append((piece.row + first * BLOCK, piece.row + min((first + count) * BLOCK, piece.rows)))
+    for begin, end in runs:
+        attended[begin:end] = np.arange(begin, end)
+    return attended
+
+
 class StepBuilder:
     """Makes steps for one model: knows its rotary frequencies and attention scale.
 
     padded: how many rows a prefill of so many gets; those behind the sequences' are cached nowhere, attend to nothing
-    and hold whatever was in memory.
+    and hold whatever was in memory. share: of the rows, those that are attended for; of a decode step's every
+    share-th.
     """
 
-    def __init__(self, config: ModelConfig, padded: Callable[[int], int] = lambda rows: rows) -> None:
-        self._padded = padded
+    def __init__(
+        self, config: ModelConfig, padded: Callable[[int], int] = lambda rows: rows, share: RowShare = ALL_ROWS
+    ) -> None:
+        self._padded, self._share = padded, share
+        self._attended: dict[int, paddle.Tensor] = {}
         self._dual_chunk = config.dual_chunk
         self._head_dim = config.head_dim
         self._inv_freq = ops.tensor(positions.inv_freq(config))
@@ -189,6 +253,14 @@ class StepBuilder:
         wanted = np.asarray(logit_rows, np.int64)
         computed = max(len(wanted), min(len(where), ops.FEW_ROWS + 1))
         last_dense = [(number, part) for number, piece in dense if (part := piece.around(wanted)) is not None]
+        dense_pieces = list(self._dense_pieces(dense, pages, cache, row_blocks))
+        last_dense_pieces = list(self._dense_pieces(last_dense, pages, cache, row_blocks))
+        last_sparse = [own for whole in sparse if (own := whole.around(wanted)) is not None]
+        attended = last_attended = None
+        if self._share.count > 1:
+            attended = ops.tensor(attended_rows(len(where), dense_pieces, sparse))
+            last = attended_rows(len(where), last_dense_pieces, last_sparse)
+            last_attended = ops.tensor(last[np.resize(wanted, computed)]) if len(wanted) else None
         return Step(
             ids=ops.tensor(ids),
             slots=ops.tensor(np.concatenate(slots)),
@@ -197,10 +269,12 @@ class StepBuilder:
             scale=ops.tensor(np.asarray([self._scale(rows.length) for rows in batch], np.float32)),
             logit_rows=ops.tensor(np.resize(wanted, computed)) if len(wanted) else None,
             num_logits=len(wanted),
-            dense_pieces=list(self._dense_pieces(dense, pages, cache, row_blocks)),
+            dense_pieces=dense_pieces,
             sparse_pieces=sparse,
-            last_dense_pieces=list(self._dense_pieces(last_dense, pages, cache, row_blocks)),
-            last_sparse_pieces=[own for whole in sparse if (own := whole.around(wanted)) is not None],
+            last_dense_pieces=last_dense_pieces,
+            last_sparse_pieces=last_sparse,
+            attended=attended,
+            last_attended=last_attended,
         )
 
     def decode(self, ids: paddle.Tensor, lengths: paddle.Tensor, block_tables: paddle.Tensor, page_size: int) -> Step:
@@ -218,7 +292,16 @@ class StepBuilder:
             dual_chunk.chunk_size,
             dual_chunk.original_max_position_embeddings,
         )
-        return Step(ids, slots, rotary, block_tables, scale, lengths=lengths)
+        return Step(ids, slots, rotary, block_tables, scale, lengths=lengths, attended=self._decoded(ids.shape[0]))
+
+    def _decoded(self, count: int) -> paddle.Tensor | None:
+        """`attended` of so many decoded rows; made once, since a captured step takes nothing from the host."""
+        if self._share.count == 1:
+            return None
+        if count not in self._attended:
+            rows = np.arange(count, dtype=np.int64)
+            self._attended[count] = ops.tensor(np.where(rows % self._share.count == self._share.number, rows, -1))
+        return self._attended[count]
 
     def _dense_pieces(
         self,
@@ -228,7 +311,7 @@ class StepBuilder:
         row_blocks: int,
     ) -> Iterator[DensePieces]:
         if cache.widened is None:
-            yield from (DensePieces(_host(group)) for group in groups(pieces, row_blocks))
+            yield from (DensePieces(_host(self._share.of_pieces(group))) for group in groups(pieces, row_blocks))
             return
         for together in copied_together(pieces, [len(held) for held in pages], cache.widened.num_pages):
             copied = [page for number in together for page in pages[number]]
@@ -236,7 +319,7 @@ class StepBuilder:
             own = [range(firsts[n], firsts[n] + len(held)) if n in firsts else [0] for n, held in enumerate(pages)]
             where = CopiedPages(ops.tensor(np.asarray(copied, np.int32)), page_tables(own))
             for group in groups([piece for piece in pieces if piece[0] in firsts], row_blocks):
-                yield DensePieces(_host(group), where)
+                yield DensePieces(_host(self._share.of_pieces(group)), where)
 
     def _sparse_piece(self, piece: Piece, rows: SequenceRows, cache: PagedCache, row_blocks: int) -> SparsePiece:
         table = ops.tensor(np.asarray(rows.pages[: -(-piece.end // cache.page_size)], np.int32))
@@ -253,6 +336,7 @@ class StepBuilder:
             groups=[
                 (first, min(row_blocks, piece.row_blocks - first)) for first in range(0, piece.row_blocks, row_blocks)
             ],
+            share=self._share,
         )
 
     def _scale(self, length: int) -> float:

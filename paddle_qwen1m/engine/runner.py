@@ -12,7 +12,7 @@ import paddle
 
 from paddle_qwen1m import ops
 from paddle_qwen1m.attention.selector import LayerBudgets, Observer, Selector
-from paddle_qwen1m.attention.step import Step, StepBuilder
+from paddle_qwen1m.attention.step import RowShare, Step, StepBuilder
 from paddle_qwen1m.cache import PagedCache, PrefixStore, Transfers
 from paddle_qwen1m.config import SparseBudgets
 from paddle_qwen1m.engine.decode import DecodeSlots, Sampler
@@ -58,7 +58,9 @@ class Runner:
         self._store = store
         self._transfers: Transfers | None = None
         self._threshold, self._replay = sparse_threshold, replay
-        self._builder = StepBuilder(model.config, model.group.padded)
+        placement = model.placement
+        share = RowShare(placement.row_share(model.group.rank), placement.row_shares)
+        self._builder = StepBuilder(model.config, model.group.padded, share)
         self._selectors = None if budgets is None else selectors(model, budgets)
         self._cache: PagedCache | None = None
         self._slots: DecodeSlots | None = None

@@ -63,7 +63,7 @@ def silu_mul(gate_up: paddle.Tensor) -> paddle.Tensor:
 
 
 def gather_rows(hidden: paddle.Tensor, rows: paddle.Tensor) -> paddle.Tensor:
-    """Rows `rows` (int64 [n]) of `hidden` [T, N], activations or float32."""
+    """Rows `rows` (int64 [n]) of `hidden` [T, N], activations or float32; zeros for a row of -1."""
     return call("gather_rows", hidden, rows)[0]
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from paddle_qwen1m.parallel.split import Part, check_degree
+from paddle_qwen1m.parallel.split import Part, check_degree, head_degree
 
 if TYPE_CHECKING:
     from paddle_qwen1m.config import ModelConfig, SparseBudgets
@@ -29,15 +29,18 @@ class Placement:
     """The heads of a model on `degree` ranks. order: of each layer every query head once, rank after rank, as many on
     each; a rank's ascend. A rank has the KV heads of its query heads: with all of their groups or, where there are more
     ranks than KV heads, one that other ranks have too. ValueError for another order.
+
+    row_shares: how many neighbouring ranks have the same heads, of which each attends for a share of a prefill's rows.
     """
 
     degree: int
     num_kv_heads: int
     order: tuple[tuple[int, ...], ...]
+    row_shares: int = 1
 
     def __post_init__(self) -> None:
         heads = len(self.order[0])
-        kv_heads = max(1, self.num_kv_heads // self.degree)
+        kv_heads = max(1, self.num_kv_heads // self.parts)
         for layer, order in enumerate(self.order):
             if sorted(order) != list(range(heads)):
                 raise ValueError(f"layer {layer}: every one of {heads} query heads must be on one rank, got {order}")
@@ -45,15 +48,21 @@ class Placement:
                 own, groups = self.query_heads(layer, rank), self.kv_heads(layer, rank)
                 if list(own) != sorted(own) or len(groups) != kv_heads:
                     raise ValueError(
-                        f"layer {layer}: rank {rank} of {self.degree} must have {heads // self.degree} query heads of "
+                        f"layer {layer}: rank {rank} of {self.degree} must have {heads // self.parts} query heads of "
                         f"{kv_heads} of {self.num_kv_heads} KV heads, ascending, got {own}"
                     )
+
+    @property
+    def parts(self) -> int:
+        """Of the heads; the ranks of each have the same."""
+        return self.degree // self.row_shares
 
     @classmethod
     def published(cls, config: ModelConfig, degree: int) -> Placement:
         """The first heads on the first rank, and so on. ValueError for a degree that the model does not have."""
         check_degree(config, degree)
-        return cls(degree, config.num_kv_heads, (tuple(range(config.num_heads)),) * config.num_layers)
+        orders = (tuple(range(config.num_heads)),) * config.num_layers
+        return cls(degree, config.num_kv_heads, orders, degree // head_degree(config, degree))
 
     @classmethod
     def balanced(cls, config: ModelConfig, degree: int, budgets: SparseBudgets | None) -> Placement:
@@ -65,14 +74,15 @@ class Placement:
         if budgets is None or degree == 1:
             return cls.published(config, degree)
         check_degree(config, degree)
+        count = head_degree(config, degree)
         group = config.num_heads // config.num_kv_heads
-        shared = max(1, degree // config.num_kv_heads)
-        totals, orders = [0] * degree, []
+        shared = max(1, count // config.num_kv_heads)
+        totals, orders = [0] * count, []
         for costs in visited(budgets).tolist():
             groups = [list(range(first, first + group)) for first in range(0, config.num_heads, group)]
             if shared == 1:
                 kv_costs = [sum(costs[head] for head in heads) for heads in groups]
-                parts = [[head for kv in kvs for head in groups[kv]] for kvs in even_parts(kv_costs, degree)]
+                parts = [[head for kv in kvs for head in groups[kv]] for kvs in even_parts(kv_costs, count)]
             else:
                 parts = [
                     [heads[number] for number in numbers]
@@ -80,30 +90,31 @@ class Placement:
                     for numbers in even_parts([costs[head] for head in heads], shared)
                 ]
             loads = [sum(costs[head] for head in part) for part in parts]
-            placed: list[list[int]] = [[] for _ in range(degree)]
-            idle = sorted(range(degree), key=lambda rank: (totals[rank], rank))
-            for part, rank in zip(sorted(range(degree), key=lambda part: (-loads[part], parts[part])), idle):
-                placed[rank] = sorted(parts[part])
-                totals[rank] += loads[part]
+            placed: list[list[int]] = [[] for _ in range(count)]
+            idle = sorted(range(count), key=lambda place: (totals[place], place))
+            for part, place in zip(sorted(range(count), key=lambda part: (-loads[part], parts[part])), idle):
+                placed[place] = sorted(parts[part])
+                totals[place] += loads[part]
             orders.append(tuple(head for heads in placed for head in heads))
-        return cls(degree, config.num_kv_heads, tuple(orders))
+        return cls(degree, config.num_kv_heads, tuple(orders), degree // count)
 
     @classmethod
     def from_text(cls, config: ModelConfig, degree: int, layers: Sequence[str]) -> Placement:
         """Of `text`. ValueError for what is none of this model and degree."""
         check_degree(config, degree)
-        orders = [_read_layer(layer, text, degree) for layer, text in enumerate(layers)]
+        parts = head_degree(config, degree)
+        orders = [_read_layer(layer, text, parts) for layer, text in enumerate(layers)]
         if len(orders) != config.num_layers or len(orders[0]) != config.num_heads:
             shape = len(orders), len(orders[0]) if orders else 0
             raise ValueError(
                 f"heads are placed for {shape} (layers, heads), the model has {(config.num_layers, config.num_heads)}"
             )
-        return cls(degree, config.num_kv_heads, tuple(orders))
+        return cls(degree, config.num_kv_heads, tuple(orders), degree // parts)
 
     @cached_property
     def text(self) -> list[str]:
-        """A line a layer, a word a rank, of the query heads from one to another: "0-4,15-19 5-14"."""
-        ranks = range(self.degree)
+        """A line a layer, a word a part, of the query heads from one to another: "0-4,15-19 5-14"."""
+        ranks = range(0, self.degree, self.row_shares)
         return [
             " ".join(
                 ",".join(f"{begin}-{end - 1}" for begin, end in runs(self.query_heads(layer, rank))) for rank in ranks
@@ -118,8 +129,12 @@ class Placement:
 
     def query_heads(self, layer: int, rank: int) -> tuple[int, ...]:
         """Those of a rank, in the order in which it has them."""
-        share = len(self.order[layer]) // self.degree
-        return self.order[layer][rank * share : (rank + 1) * share]
+        share, part = len(self.order[layer]) // self.parts, rank // self.row_shares
+        return self.order[layer][part * share : (part + 1) * share]
+
+    def row_share(self, rank: int) -> int:
+        """Which share of a prefill's rows a rank attends for, among those that have the same heads."""
+        return rank % self.row_shares
 
     def kv_heads(self, layer: int, rank: int) -> tuple[int, ...]:
         """Those of a rank, in the order in which it has them."""
@@ -144,7 +159,7 @@ class Placement:
         """
         costs = visited(budgets)
         loads = np.stack([costs[layer][list(order)] for layer, order in enumerate(self.order)])
-        loads = loads.reshape(len(self.order), self.degree, -1).sum(axis=-1)
+        loads = loads.reshape(len(self.order), self.parts, -1).sum(axis=-1)
         return float(loads.max(axis=1).sum() / loads.mean(axis=1).sum())
 
 
@@ -208,10 +223,10 @@ def _part(axis: int, heads: Sequence[int], head_dim: int) -> Part:
     return Part(axis, tuple((begin * head_dim, end * head_dim) for begin, end in runs(heads)))
 
 
-def _read_layer(layer: int, text: str, degree: int) -> tuple[int, ...]:
+def _read_layer(layer: int, text: str, parts: int) -> tuple[int, ...]:
     words = text.split()
-    if len(words) != degree:
-        raise ValueError(f"layer {layer}: the heads of {degree} ranks must be {degree} words, got {text!r}")
+    if len(words) != parts:
+        raise ValueError(f"layer {layer}: the heads of {parts} ranks must be {parts} words, got {text!r}")
     try:
         ranges = [tuple(map(int, one.split("-"))) for word in words for one in word.split(",")]
         return tuple(head for begin, end in ranges for head in range(begin, end + 1))

@@ -32,10 +32,23 @@ def equal_part(axis: int, size: int, degree: int, rank: int) -> Part:
 
 
 def degrees(config: ModelConfig) -> list[int]:
-    """The degrees that a model can be split to, ascending.
+    """The degrees that a model can be split to, ascending: those that its heads can, and twice the largest of them that
+    has no more than one KV head a rank, where each part of the heads is two ranks', which share the rows of a prefill.
+    Each must divide the MLP's intermediate size too.
+    """
+    of_heads = _degrees_of_heads(config)
+    shared = [2 * degree for degree in of_heads[-1:] if degree % config.num_kv_heads == 0]
+    return [degree for degree in sorted({*of_heads, *shared}) if config.intermediate_size % degree == 0]
 
-    Every divisor of its KV heads, and above them the multiples of the KV heads that divide the query heads, where
-    several ranks hold the same KV head. Each must divide the MLP's intermediate size too.
+
+def head_degree(config: ModelConfig, degree: int) -> int:
+    """In how many parts the heads are split for a degree that works: as many, or half of it, two ranks for each."""
+    return degree if degree in _degrees_of_heads(config) else degree // 2
+
+
+def _degrees_of_heads(config: ModelConfig) -> list[int]:
+    """Every divisor of the KV heads, and above them the multiples of the KV heads that divide the query heads, where
+    several ranks hold the same KV head.
     """
     heads, kv_heads = config.num_heads, config.num_kv_heads
     return [
@@ -70,10 +83,11 @@ def check_degree(config: ModelConfig, degree: int, option: str = "tensor_paralle
 def local_config(config: ModelConfig, degree: int) -> ModelConfig:
     """The shapes of what one rank holds: its heads, its part of the MLP and as much vocabulary as rank 0."""
     check_degree(config, degree)
+    parts = head_degree(config, degree)
     return replace(
         config,
-        num_heads=config.num_heads // degree,
-        num_kv_heads=max(1, config.num_kv_heads // degree),
+        num_heads=config.num_heads // parts,
+        num_kv_heads=max(1, config.num_kv_heads // parts),
         intermediate_size=config.intermediate_size // degree,
         vocab_size=equal_part(ROWS, config.vocab_size, degree, 0).size,
     )

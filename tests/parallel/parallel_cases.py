@@ -22,7 +22,7 @@ def run(loads: list[dict[str, Any]], degree: int) -> Results:
     load: name, model (directory), document (directory of a tokenizer: prompts are texts, not random tokens), sparse
     ([columns, diagonals] at least of a head; [] for the checkpoint's own budgets; null for none), runs.
     run: name, tokens, positions (for logits) or new_tokens with sampling parameters, replay ([file, key]: the index
-    sets of that run on one rank are used instead of chosen ones).
+    sets of that run on one rank are used instead of chosen ones), beside (tokens of further prompts, answered at once).
     """
     import paddle_qwen1m.paddlenlp.loading as module
     from paddle_qwen1m.engine import SamplingParams
@@ -63,9 +63,10 @@ def run(loads: list[dict[str, Any]], degree: int) -> Results:
                     results[f"{key}/logits"] = engine.logits(prompt, one["positions"])
                 else:
                     params = SamplingParams(max_tokens=one["new_tokens"], **one.get("params", {}))
-                    completion = engine.generate([prompt], params)[0]
-                    results[f"{key}/tokens"] = np.array(completion.token_ids)
-                    results[f"{key}/logprobs"] = np.array(completion.logprobs)
+                    others = [tokens(count, config["vocab_size"]) for count in one.get("beside", [])]
+                    completions = engine.generate([prompt, *others], params)
+                    results[f"{key}/tokens"] = np.concatenate([one.token_ids for one in completions])
+                    results[f"{key}/logprobs"] = np.concatenate([one.logprobs for one in completions])
             for number, (layer, begin, *index) in enumerate(seen):
                 results[f"{key}/index/{number}/place"] = np.array([layer, begin])
                 for field, values in zip(("blocks", "columns", "counts"), index):

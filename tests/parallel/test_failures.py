@@ -57,15 +57,15 @@ def test_a_degree_that_does_not_fit_is_refused_before_anything_is_read(tmp_path:
     config = json.loads((NEEDLE / "config.json").read_text(encoding="utf-8"))
     config.update(num_attention_heads=28, num_key_value_heads=4, hidden_size=3584, intermediate_size=18944)
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"one of 1, 2, 4 .*got 8: for 8 devices use 4 and two replicas"):
-        Qwen2OneMForCausalLM.from_pretrained(str(tmp_path), tensor_parallel_degree=8)
+    with pytest.raises(ValueError, match=r"one of 1, 2, 4, 8 .*got 16: for 16 devices use 8 and two replicas"):
+        Qwen2OneMForCausalLM.from_pretrained(str(tmp_path), tensor_parallel_degree=16)
 
 
 @pytest.mark.slow
 def test_the_command_refuses_a_degree_too(tmp_path: Path, prompt: Path) -> None:
     status, output = launch(3, tmp_path / "logs", [*GENERATE, *options(prompt)], START)
     assert status == 2
-    assert "tensor_parallel_degree must be one of 1, 2, 4" in output and "got 3: use 2" in output
+    assert "tensor_parallel_degree must be one of 1, 2, 4, 8" in output and "got 3: use 2" in output
     assert any(f"rank {rank} on {HOST}" in output for rank in range(3)), "whichever refuses first ends the others"
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from paddle_qwen1m.config import ModelConfig
 from paddle_qwen1m.parallel.placement import Placement
-from paddle_qwen1m.parallel.split import Part, check_degree, degrees
+from paddle_qwen1m.parallel.split import Part, check_degree, degrees, head_degree
 from paddle_qwen1m.planning import PUBLISHED
 from paddle_qwen1m.weights import tensors
 
@@ -31,11 +31,14 @@ def rows(begin: int, end: int, axis: int = 0) -> Part:
 
 
 @pytest.mark.parametrize(
-    ("model", "expected"), [("needle", [1, 2, 4]), ("7B", [1, 2, 4]), ("14B", [1, 2, 4, 8])], ids=list(CONFIGS)
+    ("model", "expected"),
+    [("needle", [1, 2, 4, 8]), ("7B", [1, 2, 4, 8]), ("14B", [1, 2, 4, 8, 16])],
+    ids=list(CONFIGS),
 )
-def test_degrees_are_divisors_of_the_kv_heads_and_multiples_that_the_rest_divides_by(
+def test_degrees_are_divisors_of_the_kv_heads_multiples_that_the_rest_divides_by_and_twice_the_last(
     model: str, expected: list[int]
 ) -> None:
+    """Ranks of the last one share rows, two and two."""
     assert degrees(CONFIGS[model]) == expected
     for degree in expected:
         check_degree(CONFIGS[model], degree)
@@ -44,10 +47,10 @@ def test_degrees_are_divisors_of_the_kv_heads_and_multiples_that_the_rest_divide
 @pytest.mark.parametrize(
     ("model", "degree", "message"),
     [
-        ("7B", 8, r"one of 1, 2, 4 .*got 8: for 8 devices use 4 and two replicas"),
-        ("7B", 3, r"one of 1, 2, 4 .*got 3: use 2$"),
-        ("14B", 16, r"one of 1, 2, 4, 8 .*got 16: for 16 devices use 8 and two replicas"),
-        ("needle", 0, r"one of 1, 2, 4 .*got 0: use 1$"),
+        ("7B", 16, r"one of 1, 2, 4, 8 .*got 16: for 16 devices use 8 and two replicas"),
+        ("7B", 3, r"one of 1, 2, 4, 8 .*got 3: use 2$"),
+        ("14B", 32, r"one of 1, 2, 4, 8, 16 .*got 32: for 32 devices use 16 and two replicas"),
+        ("needle", 0, r"one of 1, 2, 4, 8 .*got 0: use 1$"),
     ],
 )
 def test_another_degree_is_refused_with_those_that_work(model: str, degree: int, message: str) -> None:
@@ -72,8 +75,9 @@ def test_the_ranks_parts_in_order_are_the_whole(model: str, name: str) -> None:
     axis, size = SPLIT[name]
     for degree in degrees(config)[1:]:
         parts = [part_of(config, LAYER + name, degree, rank) for rank in range(degree)]
-        share = size(config) // degree
-        assert parts == [rows(rank * share, (rank + 1) * share, axis) for rank in range(degree)]
+        ranks = degree // head_degree(config, degree) if name.startswith("self_attn.") else 1  # that have the same
+        share = size(config) // degree * ranks
+        assert parts == [rows(rank // ranks * share, (rank // ranks + 1) * share, axis) for rank in range(degree)]
 
 
 @pytest.mark.parametrize("name", ["model.embed_tokens.weight", "lm_head.weight"])
