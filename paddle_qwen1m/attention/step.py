@@ -213,8 +213,7 @@ class StepBuilder:
     """Makes steps for one model: knows its rotary frequencies and attention scale.
 
     padded: how many rows a prefill of so many gets; those behind the sequences' are cached nowhere, attend to nothing
-    and hold whatever was in memory. share: of the rows, those that are attended for; of a decode step's every
-    share-th.
+    and hold whatever was in memory. share: which rows are attended for; of a decode step every count-th one.
     """
 
     def __init__(
