@@ -34,9 +34,9 @@ from benchmark_gpu_model import (
     prompt_pieces,
     random_model,
     random_prompt,
-    seconds_a_call,
     token_seconds,
 )
+from cuda_driver import seconds_a_call
 from seeded_lines import seeded_selection
 
 from paddle_qwen1m import ops

@@ -26,7 +26,7 @@ from typing import Any, Callable
 import numpy as np
 import paddle
 from benchmark_sums import sum_ms
-from cuda_driver import DeviceClock
+from cuda_driver import DeviceClock, seconds_a_call
 from seeded_lines import SeededLines, seeded_selection
 
 from paddle_qwen1m import ops
@@ -243,17 +243,6 @@ def copy_bandwidth() -> float:
     """Bytes read and written a second by device copies of 4 GiB."""
     source, target = (paddle.empty([2**32], "uint8") for _ in range(2))
     return 2 * 2**32 / seconds_a_call(lambda: target.copy_(source, False), 8)
-
-
-def seconds_a_call(call: Callable[[], object], calls: int) -> float:
-    """Of what is queued call after call, behind a first one that is not counted."""
-    call()
-    paddle.device.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(calls):
-        call()
-    paddle.device.cuda.synchronize()
-    return (time.perf_counter() - start) / calls
 
 
 def decode(name: str, tokens: int, new_tokens: int, options: EngineOptions) -> None:

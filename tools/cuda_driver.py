@@ -1,11 +1,12 @@
-"""Marks in the computation's stream and copies beside it, by the driver: for benchmarks, where Paddle has neither."""
+"""What benchmarks measure the device by: queued calls, and by the driver, marks in the stream and copies beside it."""
 
 from __future__ import annotations
 
 import ctypes
 import math
+import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Callable
 
 import paddle
 
@@ -13,6 +14,17 @@ BESIDE_OTHERS = 1
 """Of a stream that does not wait for the default one."""
 WITHOUT_TIME = 2
 """Of an event that is only waited for."""
+
+
+def seconds_a_call(call: Callable[[], object], calls: int) -> float:
+    """Of what is queued call after call, behind a first one that is not counted."""
+    call()
+    paddle.device.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    paddle.device.cuda.synchronize()
+    return (time.perf_counter() - start) / calls
 
 
 class Driver:

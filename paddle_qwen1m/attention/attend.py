@@ -33,9 +33,9 @@ def attend(
         )
     out = paddle.empty(q.shape[1:], q.dtype)
     for dense in step.dense_pieces:
-        (keys, values, chunk_len, quantised, _), tables = cache.readable(step.block_tables, dense.copied)
-        where = tables, dense.pieces, step.scale, chunk_len
         if dense.pieces.shape[0] > 0:
+            (keys, values, chunk_len, quantised, _), tables = cache.readable(step.block_tables, dense.copied)
+            where = tables, dense.pieces, step.scale, chunk_len
             ops.dca_prefill(q, out, keys, values, *where, quantised=quantised)
         yield
     for sparse in step.sparse_pieces:
@@ -44,26 +44,24 @@ def attend(
         pages = sparse.block_table, sparse.copied
         index = selector.choose(sparse, projected, *cache.readable(*pages), heads=q.shape[2])
         for first, count in sparse.own_groups:
-            if count == 0:
-                yield
-                continue
-            # once more: in a pause others read theirs
-            (keys, values, chunk_len, quantised, _), table = cache.readable(*pages)
-            ops.dca_sparse_prefill(
-                q,
-                out,
-                keys,
-                values,
-                table,
-                index,
-                piece.row,
-                piece.begin,
-                piece.rows,
-                chunk_len,
-                sparse.scale,
-                first_block=first,
-                num_blocks=count,
-                quantised=quantised,
-            )
+            if count > 0:
+                # once more: in a pause others read theirs
+                (keys, values, chunk_len, quantised, _), table = cache.readable(*pages)
+                ops.dca_sparse_prefill(
+                    q,
+                    out,
+                    keys,
+                    values,
+                    table,
+                    index,
+                    piece.row,
+                    piece.begin,
+                    piece.rows,
+                    chunk_len,
+                    sparse.scale,
+                    first_block=first,
+                    num_blocks=count,
+                    quantised=quantised,
+                )
             yield
     return out
