@@ -233,8 +233,20 @@ class Qwen2OneM(nn.Layer):
         Returns what `logits` takes for the rows [n, hidden] whose logits the step wants, None without any. In a
         prefill's last layer the other rows only have their keys and values cached.
         """
+        rows, is_decode = step.ids.shape[0], step.lengths is not None
+        with Lanes(self.group, rows, self.config.rms_norm_eps, split=not is_decode) as lanes:
+            return (yield from self._through(lanes, step, caches, selectors, observe))
+
+    def _through(
+        self,
+        lanes: Lanes,
+        step: Step,
+        caches: Sequence[LayerCache],
+        selectors: Sequence[Selector] | None,
+        observe: AttentionObserver | None,
+    ) -> Generator[None, None, paddle.Tensor | None]:
+        """`layer_by_layer`, on these lanes."""
         assert observe is None or step.logit_rows is None
-        lanes = Lanes(self.group, step.ids.shape[0], self.config.rms_norm_eps, split=step.lengths is None)
         takes_rows8 = self.layers[0].takes_rows8 if observe is None else None  # who observes sees what is not rounded
         lanes.add(step.ids, [self._embed], self.layers[0].input_norm, takes_rows8)
         normed = lanes.all_rows()

@@ -30,8 +30,8 @@ from benchmark_gpu_model import add_options, kept_as, options_of
 from paddle_qwen1m.config import published_budgets
 from paddle_qwen1m.engine.admission import Allowance, Need, longest_fitting
 from paddle_qwen1m.options import GPU_BATCHED_TOKENS, EngineOptions
-from paddle_qwen1m.parallel.group import MOST_LANES
 from paddle_qwen1m.parallel.placement import Placement
+from paddle_qwen1m.parallel.room import MOST_LANES
 from paddle_qwen1m.parallel.split import degrees
 from paddle_qwen1m.planning import PUBLISHED
 from paddle_qwen1m.weights.convert import convert

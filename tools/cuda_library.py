@@ -24,6 +24,7 @@ FAMILIES = (
     "keys",
     "attention",
     "step",
+    "peers",
     "mailbox",
     "weight8",
     "sampling",
@@ -113,6 +114,13 @@ class CudaLibrary:
         function = self._library.qwen1m_cuda_mailbox_bytes
         function.argtypes, function.restype = (ctypes.c_int32,), ctypes.c_int64
         return int(function(degree))
+
+    def make_copier(self) -> int:
+        """See qwen1m_cuda_make_copier."""
+        copier = ctypes.c_int64()
+        if status := self._library.qwen1m_cuda_make_copier(ctypes.byref(copier)):
+            raise RuntimeError(f"make_copier: CUDA error {status}")
+        return copier.value
 
     def make_workspace(self, size: int) -> Any:
         """Device memory of `size` bytes, poisoned."""

@@ -27,15 +27,18 @@ from paddle_qwen1m.ops.attention import Stage, dca_decode, dca_prefill, dca_spar
 from paddle_qwen1m.ops.files import read_rows
 from paddle_qwen1m.ops.keys import PROBE_ROWS, SparseIndex, dca_probe, select_critical, sparse_index
 from paddle_qwen1m.ops.library import LIBRARY, cpu_isa, gpu_obstacle, load, on_gpu, set_num_threads
-from paddle_qwen1m.ops.mailbox import (
-    MAILBOX_RANKS,
-    MAILBOX_ROWS,
-    MAILBOX_WIDTH,
-    make_mailbox,
-    open_mailbox,
-    sum_rms_norm,
-)
+from paddle_qwen1m.ops.mailbox import MAILBOX_ROWS, MAILBOX_WIDTH, make_mailbox, sum_rms_norm
 from paddle_qwen1m.ops.pages import Quantised, copy_page, dequantize_pages
+from paddle_qwen1m.ops.peers import (
+    PEER_NUMBERS,
+    PEER_RANKS,
+    await_rows,
+    make_copier,
+    name_memory,
+    open_memory,
+    parts_rms_norm,
+    send_rows,
+)
 from paddle_qwen1m.ops.pieces import PieceBuffer
 from paddle_qwen1m.ops.post import Post, tensor, upload
 from paddle_qwen1m.ops.progress import mark_progress
@@ -76,9 +79,10 @@ __all__ = [
     "IN_PROMPT",
     "LARGEST_COUNT",
     "LIBRARY",
-    "MAILBOX_RANKS",
     "MAILBOX_ROWS",
     "MAILBOX_WIDTH",
+    "PEER_NUMBERS",
+    "PEER_RANKS",
     "PROBE_ROWS",
     "PieceBuffer",
     "Post",
@@ -90,6 +94,7 @@ __all__ = [
     "WidenedOnce",
     "add_rms_norm",
     "add_rms_norm8",
+    "await_rows",
     "cast",
     "copy_page",
     "cpu_isa",
@@ -105,10 +110,13 @@ __all__ = [
     "join_columns",
     "linear",
     "load",
+    "make_copier",
     "make_mailbox",
     "mark_progress",
+    "name_memory",
     "on_gpu",
-    "open_mailbox",
+    "open_memory",
+    "parts_rms_norm",
     "product8",
     "product8_version",
     "read_rows",
@@ -121,6 +129,7 @@ __all__ = [
     "round_weight",
     "sample",
     "select_critical",
+    "send_rows",
     "set_num_threads",
     "silu_mul",
     "silu_mul8",

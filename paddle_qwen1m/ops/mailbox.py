@@ -8,12 +8,11 @@ from collections.abc import Sequence
 import paddle
 
 from paddle_qwen1m.ops.library import call, library
+from paddle_qwen1m.ops.peers import check
 
-MAILBOX_RANKS = 8
 MAILBOX_ROWS = 64
 MAILBOX_WIDTH = 6144
-"""The most ranks that have mailboxes, rows of a sum, and values of a row (custom_ops/include/qwen1m/mailbox.h)."""
-NAME_BYTES = 64
+"""The most rows of a sum, and values of a row (custom_ops/include/qwen1m/mailbox.h)."""
 
 
 def sum_rms_norm(
@@ -27,22 +26,10 @@ def sum_rms_norm(
     return call("sum_rms_norm", delta, residual, weight, eps, list(boxes), rank)[1]
 
 
-def make_mailbox(degree: int) -> tuple[int, bytes]:
-    """The address of a new mailbox for `degree` ranks on the current device, which is there until this process ends,
-    and the name by which others of the machine open it. OSError where the driver shares no memory.
+def make_mailbox(degree: int) -> int:
+    """The address of a new mailbox for `degree` ranks on the current device, which is there until this process ends.
+    OSError where there is no memory for it.
     """
-    address, name = ctypes.c_int64(), ctypes.create_string_buffer(NAME_BYTES)
-    _check("make_mailbox", library().qwen1m_cuda_make_mailbox(degree, ctypes.byref(address), name))
-    return address.value, name.raw
-
-
-def open_mailbox(name: bytes) -> int:
-    """The address of another process's mailbox. OSError where the cards cannot reach each other's memory."""
     address = ctypes.c_int64()
-    _check("open_mailbox", library().qwen1m_cuda_open_mailbox(name, ctypes.byref(address)))
+    check("make_mailbox", library().qwen1m_cuda_make_mailbox(degree, ctypes.byref(address)))
     return address.value
-
-
-def _check(what: str, status: int) -> None:
-    if status != 0:
-        raise OSError(f"{what}: CUDA error {status}")

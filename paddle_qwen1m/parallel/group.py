@@ -1,8 +1,9 @@
 """The tensor parallel group of this process: its rank, and the collectives of a forward pass.
 
 On a CPU they go through gloo, on a GPU through NCCL: on the stream of the computation, where a CUDA graph captures
-them, but for those of a prefill's lanes, which are on the library's own stream beside it. Sums of few rows, two a layer
-of every decode step, go through the cards' mailboxes, where these reach each other.
+them, but for those of a prefill's lanes, which are on the library's own stream beside it. Where the cards reach each
+other's memory, sums of few rows, two a layer of every decode step, go through mailboxes, and what a prefill's lanes
+send is copied.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from paddle.base import core
 
 from paddle_qwen1m import ops
 from paddle_qwen1m.ops.library import library
+from paddle_qwen1m.parallel.copies import Copies, open_copies
 from paddle_qwen1m.parallel.job import (
     Job,
     await_listener,
@@ -31,6 +33,9 @@ from paddle_qwen1m.parallel.job import (
     launched_ranks,
 )
 from paddle_qwen1m.parallel.mailboxes import open_mailboxes
+from paddle_qwen1m.parallel.peers import Peers
+from paddle_qwen1m.parallel.pending import Pending
+from paddle_qwen1m.parallel.room import MOST_LANES
 
 GROUP_OF_ONE = "PADDLE_QWEN1M_GROUP_OF_ONE"
 """Environment variable: 1 sends the collectives of one rank through a real process group."""
@@ -38,27 +43,7 @@ GPU_LANE_ROWS, CPU_LANE_ROWS = 2048, 64
 """Least rows of a lane of several: on a GPU products of fewer read weights anew for nothing. On a CPU lanes gain
 nothing, and are the same code.
 """
-MOST_LANES = 4
-"""What the last of a layer's lanes sends lies beside nothing: with four it is a quarter."""
 LAUNCH = "python -m paddle.distributed.launch"
-
-
-class Pending:
-    """A tensor, or rows in FP8, that a collective fills, on a stream of its own perhaps: whoever uses it has waited
-    before.
-
-    task: Paddle's, None where there is nothing to wait for. kept: what the collective reads, alive until then.
-    """
-
-    def __init__(self, values: Any, task: Any = None, kept: paddle.Tensor | None = None) -> None:
-        self._values, self._task, self._kept = values, task, kept
-
-    def wait(self) -> Any:
-        """It; what is queued from now on comes behind the collective. The host does not wait for a GPU."""
-        if self._task is not None:
-            self._task.wait()
-            self._task = self._kept = None
-        return self._values
 
 
 class Group:
@@ -80,6 +65,15 @@ class Group:
     def lanes(self, rows: int) -> int:
         """In how many lanes so many rows of a step go (lanes.py): one where they are few or do not divide by degree."""
         return 1
+
+    def open_copies(self, rows: int, width: int, dtype: str) -> None:
+        """Makes room for lanes of steps of up to so many rows of `width` activations, where ranks can copy into each
+        other's. All ranks call it.
+        """
+
+    def lend_copies(self, rows: int) -> Copies | None:
+        """What the lanes of a step of so many rows go by, from now until it is given back; None: collectives."""
+        return None
 
     def padded(self, rows: int) -> int:
         """`rows` and as many more as make several lanes of them possible, where that is worth it."""
@@ -151,6 +145,8 @@ class ProcessGroup(Group):
         if self._on_gpu:  # NCCL takes its buffers now, before anybody asks how much memory is free
             self.all_reduce(ops.tensor(np.zeros(1, np.float32)))
         self._mailboxes = open_mailboxes(self._store, self.rank, self.degree) if self._on_gpu and job else None
+        self._copies: Copies | None = None
+        self._copied_rows = 0
         keep = weakref.WeakMethod(self._keep)
         os.register_at_fork(after_in_child=lambda: (call := keep()) is not None and call())
 
@@ -172,6 +168,16 @@ class ProcessGroup(Group):
 
     def lanes(self, rows: int) -> int:
         return 1 if rows % self.degree else max(1, min(MOST_LANES, rows // self._lane_rows))
+
+    def open_copies(self, rows: int, width: int, dtype: str) -> None:
+        if not self._on_gpu or self.job is None or rows <= self._copied_rows:
+            return
+        peers = Peers(self._store, f"copies of {rows} rows", self.rank, self.degree)
+        self._copies, self._copied_rows = None, rows
+        self._copies = open_copies(peers, rows, width, dtype, self._collective)
+
+    def lend_copies(self, rows: int) -> Copies | None:
+        return self._copies if self._copies is not None and self._copies.lend(rows) else None
 
     def padded(self, rows: int) -> int:
         padded = -(-rows // self.degree) * self.degree

@@ -3,9 +3,9 @@
 Few rows, of a decode step above all, are one lane: behind each product their sum over all ranks, and its norm. Many
 rows are two to four lanes. A rank keeps the residual stream of one share of a lane's rows: a product's sums come to it
 by a reduce-scatter, it norms its share, and an all-gather gives all ranks the lane's rows. While those of one lane are
-under way, on the library's stream, the computation goes on with the next one's. Lanes are of the rows alone: attention
-has all of them, its keys are cached before any are chosen, and nothing is under way at its beginning, nor where a
-prefill stands still.
+under way, copied by the cards or on the library's stream, the computation goes on with the next one's. Lanes are of the
+rows alone: attention has all of them, its keys are cached before any are chosen, and nothing is under way at its
+beginning, nor where a prefill stands still.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from typing import Any, Callable, Union
 import paddle
 
 from paddle_qwen1m import ops
-from paddle_qwen1m.parallel.group import Group, Pending
+from paddle_qwen1m.parallel.copies import Copies
+from paddle_qwen1m.parallel.group import Group
+from paddle_qwen1m.parallel.pending import Pending
 
 Activations = Union[paddle.Tensor, ops.Rows8]
 """Of T rows: [T, N] in the activations' type, or in FP8."""
@@ -29,8 +31,8 @@ TakesRows8 = Callable[[int], bool]
 class Lane:
     """Rows [first, last) of a step. residual: of this rank's share of them, float32 [share, N]."""
 
-    def __init__(self, first: int, last: int) -> None:
-        self.first, self.last = first, last
+    def __init__(self, number: int, first: int, last: int) -> None:
+        self.number, self.first, self.last = number, first, last
         self.residual: paddle.Tensor | None = None
         self.sums: Pending | None = None
         self.normed: Pending | None = None
@@ -44,17 +46,26 @@ class Lanes:
     """The lanes of a step of `rows` rows, and what is under way of them. eps: of the norms. split: whether they may be
     several; a decode step's, which a graph captures, are one.
 
-    `add` takes the products of the layers one after the other; `all_rows` gives what is behind the last norm.
+    `add` takes the products of the layers one after the other; `all_rows` gives what is behind the last norm, which
+    stays as it is until the next `add`. Behind a `with` nothing of theirs is used any more.
     """
 
     def __init__(self, group: Group, rows: int, eps: float, *, split: bool = True) -> None:
         self._group, self._rows, self._eps = group, rows, eps
         count, shares = group.lanes(rows) if split else 1, rows // group.degree
         borders = [0, *(group.degree * (shares * number // count) for number in range(1, count)), rows]
-        self._lanes = [Lane(first, last) for first, last in zip(borders, borders[1:])]
+        self._lanes = [Lane(number, *ends) for number, ends in enumerate(zip(borders, borders[1:]))]
         self._is_split = count > 1
+        self._copies: Copies | None = group.lend_copies(rows) if self._is_split else None
         self._late: tuple[Lane, paddle.Tensor, TakesRows8 | None] | None = None
-        self._gathered: paddle.Tensor | None = None
+        self._gathered: paddle.Tensor | None = None if self._copies is None else self._copies.rows(0, rows)
+
+    def __enter__(self) -> Lanes:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        if self._copies is not None:
+            self._copies.give_back()
 
     @property
     def count(self) -> int:
@@ -79,14 +90,16 @@ class Lanes:
             self._norm_late()
             for product in products[1:]:
                 values = product(values)
-            lane.sums = self._group.reduce_scatter(values) if self._is_split else Pending(values)
+            lane.sums = self._on_its_way(lane, values)
             del values
             self._late = lane, norm, takes_rows8
 
     def all_rows(self) -> Activations:
         """All rows behind the last norm, activations [T, N]. No collective is under way then."""
         found = [self._normed(lane) for lane in self._lanes]
-        whole, self._gathered = found[0] if self._gathered is None else self._gathered, None
+        whole = found[0] if self._gathered is None else self._gathered
+        if self._copies is None:
+            self._gathered = None
         for lane in self._lanes:
             lane.normed = None
         return whole
@@ -115,6 +128,14 @@ class Lanes:
         assert lane.normed is not None, "nothing has been added since all rows were given"
         return lane.normed.wait()
 
+    def _on_its_way(self, lane: Lane, values: paddle.Tensor) -> Pending:
+        """The sums over all ranks of a lane's `values` [n, N], of this rank's share where lanes are several."""
+        if not self._is_split:
+            return Pending(values)
+        if self._copies is None or lane.residual is None:
+            return self._group.reduce_scatter(values)
+        return self._copies.scatter(values, lane.number, lane.first)
+
     def _norm_late(self) -> None:
         """Norms the sums that came last, a rank its share of them, and sends that on its way to all."""
         if self._late is None:
@@ -123,6 +144,9 @@ class Lanes:
         assert lane.sums is not None
         values, lane.sums = lane.sums.wait(), None
         lane.normed = None
+        if self._copies is not None and lane.residual is not None:
+            lane.normed = self._copies.add_rms_norm(values, lane.number, lane.first, lane.residual, weight, self._eps)
+            return
         own: Any
         in_fp8 = takes_rows8 is not None and not self._is_split and takes_rows8(values.shape[0])
         if not self._is_split and (in_fp8 or lane.residual is None):
@@ -139,7 +163,7 @@ class Lanes:
         if not self._is_split:
             lane.normed = Pending(own)
             return
-        if lane is self._lanes[0]:
+        if self._copies is None and lane is self._lanes[0]:
             self._gathered = paddle.empty([self._rows, own.shape[1]], own.dtype)
         assert self._gathered is not None
         lane.normed = self._group.all_gather(own, lane.of(self._gathered))

@@ -10,8 +10,9 @@ import numpy as np
 import paddle
 import pytest
 
-from paddle_qwen1m.parallel.group import Group, Pending, ProcessGroup
+from paddle_qwen1m.parallel.group import Group, ProcessGroup
 from paddle_qwen1m.parallel.lanes import Lanes
+from paddle_qwen1m.parallel.pending import Pending
 
 WIDTH, INNER, LAYERS, EPS = 32, 24, 3, 1e-6
 
@@ -106,15 +107,15 @@ class Layers:
         padded = np.full((group.padded(len(rows)), WIDTH), np.nan, np.float32)
         padded[: len(rows)] = rows
         norms = [paddle.to_tensor(one) for one in self.norms]
-        lanes = Lanes(group, len(padded), EPS)
-        lanes.add(paddle.to_tensor(padded[:, own]), [product(self.first[own])], norms[0])
-        found = [lanes.all_rows().numpy()]
-        for layer in range(LAYERS):
-            lanes.add(paddle.to_tensor(found[-1][:, own]), [product(self.output[layer][own])], norms[2 * layer + 1])
-            up, down = product(self.up[layer][:, inner], np.tanh), product(self.down[layer][inner])
-            lanes.add(None, [up, down], norms[2 * layer + 2])
-            found.append(lanes.all_rows().numpy())
-            assert group.under_way == 0, "a prefill stands still here"
+        with Lanes(group, len(padded), EPS) as lanes:
+            lanes.add(paddle.to_tensor(padded[:, own]), [product(self.first[own])], norms[0])
+            found = [lanes.all_rows().numpy()]
+            for layer in range(LAYERS):
+                lanes.add(paddle.to_tensor(found[-1][:, own]), [product(self.output[layer][own])], norms[2 * layer + 1])
+                up, down = product(self.up[layer][:, inner], np.tanh), product(self.down[layer][inner])
+                lanes.add(None, [up, down], norms[2 * layer + 2])
+                found.append(lanes.all_rows().numpy())
+                assert group.under_way == 0, "a prefill stands still here"
         return [values[: len(rows)] for values in found]
 
 

@@ -10,22 +10,26 @@ import pytest
 from paddle.base import core
 
 from paddle_qwen1m import ops
-from paddle_qwen1m.parallel import mailboxes
+from paddle_qwen1m.parallel import peers
 from paddle_qwen1m.parallel.job import free_port
 from paddle_qwen1m.parallel.mailboxes import MAILBOXES, Mailboxes, open_mailboxes
 
 
 class Cards:
-    """Of ranks that are threads. A mailbox is named by its rank, and found at 100 times who looks plus whose it is."""
+    """Of ranks that are threads. A mailbox is named by its rank and lies 8 bytes behind the beginning of an allocation,
+    which is found at 100 times who looks plus whose it is.
+    """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, degree: int) -> None:
         self.degree = degree
         self.makes_none: set[int] = set()
+        self.names_none: set[int] = set()
         self.reaches_none: set[int] = set()
         self._rank = threading.local()
         self._port = free_port("127.0.0.1")
         monkeypatch.setattr(ops, "make_mailbox", self._make)
-        monkeypatch.setattr(ops, "open_mailbox", self._open)
+        monkeypatch.setattr(ops, "name_memory", self._name)
+        monkeypatch.setattr(ops, "open_memory", self._open)
 
     def open_all(self) -> list[Mailboxes | None]:
         stores = [core.TCPStore("127.0.0.1", self._port, rank == 0, 1) for rank in range(self.degree)]
@@ -37,28 +41,34 @@ class Cards:
         with ThreadPoolExecutor(self.degree) as pool:
             return list(pool.map(rank, range(self.degree)))
 
-    def _make(self, degree: int) -> tuple[int, bytes]:
-        rank = self._rank.number
+    def _make(self, degree: int) -> int:
         assert degree == self.degree
-        if rank in self.makes_none:
-            raise OSError("make_mailbox: CUDA error 801")
-        return 101 * rank, bytes([rank, 0, 255])
+        self._may("make_mailbox", self.makes_none)
+        return 101 * self._rank.number + 8
+
+    def _name(self, address: int) -> tuple[bytes, int]:
+        rank = self._rank.number
+        self._may("name_memory", self.names_none)
+        assert address == 101 * rank + 8
+        return bytes([rank, 0, 255]), 8
 
     def _open(self, name: bytes) -> int:
-        rank = self._rank.number
-        if rank in self.reaches_none:
-            raise OSError("open_mailbox: CUDA error 217")
+        self._may("open_memory", self.reaches_none)
         assert name == bytes([name[0], 0, 255])
-        return 100 * rank + name[0]
+        return 100 * self._rank.number + name[0]
+
+    def _may(self, what: str, unable: set[int]) -> None:
+        if self._rank.number in unable:
+            raise OSError(f"{what}: CUDA error 217")
 
 
 @pytest.mark.parametrize("degree", [2, 4, 8])
 def test_every_rank_has_all_mailboxes(monkeypatch: pytest.MonkeyPatch, degree: int) -> None:
     found = Cards(monkeypatch, degree).open_all()
-    assert found == [Mailboxes([100 * rank + other for other in range(degree)], rank) for rank in range(degree)]
+    assert found == [Mailboxes([100 * rank + other + 8 for other in range(degree)], rank) for rank in range(degree)]
 
 
-@pytest.mark.parametrize("which", ["makes_none", "reaches_none"])
+@pytest.mark.parametrize("which", ["makes_none", "names_none", "reaches_none"])
 def test_where_one_rank_cannot_none_does(monkeypatch: pytest.MonkeyPatch, which: str) -> None:
     cards = Cards(monkeypatch, 3)
     getattr(cards, which).add(1)
@@ -76,9 +86,9 @@ def test_ranks_of_two_machines_have_none(monkeypatch: pytest.MonkeyPatch, tmp_pa
         def read_text(self) -> str:
             return f"machine {cards._rank.number}\n".replace(" ", "-")
 
-    monkeypatch.setattr(mailboxes, "BOOT_ID", BootId())
+    monkeypatch.setattr(peers, "BOOT_ID", BootId())
     assert cards.open_all() == [None] * 2
-    monkeypatch.setattr(mailboxes, "BOOT_ID", tmp_path / "none")
+    monkeypatch.setattr(peers, "BOOT_ID", tmp_path / "none")
     assert Cards(monkeypatch, 2).open_all() == [None] * 2
 
 
@@ -86,7 +96,7 @@ def test_switched_off_or_for_more_ranks_than_they_are_for_none_is_made(monkeypat
     assert Cards(monkeypatch, 9).open_all() == [None] * 9
     monkeypatch.setenv(MAILBOXES, "0")
     cards = Cards(monkeypatch, 2)
-    cards.makes_none = cards.reaches_none = {0, 1}
+    cards.makes_none = cards.names_none = {0, 1}
     assert cards.open_all() == [None] * 2
 
 

@@ -1,32 +1,14 @@
 // Descriptions of tensors in global memory for the copy engine; the driver's encoder is found at run time.
-#include <cuda_runtime.h>
-
+#include "driver.h"
 #include "tensor_map.h"
 
 namespace qwen1m {
 namespace cuda {
 namespace sm90 {
-namespace {
-
-using Encoder = decltype(&cuTensorMapEncodeTiled);
-
-Encoder find_encoder() {
-  void* function = nullptr;
-  cudaDriverEntryPointQueryResult found;
-#if CUDART_VERSION >= 12050
-  const cudaError_t status =
-      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
-#else
-  const cudaError_t status = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found);
-#endif
-  return status == cudaSuccess && found == cudaDriverEntryPointSuccess ? reinterpret_cast<Encoder>(function) : nullptr;
-}
-
-}  // namespace
 
 int make_tensor_map(CUtensorMap& map, qwen1m_dtype dtype, const void* base, int values, int heads, int64_t rows,
                     int box_heads) {
-  static const Encoder encode = find_encoder();
+  static const auto encode = find_driver_function<decltype(&cuTensorMapEncodeTiled)>("cuTensorMapEncodeTiled", 12000);
   if (encode == nullptr) return cudaErrorNotSupported;
   const auto type = dtype == QWEN1M_FLOAT16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   const auto value_count = static_cast<cuuint64_t>(values), head_count = static_cast<cuuint64_t>(heads);

@@ -1,13 +1,12 @@
 // Sums of a few rows over the ranks of one machine: each rank's card has a mailbox that the other ranks write to.
 #pragma once
 
-#include "qwen1m/step.h"
+#include "qwen1m/peers.h"
 
 enum {
-  QWEN1M_MAILBOX_RANKS = 8,     // at most
+  QWEN1M_MAILBOX_RANKS = QWEN1M_PEER_RANKS,
   QWEN1M_MAILBOX_ROWS = 64,     // of a sum, at most
   QWEN1M_MAILBOX_WIDTH = 6144,  // values of a row, at most
-  QWEN1M_MAILBOX_NAME_BYTES = 64,
 };
 
 // residual += the ranks' deltas, added up in float32 in the order of the ranks; then as qwen1m_rms_norm, on every rank.
@@ -22,7 +21,5 @@ QWEN1M_API int qwen1m_cuda_sum_rms_norm(const qwen1m_sum_rms_norm*, qwen1m_strea
 
 // Bytes of a mailbox, all zero before the first sum.
 QWEN1M_API int64_t qwen1m_cuda_mailbox_bytes(int32_t degree);
-// A mailbox on the current device until the process ends, and the name by which other processes of the machine find it.
-QWEN1M_API int qwen1m_cuda_make_mailbox(int32_t degree, int64_t* address, char* name);
-// Another process's mailbox, on its device.
-QWEN1M_API int qwen1m_cuda_open_mailbox(const char* name, int64_t* address);
+// A mailbox on the current device until the process ends; qwen1m_cuda_name_memory has its name for other processes.
+QWEN1M_API int qwen1m_cuda_make_mailbox(int32_t degree, int64_t* address);

@@ -1,0 +1,50 @@
+"""Where what lies in the memory of a rank that the others bring rows of a prefill into."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+MOST_LANES = 4
+"""What the last of a layer's lanes sends lies beside nothing: with four it is a quarter."""
+SUMS, ROWS = 0, 1
+"""What comes: parts of a lane's sums, and its normed rows."""
+FLAG_BYTES = 4
+
+
+class Room(NamedTuple):
+    """For steps of up to `rows` rows, a multiple of degree, of `width` values of `itemsize` bytes. Behind each other,
+    in rows of as many values: those of all ranks [rows], and of the sums of this rank's share the parts of each other
+    rank, ascending [degree - 1, rows / degree]. Elsewhere flags uint32 [2, MOST_LANES, degree], each one rank's to set.
+    """
+
+    rows: int
+    width: int
+    degree: int
+    itemsize: int
+
+    @property
+    def row_bytes(self) -> int:
+        return self.width * self.itemsize
+
+    @property
+    def share(self) -> int:
+        """Rows of a rank."""
+        return self.rows // self.degree
+
+    @property
+    def height(self) -> int:
+        """Rows of all of it."""
+        return self.rows + (self.degree - 1) * self.share
+
+    @property
+    def flags(self) -> list[int]:
+        """Their shape."""
+        return [2, MOST_LANES, self.degree]
+
+    def part(self, to: int, sender: int, row: int) -> int:
+        """In the room of `to`, the byte where `sender` brings its part of the share's row `row`."""
+        return (self.rows + (sender - (sender > to)) * self.share + row) * self.row_bytes
+
+    def flag(self, what: int, lane: int, sender: int) -> int:
+        """Of the flags, the byte where `sender` says which of these it has brought."""
+        return ((what * MOST_LANES + lane) * self.degree + sender) * FLAG_BYTES
