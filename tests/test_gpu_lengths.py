@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import benchmark_gpu_lengths as lengths
 import numpy as np
@@ -48,6 +51,87 @@ def test_one_token_is_bound_by_bytes() -> None:
     assert lengths.floor_seconds(config, 1, 32768, BFLOAT16, None, speeds) == pytest.approx(2 * 6.53e9 / 3e12, rel=0.01)
 
 
+@pytest.mark.parametrize("model", list(PUBLISHED))
+def test_the_longest_prompt_leaves_room_for_the_token_that_is_waited_for(
+    model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert max(lengths.LENGTHS) <= lengths.longest_prompt(model) == 1_009_999
+    arguments = ["measure", "never.json", "--model", model, "--lengths", "32768", "1010000"]
+    monkeypatch.setattr(sys, "argv", ["benchmark_gpu_lengths.py", *arguments])
+    with pytest.raises(SystemExit):
+        lengths.main()
+    assert f"--lengths: the {model} reads at most 1009999 tokens and answers one" in capsys.readouterr().err
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One on which a token of a sparse prompt takes 10 us, and a dense chunk of 1,000 rows a second, and another second
+    for every 10,000 keys before it.
+    """
+    for name in ("matmul_speed", "copy_bandwidth"):
+        monkeypatch.setattr(lengths, name, lambda: 1e12)
+    for name, value in (("set_device", None), ("cuda.empty_cache", None), ("cuda.get_device_name", "a card")):
+        monkeypatch.setattr(f"paddle.device.{name}", lambda *_, value=value: value)
+    engine = SimpleNamespace(max_num_batched_tokens=1000, kv_cache_dtype="bfloat16")
+    monkeypatch.setattr(lengths, "random_model", lambda *_, **__: None)
+    monkeypatch.setattr(lengths, "Engine", lambda *_: engine)
+    monkeypatch.setattr(lengths, "random_prompt", lambda _, tokens: np.zeros(tokens, np.int64))
+    monkeypatch.setattr(lengths, "sparse_seconds", lambda _, prompt: len(prompt) / 1e5)
+    monkeypatch.setattr(lengths, "dense_chunk_seconds", lambda _, __, begin, ___: 1 + begin / 1e4)
+
+
+def measure_into(file: Path, monkeypatch: pytest.MonkeyPatch, *given: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["benchmark_gpu_lengths.py", "measure", str(file), *given])
+    assert lengths.main() == 0
+
+
+@pytest.mark.usefixtures("card")
+def test_what_is_measured_is_summed_for_every_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measure_into(tmp_path / "a.json", monkeypatch, "--lengths", "10000", "500", "2000", "--dense-samples", "3")
+    told = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
+    assert told["title"] == "7B, weights in bf16, keys and values in bf16, a card" and told["chunk"] == 1000
+    assert told["dense_chunks"] == {"0": 1.0, "4000": 1.4, "9000": 1.9}
+    rows = {row["tokens"]: (row["sparse"], row["dense"]) for row in told["lengths"]}
+    assert rows == {500: (0.005, 0.5), 2000: (0.02, pytest.approx(2.1)), 10000: (0.1, pytest.approx(14.5))}
+
+
+@pytest.mark.usefixtures("card")
+@pytest.mark.parametrize(
+    ("ends_at", "lengths_told", "chunks", "dense"),
+    [
+        (("sparse_seconds", 2), [500, 2000], [], [None, None]),
+        (("dense_chunk_seconds", 1), [500, 2000, 10000], ["0"], [0.5, None, None]),
+        (("dense_chunk_seconds", 2), [500, 2000, 10000], ["0", "4000"], [0.5, pytest.approx(2.1), None]),
+    ],
+)
+def test_an_interrupted_run_leaves_what_it_has_measured(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    ends_at: tuple[str, int],
+    lengths_told: list[int],
+    chunks: list[str],
+    dense: list[float | None],
+) -> None:
+    """A length that the timed chunks do not reach has no dense seconds yet, and no point in the picture."""
+    name, calls_done = ends_at
+    whole, calls = getattr(lengths, name), iter(range(100))
+
+    def interrupted(*arguments: object) -> float:
+        if next(calls) == calls_done:
+            raise KeyboardInterrupt
+        return float(whole(*arguments))
+
+    monkeypatch.setattr(lengths, name, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        measure_into(tmp_path / "a.json", monkeypatch, "--lengths", "500", "2000", "10000", "--dense-samples", "3")
+    told = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
+    assert [row["tokens"] for row in told["lengths"]] == lengths_told and list(told["dense_chunks"]) == chunks
+    assert [row["dense"] for row in told["lengths"]] == dense
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(sys, "argv", ["", "picture", str(tmp_path / "a.png"), str(tmp_path / "a.json")])
+    assert lengths.main() == 0 and (tmp_path / "a.png").stat().st_size > 10_000
+
+
 def test_the_picture_has_a_panel_for_each_measurement(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     rows = [
@@ -59,3 +143,6 @@ def test_the_picture_has_a_panel_for_each_measurement(tmp_path: Path, capsys: py
     assert (tmp_path / "images" / "lengths.png").stat().st_size > 10_000
     lengths.print_table(told)
     assert "| 1,010,000 | 10.10 s | 5.05 s | 1020.10 s | 510.05 s | 101.00x |" in capsys.readouterr().out
+    rows[1]["dense"] = None
+    lengths.print_table(told)
+    assert "| 1,010,000 | 10.10 s | 5.05 s |  | 510.05 s |  |" in capsys.readouterr().out

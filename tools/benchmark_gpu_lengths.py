@@ -1,12 +1,13 @@
 """Time to the first token against the length of the prompt, sparse and dense, beside a floor: a table and a picture.
 
-    python tools/benchmark_gpu_lengths.py measure FILE.json [--model 7B] [--lengths 32768 1010000] [--dense-samples 5]
+    python tools/benchmark_gpu_lengths.py measure FILE.json [--model 7B] [--lengths 32768 1009936] [--dense-samples 5]
                                           [--kv-cache-dtype int8] [--quantization fp8] [--max-num-batched-tokens 16384]
     python tools/benchmark_gpu_lengths.py picture OUT.png FILE.json ...      needs matplotlib, and no GPU
 
 Sparse prompts are read whole through the engine, their attention over seeded lines (seeded_lines.py). Dense
 ones would take up to a quarter of an hour: some of their chunks are timed over a full cache, the ones between are
-interpolated, since a chunk takes linearly more with the keys before it, and all are summed.
+interpolated, since a chunk takes linearly more with the keys before it, and all are summed. FILE.json is written after
+each of them; dense is null there for lengths that the timed chunks do not reach yet.
 
 The floor is what no kernel can do without at the speeds that a matrix product and a device copy reach on the same card:
 the larger of the operations' time and the bytes'. Sparse attention counts as many keys a row as its budgets say; of the
@@ -17,10 +18,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,7 +51,7 @@ from paddle_qwen1m.options import EngineOptions
 from paddle_qwen1m.plan import cache_bytes_per_token, parameters, weight_bytes
 from paddle_qwen1m.planning import PUBLISHED
 
-LENGTHS = (32768, 65536, 131072, 262144, 524288, 1010000)
+LENGTHS = (32768, 65536, 131072, 262144, 524288, 1009936)
 
 
 class Speeds(NamedTuple):
@@ -113,8 +115,13 @@ def floor_seconds(
 
 def sampled_begins(length: int, rows: int, samples: int) -> list[int]:
     """Where the full chunks begin that are timed: the first, the last, and others at equal distances."""
-    last = max(0, length // rows - 1)
+    last = last_begin(length, rows) // rows
     return [int(number) * rows for number in np.unique(np.linspace(0, last, samples).round())]
+
+
+def last_begin(length: int, rows: int) -> int:
+    """Where a prompt's last full chunk begins, or its only one where that is not full."""
+    return max(0, length // rows - 1) * rows
 
 
 def summed_seconds(length: int, rows: int, begins: Sequence[int], seconds: Sequence[float]) -> float:
@@ -154,8 +161,55 @@ def sparse_seconds(engine: Engine, prompt: np.ndarray) -> float:
         return token_seconds(engine, prompt, 1)[0] - start
 
 
-def measure(name: str, lengths: Sequence[int], samples: int, options: EngineOptions) -> dict[str, Any]:
-    """What `picture` takes: of every length the seconds, sparse and dense, measured and at least."""
+@dataclass
+class Measured:
+    """Of a model on a card: seconds to the first token by length, sparse, and of dense chunks by where they begin."""
+
+    title: str
+    config: ModelConfig
+    budgets: SparseBudgets
+    rows: int
+    kept: Kept
+    speeds: Speeds
+    sparse: dict[int, float] = field(default_factory=dict)
+    dense: dict[int, float] = field(default_factory=dict)
+
+    def told(self) -> dict[str, Any]:
+        """What `picture` takes: of every length the seconds, sparse and dense, measured and at least."""
+        return {
+            "title": self.title,
+            "speeds": self.speeds._asdict(),
+            "chunk": self.rows,
+            "dense_chunks": {str(begin): seconds for begin, seconds in self.dense.items()},
+            "lengths": [
+                {
+                    "tokens": length,
+                    "sparse": seconds,
+                    "dense": self._dense_seconds(length),
+                    "sparse_floor": self._floor(length, self.budgets),
+                    "dense_floor": self._floor(length, None),
+                }
+                for length, seconds in self.sparse.items()
+            ],
+        }
+
+    def _dense_seconds(self, length: int) -> float | None:
+        """None where no chunk is timed at or behind the last full one."""
+        if last_begin(length, self.rows) > max(self.dense, default=-1):
+            return None
+        return summed_seconds(length, self.rows, list(self.dense), list(self.dense.values()))
+
+    def _floor(self, length: int, budgets: SparseBudgets | None) -> float:
+        return floor_seconds(self.config, length, self.rows, self.kept, budgets, self.speeds)
+
+
+def longest_prompt(name: str) -> int:
+    """Tokens that leave room for the one that is waited for."""
+    return PUBLISHED[name].max_position_embeddings - 1
+
+
+def measure(name: str, lengths: Sequence[int], samples: int, options: EngineOptions) -> Iterator[Measured]:
+    """The same object after every length, then after every dense chunk."""
     speeds = Speeds(matmul_speed(), copy_bandwidth())
     paddle.device.cuda.empty_cache()
     config, budgets = PUBLISHED[name], published_budgets(PUBLISHED[name])
@@ -164,54 +218,41 @@ def measure(name: str, lengths: Sequence[int], samples: int, options: EngineOpti
     model = random_model(name, budgets=budgets, quantization=options.quantization)
     engine = Engine(model, replace(options, cache_tokens=longest + 1), budgets)
     rows, kept = engine.max_num_batched_tokens, Kept(options.quantization, engine.kv_cache_dtype)
-    prompt = random_prompt(model, longest)
-    print(f"{name}, random weights, {kept_as(options)}, chunks of {rows:,}; {paddle.device.cuda.get_device_name()}")
+    prompt, card = random_prompt(model, longest), paddle.device.cuda.get_device_name()
+    measured = Measured(f"{name}, {kept_as(options)}, {card}", config, budgets, rows, kept, speeds)
+    print(f"{name}, random weights, {kept_as(options)}, chunks of {rows:,}; {card}")
     print(f"matrix product {speeds.matmul / 1e12:.0f} TFLOP/s, copy {speeds.copy / 1e12:.2f} TB/s", flush=True)
-    sparse = {}
     for length in sorted(lengths):
-        sparse[length] = sparse_seconds(engine, prompt[:length])
-        print(f"{length:9,} tokens: {sparse[length]:.2f} s", flush=True)
-    begins = sampled_begins(longest, rows, samples)
-    dense = [dense_chunk_seconds(engine, prompt, begin, rows) for begin in begins]
-    print("dense chunks, keys before them and seconds: " + ", ".join(f"{b:,} {s:.2f}" for b, s in zip(begins, dense)))
-    table = [
-        {
-            "tokens": length,
-            "sparse": sparse[length],
-            "dense": summed_seconds(length, rows, begins, dense),
-            "sparse_floor": floor_seconds(config, length, rows, kept, budgets, speeds),
-            "dense_floor": floor_seconds(config, length, rows, kept, None, speeds),
-        }
-        for length in sorted(lengths)
-    ]
-    return {
-        "title": f"{name}, {kept_as(options)}, {paddle.device.cuda.get_device_name()}",
-        "speeds": speeds._asdict(),
-        "chunk": rows,
-        "dense_chunks": dict(zip(map(str, begins), dense)),
-        "lengths": table,
-    }
+        measured.sparse[length] = sparse_seconds(engine, prompt[:length])
+        print(f"{length:9,} tokens: {measured.sparse[length]:.2f} s", flush=True)
+        yield measured
+    for begin in sampled_begins(longest, rows, samples):
+        measured.dense[begin] = dense_chunk_seconds(engine, prompt, begin, rows)
+        print(f"dense chunk behind {begin:9,} keys: {measured.dense[begin]:.2f} s", flush=True)
+        yield measured
 
 
 def print_table(told: dict[str, Any]) -> None:
     print(told["title"])
     print("| tokens | sparse | floor | dense, summed | floor | dense over sparse |\n|---|---|---|---|---|---|")
     for row in told["lengths"]:
+        dense = row["dense"]
+        summed, times = ("", "") if dense is None else (f"{dense:.2f} s", f"{dense / row['sparse']:.2f}x")
         print(
-            f"| {row['tokens']:,} | {row['sparse']:.2f} s | {row['sparse_floor']:.2f} s | {row['dense']:.2f} s "
-            f"| {row['dense_floor']:.2f} s | {row['dense'] / row['sparse']:.2f}x |"
+            f"| {row['tokens']:,} | {row['sparse']:.2f} s | {row['sparse_floor']:.2f} s | {summed} "
+            f"| {row['dense_floor']:.2f} s | {times} |"
         )
 
 
-def picture(out: Path, measured: Sequence[dict[str, Any]]) -> None:
+def picture(out: Path, all_told: Sequence[dict[str, Any]]) -> None:
     """Seconds against tokens, both in powers: a panel for each measurement."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, len(measured), figsize=(6 * len(measured), 4.5), squeeze=False, sharey=True)
-    for axes, told in zip(panels[0], measured):
+    figure, panels = pyplot.subplots(1, len(all_told), figsize=(6 * len(all_told), 4.5), squeeze=False, sharey=True)
+    for axes, told in zip(panels[0], all_told):
         tokens = [row["tokens"] for row in told["lengths"]]
         for key, label, style in (
             ("dense", "dense, summed from timed chunks", "C1o-"),
@@ -219,7 +260,8 @@ def picture(out: Path, measured: Sequence[dict[str, Any]]) -> None:
             ("sparse", "sparse", "C0o-"),
             ("sparse_floor", "its floor", "C0--"),
         ):
-            axes.loglog(tokens, [row[key] for row in told["lengths"]], style, label=label)
+            seconds = [math.nan if row[key] is None else row[key] for row in told["lengths"]]
+            axes.loglog(tokens, seconds, style, label=label)
         axes.set_xticks(tokens, [f"{count // 1000}k" for count in tokens])
         axes.minorticks_off()
         axes.set(title=told["title"], xlabel="tokens of the prompt", ylabel="seconds to the first token")
@@ -245,15 +287,18 @@ def main() -> int:
     drawing.add_argument("files", type=Path, nargs="+")
     arguments = parser.parse_args()
     if arguments.what == "measure":
+        longest = longest_prompt(arguments.model)
+        if max(arguments.lengths) > longest:
+            parser.error(f"--lengths: the {arguments.model} reads at most {longest} tokens and answers one")
         paddle.device.set_device("gpu")
-        told = measure(arguments.model, arguments.lengths, arguments.dense_samples, options_of(arguments))
-        arguments.file.write_text(json.dumps(told, indent=1), encoding="utf-8")
-        print_table(told)
+        for measured in measure(arguments.model, arguments.lengths, arguments.dense_samples, options_of(arguments)):
+            arguments.file.write_text(json.dumps(measured.told(), indent=1), encoding="utf-8")
+        print_table(measured.told())
         return 0
-    measured = [json.loads(file.read_text(encoding="utf-8")) for file in arguments.files]
-    for told in measured:
+    all_told = [json.loads(file.read_text(encoding="utf-8")) for file in arguments.files]
+    for told in all_told:
         print_table(told)
-    picture(arguments.out, measured)
+    picture(arguments.out, all_told)
     return 0
 
 

@@ -7,8 +7,9 @@ documents of other seeds: dense, with the calibrated budgets, with those that sh
 keys alone, and the first two with int8 keys and values, all about the same documents. A round is a document with
 --answers needles, or as many of RULER's documents, of --tasks in turn. Question and answer stand in the prompt
 (needle_reading.py). Rounds are gone through one by one, all lengths and choices of each, so that the table stands on
-whole ones whenever --seconds are over; DIR/truth.md has it, DIR/truth.png shows it, DIR/truth.json has every answer. A
-second call with the same DIR goes on from there.
+whole ones whenever --seconds are over; DIR/truth.md has it, DIR/truth.png shows it, DIR/truth.json has every answer.
+Its last lines are of all lengths at which dense has nine in ten answers right, and of all. A second call with the same
+DIR goes on from there; --seconds 0 asks nothing and makes the table and the picture anew.
 """
 
 from __future__ import annotations
@@ -45,6 +46,9 @@ KNOWN_TASKS = ("niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey
 """Which checkpoints/ruler answers at four times its trained length as well."""
 DENSE, CALIBRATED, SHIPPED, FORCED = "dense", "calibrated", "shipped", "forced keys alone"
 INT8 = "+int8"
+STRONG = 0.9
+"""Dense's share of right answers from which on a length counts as one that the checkpoint can read."""
+WHERE_STRONG = f"where dense is at least {100 * STRONG:g}"
 ALL = "all"
 CHOICES = (DENSE, CALIBRATED, SHIPPED, FORCED, DENSE + INT8, CALIBRATED + INT8)
 FIRST_SEED, CALIBRATION_SEED = 1000, 0
@@ -72,7 +76,7 @@ class Beside(NamedTuple):
 
 
 class Line(NamedTuple):
-    """A cell's, or all cells', answers: how many, dense's share of right ones, and the other choices beside it."""
+    """Answers of a cell or of several: how many, dense's share of right ones, and the other choices beside it."""
 
     title: str
     answers: int
@@ -106,33 +110,39 @@ class Truth:
         return str(number) in self.answers.get(str(cell), {}).get(choice, {})
 
     def lines(self, cells: Sequence[Cell], choices: Sequence[str]) -> list[Line]:
-        """One a cell, and one of all, of the rounds that all choices have had; the first choice is dense."""
-        found = []
-        for title, chosen in [*((str(one), [one]) for one in cells), (ALL, list(cells))]:
-            shared = [
-                (str(one), number)
-                for one in chosen
-                for number in self.answers.get(str(one), {}).get(DENSE, {})
-                if all(number in self.answers[str(one)].get(choice, {}) for choice in choices)
-            ]
-            if not shared:
-                continue
-            right = {
-                choice: [right for one, number in shared for right in self.answers[one][choice][number]]
-                for choice in choices
-            }
-            rounds = [(one, number) for one, number in shared for _ in self.answers[one][DENSE][number]]
-            visited = self.visited[str(chosen[0])] if len(chosen) == 1 else {}
-            others = {
-                choice: Beside(
-                    float(np.mean(right[choice])),
-                    paired_difference(right[choice], right[DENSE], rounds),
-                    visited.get(choice, ""),
-                )
-                for choice in choices[1:]
-            }
-            found.append(Line(title, len(rounds), float(np.mean(right[DENSE])), others))
-        return found
+        """One a cell, one of the cells where dense has STRONG of the answers right, and one of all, of the rounds that
+        all choices have had; the first choice is dense.
+        """
+        found = [(cell, line) for cell in cells if (line := self._line(str(cell), [cell], choices))]
+        strong = [cell for cell, line in found if line.dense >= STRONG]
+        together = [self._line(WHERE_STRONG, strong, choices), self._line(ALL, cells, choices)]
+        return [*(line for _, line in found), *filter(None, together)]
+
+    def _line(self, title: str, cells: Sequence[Cell], choices: Sequence[str]) -> Line | None:
+        """Of these cells together; None where there are no such rounds."""
+        shared = [
+            (str(cell), number)
+            for cell in cells
+            for number in self.answers.get(str(cell), {}).get(DENSE, {})
+            if all(number in self.answers[str(cell)].get(choice, {}) for choice in choices)
+        ]
+        if not shared:
+            return None
+        right = {
+            choice: [right for cell, number in shared for right in self.answers[cell][choice][number]]
+            for choice in choices
+        }
+        rounds = [(cell, number) for cell, number in shared for _ in self.answers[cell][DENSE][number]]
+        visited = self.visited[str(cells[0])] if len(cells) == 1 else {}
+        others = {
+            choice: Beside(
+                float(np.mean(right[choice])),
+                paired_difference(right[choice], right[DENSE], rounds),
+                visited.get(choice, ""),
+            )
+            for choice in choices[1:]
+        }
+        return Line(title, len(rounds), float(np.mean(right[DENSE])), others)
 
 
 def table(lines: Sequence[Line]) -> str:

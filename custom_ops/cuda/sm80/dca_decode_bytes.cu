@@ -253,7 +253,7 @@ struct ByteRows {
 };
 
 template <typename T, typename Number, bool kUpper>
-__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
+__global__ void __launch_bounds__(kThreads, kUpper ? kBlocksPerProcessor : kMostBlocksPerProcessor)
     decode_bytes_kernel(const __grid_constant__ DecodeArguments a) {
   extern __shared__ char shared[];
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
@@ -269,12 +269,15 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
   const auto* scales = static_cast<const f16*>(lane < kWarpKeys ? a.cache.frame.key_scale : a.cache.frame.value_scale);
   const uint32_t ring = shared_address(shared) + warp * kRing * 2 * kPartBytes;
 
-  // Eight lanes a row: rows lane / 8, + 4, ...
+  // Eight lanes a row: rows lane / 8, + 4, ... Nothing here waits for what it loads: a tile's slot was asked for with
+  // the tile before, and its scales are widened where they are used.
+  int64_t slot = share.first < share.last ? pages.slot(share.first * kTileKeys) : 0;
   int fill = 0;
   const auto load = [&](int tile) {
-    float scale = 0;
+    f16 scale = f16(0.0f);
     if (tile < share.last) {
-      const int64_t first = (pages.slot(tile * kTileKeys) + warp * kWarpKeys) * kv_heads + share.kv_head;
+      const int64_t first = (slot + warp * kWarpKeys) * kv_heads + share.kv_head;
+      if (tile + 1 < share.last) slot = pages.slot((tile + 1) * kTileKeys);
       const uint32_t part = ring + fill * 2 * kPartBytes;
 #pragma unroll
       for (int i = 0; i < kWarpKeys; i += kWarp / 8) {
@@ -283,7 +286,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
         copy_async(chunk_address(part, row, chunk), keys + from);
         copy_async(chunk_address(part + kPartBytes, row, chunk), values + from);
       }
-      scale = widen(scales[first + static_cast<int64_t>(lane % kWarpKeys) * kv_heads]);
+      scale = scales[first + static_cast<int64_t>(lane % kWarpKeys) * kv_heads];
     }
     copy_commit();
     fill = fill == kRing - 1 ? 0 : fill + 1;
@@ -292,7 +295,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
 
   // The newest key, and q, are what the launch before writes.
   if (share.has_newest()) await_previous();
-  float waiting[kRing - 1];  // scales of the tiles that are under way
+  f16 waiting[kRing - 1];  // scales of the tiles that are under way
 #pragma unroll
   for (int i = 0; i < kRing - 1; ++i) waiting[i] = load(share.first + i);
   if (!share.has_newest()) await_previous();
@@ -319,12 +322,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
       state.set_query(q + stage * variant, share.rows, power, centre, scale, lane);
     }
     const uint32_t part = ring + use * 2 * kPartBytes;
-    const float own = waiting[0];
+    const f16 own = waiting[0];
 #pragma unroll
     for (int i = 0; i + 1 < kRing - 1; ++i) waiting[i] = waiting[i + 1];
     waiting[kRing - 2] = load(tile + kRing - 1);
     const int count = share.length - key - warp * kWarpKeys;
-    if (count > 0) state.attend(part, part + kPartBytes, count, own, lane);
+    if (count > 0) state.attend(part, part + kPartBytes, count, widen(own), lane);
     use = use == kRing - 1 ? 0 : use + 1;
   }
   copy_wait<0>();

@@ -17,7 +17,7 @@ namespace {
 
 constexpr int kWarps = 4, kThreads = kWarps * kWarp;
 constexpr int kGroupRows = 16;  // query heads of one KV head that share a block
-constexpr int kBlocksPerProcessor = 2;
+constexpr int kBlocksPerProcessor = 2, kMostBlocksPerProcessor = 3;
 constexpr int kFewestTiles = 4;    // of a share
 constexpr int kMergedAtOnce = 16;  // shares whose values a warp reads together
 
@@ -167,6 +167,12 @@ __device__ void finish_share(const DecodeArguments& a, const Share& share, char*
   if (is_last) merge_rows<T, D>(a, line, rows, share.count);
 }
 
+// Whether kMostBlocksPerProcessor blocks have room beside each other: over 8 bits, where half of a tile's rows are
+// enough for the query heads, on Hopper.
+inline bool has_room_for_most(const qwen1m_dca_decode& a) {
+  return qwen1m_is_quantised(a.cache.dtype) && a.heads / a.cache.kv_heads <= kGroupRows / 2 && is_hopper();
+}
+
 // Shares a sequence: enough for the whole device, whatever the lengths are.
 inline int32_t decode_splits(const qwen1m_dca_decode& a) {
   int device = 0, processors = 1;
@@ -174,7 +180,8 @@ inline int32_t decode_splits(const qwen1m_dca_decode& a) {
   cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   const int64_t parts = ceil_div(a.heads / a.cache.kv_heads, kGroupRows);
   const int64_t merged = a.cache.kv_heads * parts * a.batch;
-  const int64_t fill = merged > kMostMerged ? 1 : processors * kBlocksPerProcessor / merged;
+  const int blocks = has_room_for_most(a) ? kMostBlocksPerProcessor : kBlocksPerProcessor;
+  const int64_t fill = merged > kMostMerged ? 1 : processors * blocks / merged;
   const int64_t most = ceil_div(static_cast<int64_t>(a.table_width) * a.cache.page_size, kTileKeys);
   return static_cast<int32_t>(std::max<int64_t>(1, std::min(fill, most)));
 }
