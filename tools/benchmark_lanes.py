@@ -1,6 +1,7 @@
 """What a layer of a prefill waits for where ranks add up: its products of many rows, with the sums and without.
 
-    python -m paddle.distributed.launch --devices 0,1 tools/benchmark_lanes.py [--model 7B 14B] [--rows 32768]
+    PADDLE_QWEN1M_COPIES=1 python -m paddle.distributed.launch --devices 0,1 tools/benchmark_lanes.py [--model 7B 14B]
+        [--rows 32768]
 
 Milliseconds a layer, random weights, no attention: a rank's products and norms alone, with no sums; with the sums as a
 prefill has them, copied where the cards reach each other's memory; and by NCCL's collectives. The rows that come out of

@@ -18,13 +18,12 @@ import numpy as np
 import paddle
 
 from paddle_qwen1m import ops
-from paddle_qwen1m.dtypes import dtype_name, itemsize
 from paddle_qwen1m.parallel.peers import Peers
 from paddle_qwen1m.parallel.pending import Pending
 from paddle_qwen1m.parallel.room import MOST_LANES, ROWS, SUMS, Room
 
 COPIES = "PADDLE_QWEN1M_COPIES"
-"""Environment variable: 0 leaves the sums of many rows to NCCL; of one rank it counts for all."""
+"""Environment variable: 1 takes the sums of many rows from NCCL; they are copied where all ranks have it."""
 Collective = Callable[[], AbstractContextManager[None]]
 """What a collective is made within."""
 
@@ -98,13 +97,13 @@ class Copies:
         task = self._send(normed, sources, targets, share, ROWS, lane)
         return Pending(self._memory[first : first + room.degree * share], task)
 
-    def check(self, peers: Peers) -> bool:
-        """Whether what one rank sends comes to the others, of which each calls it before anything else."""
+    def check(self, peers: Peers, dtype: str) -> bool:
+        """Whether what one rank sends, of `dtype`, comes to the others, of which each calls it before anything else."""
         room, degree = self._room, self._room.degree
         drawn = [
             np.random.default_rng(rank).standard_normal([degree, room.width], np.float32) for rank in range(degree)
         ]
-        values = [ops.cast(ops.tensor(of_rank), dtype_name(self._memory.dtype)) for of_rank in drawn]
+        values = [ops.cast(ops.tensor(of_rank), dtype) for of_rank in drawn]
         self.scatter(values[self._rank], 0, 0)
         if ops.on_gpu():
             paddle.device.cuda.synchronize()
@@ -143,8 +142,8 @@ def open_copies(peers: Peers, rows: int, width: int, dtype: str, collective: Col
     """For steps of up to `rows` rows of `width` activations of `dtype`; None on all ranks where one cannot bring rows
     to another's GPU.
     """
-    room = Room(-(-rows // peers.degree) * peers.degree, width, peers.degree, itemsize(dtype))
-    copier = _make_copier() if peers.degree <= ops.PEER_RANKS and os.environ.get(COPIES) != "0" else 0
+    room = Room(-(-rows // peers.degree) * peers.degree, width, peers.degree, paddle.empty([1], dtype).element_size())
+    copier = _make_copier() if peers.degree <= ops.PEER_RANKS and os.environ.get(COPIES) == "1" else 0
     memory = paddle.empty([room.height if copier else 1, width], dtype)
     flags = ops.tensor(np.zeros(room.flags, np.int32))
     rooms = peers.reach(memory.data_ptr() if copier else None)
@@ -152,7 +151,7 @@ def open_copies(peers: Peers, rows: int, width: int, dtype: str, collective: Col
     if rooms is None or all_flags is None:
         return None
     copies = Copies(room, memory, flags, (rooms, all_flags), peers.rank, copier, collective)
-    return copies if copies.check(peers) else None
+    return copies if copies.check(peers, dtype) else None
 
 
 def _make_copier() -> int:

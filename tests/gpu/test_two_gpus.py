@@ -149,3 +149,31 @@ def test_sums_of_few_rows_go_through_mailboxes_where_that_is_not_switched_off(tm
         opened, found = json.loads((tmp_path / f"found{rank}").read_text())
         assert opened == (mailboxes == "1")
         assert all(off <= 2.0**-8 * largest for off, largest in found)
+
+
+LANES = """
+import json, sys
+from benchmark_lanes import compared
+import paddle
+from paddle_qwen1m.parallel.group import start
+from paddle_qwen1m.planning import PUBLISHED
+
+paddle.device.set_device("gpu")
+group = start(2)
+copied, _milliseconds, off, largest = compared(group, PUBLISHED["7B"], 8192)
+open(sys.argv[1] + str(group.rank), "w").write(json.dumps([copied, off, largest]))
+"""
+
+
+@pytest.mark.parametrize("copies", ["1", "0"])
+def test_lanes_that_the_cards_copy_give_what_collectives_give(tmp_path: Path, copies: str) -> None:
+    """But for NCCL's sums in bfloat16."""
+    script = tmp_path / "lanes.py"
+    script.write_text(LANES, encoding="utf-8")
+    command = ["-m", "paddle.distributed.launch", "--devices", "0,1", "--log_dir", tmp_path / "logs", script]
+    launched = Process([*command, tmp_path / "found"], PADDLE_QWEN1M_COPIES=copies)
+    status, output = launched.finish(START)
+    assert status == 0, output
+    for rank in range(2):
+        copied, off, largest = json.loads((tmp_path / f"found{rank}").read_text())
+        assert copied == (copies == "1") and off <= 2.0**-5 * largest
