@@ -72,7 +72,10 @@ def with_workspace(cuda: CudaLibrary, op: str, fields: dict[str, Any]) -> Callab
 
 
 class Sequence:
-    """One layer's cache of a sequence in shuffled pages, and queries of its last rows in three rotations."""
+    """One layer's cache of a sequence, and queries of its last rows in three rotations."""
+
+    in_order = False
+    """Whether pages lie as an engine's first prompt has them, one behind the other, and not shuffled."""
 
     def __init__(self, heads: int, kv_heads: int, keys: int, rows: int) -> None:
         import torch
@@ -81,7 +84,8 @@ class Sequence:
         pages = -(-keys // PAGE)
         shape = (pages, PAGE, kv_heads, HEAD_DIM)
         self.key, self.value = (torch.randn(shape, dtype=torch.bfloat16, device="cuda") for _ in range(2))
-        self.table = torch.randperm(pages, device="cuda").int()
+        order = torch.arange if self.in_order else torch.randperm
+        self.table = order(pages, device="cuda").int()
         variants = min(3, (keys - 1) // CHUNK_LEN + 1)
         self.q = torch.randn(variants, rows, heads, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
         self.out = torch.empty(rows, heads, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
@@ -515,12 +519,14 @@ def main() -> int:
     parser.add_argument("--fetch-peer", type=Path, metavar="DIR")
     parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--in-order", action="store_true", help="pages one behind the other; default: shuffled")
     arguments = parser.parse_args()
     if arguments.fetch_peer is not None:
         fetch_peer(arguments.fetch_peer)
         return 0
     import torch
 
+    Sequence.in_order = arguments.in_order
     parts = arguments.parts or ["dense", "few", "sparse", "probe", "decode"]
     cuda = CudaLibrary()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
