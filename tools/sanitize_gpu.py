@@ -304,6 +304,18 @@ class Kernels:
         addresses = np.array([box.data_ptr() for box in boxes])
         self.cuda("sum_rms_norm", norm=norm, boxes=addresses, rank=0, degree=2)
 
+    def rows_of_two_ranks(self, tokens: int, width: int, residual: DeviceArray) -> None:
+        """What rank 0 sends is what it waits for; its norm adds up both ranks' parts."""
+        half = "bfloat16"
+        copier, flag = self.cuda.make_copier(), self.array(np.zeros(1, np.int32))
+        parts, own = self.normal(tokens, width), self.normal(tokens, width)
+        addresses = {name: np.array([one.data_ptr()]) for name, one in (("from", own), ("to", parts), ("flags", flag))}
+        self.cuda("send_rows", **addresses, copier=copier, bytes=2 * tokens * width, count=1, number=1)
+        self.cuda("await_rows", copier=copier, flags=addresses["flags"], count=1, number=1)
+        norm = {"delta": own, "residual": residual, "weight": self.normal(width), "out": self.normal(tokens, width)}
+        norm |= {"eps": 1e-6, "tokens": tokens, "width": width, "activation": half, "dtype": half}
+        self.cuda("parts_rms_norm", norm=norm, parts=parts, stride=tokens * width, rank=0, degree=2)
+
     def layers(self, tokens: int, width: int) -> None:
         half = "bfloat16"
         heads, kv_heads, d = self.heads, self.kv_heads, self.head_dim
@@ -335,6 +347,7 @@ class Kernels:
         )
         if tokens <= MAILBOX_ROWS:
             self.sum_of_two_ranks(tokens, width, residual)
+        self.rows_of_two_ranks(tokens, width, residual)
         self.cuda(
             "silu_mul",
             gate_up=self.normal(tokens, 2 * width),
