@@ -62,6 +62,11 @@ def test_budgets_are_found_on_a_text_of_each_task(out: Path) -> None:
     assert uuids[0] == 0 and uuids[1] > 2 and len(texts) == 2
     budgets = [out / f"budgets_{name}.json" for name in ("needle_1500", "ruler_1400")]
     assert [len(json.loads(path.read_text(encoding="utf-8"))) for path in budgets] == [4, 5]
+    said = (out / "truth.md").read_text(encoding="utf-8").splitlines()
+    commands = [line.split() for line in said if line.startswith("    paddle-qwen1m calibrate ")]
+    assert [command[command.index("--out") + 1] for command in commands] == list(map(str, budgets))
+    assert [len(command) - command.index("--text") - 1 for command in commands] == [1, 2]
+    assert all(Path(file).exists() for command in commands for file in command[command.index("--text") + 1 :])
 
 
 def test_a_run_goes_on_from_its_answers(

@@ -7,9 +7,10 @@ documents of other seeds: dense, with the calibrated budgets, with those that sh
 keys alone, and the first two with int8 keys and values, all about the same documents. A round is a document with
 --answers needles, or as many of RULER's documents, of --tasks in turn. Question and answer stand in the prompt
 (needle_reading.py). Rounds are gone through one by one, all lengths and choices of each, so that the table stands on
-whole ones whenever --seconds are over; DIR/truth.md has it, DIR/truth.png shows it, DIR/truth.json has every answer.
-Its last lines are of all lengths at which dense has nine in ten answers right, and of all. A second call with the same
-DIR goes on from there; --seconds 0 asks nothing and makes the table and the picture anew.
+whole ones whenever --seconds are over; DIR/truth.md has it and the commands that made the budgets, DIR/truth.png shows
+it, DIR/truth.json has every answer. Its last lines are of all lengths at which dense has nine in ten answers right, and
+of all. A second call with the same DIR goes on from there; --seconds 0 asks nothing and makes the table and the picture
+anew.
 """
 
 from __future__ import annotations
@@ -217,9 +218,14 @@ class Asker:
         for one in range(number * self.answers, (number + 1) * self.answers):
             yield self._document(self.tasks[one % len(self.tasks)], tokens, FIRST_SEED + one)
 
+    @property
+    def calibrated_on(self) -> Sequence[str]:
+        """The tasks of the texts."""
+        return (needle.TASK,) if self.checkpoint == NEEDLE else self.tasks
+
     def texts(self, tokens: int, count: int) -> Iterator[str]:
         """A document, a question and its answer each, of every task as many."""
-        for task in (needle.TASK,) if self.checkpoint == NEEDLE else self.tasks:
+        for task in self.calibrated_on:
             for number in range(count):
                 document = self._document(task, tokens, CALIBRATION_SEED + number)
                 yield self.prompter.decode(np.concatenate([document.head, *document.asked[0]]).tolist())
@@ -228,26 +234,33 @@ class Asker:
         return asked_documents.make(task, tokens, number, self.answers, self.prompter)
 
 
-def calibrated(out: Path, cell: Cell, asker: Asker, arguments: argparse.Namespace) -> Path:
-    """Budgets for a checkpoint and a length, found on texts of that length."""
-    name = f"{cell.checkpoint}_{cell.tokens}"
-    budgets = out / f"budgets_{name}.json"
-    if budgets.exists():
-        return budgets
-    files = []
-    for number, text in enumerate(asker.texts(cell.tokens, arguments.texts)):
-        files.append(out / f"text_{name}_{number}.txt")
-        files[-1].write_text(text, encoding="utf-8")
-    command = [
-        "calibrate", str(asker.folder), "--out", str(budgets), "--strategy", arguments.strategy,
-        "--recall", str(arguments.recall), "--cost", str(arguments.cost),
-        "--sparse-threshold", str(arguments.sparse_threshold),
-        "--text", *map(str, files),
-    ]  # fmt: skip
-    print(f"paddle-qwen1m {' '.join(command)}", flush=True)
-    if cli.main(command):
-        sys.exit("calibrate failed")
-    return budgets
+class Calibration:
+    """Budgets for a checkpoint and a length, found on texts of that length; `command` of paddle-qwen1m makes them."""
+
+    def __init__(self, cell: Cell, asker: Asker, arguments: argparse.Namespace) -> None:
+        name, count = f"{cell.checkpoint}_{cell.tokens}", arguments.texts * len(asker.calibrated_on)
+        self.budgets = arguments.out / f"budgets_{name}.json"
+        self._texts = asker.texts(cell.tokens, arguments.texts)
+        self._files = [arguments.out / f"text_{name}_{number}.txt" for number in range(count)]
+        self.command = [
+            "calibrate", str(asker.folder), "--out", str(self.budgets), "--strategy", arguments.strategy,
+            "--recall", str(arguments.recall), "--cost", str(arguments.cost),
+            "--sparse-threshold", str(arguments.sparse_threshold),
+            "--text", *map(str, self._files),
+        ]  # fmt: skip
+
+    def __str__(self) -> str:
+        return f"paddle-qwen1m {' '.join(self.command)}"
+
+    def run(self) -> None:
+        """Unless the budgets are there."""
+        if self.budgets.exists():
+            return
+        for file, text in zip(self._files, self._texts):
+            file.write_text(text, encoding="utf-8")
+        print(self, flush=True)
+        if cli.main(self.command):
+            sys.exit("calibrate failed")
 
 
 class Subject:
@@ -320,7 +333,9 @@ def main(given: Sequence[str] | None = None) -> int:
         )
         for name in dict.fromkeys(cell.checkpoint for cell in cells)
     }
-    budgets = {cell: calibrated(arguments.out, cell, askers[cell.checkpoint], arguments) for cell in cells}
+    calibrations = {cell: Calibration(cell, askers[cell.checkpoint], arguments) for cell in cells}
+    for calibration in calibrations.values():
+        calibration.run()
     until = time.monotonic() + arguments.seconds
     choices = [DENSE, *(choice for choice in arguments.choices if choice != DENSE)]
     subjects = {
@@ -336,7 +351,9 @@ def main(given: Sequence[str] | None = None) -> int:
             documents = list(askers[cell.checkpoint].round(cell.tokens, number)) if left else []
             for choice in left:
                 started = time.monotonic()
-                right, visited = subjects[cell.checkpoint, choice].read(cell.tokens, documents, budgets[cell])
+                right, visited = subjects[cell.checkpoint, choice].read(
+                    cell.tokens, documents, calibrations[cell].budgets
+                )
                 truth.add(cell, choice, number, right, visited)
                 print(
                     f"{number}: {cell}, {choice}: {sum(right)} of {len(right)}, {visited} of the pairs, "
@@ -344,7 +361,9 @@ def main(given: Sequence[str] | None = None) -> int:
                     flush=True,
                 )
     lines = truth.lines(cells, choices)
-    (arguments.out / "truth.md").write_text(f"{', '.join(truth.cards)}\n\n{table(lines)}\n", encoding="utf-8")
+    commands = "\n".join(f"    {calibration}" for calibration in calibrations.values())
+    report = f"{', '.join(truth.cards)}\n\n{table(lines)}\n\nBudgets were made by\n\n{commands}\n"
+    (arguments.out / "truth.md").write_text(report, encoding="utf-8")
     picture(arguments.out / "truth.png", lines)
     print(table(lines))
     return 0
