@@ -12,6 +12,7 @@ those of one layer in all).
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
 import time
@@ -196,6 +197,8 @@ def prefill(
     with seeded_selection(group.rank) as lines:
         token_seconds(engine, prompt[: rows + 1000], 3)  # libraries and memory
         lines.prepare(prompt_pieces(tokens, engine.chunking))
+        gc.collect()
+        gc.freeze()  # as parallel/worker.py does
         group.meet()
         watch = OpTimes(DeviceClock())
         with watch.watch():

@@ -1,10 +1,12 @@
 """Ranks that serve an engine without a model, which answers by arithmetic and fails where it is told to.
 
-The k-th token of an answer is (sum of the prompt + k) mod 1000; a prompt that begins with one of `ORDERS` does more.
+The k-th token of an answer is (sum of the prompt + k) mod 1000; a prompt that begins with one of `ORDERS` does more, or
+is told how many objects, at most 999, the garbage collector leaves alone.
 """
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from typing import Any
@@ -28,7 +30,9 @@ from paddle_qwen1m.parallel.job import launched_rank, launched_ranks
 from paddle_qwen1m.parallel.worker import serve
 
 LIMITS = Limits(max_model_len=2_000_000, max_position_embeddings=2_000_000, vocab_size=10_000, cache_tokens=2_000_000)
-ORDERS = {name: 5000 + number for number, name in enumerate(("refuse", "raise", "raise in 1", "exit", "slow"))}
+ORDERS = {
+    name: 5000 + number for number, name in enumerate(("refuse", "raise", "raise in 1", "exit", "slow", "frozen"))
+}
 ERRORS = {"ValueError": ValueError, "NotEnoughMemory": NotEnoughMemory, "KeyError": KeyError}
 
 
@@ -97,6 +101,8 @@ class StubEngine:
     def _events(self, request: Request) -> list[Event]:
         answer, length = self._answers[request.id], len(request.prompt)
         token = (int(request.prompt.sum()) + len(answer)) % 1000
+        if request.prompt[0] == ORDERS["frozen"]:
+            token = min(gc.get_freeze_count(), 999)
         logprobs = TokenLogprobs(token, -0.1 * token, len(answer) + 1, (token, 7), (-0.1 * token, -float("inf")))
         events: list[Event] = [] if answer else [Prefilled(request.id, length, length, 0, 1.5)]
         answer.append(token)

@@ -19,6 +19,7 @@ from stub_worker import LIMITS, ORDERS, StubEngine
 
 from paddle_qwen1m.engine import (
     Event,
+    Finished,
     NotEnoughMemory,
     Request,
     SamplingParams,
@@ -142,6 +143,11 @@ def test_what_takes_long_to_prepare_stops_nobody(engine: RemoteEngine) -> None:
         engine.prepare(structured("0"))
     engine.prepare(SamplingParams())
     assert engine.abort("a") and engine.metrics.running == 0
+
+
+def test_the_collector_leaves_what_a_rank_has_loaded_alone(engine: RemoteEngine) -> None:
+    (*_, finished) = run(engine, request("a", ORDERS["frozen"], tokens=1))
+    assert isinstance(finished, Finished) and finished.completions[0].token_ids == [999]
 
 
 def test_the_prefix_cache_is_asked_for_in_turn(engine: RemoteEngine) -> None:
