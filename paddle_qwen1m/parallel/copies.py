@@ -1,10 +1,11 @@
 """How a prefill's lanes go between the cards of one machine: by their copy engines, beside the products.
 
 A collective of NCCL is a kernel, and a product leaves no processor for it: it runs behind the product that it should
-run beside. So each rank has room that the others copy into, their parts of the sums of its share and the rows that they
-have normed, and flags that say what has come. Nothing says that it may be written again. Whoever sends a lane's parts
-has had the rows of the norm before from all, which they sent when they had read the parts before these; and whoever
-sends its normed rows has had all parts of their sums, which the others sent when they had read the rows before.
+run beside. A copy engine needs none. So each rank has room that the others copy into, their parts of the sums of its
+share and the rows that they have normed, and flags that say what has come. Nothing says that it may be written again.
+Whoever sends a lane's parts has had the rows of the norm before from all, which they sent when they had read the parts
+before these; and whoever sends its normed rows has had all parts of their sums, which the others sent when they had
+read the rows before.
 """
 
 from __future__ import annotations
