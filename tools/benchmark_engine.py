@@ -247,11 +247,15 @@ def prefix(subject: Subject, documents: list[int], question: int, *, sparse: boo
         )
 
 
-def questions(subject: Subject, documents: list[int], question: int, many: int, *, sparse: bool) -> None:
-    """What `eval --score logits` asks of the engine, beside one prefill and as many questions on a cached document."""
+def questions(subject: Subject, documents: list[int], question: int, many: int, answer: int, *, sparse: bool) -> None:
+    """What `eval --score logits` asks of the engine, beside one prefill and as many questions on a cached document; and
+    as many answers, all asked for at once as `eval` does without it.
+    """
     engine = subject.engine(_reusing(documents, question, sparse))
     print(f"{many} questions of {question} tokens, logits of all but the first, {'sparse' if sparse else 'dense'}")
-    print("document    prefill s  one question s  all s  of the prefill and as many questions")
+    print(
+        f"document    prefill s  one question s  all s  of the prefill and as many questions  {answer} tokens each, s"
+    )
     for tokens in documents:
         document = subject.prompt(tokens)
         prompts = [np.concatenate([document, subject.prompt(question, one)]) for one in range(many)]
@@ -264,9 +268,13 @@ def questions(subject: Subject, documents: list[int], question: int, many: int, 
             one = float(np.median(rest))
             engine.reset_prefix_cache()
             whole = sum(_logits_seconds(engine, prompt, question) for prompt in prompts)
+            engine.reset_prefix_cache()
+            start = time.perf_counter()
+            engine.generate(prompts, params(answer))
+            generated = time.perf_counter() - start
         prefill = first - one
         share = whole / (prefill + many * one)
-        print(f"{tokens:9,} {prefill:12.3f} {one:15.4f} {whole:6.2f} {share:8.3f}", flush=True)
+        print(f"{tokens:9,} {prefill:12.3f} {one:15.4f} {whole:6.2f} {share:8.3f} {generated:51.2f}", flush=True)
 
 
 def _reusing(documents: list[int], question: int, sparse: bool) -> EngineOptions:
@@ -334,6 +342,7 @@ def main() -> int:
     one.add_argument("--documents", type=int, nargs="+", default=[131072, 150000], help="their tokens")
     one.add_argument("--question", type=int, default=64, help="its tokens, the answer's with it")
     one.add_argument("--questions", type=int, default=100, help="at least 2 (default: %(default)s)")
+    one.add_argument("--answer", type=int, default=32, help="tokens where one is generated (default: %(default)s)")
     one.add_argument("--dense", action="store_true")
     arguments = parser.parse_args()
     logger.set_level("ERROR")
@@ -348,7 +357,8 @@ def main() -> int:
         beside(subject, arguments.tokens, arguments.sequences)
     elif arguments.what == "questions":
         sparse = not arguments.dense
-        questions(subject, arguments.documents, arguments.question, arguments.questions, sparse=sparse)
+        many, answer = arguments.questions, arguments.answer
+        questions(subject, arguments.documents, arguments.question, many, answer, sparse=sparse)
     else:
         prefix(subject, arguments.documents, arguments.question, sparse=not arguments.dense)
     return 0
