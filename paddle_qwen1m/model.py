@@ -233,8 +233,10 @@ class Qwen2OneM(nn.Layer):
         Returns what `logits` takes for the rows [n, hidden] whose logits the step wants, None without any. In a
         prefill's last layer the other rows only have their keys and values cached.
         """
-        rows, is_decode = step.ids.shape[0], step.lengths is not None
-        with Lanes(self.group, rows, self.config.rms_norm_eps, split=not is_decode) as lanes:
+        config, is_decode = self.config, step.lengths is not None
+        with Lanes(
+            self.group, step.ids.shape[0], config.hidden_size, config.rms_norm_eps, split=not is_decode
+        ) as lanes:
             return (yield from self._through(lanes, step, caches, selectors, observe))
 
     def _through(

@@ -68,7 +68,7 @@ class Rows:
 
     def through(self, group: Group, weights: Weights) -> paddle.Tensor:
         """What is behind the last norm."""
-        with paddle.no_grad(), Lanes(group, self.embedded.shape[0], EPS) as lanes:
+        with paddle.no_grad(), Lanes(group, *self.embedded.shape, EPS) as lanes:
             lanes.add(self.embedded, [lambda rows: ops.cast(rows, "float32")], weights.norm)
             normed = lanes.all_rows()
             for _ in range(LAYERS):
@@ -86,7 +86,7 @@ class Rows:
 @contextmanager
 def without_copies(group: Group) -> Iterator[None]:
     """The group's lanes go by collectives."""
-    lend, group.lend_copies = group.lend_copies, lambda rows: None  # type: ignore[method-assign]
+    lend, group.lend_copies = group.lend_copies, lambda rows, width: None  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -100,7 +100,7 @@ def compared(group: Group, config: ModelConfig, rows: int) -> tuple[bool, list[f
     group.open_copies(rows, config.hidden_size, DTYPE)
     weights, given = Weights.draw(config, group), Rows(config, group, rows)
     found = given.through(group, weights).numpy().view(np.uint16)
-    copied = group.lend_copies(rows)
+    copied = group.lend_copies(rows, config.hidden_size)
     if copied is not None:
         copied.give_back()
     times = [seconds_a_call(partial(given.through, one, weights), CALLS) for one in (ALONE, group)]

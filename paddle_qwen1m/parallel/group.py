@@ -71,8 +71,10 @@ class Group:
         other's. All ranks call it.
         """
 
-    def lend_copies(self, rows: int) -> Copies | None:
-        """What the lanes of a step of so many rows go by, from now until it is given back; None: collectives."""
+    def lend_copies(self, rows: int, width: int) -> Copies | None:
+        """What the lanes of a step of so many rows of `width` activations go by, from now until it is given back; None:
+        collectives.
+        """
         return None
 
     def padded(self, rows: int) -> int:
@@ -145,8 +147,8 @@ class ProcessGroup(Group):
         if self._on_gpu:  # NCCL takes its buffers now, before anybody asks how much memory is free
             self.all_reduce(ops.tensor(np.zeros(1, np.float32)))
         self._mailboxes = open_mailboxes(self._store, self.rank, self.degree) if self._on_gpu and job else None
-        self._copies: Copies | None = None
-        self._copied_rows = 0
+        self._copies: dict[int, Copies | None] = {}
+        self._copied_rows: dict[int, int] = {}
         keep = weakref.WeakMethod(self._keep)
         os.register_at_fork(after_in_child=lambda: (call := keep()) is not None and call())
 
@@ -170,14 +172,15 @@ class ProcessGroup(Group):
         return 1 if rows % self.degree else max(1, min(MOST_LANES, rows // self._lane_rows))
 
     def open_copies(self, rows: int, width: int, dtype: str) -> None:
-        if not self._on_gpu or self.job is None or rows <= self._copied_rows:
+        if not self._on_gpu or self.job is None or rows <= self._copied_rows.get(width, 0):
             return
-        peers = Peers(self._store, f"copies of {rows} rows", self.rank, self.degree)
-        self._copies, self._copied_rows = None, rows
-        self._copies = open_copies(peers, rows, width, dtype, self._collective)
+        peers = Peers(self._store, f"copies of {rows} rows of {width}", self.rank, self.degree)
+        self._copies[width], self._copied_rows[width] = None, rows
+        self._copies[width] = open_copies(peers, rows, width, dtype, self._collective)
 
-    def lend_copies(self, rows: int) -> Copies | None:
-        return self._copies if self._copies is not None and self._copies.lend(rows) else None
+    def lend_copies(self, rows: int, width: int) -> Copies | None:
+        copies = self._copies.get(width)
+        return copies if copies is not None and copies.lend(rows) else None
 
     def padded(self, rows: int) -> int:
         padded = -(-rows // self.degree) * self.degree

@@ -43,20 +43,20 @@ class Lane:
 
 
 class Lanes:
-    """The lanes of a step of `rows` rows, and what is under way of them. eps: of the norms. split: whether they may be
-    several; a decode step's, which a graph captures, are one.
+    """The lanes of a step of `rows` rows of `width` activations, and what is under way of them. eps: of the norms.
+    split: whether they may be several; a decode step's, which a graph captures, are one.
 
     `add` takes the products of the layers one after the other; `all_rows` gives what is behind the last norm, which
     stays as it is until the next `add`. Behind a `with` nothing of theirs is used any more.
     """
 
-    def __init__(self, group: Group, rows: int, eps: float, *, split: bool = True) -> None:
-        self._group, self._rows, self._eps = group, rows, eps
+    def __init__(self, group: Group, rows: int, width: int, eps: float, *, split: bool = True) -> None:
+        self._group, self._rows, self._width, self._eps = group, rows, width, eps
         count, shares = group.lanes(rows) if split else 1, rows // group.degree
         borders = [0, *(group.degree * (shares * number // count) for number in range(1, count)), rows]
         self._lanes = [Lane(number, *ends) for number, ends in enumerate(zip(borders, borders[1:]))]
         self._is_split = count > 1
-        self._copies: Copies | None = group.lend_copies(rows) if self._is_split else None
+        self._copies: Copies | None = group.lend_copies(rows, width) if self._is_split else None
         self._late: tuple[Lane, paddle.Tensor, TakesRows8 | None] | None = None
         self._gathered: paddle.Tensor | None = None if self._copies is None else self._copies.rows(0, rows)
 
@@ -106,7 +106,7 @@ class Lanes:
 
     def of_rows(self, rows: paddle.Tensor) -> Lanes:
         """Of some rows of the step, int64 [n], in one lane, where the layers go on with those alone."""
-        others = Lanes(self._group, rows.shape[0], self._eps, split=False)
+        others = Lanes(self._group, rows.shape[0], self._width, self._eps, split=False)
         others._lanes[0].residual = ops.gather_rows(self._residual(), rows)
         return others
 

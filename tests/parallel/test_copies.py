@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, Callable
 
 import numpy as np
@@ -18,6 +19,7 @@ from test_lanes import EPS, WIDTH, Job, Layers, Rank
 
 from paddle_qwen1m import ops
 from paddle_qwen1m.parallel.copies import COPIES, Collective, Copies, open_copies
+from paddle_qwen1m.parallel.group import ProcessGroup
 from paddle_qwen1m.parallel.job import free_port
 from paddle_qwen1m.parallel.peers import Peers
 from paddle_qwen1m.parallel.room import MOST_LANES, ROWS, SUMS, Room
@@ -74,8 +76,8 @@ class CopyingRank(Rank):
         super().__init__(job, rank, least=4)
         self.copies = copies
 
-    def lend_copies(self, rows: int) -> Copies | None:
-        return self.copies if self.copies.lend(rows) else None
+    def lend_copies(self, rows: int, width: int) -> Copies | None:
+        return self.copies if width == WIDTH and self.copies.lend(rows) else None
 
 
 @pytest.mark.parametrize("degree", [2, 4, 8])
@@ -142,6 +144,14 @@ def test_one_step_at_a_time_has_them_if_there_is_room(monkeypatch: pytest.Monkey
         assert not copies.lend(22) and copies.lend(20) and not copies.lend(4)
         copies.give_back()
         assert copies.lend(4)
+
+
+def test_rows_of_another_width_go_another_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of another model in the same processes."""
+    (copies, _other) = Memory(monkeypatch).open_all(2, 8)
+    group: Any = SimpleNamespace(_copies={WIDTH: copies, 3 * WIDTH: None})
+    assert ProcessGroup.lend_copies(group, 8, 2 * WIDTH) is None is ProcessGroup.lend_copies(group, 8, 3 * WIDTH)
+    assert ProcessGroup.lend_copies(group, 8, WIDTH) is copies and ProcessGroup.lend_copies(group, 8, WIDTH) is None
 
 
 @pytest.mark.parametrize("unable", ["make_copier", "name_memory", "open_memory", "see"])

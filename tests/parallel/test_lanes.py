@@ -107,7 +107,7 @@ class Layers:
         padded = np.full((group.padded(len(rows)), WIDTH), np.nan, np.float32)
         padded[: len(rows)] = rows
         norms = [paddle.to_tensor(one) for one in self.norms]
-        with Lanes(group, len(padded), EPS) as lanes:
+        with Lanes(group, len(padded), WIDTH, EPS) as lanes:
             lanes.add(paddle.to_tensor(padded[:, own]), [product(self.first[own])], norms[0])
             found = [lanes.all_rows().numpy()]
             for layer in range(LAYERS):
@@ -154,7 +154,7 @@ def test_a_lane_computes_while_the_others_sums_are_under_way(rng: np.random.Gene
 
         return compute
 
-    weight, lanes = paddle.ones([WIDTH]), Lanes(group, 5, EPS)  # of 2 and 3 rows
+    weight, lanes = paddle.ones([WIDTH]), Lanes(group, 5, WIDTH, EPS)  # of 2 and 3 rows
     lanes.add(paddle.to_tensor(rng.standard_normal((5, WIDTH)).astype(np.float32)), [product("embed")], weight)
     rows = lanes.all_rows()
     log.clear()
@@ -182,7 +182,7 @@ def test_some_rows_go_on_alone(rng: np.random.Generator, rows: int) -> None:
     def on(rank: Rank) -> np.ndarray:
         own = slice(rank.rank * WIDTH // 2, (rank.rank + 1) * WIDTH // 2)
         first, output = (paddle.to_tensor(weight[own]) for weight in (layers.first, layers.output[0]))
-        lanes, norm = Lanes(rank, rank.padded(rows), EPS), paddle.to_tensor(layers.norms[1])
+        lanes, norm = Lanes(rank, rank.padded(rows), WIDTH, EPS), paddle.to_tensor(layers.norms[1])
         padded = np.pad(given, ((0, rank.padded(rows) - rows), (0, 0)))
         lanes.add(paddle.to_tensor(padded[:, own]), [lambda values: values @ first], norm)
         lanes.all_rows()
@@ -201,7 +201,7 @@ def test_some_rows_go_on_alone(rng: np.random.Generator, rows: int) -> None:
 
 def test_a_decode_step_is_one_lane_however_many_rows_it_has(rng: np.random.Generator) -> None:
     group, weight = Rank(Job(1), 0, least=2), paddle.ones([WIDTH])
-    lanes = Lanes(group, 8, EPS, split=False)
+    lanes = Lanes(group, 8, WIDTH, EPS, split=False)
     for _ in range(3):
         lanes.add(paddle.to_tensor(rng.standard_normal((8, WIDTH)).astype(np.float32)), [lambda rows: rows + 0], weight)
         lanes.all_rows()
@@ -212,7 +212,7 @@ def test_an_alone_rank_sends_nothing(rng: np.random.Generator) -> None:
     layers, given = Layers(rng), rng.standard_normal((300, WIDTH)).astype(np.float32)
     rank = Group()
     assert rank.padded(299) == 299 and rank.lanes(1 << 20) == 1
-    lanes = Lanes(rank, 300, EPS)
+    lanes = Lanes(rank, 300, WIDTH, EPS)
     first, norm = paddle.to_tensor(layers.first), paddle.to_tensor(layers.norms[0])
     lanes.add(paddle.to_tensor(given), [lambda rows: rows @ first], norm)
     np.testing.assert_allclose(lanes.all_rows().numpy(), layers.alone(given)[0], rtol=0, atol=2e-5)

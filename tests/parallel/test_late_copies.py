@@ -125,8 +125,8 @@ class LateRank(Rank):
         self.machine, self.rank, self.degree, self.copies = machine, rank, machine.degree, copies
         self._lane_rows, self._board, self._collectives = 4, board, 0
 
-    def lend_copies(self, rows: int) -> Copies | None:
-        return self.copies if self.copies.lend(rows) else None
+    def lend_copies(self, rows: int, width: int) -> Copies | None:
+        return self.copies if width == WIDTH and self.copies.lend(rows) else None
 
     def reduce_scatter(self, values: paddle.Tensor) -> Pending:
         share = values.shape[0] // self.degree
@@ -172,7 +172,7 @@ def layers_on(device: Device, group: LateRank, layers: Layers, rows: np.ndarray)
         group.machine.queue(COMPUTES, lambda into=found[-1]: np.copyto(into, memory_of(normed)))
 
     norms = [paddle.to_tensor(one) for one in layers.norms]
-    with Lanes(group, len(rows), EPS) as lanes:
+    with Lanes(group, len(rows), WIDTH, EPS) as lanes:
         given = paddle.to_tensor(np.ascontiguousarray(part(rows, 1)))
         lanes.add(given, [product(part(layers.first, 0))], norms[0])
         normed = lanes.all_rows()
