@@ -293,27 +293,36 @@ class Kernels:
                 chunk_len=CHUNK_LEN,
             )
 
+    def norm(self, tokens: int, width: int, residual: DeviceArray) -> dict[str, Any]:
+        half = "bfloat16"
+        return {
+            "delta": self.normal(tokens, width),
+            "residual": residual,
+            "weight": self.normal(width),
+            "out": self.normal(tokens, width),
+            "tokens": tokens,
+            "width": width,
+            "eps": 1e-6,
+            "activation": half,
+            "dtype": half,
+        }
+
     def sum_of_two_ranks(self, tokens: int, width: int, residual: DeviceArray) -> None:
         """Rank 0's part of the first sum: all of the other rank's lines are there, for it cannot run beside."""
-        half = "bfloat16"
         lines = np.full(self.cuda.mailbox_bytes(2) // 8, 1 << 32, np.uint64)
         lines[: MAILBOX_ROWS // 2] = 0  # nobody has added anything yet
         boxes = [self.array(lines), self.array(np.zeros_like(lines))]
-        norm = {"delta": self.normal(tokens, width), "residual": residual, "weight": self.normal(width), "eps": 1e-6}
-        norm |= {"out": self.normal(tokens, width), "tokens": tokens, "width": width, "activation": half, "dtype": half}
         addresses = np.array([box.data_ptr() for box in boxes])
-        self.cuda("sum_rms_norm", norm=norm, boxes=addresses, rank=0, degree=2)
+        self.cuda("sum_rms_norm", norm=self.norm(tokens, width, residual), boxes=addresses, rank=0, degree=2)
 
     def rows_of_two_ranks(self, tokens: int, width: int, residual: DeviceArray) -> None:
         """What rank 0 sends is what it waits for; its norm adds up both ranks' parts."""
-        half = "bfloat16"
         copier, flag = self.cuda.make_copier(), self.array(np.zeros(1, np.int32))
-        parts, own = self.normal(tokens, width), self.normal(tokens, width)
-        addresses = {name: np.array([one.data_ptr()]) for name, one in (("from", own), ("to", parts), ("flags", flag))}
+        parts, norm = self.normal(tokens, width), self.norm(tokens, width, residual)
+        places = {"from": norm["delta"], "to": parts, "flags": flag}
+        addresses = {name: np.array([place.data_ptr()]) for name, place in places.items()}
         self.cuda("send_rows", **addresses, copier=copier, bytes=2 * tokens * width, count=1, number=1)
         self.cuda("await_rows", copier=copier, flags=addresses["flags"], count=1, number=1)
-        norm = {"delta": own, "residual": residual, "weight": self.normal(width), "out": self.normal(tokens, width)}
-        norm |= {"eps": 1e-6, "tokens": tokens, "width": width, "activation": half, "dtype": half}
         self.cuda("parts_rms_norm", norm=norm, parts=parts, stride=tokens * width, rank=0, degree=2)
 
     def layers(self, tokens: int, width: int) -> None:
@@ -333,18 +342,7 @@ class Kernels:
             dtype=half,
             out_dtype="float32",
         )
-        self.cuda(
-            "rms_norm",
-            delta=self.normal(tokens, width),
-            residual=residual,
-            weight=self.normal(width),
-            out=self.normal(tokens, width),
-            tokens=tokens,
-            width=width,
-            eps=1e-6,
-            activation=half,
-            dtype=half,
-        )
+        self.cuda("rms_norm", **self.norm(tokens, width, residual))
         if tokens <= MAILBOX_ROWS:
             self.sum_of_two_ranks(tokens, width, residual)
         self.rows_of_two_ranks(tokens, width, residual)

@@ -28,7 +28,7 @@ __host__ __device__ constexpr int64_t mailbox_bytes(int degree) {
 
 // Those of all ranks, as one of them sees them.
 struct Mailboxes {
-  char* of[QWEN1M_MAILBOX_RANKS];
+  char* of[QWEN1M_PEER_RANKS];
   int rank, degree;
 
   // The turn of a row's last sum, in this rank's mailbox.

@@ -218,16 +218,18 @@ Tensors join_columns(const Tensor& parts, int64_t columns) {
   return {out};
 }
 
-// run(call, arguments) computes `out`.
+// run(call, arguments) computes what is returned, `into` where that is given.
 template <typename Run>
-Tensors normalise(const Tensor* delta, const Tensor& residual, const Tensor& weight, float eps, const Run& run) {
+Tensors normalise(const Tensor* delta, const Tensor& residual, const Tensor& weight, float eps, const Run& run,
+                  const Tensor* into = nullptr) {
   Call call(residual);
   call.expect(residual, delta ? "residual" : "hidden", DataType::FLOAT32, {-1, -1});
   const int64_t tokens = residual.shape()[0], width = residual.shape()[1];
   if (delta) call.expect_activation(*delta, "delta", {tokens, width});
   const qwen1m_dtype type = call.expect_stored(weight, "weight", {width});
   call.expect_width(width);
-  const Tensor out = call.make_activation({tokens, width});
+  const Tensor out = into ? *into : call.make_activation({tokens, width});
+  if (into) call.expect_activation(out, "out", {tokens, width});
   run(call, qwen1m_rms_norm{
                 .delta = delta ? delta->data() : nullptr,
                 .residual = pointer<float>(residual),
@@ -255,8 +257,8 @@ Tensors add_rms_norm(const Tensor& delta, Tensor& residual, const Tensor& weight
 Tensors sum_rms_norm(const Tensor& delta, Tensor& residual, const Tensor& weight, float eps,
                      const std::vector<int64_t>& boxes, int64_t rank) {
   const auto degree = static_cast<int64_t>(boxes.size());
-  QWEN1M_REQUIRE(degree >= 2 && degree <= QWEN1M_MAILBOX_RANKS && rank >= 0 && rank < degree,
-                 "boxes must be those of 2 to " + text(QWEN1M_MAILBOX_RANKS) + " ranks and rank one of them, got " +
+  QWEN1M_REQUIRE(degree >= 2 && degree <= QWEN1M_PEER_RANKS && rank >= 0 && rank < degree,
+                 "boxes must be those of 2 to " + text(QWEN1M_PEER_RANKS) + " ranks and rank one of them, got " +
                      text(degree) + " and rank " + text(rank));
   return normalise(&delta, residual, weight, eps, [&](const Call& call, const qwen1m_rms_norm& norm) {
     QWEN1M_REQUIRE(call.on_gpu(), "delta must lie on a GPU, where mailboxes are");
@@ -273,6 +275,30 @@ Tensors sum_rms_norm(const Tensor& delta, Tensor& residual, const Tensor& weight
         },
         no_mailboxes, QWEN1M_CUDA(qwen1m_cuda_sum_rms_norm));
   });
+}
+
+// parts [degree - 1, rows, N], of which those from row `first` on are of delta's rows.
+void parts_rms_norm(const Tensor& delta, Tensor& residual, const Tensor& weight, const Tensor& parts, Tensor& out,
+                    float eps, int64_t first, int64_t rank) {
+  const auto run = [&](const Call& call, const qwen1m_rms_norm& norm) {
+    call.expect(parts, "parts", delta.dtype(), {-1, -1, norm.width});
+    const int64_t degree = parts.shape()[0] + 1, rows = parts.shape()[1], end = first + norm.tokens;
+    QWEN1M_REQUIRE(degree <= QWEN1M_PEER_RANKS && rank >= 0 && rank < degree,
+                   "rank must be one of the " + text(degree) + " that there are parts of, at most " +
+                       text(QWEN1M_PEER_RANKS) + ", got " + text(rank));
+    QWEN1M_REQUIRE(first >= 0 && end <= rows,
+                   "rows " + text(first) + " to " + text(end) + " are not among the " + text(rows) + " of the parts");
+    call.run(
+        qwen1m_parts_rms_norm{
+            .norm = norm,
+            .parts = static_cast<const char*>(parts.data()) + first * norm.width * qwen1m_bytes_of(norm.activation),
+            .stride = rows * norm.width,
+            .rank = static_cast<int32_t>(rank),
+            .degree = static_cast<int32_t>(degree),
+        },
+        QWEN1M_KERNEL(parts_rms_norm));
+  };
+  normalise(&delta, residual, weight, eps, run, &out);
 }
 
 Tensors linear(const Tensor& x, const Tensor& weight, const paddle::optional<Tensor>& bias, bool float32_out) {
@@ -399,6 +425,13 @@ PD_BUILD_OP(qwen1m_sum_rms_norm)
     .Attrs({"eps: float", "boxes: std::vector<int64_t>", "rank: int64_t"})
     .SetInplaceMap({{"residual", "sum"}})
     .SetKernelFn(PD_KERNEL(qwen1m::sum_rms_norm));
+
+PD_BUILD_OP(qwen1m_parts_rms_norm)
+    .Inputs({"delta", "residual", "weight", "parts", "out"})
+    .Outputs({"sum", "normed"})
+    .Attrs({"eps: float", "first: int64_t", "rank: int64_t"})
+    .SetInplaceMap({{"residual", "sum"}, {"out", "normed"}})
+    .SetKernelFn(PD_KERNEL(qwen1m::parts_rms_norm));
 
 PD_BUILD_OP(qwen1m_linear)
     .Inputs({"x", "weight", paddle::Optional("bias")})

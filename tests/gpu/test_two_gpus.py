@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -118,6 +119,16 @@ def test_a_launcher_that_is_killed_leaves_no_rank_and_no_memory(
     assert is_free(after, before)
 
 
+def found_by_both(tmp_path: Path, script: str, **environment: str) -> list[Any]:
+    """What a script, launched on two GPUs, leaves as JSON in the file that its argument and its rank name."""
+    file = tmp_path / "script.py"
+    file.write_text(script, encoding="utf-8")
+    command = ["-m", "paddle.distributed.launch", "--devices", "0,1", "--log_dir", tmp_path / "logs", file]
+    status, output = Process([*command, tmp_path / "found"], **environment).finish(START)
+    assert status == 0, output
+    return [json.loads((tmp_path / f"found{rank}").read_text()) for rank in range(2)]
+
+
 SUMS = """
 import json, sys
 import numpy as np
@@ -139,14 +150,7 @@ open(sys.argv[1] + str(group.rank), "w").write(json.dumps([group._mailboxes is n
 @pytest.mark.parametrize("mailboxes", ["1", "0"])
 def test_sums_of_few_rows_go_through_mailboxes_where_that_is_not_switched_off(tmp_path: Path, mailboxes: str) -> None:
     """They are those of NCCL, which rounds to bfloat16; more rows than a mailbox takes are NCCL's."""
-    script = tmp_path / "sums.py"
-    script.write_text(SUMS, encoding="utf-8")
-    command = ["-m", "paddle.distributed.launch", "--devices", "0,1", "--log_dir", tmp_path / "logs", script]
-    launched = Process([*command, tmp_path / "found"], PADDLE_QWEN1M_MAILBOXES=mailboxes)
-    status, output = launched.finish(START)
-    assert status == 0, output
-    for rank in range(2):
-        opened, found = json.loads((tmp_path / f"found{rank}").read_text())
+    for opened, found in found_by_both(tmp_path, SUMS, PADDLE_QWEN1M_MAILBOXES=mailboxes):
         assert opened == (mailboxes == "1")
         assert all(off <= 2.0**-8 * largest for off, largest in found)
 
@@ -168,12 +172,5 @@ open(sys.argv[1] + str(group.rank), "w").write(json.dumps([copied, off, largest]
 @pytest.mark.parametrize("copies", ["1", "0"])
 def test_lanes_that_the_cards_copy_give_what_collectives_give(tmp_path: Path, copies: str) -> None:
     """But for NCCL's sums in bfloat16."""
-    script = tmp_path / "lanes.py"
-    script.write_text(LANES, encoding="utf-8")
-    command = ["-m", "paddle.distributed.launch", "--devices", "0,1", "--log_dir", tmp_path / "logs", script]
-    launched = Process([*command, tmp_path / "found"], PADDLE_QWEN1M_COPIES=copies)
-    status, output = launched.finish(START)
-    assert status == 0, output
-    for rank in range(2):
-        copied, off, largest = json.loads((tmp_path / f"found{rank}").read_text())
+    for copied, off, largest in found_by_both(tmp_path, LANES, PADDLE_QWEN1M_COPIES=copies):
         assert copied == (copies == "1") and off <= 2.0**-5 * largest

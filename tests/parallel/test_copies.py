@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,13 +13,12 @@ from typing import Any, Callable
 import numpy as np
 import paddle
 import pytest
-from paddle.base import core
 from test_lanes import EPS, WIDTH, Job, Layers, Rank
+from thread_ranks import ThreadRanks
 
 from paddle_qwen1m import ops
 from paddle_qwen1m.parallel.copies import COPIES, Collective, Copies, open_copies
 from paddle_qwen1m.parallel.group import ProcessGroup
-from paddle_qwen1m.parallel.job import free_port
 from paddle_qwen1m.parallel.peers import Peers
 from paddle_qwen1m.parallel.room import MOST_LANES, ROWS, SUMS, Room
 
@@ -33,7 +31,7 @@ class Memory:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, unable: str = "") -> None:
         self._unable = unable
-        self._here = threading.local()
+        self._ranks = ThreadRanks()
         self._elsewhere = paddle.zeros([4096])
         monkeypatch.setenv(COPIES, "1")
         for name in ("make_copier", "name_memory", "open_memory"):
@@ -41,16 +39,11 @@ class Memory:
 
     def open_all(self, degree: int, rows: int, late: Callable[[int], Collective] = lambda _: nullcontext) -> list[Any]:
         """The Copies or None that the ranks find. late: of each, what it enters when it sends."""
-        port = free_port("127.0.0.1")
-        stores = [core.TCPStore("127.0.0.1", port, rank == 0, 1) for rank in range(degree)]
 
-        def rank(number: int) -> Copies | None:
-            self._here.rank = number
-            peers = Peers(stores[number], "copies", number, degree)
-            return open_copies(peers, rows, WIDTH, "float32", late(number))
+        def on(store: Any, rank: int) -> Copies | None:
+            return open_copies(Peers(store, "copies", rank, degree), rows, WIDTH, "float32", late(rank))
 
-        with ThreadPoolExecutor(degree) as pool:
-            return list(pool.map(rank, range(degree)))
+        return self._ranks.run(degree, on)
 
     def _make_copier(self) -> int:
         self._may("make_copier")
@@ -62,12 +55,12 @@ class Memory:
 
     def _open_memory(self, name: bytes) -> int:
         self._may("open_memory")
-        if self._unable == "see" and self._here.rank == 1:
+        if self._unable == "see" and self._ranks.rank == 1:
             return self._elsewhere.data_ptr()
         return int.from_bytes(name, "big")
 
     def _may(self, what: str) -> None:
-        if self._unable == what and self._here.rank == 1:
+        if self._unable == what and self._ranks.rank == 1:
             raise OSError(f"{what}: CUDA error 217")
 
 

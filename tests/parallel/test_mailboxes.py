@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from paddle.base import core
+from thread_ranks import ThreadRanks
 
 from paddle_qwen1m import ops
 from paddle_qwen1m.parallel import peers
-from paddle_qwen1m.parallel.job import free_port
 from paddle_qwen1m.parallel.mailboxes import MAILBOXES, Mailboxes, open_mailboxes
 
 
@@ -25,29 +22,21 @@ class Cards:
         self.makes_none: set[int] = set()
         self.names_none: set[int] = set()
         self.reaches_none: set[int] = set()
-        self._rank = threading.local()
-        self._port = free_port("127.0.0.1")
+        self.ranks = ThreadRanks()
         monkeypatch.setattr(ops, "make_mailbox", self._make)
         monkeypatch.setattr(ops, "name_memory", self._name)
         monkeypatch.setattr(ops, "open_memory", self._open)
 
     def open_all(self) -> list[Mailboxes | None]:
-        stores = [core.TCPStore("127.0.0.1", self._port, rank == 0, 1) for rank in range(self.degree)]
-
-        def rank(number: int) -> Mailboxes | None:
-            self._rank.number = number
-            return open_mailboxes(stores[number], number, self.degree)
-
-        with ThreadPoolExecutor(self.degree) as pool:
-            return list(pool.map(rank, range(self.degree)))
+        return self.ranks.run(self.degree, lambda store, rank: open_mailboxes(store, rank, self.degree))
 
     def _make(self, degree: int) -> int:
         assert degree == self.degree
         self._may("make_mailbox", self.makes_none)
-        return 101 * self._rank.number + 8
+        return 101 * self.ranks.rank + 8
 
     def _name(self, address: int) -> tuple[bytes, int]:
-        rank = self._rank.number
+        rank = self.ranks.rank
         self._may("name_memory", self.names_none)
         assert address == 101 * rank + 8
         return bytes([rank, 0, 255]), 8
@@ -55,10 +44,10 @@ class Cards:
     def _open(self, name: bytes) -> int:
         self._may("open_memory", self.reaches_none)
         assert name == bytes([name[0], 0, 255])
-        return 100 * self._rank.number + name[0]
+        return 100 * self.ranks.rank + name[0]
 
     def _may(self, what: str, unable: set[int]) -> None:
-        if self._rank.number in unable:
+        if self.ranks.rank in unable:
             raise OSError(f"{what}: CUDA error 217")
 
 
@@ -84,7 +73,7 @@ def test_ranks_of_two_machines_have_none(monkeypatch: pytest.MonkeyPatch, tmp_pa
             return True
 
         def read_text(self) -> str:
-            return f"machine {cards._rank.number}\n".replace(" ", "-")
+            return f"machine {cards.ranks.rank}\n".replace(" ", "-")
 
     monkeypatch.setattr(peers, "BOOT_ID", BootId())
     assert cards.open_all() == [None] * 2

@@ -107,10 +107,7 @@ __global__ void __launch_bounds__(kThreads) cast_kernel(const T* from, Out* to, 
 
 template <typename T>
 __global__ void __launch_bounds__(kNormThreads) rms_norm_kernel(const qwen1m_rms_norm a) {
-  T* out = static_cast<T*>(a.out) + blockIdx.x * a.width;
-  normalise_row<T>(a, AddDelta{}, [&](int i, bool inside, const float (&values)[kNormVector]) {
-    if (inside) store_narrowed(values, out + i);
-  });
+  write_normalised_row<T>(a, AddDelta{});
 }
 
 constexpr int kSiluVectors = 2;

@@ -33,11 +33,7 @@ struct AddRanks {
 
 template <typename T>
 __global__ void __launch_bounds__(kNormThreads) parts_rms_norm_kernel(const qwen1m_parts_rms_norm a) {
-  T* out = static_cast<T*>(a.norm.out) + blockIdx.x * a.norm.width;
-  const AddRanks<T> add{static_cast<const T*>(a.parts), a.stride, a.rank, a.degree};
-  normalise_row<T>(a.norm, add, [&](int i, bool inside, const float (&values)[kNormVector]) {
-    if (inside) store_narrowed(values, out + i);
-  });
+  write_normalised_row<T>(a.norm, AddRanks<T>{static_cast<const T*>(a.parts), a.stride, a.rank, a.degree});
 }
 
 }  // namespace

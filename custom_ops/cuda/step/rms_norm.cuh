@@ -95,5 +95,14 @@ __device__ inline void normalise_row(const qwen1m_rms_norm& a, const Add& add, c
   }
 }
 
+// The same, with the result in a.out.
+template <typename T, typename Add>
+__device__ inline void write_normalised_row(const qwen1m_rms_norm& a, const Add& add) {
+  T* out = static_cast<T*>(a.out) + blockIdx.x * a.width;
+  normalise_row<T>(a, add, [&](int i, bool inside, const float (&values)[kNormVector]) {
+    if (inside) store_narrowed(values, out + i);
+  });
+}
+
 }  // namespace cuda
 }  // namespace qwen1m

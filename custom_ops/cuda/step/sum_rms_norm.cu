@@ -96,10 +96,7 @@ template <typename T, int kAtOnce>
 __global__ void __launch_bounds__(kSumThreads)
     sum_rms_norm_kernel(const qwen1m_rms_norm a, const __grid_constant__ Mailboxes boxes) {
   uint32_t turn = 0;
-  T* out = static_cast<T*>(a.out) + blockIdx.x * a.width;
-  normalise_row<T>(a, AddParts<T, kAtOnce>{boxes, turn}, [&](int i, bool inside, const float (&values)[kNormVector]) {
-    if (inside) store_narrowed(values, out + i);
-  });
+  write_normalised_row<T>(a, AddParts<T, kAtOnce>{boxes, turn});
   // All threads have read the last one, or the row's sum of squares would not be there.
   if (threadIdx.x == 0) *boxes.turn(blockIdx.x) = turn;
 }
@@ -113,7 +110,7 @@ using namespace qwen1m::cuda;
 int qwen1m_cuda_sum_rms_norm(const qwen1m_sum_rms_norm* a, qwen1m_stream stream) {
   const qwen1m_rms_norm& norm = a->norm;
   if (norm.width % kPack != 0 || norm.width > QWEN1M_MAILBOX_WIDTH || norm.tokens > QWEN1M_MAILBOX_ROWS ||
-      norm.dtype != norm.activation || norm.delta == nullptr || a->degree < 2 || a->degree > QWEN1M_MAILBOX_RANKS ||
+      norm.dtype != norm.activation || norm.delta == nullptr || a->degree < 2 || a->degree > QWEN1M_PEER_RANKS ||
       a->rank < 0 || a->rank >= a->degree || !aligned(norm.delta, norm.residual, norm.weight, norm.out)) {
     return cudaErrorInvalidValue;
   }

@@ -4,7 +4,6 @@
 #include "qwen1m/peers.h"
 
 enum {
-  QWEN1M_MAILBOX_RANKS = QWEN1M_PEER_RANKS,
   QWEN1M_MAILBOX_ROWS = 64,     // of a sum, at most
   QWEN1M_MAILBOX_WIDTH = 6144,  // values of a row, at most
 };
