@@ -14,19 +14,19 @@ cudaError_t copy_rows(const qwen1m_copy_page& a, void* pool, int64_t row_bytes, 
                          cudaMemcpyDeviceToDevice, stream);
 }
 
-constexpr int kBytes = 16;  // numbers of a thread: one load, two stores
+constexpr int kNumbers = kPack;  // of a thread, so that neighbours store what lies together
 constexpr int kDequantiseThreads = 256;
 
-// A block a KV head and page: threads (D / kBytes, tokens), the same dims of one token after the other.
+// A block a KV head and page: threads (D / kNumbers, tokens), the same dims of one token after the other.
 template <typename T, typename Number, int D>
 __global__ void __launch_bounds__(kDequantiseThreads) dequantize_kernel(const qwen1m_dequantize_pages a) {
-  constexpr int kChunks = D / kBytes, kTokens = kDequantiseThreads / kChunks;
+  constexpr int kChunks = D / kNumbers, kTokens = kDequantiseThreads / kChunks;
   const qwen1m_cache& cache = a.cache;
-  const int head = blockIdx.x, dim = threadIdx.x % kChunks * kBytes;
+  const int head = blockIdx.x, dim = threadIdx.x % kChunks * kNumbers;
   const int64_t page = a.pages[blockIdx.y], page_rows = static_cast<int64_t>(cache.page_size) * cache.kv_heads;
-  float power[kBytes], centre[kBytes];
+  float power[kNumbers], centre[kNumbers];
 #pragma unroll
-  for (int i = 0; i < kBytes; i += 4) {
+  for (int i = 0; i < kNumbers; i += 4) {
     load_widened<4>(cache.frame.power + head * D + dim + i, *reinterpret_cast<float (*)[4]>(power + i));
     load_widened<4>(cache.frame.centre + head * D + dim + i, *reinterpret_cast<float (*)[4]>(centre + i));
   }
@@ -36,20 +36,17 @@ __global__ void __launch_bounds__(kDequantiseThreads) dequantize_kernel(const qw
   for (int token = threadIdx.x / kChunks; token < cache.page_size; token += kTokens) {
     const int64_t from = page * page_rows + static_cast<int64_t>(token) * cache.kv_heads + head;
     const int64_t to = blockIdx.y * page_rows + static_cast<int64_t>(token) * cache.kv_heads + head;
-    const auto keys = load_vector<kBytes>(static_cast<const Number*>(cache.key) + from * D + dim);
-    const auto values = load_vector<kBytes>(static_cast<const Number*>(cache.value) + from * D + dim);
+    const auto keys = load_vector<kNumbers>(static_cast<const Number*>(cache.key) + from * D + dim);
+    const auto values = load_vector<kNumbers>(static_cast<const Number*>(cache.value) + from * D + dim);
     const float key_scale = widen(key_scales[from]), value_scale = widen(value_scales[from]);
+    float key[kNumbers], value[kNumbers];
 #pragma unroll
-    for (int i = 0; i < kBytes; i += kPack) {
-      float key[kPack], value[kPack];
-#pragma unroll
-      for (int n = 0; n < kPack; ++n) {
-        key[n] = (widen(keys.values[i + n]) * key_scale + centre[i + n]) * power[i + n];
-        value[n] = widen(values.values[i + n]) * value_scale;
-      }
-      store_narrowed(key, static_cast<T*>(a.key) + to * D + dim + i);
-      store_narrowed(value, static_cast<T*>(a.value) + to * D + dim + i);
+    for (int n = 0; n < kNumbers; ++n) {
+      key[n] = (widen(keys.values[n]) * key_scale + centre[n]) * power[n];
+      value[n] = widen(values.values[n]) * value_scale;
     }
+    store_narrowed(key, static_cast<T*>(a.key) + to * D + dim);
+    store_narrowed(value, static_cast<T*>(a.value) + to * D + dim);
   }
 }
 

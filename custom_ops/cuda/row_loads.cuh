@@ -18,9 +18,14 @@ struct Pages {
     shift = __popc(mask);
   }
 
-  __device__ int64_t slot(int32_t position) const {
-    return (static_cast<int64_t>(__ldg(table + (position >> shift))) << shift) + (position & mask);
+  __device__ int32_t page(int32_t position) const { return __ldg(table + (position >> shift)); }
+
+  // Of a position whose page has been looked up.
+  __device__ int64_t slot(int32_t page, int32_t position) const {
+    return (static_cast<int64_t>(page) << shift) + (position & mask);
   }
+
+  __device__ int64_t slot(int32_t position) const { return slot(page(position), position); }
 };
 
 // How kThreads threads of a block share the 16-byte copies of a tile: rows threadIdx.x / kChunks, + kRowsAtOnce, ...

@@ -17,7 +17,8 @@ Tensor = torch.Tensor
 class Context:
     """One sequence: rotated queries q [V, T, H, D] of its last T tokens, keys and values [N, G, D], and their pages.
 
-    `pages` are [P, page_size, G, D] in shuffled order, NaN where no token lies; `table` int32 [W] of one sequence.
+    `pages` are [P, page_size, G, D], runs of one to four of them in shuffled order, NaN where no token lies; `table` is
+    int32 [W] of one sequence.
     """
 
     q: Tensor
@@ -99,12 +100,21 @@ def planted_context(
     ), list(planted)
 
 
+def in_shuffled_runs(rng: np.random.Generator, pages: int) -> np.ndarray:
+    """Numbers below `pages`, int32, of which one to four go on where the one before ends."""
+    runs, first = [], 0
+    while first < pages:
+        runs.append(range(first, min(first + int(rng.integers(1, 5)), pages)))
+        first = runs[-1].stop
+    return np.array([page for number in rng.permutation(len(runs)) for page in runs[number]], np.int32)
+
+
 def paged(
     rng: np.random.Generator, q: Tensor, keys: Tensor, values: Tensor, chunk_len: int, page_size: int, scale: float
 ) -> Context:
     length, kv_heads, head_dim = keys.shape
     needed, spare = -(-length // page_size), 3
-    order = torch.from_numpy(rng.permutation(needed + spare).astype(np.int32)).cuda()
+    order = torch.from_numpy(in_shuffled_runs(rng, needed + spare)).cuda()
     pools = []
     for source in (keys, values):
         pool = torch.full((needed + spare, page_size, kv_heads, head_dim), float("nan"), dtype=q.dtype, device="cuda")

@@ -2,7 +2,7 @@
 //
 // A block takes a share of one sequence's keys for one KV head: tiles of 64 keys, of which each warp scores and attends
 // to 16 with the query heads of the group as the rows of its tile. Every warp keeps a softmax of its own; they are
-// merged at the end of the block, and the blocks' shares by the last block of a KV head to end. The time is that of
+// merged at the end of the block, and the blocks' shares by the last blocks of a KV head to end. The time is that of
 // reading K and V once: a ring of tiles keeps the reads under way, the first of them already while the launch before,
 // which makes the queries and the newest key, still runs. The grid does not depend on the lengths, which stay on the
 // device.

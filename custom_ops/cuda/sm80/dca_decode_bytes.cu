@@ -2,11 +2,11 @@
 // dca_decode.cu.
 //
 // A warp takes 16 keys of a tile at a time, in a ring of its own in shared memory: no warp waits for another. Numbers
-// are widened to the activations' type in registers, exactly, on their way from shared memory into the products: the
-// dims of a product, and the columns of its result, may be taken in any order, so that a lane's part of an operand is
-// bytes that lie together. What the numbers stand for is put around the products: powers go into the query once, a
-// token's scale multiplies its score, the query's product with the centre is added to it, and the scale of a value
-// multiplies its weight.
+// are widened to f16 in registers, exactly, on their way from shared memory into the products, whose rows are keys, and
+// then dims of values: eight query heads of a KV head are all the columns there are. The dims of a product, and the
+// rows of its result, may be taken in any order, so that a lane's part of an operand is bytes that lie together. What
+// the numbers stand for is put around the products: powers go into the query once, a token's scale multiplies its
+// score, the query's product with the centre is added to it, and the scale of a value multiplies its weight.
 #include "attention.cuh"
 #include "decode_shares.cuh"
 #include "overlap.cuh"
@@ -40,123 +40,111 @@ __device__ inline uint4 load_chunk(uint32_t address) {
   return words;
 }
 
-// Two bytes of a word, the lower pair or the upper one, as a pair of T.
-template <typename T, typename Number>
+// Two bytes of a word, the lower pair or the upper one, as a pair of f16.
+template <typename Number>
 __device__ uint32_t widen_pair(uint32_t bytes, int upper);
-
-// 128 + the low seven bits, less 128 where the sign is clear or 256 where it is set: all of them exact.
-template <>
-__device__ inline uint32_t widen_pair<bf16, int8_t>(uint32_t bytes, int upper) {
-  const uint32_t pair = __byte_perm(bytes, 0x43434343u, upper ? 0x4342 : 0x4140);
-  uint32_t low = pair & 0xff7fff7fu, sign = pair & 0xff80ff80u;
-  const __nv_bfloat162 number =
-      __hsub2(reinterpret_cast<const __nv_bfloat162&>(low), reinterpret_cast<const __nv_bfloat162&>(sign));
-  return reinterpret_cast<const uint32_t&>(number);
-}
 
 // 1024 + the byte above -128, less 1152.
 template <>
-__device__ inline uint32_t widen_pair<f16, int8_t>(uint32_t bytes, int upper) {
+__device__ inline uint32_t widen_pair<int8_t>(uint32_t bytes, int upper) {
   const uint32_t pair = __byte_perm(bytes ^ 0x80808080u, 0x64646464u, upper ? 0x4342 : 0x4140), origin = 0x64806480u;
   const __half2 number = __hsub2(reinterpret_cast<const __half2&>(pair), reinterpret_cast<const __half2&>(origin));
   return reinterpret_cast<const uint32_t&>(number);
 }
 
-// The bytes above zeros; their exponent and mantissa at the lower end of the exponent of T, and its bias is 120 larger.
+// The bytes above zeros; their exponent and mantissa at the lower end of f16's exponent, whose bias is 8 larger.
 template <>
-__device__ inline uint32_t widen_pair<bf16, fp8>(uint32_t bytes, int upper) {
-  const uint32_t pair = __byte_perm(bytes, 0, upper ? 0x3424 : 0x1404), power = 0x7b807b80u;  // 2^120
-  uint32_t small = (pair & 0x80008000u) | (pair & 0x7f007f00u) >> 4;
-  const __nv_bfloat162 number =
-      __hmul2(reinterpret_cast<const __nv_bfloat162&>(small), reinterpret_cast<const __nv_bfloat162&>(power));
-  return reinterpret_cast<const uint32_t&>(number);
-}
-
-// Here it is 8 larger.
-template <>
-__device__ inline uint32_t widen_pair<f16, fp8>(uint32_t bytes, int upper) {
+__device__ inline uint32_t widen_pair<fp8>(uint32_t bytes, int upper) {
   const uint32_t pair = __byte_perm(bytes, 0, upper ? 0x3424 : 0x1404), power = 0x5c005c00u;  // 2^8
   uint32_t small = (pair & 0x80008000u) | (pair & 0x7f007f00u) >> 1;
   const __half2 number = __hmul2(reinterpret_cast<const __half2&>(small), reinterpret_cast<const __half2&>(power));
   return reinterpret_cast<const uint32_t&>(number);
 }
 
+// An 8 x 8 matrix of 16-bit values, a pair of a row in each lane, turned.
+__device__ inline uint32_t transpose(uint32_t pair) {
+  uint32_t turned;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(turned) : "r"(pair));
+  return turned;
+}
+
 __device__ inline uint32_t word(const uint4& words, int i) {
   return i == 0 ? words.x : i == 1 ? words.y : i == 2 ? words.z : words.w;
 }
 
-// The running softmax of one warp: 16 query rows, of which only eight are there unless kUpper; 16 keys a call.
+constexpr float kMostWeight = 256;      // relative to `maximum`, which stays as it is so long
+constexpr float kMostScaled = 32768;    // of a weight times its value's scale and `unit`, in f16
+constexpr float kLargestScaled = 1024;  // that unit is chosen for
+
+// The running softmax of one warp: eight query rows, or 16 with kUpper; 16 keys a call.
 //
-// Lane 4g + p holds, of the query rows g and g + 8, dims [32p, 32p + 32); of the output dims 32p + n and 32p + 16 + n.
+// Lane 4g + p holds of the query rows g and g + 8 dims [32p, 32p + 32); of the rows 2p, 2p + 1 and those 8 further what
+// is known, and dims [16g, 16g + 16) of the output.
 template <typename T, typename Number, bool kUpper>
 struct ByteRows {
   static constexpr int kHalves = kUpper ? 2 : 1;
 
-  uint32_t query[kDim / 16][2 * kHalves];
-  float factor[kHalves], offset[kHalves];  // of a score in units of log2: sum * scale * factor + offset
-  float out[kDim / 8][2 * kHalves];
-  float maximum[kHalves], sum[kHalves];
+  uint32_t query[kDim / 16][kHalves][2];
+  float factor[kHalves][2], offset[kHalves][2];  // of a score in units of log2: sum * scale * factor + offset
+  float out[kHalves][kDim / 16][4];              // times `unit`: [.][t][2d + i] of row 2p + i, dim 16g + 2t + d
+  float maximum[kHalves][2];                     // no score is larger than log2(kMostWeight) above it
+  float sum[kHalves][2];                         // of this lane's keys, g and g + 8 of each 16
+  float unit[kHalves][2];
 
   __device__ void start() {
 #pragma unroll
-    for (int n = 0; n < kDim / 8; ++n) {
-#pragma unroll
-      for (int i = 0; i < 2 * kHalves; ++i) out[n][i] = 0;
-    }
-#pragma unroll
     for (int h = 0; h < kHalves; ++h) {
-      maximum[h] = kNegativeInfinity;
-      sum[h] = 0;
+#pragma unroll
+      for (int t = 0; t < kDim / 16; ++t) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) out[h][t][i] = 0;
+      }
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        maximum[h][i] = kNegativeInfinity;
+        sum[h][i] = 0;
+        unit[h][i] = 0x1p60f;
+      }
     }
   }
 
-  // Rows [0, rows) of q, one rotation of a KV head's query heads, times its powers; the largest of these is left out,
-  // so that no product is larger than q.
+  // Rows [0, rows) of q, one rotation of a KV head's query heads, times its powers, each over its largest number.
   __device__ void set_query(const T* q, int rows, const float* power, const float* centre, float scale, int lane) {
-    const int first = lane % 4 * 32;
-    float largest = 0;
-#pragma unroll
-    for (int step = 0; step < kDim / 16; ++step) {
-      float powers[4];
-      load_widened(power + first + 4 * step, powers);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) largest = fmaxf(largest, powers[i]);
-    }
-    largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 1));
-    largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 2));
-    const float inverse = 1.0f / largest;
+    const int g = lane / 4, p = lane % 4, first = 32 * p;
 #pragma unroll
     for (int h = 0; h < kHalves; ++h) {
-      const int row = 8 * h + lane / 4;
-      float at_centre = 0;
+      const int row = 8 * h + g;
+      float numbers[kDim / 16][4] = {}, at_centre = 0, largest = 0;
 #pragma unroll
       for (int step = 0; step < kDim / 16; ++step) {
-        float numbers[4] = {}, powers[4], centres[4];
-        if (row < rows) load_widened(q + row * kDim + first + 4 * step, numbers);
+        float powers[4], centres[4];
+        if (row < rows) load_widened(q + row * kDim + first + 4 * step, numbers[step]);
         load_widened(power + first + 4 * step, powers);
         load_widened(centre + first + 4 * step, centres);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          numbers[i] *= powers[i];
-          at_centre += numbers[i] * centres[i];
-          numbers[i] *= inverse;
+          numbers[step][i] *= powers[i];
+          at_centre += numbers[step][i] * centres[i];
+          largest = fmaxf(largest, fabsf(numbers[step][i]));
         }
-        query[step][h] = pack_pair<T>(numbers[0], numbers[1]);
-        query[step][kHalves + h] = pack_pair<T>(numbers[2], numbers[3]);
       }
-      at_centre += __shfl_xor_sync(kAllLanes, at_centre, 1);
-      at_centre += __shfl_xor_sync(kAllLanes, at_centre, 2);
-      factor[h] = scale * largest;
-      offset[h] = scale * at_centre;
-    }
-  }
-
-  __device__ void multiply(float (&c)[4], const uint32_t (&a)[2 * kHalves], uint32_t b0, uint32_t b1) {
-    if constexpr (kUpper) {
-      multiply_add<T>(c, a, b0, b1);
-    } else {
-      const uint32_t whole[4] = {a[0], 0, a[1], 0};
-      multiply_add<T>(c, whole, b0, b1);
+#pragma unroll
+      for (int other = 1; other < 4; other *= 2) {
+        at_centre += __shfl_xor_sync(kAllLanes, at_centre, other);
+        largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, other));
+      }
+      const float inverse = largest > 0 ? 1.0f / largest : 0.0f;
+#pragma unroll
+      for (int step = 0; step < kDim / 16; ++step) {
+        const float (&own)[4] = numbers[step];
+        query[step][h][0] = pack_pair<f16>(own[0] * inverse, own[1] * inverse);
+        query[step][h][1] = pack_pair<f16>(own[2] * inverse, own[3] * inverse);
+      }
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        factor[h][i] = scale * __shfl_sync(kAllLanes, largest, 4 * (2 * p + i));
+        offset[h][i] = scale * __shfl_sync(kAllLanes, at_centre, 4 * (2 * p + i));
+      }
     }
   }
 
@@ -164,91 +152,140 @@ struct ByteRows {
   // i that of value i.
   __device__ void attend(uint32_t keys, uint32_t values, int count, float scale, int lane) {
     const int g = lane / 4, p = lane % 4;
-    float scores[2][4] = {};
+    float scores[kHalves][4] = {};  // [.][2k + i] of key g + 8k, row 2p + i
 #pragma unroll
-    for (int tile = 0; tile < 2; ++tile) {
+    for (int half = 0; half < 2; ++half) {
+      const uint4 upper = load_chunk(chunk_address(keys, g, 2 * p + half)),
+                  lower = load_chunk(chunk_address(keys, 8 + g, 2 * p + half));
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const uint4 words = load_chunk(chunk_address(keys, 8 * tile + g, 2 * p + half));
+      for (int i = 0; i < 4; ++i) {
+        const uint32_t one = word(upper, i), other = word(lower, i);
+        const uint32_t rows[4] = {widen_pair<Number>(one, 0), widen_pair<Number>(other, 0), widen_pair<Number>(one, 1),
+                                  widen_pair<Number>(other, 1)};
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          multiply(scores[tile], query[4 * half + i], widen_pair<T, Number>(word(words, i), 0),
-                   widen_pair<T, Number>(word(words, i), 1));
+        for (int h = 0; h < kHalves; ++h) {
+          multiply_add<f16>(scores[h], rows, query[4 * half + i][h][0], query[4 * half + i][h][1]);
         }
       }
     }
-    float value_scale[4];
-    bool valid[4];
-    float key_scale[4];
+    float value_scale[2];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int key = 8 * (i / 2) + 2 * p + i % 2;
-      key_scale[i] = __shfl_sync(kAllLanes, scale, key);
-      value_scale[i] = __shfl_sync(kAllLanes, scale, kWarpKeys + key);
-      valid[i] = key < count;
+    for (int k = 0; k < 2; ++k) {
+      const int key = g + 8 * k;
+      const float key_scale = __shfl_sync(kAllLanes, scale, key);
+      value_scale[k] = __shfl_sync(kAllLanes, scale, kWarpKeys + key);
+      const bool valid = key < count;
+      if (!valid) value_scale[k] = 0;
+#pragma unroll
+      for (int h = 0; h < kHalves; ++h) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          float& score = scores[h][2 * k + i];
+          score = valid ? score * (key_scale * factor[h][i]) + offset[h][i] : kNegativeInfinity;
+        }
+      }
     }
-    uint32_t weights[2 * kHalves];
-    float shrink[kHalves];
+    float weights[kHalves][4], scaled[kHalves][4];
+    if (!__all_sync(kAllLanes, weigh(scores, value_scale, weights, scaled))) {
+      raise(scores, value_scale);
+      weigh(scores, value_scale, weights, scaled);
+    }
+    uint32_t columns[kHalves][2];
 #pragma unroll
     for (int h = 0; h < kHalves; ++h) {
-      float top = maximum[h], weight[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float score = scores[i / 2][2 * h + i % 2] * (key_scale[i] * factor[h]) + offset[h];
-        weight[i] = valid[i] ? score : kNegativeInfinity;
-        top = fmaxf(top, weight[i]);
-      }
-      top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 1));
-      top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 2));
-      const float origin = top == kNegativeInfinity ? 0.0f : top;
-      shrink[h] = exp2_fast(maximum[h] - origin);
-      maximum[h] = top;
-      float total = 0;
+      for (int k = 0; k < 2; ++k) columns[h][k] = transpose(pack_pair<f16>(scaled[h][2 * k], scaled[h][2 * k + 1]));
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        weight[i] = exp2_fast(weight[i] - origin);
-        total += weight[i];
-        weight[i] = valid[i] ? weight[i] * value_scale[i] : 0.0f;
-      }
-      sum[h] = sum[h] * shrink[h] + total;
-      weights[h] = pack_pair<T>(weight[0], weight[1]);
-      weights[kHalves + h] = pack_pair<T>(weight[2], weight[3]);
-    }
-    bool same = shrink[0] == 1.0f;
-    if constexpr (kUpper) same = same && shrink[1] == 1.0f;
-    if (!__all_sync(kAllLanes, same)) {
-#pragma unroll
-      for (int n = 0; n < kDim / 8; ++n) {
-#pragma unroll
-        for (int i = 0; i < 2 * kHalves; ++i) out[n][i] *= shrink[i / 2];
-      }
+      for (int i = 0; i < 2; ++i) sum[h][i] += weights[h][i] + weights[h][2 + i];
     }
     uint4 rows[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) rows[i] = load_chunk(chunk_address(values, 8 * (i / 2) + 2 * p + i % 2, g));
 #pragma unroll
-    for (int n = 0; n < kDim / 8; n += 4) {
-      uint32_t pairs[2][2];  // of keys 2p and 2p + 1, then of those 8 further: dims n, n + 1, then n + 2, n + 3
+    for (int t = 0; t < kDim / 16; ++t) {
+      uint32_t pairs[2];  // of keys 2p and 2p + 1, then of those 8 further: dims 2t, then 2t + 1
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        const uint32_t one = word(rows[2 * k], t / 2), other = word(rows[2 * k + 1], t / 2);
+        pairs[k] = __byte_perm(one, other, t % 2 ? 0x7362 : 0x5140);
+      }
+      const uint32_t dims[4] = {widen_pair<Number>(pairs[0], 0), widen_pair<Number>(pairs[0], 1),
+                                widen_pair<Number>(pairs[1], 0), widen_pair<Number>(pairs[1], 1)};
+#pragma unroll
+      for (int h = 0; h < kHalves; ++h) multiply_add<f16>(out[h][t], dims, columns[h][0], columns[h][1]);
+    }
+  }
+
+  // Leaves the rows' output and its maximum and sum.
+  __device__ void finish(const WarpResult<kDim>& result, int lane) {
+    const int g = lane / 4, p = lane % 4;
+#pragma unroll
+    for (int h = 0; h < kHalves; ++h) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const uint32_t one = word(rows[2 * i], n / 4), other = word(rows[2 * i + 1], n / 4);
-        pairs[i][0] = __byte_perm(one, other, 0x5140);
-        pairs[i][1] = __byte_perm(one, other, 0x7362);
-      }
+        const int row = 8 * h + 2 * p + i;
+        float total = sum[h][i];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const uint32_t b0 = widen_pair<T, Number>(pairs[0][i / 2], i % 2),
-                       b1 = widen_pair<T, Number>(pairs[1][i / 2], i % 2);
-        if constexpr (kUpper) {
-          multiply_add<T>(out[n + i], weights, b0, b1);
-        } else {
-          float whole[4] = {out[n + i][0], out[n + i][1], 0, 0};
-          multiply(whole, weights, b0, b1);
-          out[n + i][0] = whole[0];
-          out[n + i][1] = whole[1];
+        for (int other = 4; other < kWarp; other *= 2) total += __shfl_xor_sync(kAllLanes, total, other);
+        if (g == 0) result.statistics[row] = make_float2(maximum[h][i], total);
+        const float inverse = 1.0f / unit[h][i];
+#pragma unroll
+        for (int t = 0; t < kDim / 16; ++t) {
+#pragma unroll
+          for (int d = 0; d < 2; ++d) result.row(row)[16 * g + 2 * t + d] = out[h][t][2 * d + i] * inverse;
         }
       }
     }
+  }
+
+ private:
+  using Numbers = float[kHalves][4];
+
+  // What 16 scores weigh, and that times their values' scales, in f16's range; whether it is within it.
+  __device__ bool weigh(const Numbers& scores, const float (&value_scale)[2], Numbers& weights, Numbers& scaled) const {
+    bool fits = true;
+#pragma unroll
+    for (int h = 0; h < kHalves; ++h) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        weights[h][i] = exp2_fast(scores[h][i] - maximum[h][i % 2]);
+        scaled[h][i] = weights[h][i] * (value_scale[i / 2] * unit[h][i % 2]);
+        fits = fits && weights[h][i] <= kMostWeight && scaled[h][i] <= kMostScaled;
+      }
+    }
+    return fits;
+  }
+
+  // Makes the largest of all scores the maximum, and the unit smaller where they would not be in f16's range.
+  __device__ void raise(const Numbers& scores, const float (&value_scale)[2]) {
+#pragma unroll
+    for (int h = 0; h < kHalves; ++h) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float top = over_keys(fmaxf(maximum[h][i], fmaxf(scores[h][i], scores[h][2 + i])));
+        const float largest = over_keys(
+            fmaxf(exp2_fast(scores[h][i] - top) * value_scale[0], exp2_fast(scores[h][2 + i] - top) * value_scale[1]));
+        const float shrink = exp2_fast(maximum[h][i] - top), next = fminf(unit[h][i], kLargestScaled / largest);
+        const float change = shrink * (next / unit[h][i]);
+        maximum[h][i] = top;
+        sum[h][i] *= shrink;
+        unit[h][i] = next;
+#pragma unroll
+        for (int t = 0; t < kDim / 16; ++t) {
+#pragma unroll
+          for (int d = 0; d < 2; ++d) out[h][t][2 * d + i] *= change;
+        }
+      }
+    }
+  }
+
+  // The largest of the lanes that have other keys of the same rows.
+  __device__ static float over_keys(float value) {
+#pragma unroll
+    for (int other = 4; other < kWarp; other *= 2) {
+      value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, other));
+    }
+    return value;
   }
 };
 
@@ -269,24 +306,32 @@ __global__ void __launch_bounds__(kThreads, kUpper ? kBlocksPerProcessor : kMost
   const auto* scales = static_cast<const f16*>(lane < kWarpKeys ? a.cache.frame.key_scale : a.cache.frame.value_scale);
   const uint32_t ring = shared_address(shared) + warp * kRing * 2 * kPartBytes;
 
-  // Eight lanes a row: rows lane / 8, + 4, ... Nothing here waits for what it loads: a tile's slot was asked for with
+  // Eight lanes a row: rows lane / 8, + 4, ... Nothing here waits for what it loads: a tile's page was asked for with
   // the tile before, and its scales are widened where they are used.
-  int64_t slot = share.first < share.last ? pages.slot(share.first * kTileKeys) : 0;
+  constexpr int kStep = kWarp / 8;
+  const int64_t step = static_cast<int64_t>(kStep) * kv_heads * kDim;
+  const uint32_t places[2] = {chunk_address(ring, lane / 8, lane % 8), chunk_address(ring, lane / 8 + kStep, lane % 8)};
+  const int64_t scale_place = static_cast<int64_t>(warp * kWarpKeys + lane % kWarpKeys) * kv_heads + share.kv_head;
+  const int64_t place =
+      (static_cast<int64_t>(warp * kWarpKeys + lane / 8) * kv_heads + share.kv_head) * kDim + lane % 8 * 16;
+  int32_t page = share.first < share.last ? pages.page(share.first * kTileKeys) : 0;
   int fill = 0;
   const auto load = [&](int tile) {
     f16 scale = f16(0.0f);
     if (tile < share.last) {
-      const int64_t first = (slot + warp * kWarpKeys) * kv_heads + share.kv_head;
-      if (tile + 1 < share.last) slot = pages.slot((tile + 1) * kTileKeys);
-      const uint32_t part = ring + fill * 2 * kPartBytes;
+      const int64_t first = pages.slot(page, tile * kTileKeys) * kv_heads;
+      if (tile + 1 < share.last) page = pages.page((tile + 1) * kTileKeys);
+      const Number *key = keys + (first * kDim + place), *value = values + (first * kDim + place);
+      const uint32_t part = fill * 2 * kPartBytes;
 #pragma unroll
-      for (int i = 0; i < kWarpKeys; i += kWarp / 8) {
-        const int row = lane / 8 + i, chunk = lane % 8;
-        const int64_t from = (first + static_cast<int64_t>(row) * kv_heads) * kDim + chunk * 16;
-        copy_async(chunk_address(part, row, chunk), keys + from);
-        copy_async(chunk_address(part + kPartBytes, row, chunk), values + from);
+      for (int i = 0; i < kWarpKeys / kStep; ++i) {
+        const uint32_t to = places[i % 2] + part + i / 2 * 2 * kStep * kDim;
+        copy_async(to, key);
+        copy_async(to + kPartBytes, value);
+        key += step;
+        value += step;
       }
-      scale = scales[first + static_cast<int64_t>(lane % kWarpKeys) * kv_heads];
+      scale = scales[first + scale_place];
     }
     copy_commit();
     fill = fill == kRing - 1 ? 0 : fill + 1;
@@ -333,17 +378,7 @@ __global__ void __launch_bounds__(kThreads, kUpper ? kBlocksPerProcessor : kMost
   copy_wait<0>();
   __syncthreads();
 
-  const WarpResult<kDim> result(shared, warp);
-#pragma unroll
-  for (int h = 0; h < Rows::kHalves; ++h) {
-    const int row = 8 * h + lane / 4;
-    result.keep_statistic(row, lane, state.maximum[h], state.sum[h]);
-#pragma unroll
-    for (int n = 0; n < kDim / 8; ++n) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) result.row(row)[32 * (lane % 4) + 16 * i + n] = state.out[n][2 * h + i];
-    }
-  }
+  state.finish(WarpResult<kDim>(shared, warp), lane);
   finish_share<T, kDim>(a, share, shared);
 }
 

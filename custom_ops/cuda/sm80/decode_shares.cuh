@@ -20,10 +20,11 @@ constexpr int kGroupRows = 16;  // query heads of one KV head that share a block
 constexpr int kBlocksPerProcessor = 2, kMostBlocksPerProcessor = 3;
 constexpr int kFewestTiles = 4;    // of a share
 constexpr int kMergedAtOnce = 16;  // shares whose values a warp reads together
+constexpr int kSharesAMerger = 4;  // at least, where there are more
 
-// How many shares of a (sequence, part of a KV head's group) are done: 0 between launches. There are fewer of these
-// than a device has processors wherever there are shares to merge. Launches of one device follow each other, as those
-// of one stream do.
+// How many shares of a (sequence, part of a KV head's group) are done, then also how many blocks have merged them: 0
+// between launches. There are fewer of these than a device has processors wherever there are shares to merge. Launches
+// of one device follow each other, as those of one stream do.
 constexpr int kMostMerged = 1024;
 __device__ int32_t shares_done[kMostMerged];
 
@@ -63,21 +64,27 @@ __device__ inline int32_t add_and_synchronize(int32_t* to) {
   return before;
 }
 
-// Merges what `count` shares made of a block's rows, the first of them `line` of [B, H]: a warp a row.
-template <typename T, int D>
-__device__ void merge_rows(const DecodeArguments& a, int64_t line, int rows, int count) {
-  constexpr int kEach = D / kWarp;
-  const int lane = threadIdx.x % kWarp;
-  for (int row = threadIdx.x / kWarp; row < rows; row += kWarps) {
-    const int64_t place = (line + row) * a.splits;
-    float top = kNegativeInfinity, total = 0, out[kEach] = {};
-    for (int first = 0; first < count; first += kMergedAtOnce) {
+__device__ inline int32_t look_and_synchronize(const int32_t* at) {
+  int32_t seen;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(seen) : "l"(at) : "memory");
+  return seen;
+}
+
+// What a warp has merged of a row's shares: per lane D / kWarp values, not normalised.
+template <int D>
+struct MergedShares {
+  static constexpr int kEach = D / kWarp;
+  float out[kEach] = {}, top = kNegativeInfinity, total = 0;
+
+  // Shares [first, end) of the row whose first is number `place` of them all.
+  __device__ void add(const DecodeArguments& a, int64_t place, int first, int end, int lane) {
+    for (; first < end; first += kMergedAtOnce) {
       Vector<float, kEach> values[kMergedAtOnce];
 #pragma unroll
       for (int i = 0; i < kMergedAtOnce; ++i) {
-        values[i] = load_vector<kEach>(a.partial + (place + min(first + i, count - 1)) * D + lane * kEach);
+        values[i] = load_vector<kEach>(a.partial + (place + min(first + i, end - 1)) * D + lane * kEach);
       }
-      const bool valid = lane < kMergedAtOnce && first + lane < count;
+      const bool valid = lane < kMergedAtOnce && first + lane < end;
       const float2 own = valid ? a.statistic[place + first + lane] : make_float2(kNegativeInfinity, 0);
       const float higher = fmaxf(top, warp_largest(own.x)), origin = higher == kNegativeInfinity ? 0.0f : higher;
       const float shrink = exp2_fast(top - origin), weight = exp2_fast(own.x - origin);
@@ -92,11 +99,49 @@ __device__ void merge_rows(const DecodeArguments& a, int64_t line, int rows, int
       }
       top = higher;
     }
-    const float inverse = total > 0 ? 1.0f / total : 0.0f;
-#pragma unroll
-    for (float& value : out) value *= inverse;
-    store_narrowed(out, static_cast<T*>(a.out) + (line + row) * D + lane * kEach);
   }
+};
+
+// Merges what `count` shares made of a block's rows, the first of them `line` of [B, H]: a warp a row.
+template <typename T, int D>
+__device__ void merge_rows(const DecodeArguments& a, int64_t line, int rows, int count) {
+  const int lane = threadIdx.x % kWarp;
+  for (int row = threadIdx.x / kWarp; row < rows; row += kWarps) {
+    MergedShares<D> merged;
+    merged.add(a, (line + row) * a.splits, 0, count, lane);
+    const float inverse = merged.total > 0 ? 1.0f / merged.total : 0.0f;
+    for (float& value : merged.out) value *= inverse;
+    store_narrowed(merged.out, static_cast<T*>(a.out) + (line + row) * D + lane * MergedShares<D>::kEach);
+  }
+}
+
+// The same of one row: each warp an equal part of the shares, by way of the block's shared memory.
+template <typename T, int D>
+__device__ void merge_row(const DecodeArguments& a, int64_t line, int count, char* shared) {
+  static_assert(D <= kThreads, "a thread a value");
+  float* values = reinterpret_cast<float*>(shared);  // [kWarps, D]
+  auto* statistics = reinterpret_cast<float2*>(values + kWarps * D);
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  MergedShares<D> own;
+  own.add(a, line * a.splits, count * warp / kWarps, count * (warp + 1) / kWarps, lane);
+#pragma unroll
+  for (int n = 0; n < MergedShares<D>::kEach; ++n) values[warp * D + lane * MergedShares<D>::kEach + n] = own.out[n];
+  if (lane == 0) statistics[warp] = make_float2(own.top, own.total);
+  __syncthreads();
+  if (threadIdx.x < D) {
+    float top = kNegativeInfinity, total = 0, out = 0;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) top = fmaxf(top, statistics[w].x);
+    const float origin = top == kNegativeInfinity ? 0.0f : top;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      const float weight = exp2_fast(statistics[w].x - origin);
+      total += statistics[w].y * weight;
+      out += values[w * D + threadIdx.x] * weight;
+    }
+    static_cast<T*>(a.out)[line * D + threadIdx.x] = narrow<T>(total > 0 ? out / total : 0.0f);
+  }
+  __syncthreads();
 }
 
 // Where a warp leaves its softmax, at the start of the block's shared memory: values [kWarps, kGroupRows, D], then
@@ -111,7 +156,7 @@ struct WarpResult {
         statistics(reinterpret_cast<float2*>(reinterpret_cast<float*>(shared) + kWarps * kGroupRows * D) +
                    warp * kGroupRows) {}
 
-  static constexpr int kBytes = kWarps * kGroupRows * (D * sizeof(float) + sizeof(float2)) + sizeof(bool);
+  static constexpr int kBytes = kWarps * kGroupRows * (D * sizeof(float) + sizeof(float2)) + sizeof(int);
 
   __device__ float* row(int row) const { return values + row * D; }
 
@@ -129,7 +174,7 @@ __device__ void finish_share(const DecodeArguments& a, const Share& share, char*
   const WarpResult<D> results(shared, 0);
   const float* warp_out = results.values;
   const float2* warp_statistic = results.statistics;
-  bool& is_last = *reinterpret_cast<bool*>(results.statistics + kWarps * kGroupRows);
+  int& number = *reinterpret_cast<int*>(results.statistics + kWarps * kGroupRows);  // among the blocks that merge
   const int rows = share.rows;
   __syncthreads();
   const int64_t line = static_cast<int64_t>(share.sequence) * a.heads + share.first_head;
@@ -156,15 +201,27 @@ __device__ void finish_share(const DecodeArguments& a, const Share& share, char*
   }
   if (share.count == 1) return;
 
-  // The last share to be done merges all of them, in their order.
+  // The blocks that are done last merge the rows once all are, in the shares' order: one alone, unless the shares are
+  // few, would take as long as a processor takes to read everything. Those that wait are so few that whoever they wait
+  // for finds room.
+  const int merging = share.count <= kMergedAtOnce ? 1 : min(rows, share.count / kSharesAMerger);
+  const int before = share.count - merging;
+  int32_t* done = shares_done + share.sequence * gridDim.y + blockIdx.y;
   __syncthreads();
   if (threadIdx.x == 0) {
-    int32_t* done = shares_done + share.sequence * gridDim.y + blockIdx.y;
-    is_last = add_and_synchronize(done) == share.count - 1;
-    if (is_last) *done = 0;
+    int32_t seen = add_and_synchronize(done) + 1;
+    number = seen - 1 - before;
+    while (number >= 0 && seen < share.count) seen = look_and_synchronize(done);
   }
   __syncthreads();
-  if (is_last) merge_rows<T, D>(a, line, rows, share.count);
+  const int first = number;
+  if (first < 0) return;
+  if (merging == 1) {
+    merge_rows<T, D>(a, line, rows, share.count);
+  } else {
+    for (int row = first; row < rows; row += merging) merge_row<T, D>(a, line + row, share.count, shared);
+  }
+  if (threadIdx.x == 0 && (merging == 1 || add_and_synchronize(done) == share.count + merging - 1)) *done = 0;
 }
 
 // Whether kMostBlocksPerProcessor blocks have room beside each other: over 8 bits, where half of a tile's rows are

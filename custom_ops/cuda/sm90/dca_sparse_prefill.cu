@@ -5,7 +5,8 @@
 // want is read once. A row block only ever weighs the keys of its own lists, in their order.
 //
 //   producer   four warps. They merge the lists, a window of each at once, into a plan of slots and bring the planned
-//              keys and values into a ring each: slots that lie in one page by the copy engine, others row by row
+//              keys and values into a ring each: slots that lie in one piece by the copy engine, as all blocks do where
+//              pages follow each other in the pool, others row by row
 //   consumers  three warpgroups, a row block each. A slot that a consumer does not want it releases at once. Output of
 //              a slot and scores of the next one that it wants are under way together; then it is at its softmax, and
 //              the tensor cores are the others'
@@ -51,20 +52,23 @@ constexpr int kSlotPanelBytes = kSlotKeys * kPanelRowBytes;
 struct SlotInfo {
   int32_t first;    // its first key; kNoKey: the keys are columns; other fields hold for both
   int32_t end;      // keys from here on count for none
-  uint32_t traits;  // the stage, or kLast; then bit by bit for each consumer:
+  uint32_t traits;  // the stage, or kLast; then bit by bit for each consumer, but for kGathered:
 };
 enum Trait {
   kWanted = 8,    // its row block lists the slot
   kBounded = 12,  // some keys lie behind a row or behind the end
   kHoles = 16,    // it does not list some of the columns
-  kSoon = 20      // it wants one of the next kReach slots, of the same stage
+  kSoon = 20,     // it wants one of the next kReach slots, of the same stage
+  kGathered = 24  // the slot was copied row by row, which the tensor cores see behind a fence alone
 };
 static_assert(kConsumers <= kBounded - kWanted, "the bits of a trait");
 constexpr uint32_t kLast = kStages;  // in place of a stage: no slot, the item ends
-__device__ inline uint32_t traits_of(uint32_t stage, uint32_t wanted, uint32_t bounded, uint32_t holes, uint32_t soon) {
-  return stage | wanted << kWanted | bounded << kBounded | holes << kHoles | soon << kSoon;
+__device__ inline uint32_t traits_of(uint32_t stage, uint32_t wanted, uint32_t bounded, uint32_t holes, uint32_t soon,
+                                     uint32_t gathered) {
+  return stage | wanted << kWanted | bounded << kBounded | holes << kHoles | soon << kSoon | gathered << kGathered;
 }
 __device__ inline int stage_of(uint32_t traits) { return traits & 0xff; }
+__device__ inline bool is_gathered(uint32_t traits) { return traits >> kGathered & 1; }
 
 // A key with marks: the row blocks that list it, bit by bit.
 constexpr int kMarkShift = 32 - kConsumers;
@@ -370,13 +374,14 @@ struct Producer {
     const int32_t first = key_of(planned), near = shared.plan.near[number], far = shared.plan.far[number];
     const int wanted = marks_of(planned) & item.present();
     if (wanted == 0) return;
+    const int32_t start = min(first, end - 1), border = page_mask() + 1 - (start & page_mask()), last = end - 1 - start;
+    const bool gathered = near != far || last < kSlotKeys - 1;
     wait_for_slot();
     if (threadIdx.x == 0) {
       const int bounds = bounded(item, stage, first + kSlotKeys - 1, end, wanted);
-      shared.info[value.index] = {first, end, traits_of(stage, wanted, bounds, 0, shared.plan.soon[number])};
+      shared.info[value.index] = {first, end, traits_of(stage, wanted, bounds, 0, shared.plan.soon[number], gathered)};
     }
-    const int32_t start = min(first, end - 1), border = page_mask() + 1 - (start & page_mask()), last = end - 1 - start;
-    if (border >= kSlotKeys && last >= kSlotKeys - 1) {
+    if (!gathered) {
       copy_boxes(near);
     } else {
       // In place of no key stands the last one, whose weight the mask makes zero.
@@ -391,14 +396,13 @@ struct Producer {
   __device__ void copy_boxes(int32_t first) {
     const int kv_head = head_bytes / (kHeadDim * static_cast<int32_t>(sizeof(T)));
     const auto copy = [&](const CUtensorMap& map, char (&target)[kPanels][kSlotPanelBytes], uint32_t full) {
-      if (threadIdx.x == 0) {
-        barrier_arrive_expecting(full, sizeof(target));
+      if (threadIdx.x != 0) return;
+      barrier_arrive_expecting(full, sizeof(target));
 #pragma unroll
-        for (int panel = 0; panel < kPanels; ++panel) {
-          copy_box(shared_address(target[panel]), map, full, panel * kPanelValues, kv_head, first);
-        }
+      for (int panel = 0; panel < kPanels; ++panel) {
+        copy_box(shared_address(target[panel]), map, full, panel * kPanelValues, kv_head, first);
       }
-      copy_arrive(full);
+      barrier_arrive(full, kWarpgroup);  // for the threads that copy row by row
     };
     copy(a.key_map, shared.keys[key.index], shared_address(&shared.key_full[key.index]));
     key.advance();
@@ -452,7 +456,7 @@ struct Producer {
           shared.listed[value.index][c] = listed[c];
           holes |= (listed[c] != ~0ull) << c;
         }
-        shared.info[value.index] = {kNoKey, end, traits_of(stage, wanted, bounds, holes, more ? kAll : 0)};
+        shared.info[value.index] = {kNoKey, end, traits_of(stage, wanted, bounds, holes, more ? kAll : 0, 1)};
       }
       __syncwarp();
     }
@@ -601,7 +605,7 @@ struct Consumer {
   // The scores of the slot that was found, under way.
   __device__ Slot begin(uint32_t traits) {
     const Slot slot{traits, key.index, value};
-    async_proxy_fence();
+    if (is_gathered(traits)) async_proxy_fence();
     products_begin();
     score(slot.key);
     products_commit();
@@ -628,11 +632,10 @@ struct Consumer {
     const int place = slot.value.index;
     if (is(kHoles, slot.traits)) skip_holes(place);
     if (is(kBounded, slot.traits)) skip_what_is_behind(item, place);
-    rows.soften(scores, scale);
-    if (rows.grown()) rows.rescale();
+    rows.soften_at_rest(scores, scale);
     scores.pack(weights);
     barrier_wait(shared_address(&shared.value_full[place]), slot.value.parity);
-    async_proxy_fence();
+    if (is_gathered(slot.traits)) async_proxy_fence();
     settle(rows.out);
     settle(weights);
     products_begin();

@@ -66,40 +66,26 @@ struct Rows {
   template <int kKeys>
   __device__ void soften(Scores<T, kKeys>& scores, float scale) {
     float top[2];
+    largest(scores, top);
+    grow(top, scale);
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      constexpr int kChains = 4;  // side by side
-      float tops[kChains];
+    for (int h = 0; h < 2; ++h) sum[h] = sum[h] * shrink[h] + weigh(scores, h, scale);
+  }
+
+  // The same where no products are under way, `out` rescaled where that is needed: that, and a row's largest score over
+  // its four threads, is behind a branch, which products under way would be waited for at.
+  template <int kKeys>
+  __device__ void soften_at_rest(Scores<T, kKeys>& scores, float scale) {
+    float top[2];
+    largest(scores, top);
+    if (__any_sync(kAllLanes, grows(top[0], 0, scale) || grows(top[1], 1, scale))) {
+      grow(top, scale);
+      rescale();
 #pragma unroll
-      for (int i = 0; i < kKeys / 4; ++i) {
-        const float score = scores.value[i / 2 * 4 + 2 * h + i % 2];
-        tops[i % kChains] = i < kChains ? score : fmaxf(tops[i % kChains], score);
-      }
-      top[h] = fmaxf(fmaxf(tops[0], tops[1]), fmaxf(tops[2], tops[3]));
+      for (int h = 0; h < 2; ++h) sum[h] *= shrink[h];
     }
 #pragma unroll
-    for (int distance = 1; distance < 4; distance *= 2) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) top[h] = fmaxf(top[h], __shfl_xor_sync(kAllLanes, top[h], distance));
-    }
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const bool grown = (top[h] - maximum[h]) * scale > kGrowth;
-      shrink[h] = grown ? exp2_fast((maximum[h] - top[h]) * scale) : 1.0f;
-      maximum[h] = grown ? top[h] : maximum[h];
-      const float origin = maximum[h] == kNegativeInfinity ? 0.0f : maximum[h] * scale;
-      float totals[2] = {0, 0};
-#pragma unroll
-      for (int n = 0; n < kKeys / 8; ++n) {
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          float& score = scores.value[4 * n + 2 * h + c];
-          score = exp2_fast(score * scale - origin);
-          totals[c] += score;
-        }
-      }
-      sum[h] = sum[h] * shrink[h] + (totals[0] + totals[1]);
-    }
+    for (int h = 0; h < 2; ++h) sum[h] += weigh(scores, h, scale);
   }
 
   // Whether some row of the warp needs rescale().
@@ -174,6 +160,57 @@ struct Rows {
 #pragma unroll
       for (int n = 0; n < kHeadDim / 8; ++n) values[4 * n] = make_float2(out[4 * n + 2 * h], out[4 * n + 2 * h + 1]);
     });
+  }
+
+ private:
+  // Of this thread's scores.
+  template <int kKeys>
+  __device__ static void largest(const Scores<T, kKeys>& scores, float (&top)[2]) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      constexpr int kChains = 4;  // side by side
+      float tops[kChains];
+#pragma unroll
+      for (int i = 0; i < kKeys / 4; ++i) {
+        const float score = scores.value[i / 2 * 4 + 2 * h + i % 2];
+        tops[i % kChains] = i < kChains ? score : fmaxf(tops[i % kChains], score);
+      }
+      top[h] = fmaxf(fmaxf(tops[0], tops[1]), fmaxf(tops[2], tops[3]));
+    }
+  }
+
+  __device__ bool grows(float top, int h, float scale) const { return (top - maximum[h]) * scale > kGrowth; }
+
+  // Maxima that `top`, of each thread's scores, leaves too far behind move on.
+  __device__ void grow(float (&top)[2], float scale) {
+#pragma unroll
+    for (int distance = 1; distance < 4; distance *= 2) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) top[h] = fmaxf(top[h], __shfl_xor_sync(kAllLanes, top[h], distance));
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const bool grown = grows(top[h], h, scale);
+      shrink[h] = grown ? exp2_fast((maximum[h] - top[h]) * scale) : 1.0f;
+      maximum[h] = grown ? top[h] : maximum[h];
+    }
+  }
+
+  // Rows h's scores become weights, whose sum is returned.
+  template <int kKeys>
+  __device__ float weigh(Scores<T, kKeys>& scores, int h, float scale) const {
+    const float origin = maximum[h] == kNegativeInfinity ? 0.0f : maximum[h] * scale;
+    float totals[2] = {0, 0};
+#pragma unroll
+    for (int n = 0; n < kKeys / 8; ++n) {
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        float& score = scores.value[4 * n + 2 * h + c];
+        score = exp2_fast(score * scale - origin);
+        totals[c] += score;
+      }
+    }
+    return totals[0] + totals[1];
   }
 };
 
