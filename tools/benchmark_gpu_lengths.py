@@ -37,6 +37,7 @@ from benchmark_gpu_model import (
     random_model,
     random_prompt,
     token_seconds,
+    warming_up,
 )
 from cuda_driver import seconds_a_call
 from seeded_lines import seeded_selection
@@ -155,7 +156,7 @@ def dense_chunk_seconds(engine: Engine, prompt: np.ndarray, begin: int, rows: in
 def sparse_seconds(engine: Engine, prompt: np.ndarray) -> float:
     """To the first token of a prompt; the engine decides as always whether it is read sparsely."""
     with seeded_selection() as lines:
-        token_seconds(engine, prompt[: min(len(prompt), engine.max_num_batched_tokens + 1000)], 1)
+        token_seconds(engine, warming_up(engine, prompt), 1)
         lines.prepare(prompt_pieces(len(prompt), engine.chunking))
         start = time.perf_counter()
         return token_seconds(engine, prompt, 1)[0] - start

@@ -152,6 +152,11 @@ def random_prompt(model: Qwen2OneM, tokens: int) -> np.ndarray:
     return np.random.default_rng(1).integers(0, model.config.vocab_size, tokens)
 
 
+def warming_up(engine: Engine, prompt: np.ndarray) -> np.ndarray:
+    """The start of a prompt: more than a chunk, and read sparsely, so that every layer asks for lines."""
+    return prompt[: max(engine.max_num_batched_tokens, engine.options.sparse_threshold) + 1000]
+
+
 def token_seconds(
     engine: Engine,
     prompt: np.ndarray,
@@ -195,7 +200,7 @@ def prefill(
     prompt = random_prompt(model, tokens)
     progress: list[PrefillProgress] = []
     with seeded_selection(group.rank) as lines:
-        token_seconds(engine, prompt[: rows + 1000], 3)  # libraries and memory
+        token_seconds(engine, warming_up(engine, prompt), 3)  # libraries and memory
         lines.prepare(prompt_pieces(tokens, engine.chunking))
         gc.collect()
         gc.freeze()  # as parallel/worker.py does
