@@ -3,6 +3,7 @@
     python tools/benchmark_engine.py throughput [--model 7B] [--prompt 2048] [--new 256] [--requests 1 8 32]
     python tools/benchmark_engine.py beside [--tokens 262144] [--sequences 8]    a long prefill beside running answers
     python tools/benchmark_engine.py prefix [--documents 229311 262144]           a second question on a cached document
+    python tools/benchmark_engine.py asking [--document 499712] [--questions 1 8 64 512]    questions of other lengths
     python tools/benchmark_engine.py questions [--documents 131072 150000] [--questions 100]    an evaluation by logits
     python tools/benchmark_engine.py --checkpoint checkpoints/needle beside --tokens 60000        on whatever device
 
@@ -247,6 +248,23 @@ def prefix(subject: Subject, documents: list[int], question: int, *, sparse: boo
         )
 
 
+def asking(subject: Subject, tokens: int, lengths: list[int], times: int, *, sparse: bool) -> None:
+    """First tokens behind questions of several lengths on one cached document. It should end where a prompt is cut."""
+    engine = subject.engine(_reusing([tokens], times * sum(lengths), sparse))
+    document = subject.prompt(tokens)
+    print(f"a document of {tokens:,} tokens, {'sparse' if sparse else 'dense'}; medians of {times}")
+    print("question   first token ms   tokens reused")
+    with subject.selection() as prepare:
+        Log().run(_with(engine, Request("warm", two_chunks(engine, document[::-1]), params(2))))
+        engine.reset_prefix_cache()
+        for question in lengths:
+            prepare(engine, tokens + question)
+            prompts = [np.concatenate([document, subject.prompt(question, one)]) for one in range(times + 2)]
+            asked = [_first_token(engine, prompt) for prompt in prompts][2:]
+            seconds, reused = float(np.median([one for one, _ in asked])), min(reused for _, reused in asked)
+            print(f"{question:8,} {seconds * 1e3:16.2f} {reused:15,}", flush=True)
+
+
 def questions(subject: Subject, documents: list[int], question: int, many: int, answer: int, *, sparse: bool) -> None:
     """What `eval --score logits` asks of the engine, beside one prefill and as many questions on a cached document; and
     as many answers, all asked for at once as `eval` does without it.
@@ -338,6 +356,11 @@ def main() -> int:
     one.add_argument("--documents", type=int, nargs="+", default=[229311, 262144], help="their tokens")
     one.add_argument("--question", type=int, default=64, help="its tokens")
     one.add_argument("--dense", action="store_true")
+    one = commands.add_parser("asking")
+    one.add_argument("--document", type=int, default=499712, help="its tokens (default: %(default)s)")
+    one.add_argument("--questions", type=int, nargs="+", default=[1, 8, 64, 512], help="their tokens")
+    one.add_argument("--times", type=int, default=5, help="each is asked (default: %(default)s)")
+    one.add_argument("--dense", action="store_true")
     one = commands.add_parser("questions")
     one.add_argument("--documents", type=int, nargs="+", default=[131072, 150000], help="their tokens")
     one.add_argument("--question", type=int, default=64, help="its tokens, the answer's with it")
@@ -355,6 +378,8 @@ def main() -> int:
         throughput(subject, arguments.prompt, arguments.new, arguments.requests)
     elif arguments.what == "beside":
         beside(subject, arguments.tokens, arguments.sequences)
+    elif arguments.what == "asking":
+        asking(subject, arguments.document, arguments.questions, arguments.times, sparse=not arguments.dense)
     elif arguments.what == "questions":
         sparse = not arguments.dense
         many, answer = arguments.questions, arguments.answer
