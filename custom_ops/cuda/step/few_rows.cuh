@@ -42,6 +42,17 @@ __device__ inline uint4 load_cached(const void* at, bool valid) {
 }
 #undef QWEN1M_LOAD
 
+// f(half, values ahead of k, whether they are in the row) for the halves of the step of STEP values that is so many of
+// a warp's steps ahead of k.
+template <int WARPS, int STEP, typename F>
+__device__ __forceinline__ void each_half(int k, int depth, int steps_ahead, F&& f) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int ahead = steps_ahead * WARPS * STEP + half * (STEP / 2);
+    f(half, ahead, k + ahead < depth);
+  }
+}
+
 // A warp's steps along K: STAGES of them are under way, each loaded where the one before it has been multiplied.
 // Weights come while the launch before, which makes x, still runs. next_steps() goes STAGES steps on; in_row() says
 // whether there is one left.

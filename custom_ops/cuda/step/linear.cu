@@ -16,8 +16,7 @@ namespace cuda {
 
 namespace {
 
-constexpr int kHalfStep = 4 * kPack;
-constexpr int kStep = 2 * kHalfStep;  // whole lines of 128 bytes
+constexpr int kStep = 8 * kPack;  // whole lines of 128 bytes
 
 // What a lane loads for one step.
 template <int GROUPS>
@@ -54,22 +53,14 @@ __global__ void __launch_bounds__(WARPS* kWarp, kProcessorWarps / WARPS) linear_
     x[t] = static_cast<const T*>(a.x) + static_cast<int64_t>(t * kTokenGroup + group) * depth + k;
   }
 
-  // f(half, values ahead of k, whether they are in the row) for the halves of a step.
-  const auto each_half = [&](int steps_ahead, auto&& f) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int ahead = steps_ahead * WARPS * kStep + half * kHalfStep;
-      f(half, ahead, k + ahead < depth);
-    }
-  };
   const auto load_weight = [&](Operands<GROUPS>& to, int steps_ahead) {
-    each_half(steps_ahead, [&](int half, int ahead, bool in_row) {
+    each_half<WARPS, kStep>(k, depth, steps_ahead, [&](int half, int ahead, bool in_row) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) to.weight[r][half] = load_once(weight[r] + ahead, in_row);
     });
   };
   const auto load_x = [&](Operands<GROUPS>& to, int steps_ahead) {
-    each_half(steps_ahead, [&](int half, int ahead, bool in_row) {
+    each_half<WARPS, kStep>(k, depth, steps_ahead, [&](int half, int ahead, bool in_row) {
 #pragma unroll
       for (int t = 0; t < GROUPS; ++t) {
         to.x[t][half] = load_cached(x[t] + ahead, in_row && t * kTokenGroup + group < tokens);

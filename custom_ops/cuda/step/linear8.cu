@@ -55,16 +55,8 @@ __global__ void __launch_bounds__(WARPS* kWarp, kProcessorWarps / WARPS) linear8
     x[t] = static_cast<const T*>(a.x) + static_cast<int64_t>(t * kTokenGroup + group) * depth + k + part * kBytes;
   }
 
-  // f(half, values ahead of k, whether they are in the row) for the halves of a step.
-  const auto each_half = [&](int steps_ahead, auto&& f) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int ahead = steps_ahead * WARPS * kStep + half * kHalfStep;
-      f(half, ahead, k + ahead < depth);
-    }
-  };
   const auto load_weight = [&](Operands<GROUPS>& to, int steps_ahead) {
-    each_half(steps_ahead, [&](int half, int ahead, bool in_row) {
+    each_half<WARPS, kStep>(k, depth, steps_ahead, [&](int half, int ahead, bool in_row) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         to.weight[r][half] = load_once(weight[r] + ahead, in_row);
@@ -73,7 +65,7 @@ __global__ void __launch_bounds__(WARPS* kWarp, kProcessorWarps / WARPS) linear8
     });
   };
   const auto load_x = [&](Operands<GROUPS>& to, int steps_ahead) {
-    each_half(steps_ahead, [&](int half, int ahead, bool in_row) {
+    each_half<WARPS, kStep>(k, depth, steps_ahead, [&](int half, int ahead, bool in_row) {
 #pragma unroll
       for (int t = 0; t < GROUPS; ++t) {
         const bool valid = in_row && t * kTokenGroup + group < tokens;
