@@ -115,35 +115,6 @@ __device__ void merge_rows(const DecodeArguments& a, int64_t line, int rows, int
   }
 }
 
-// The same of one row: each warp an equal part of the shares, by way of the block's shared memory.
-template <typename T, int D>
-__device__ void merge_row(const DecodeArguments& a, int64_t line, int count, char* shared) {
-  static_assert(D <= kThreads, "a thread a value");
-  float* values = reinterpret_cast<float*>(shared);  // [kWarps, D]
-  auto* statistics = reinterpret_cast<float2*>(values + kWarps * D);
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  MergedShares<D> own;
-  own.add(a, line * a.splits, count * warp / kWarps, count * (warp + 1) / kWarps, lane);
-#pragma unroll
-  for (int n = 0; n < MergedShares<D>::kEach; ++n) values[warp * D + lane * MergedShares<D>::kEach + n] = own.out[n];
-  if (lane == 0) statistics[warp] = make_float2(own.top, own.total);
-  __syncthreads();
-  if (threadIdx.x < D) {
-    float top = kNegativeInfinity, total = 0, out = 0;
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) top = fmaxf(top, statistics[w].x);
-    const float origin = top == kNegativeInfinity ? 0.0f : top;
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) {
-      const float weight = exp2_fast(statistics[w].x - origin);
-      total += statistics[w].y * weight;
-      out += values[w * D + threadIdx.x] * weight;
-    }
-    static_cast<T*>(a.out)[line * D + threadIdx.x] = narrow<T>(total > 0 ? out / total : 0.0f);
-  }
-  __syncthreads();
-}
-
 // Where a warp leaves its softmax, at the start of the block's shared memory: values [kWarps, kGroupRows, D], then
 // statistics [kWarps, kGroupRows].
 template <int D>
@@ -166,38 +137,67 @@ struct WarpResult {
     sum += __shfl_xor_sync(kAllLanes, sum, 2);
     if (lane % 4 == 0) statistics[row] = make_float2(maximum, sum);
   }
+
+  struct Merged {
+    float out, top, total;
+    __device__ float normalised() const { return total > 0 ? out / total : 0.0f; }
+  };
+
+  // A value of a row, of the first warp's result and those of all others.
+  __device__ Merged over_warps(int row, int dim) const {
+    Merged merged{0, kNegativeInfinity, 0};
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) merged.top = fmaxf(merged.top, statistics[w * kGroupRows + row].x);
+    const float origin = merged.top == kNegativeInfinity ? 0.0f : merged.top;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      const float2 part = statistics[w * kGroupRows + row];
+      const float weight = exp2_fast(part.x - origin);
+      merged.total += part.y * weight;
+      merged.out += values[(w * kGroupRows + row) * D + dim] * weight;
+    }
+    return merged;
+  }
 };
+
+// Merges what `count` shares made of row `line` of [B, H]: each warp an equal part of them, then the block theirs.
+template <typename T, int D>
+__device__ void merge_row(const DecodeArguments& a, int64_t line, int count, char* shared) {
+  static_assert(D <= kThreads, "a thread a value");
+  using Part = MergedShares<D>;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  Part own;
+  own.add(a, line * a.splits, count * warp / kWarps, count * (warp + 1) / kWarps, lane);
+  const WarpResult<D> result(shared, warp);
+#pragma unroll
+  for (int n = 0; n < Part::kEach; ++n) result.row(0)[lane * Part::kEach + n] = own.out[n];
+  if (lane == 0) result.statistics[0] = make_float2(own.top, own.total);
+  __syncthreads();
+  if (threadIdx.x < D) {
+    const float out = WarpResult<D>(shared, 0).over_warps(0, threadIdx.x).normalised();
+    static_cast<T*>(a.out)[line * D + threadIdx.x] = narrow<T>(out);
+  }
+  __syncthreads();
+}
 
 // The warps' results become the block's, and those of a sequence's blocks its output.
 template <typename T, int D>
 __device__ void finish_share(const DecodeArguments& a, const Share& share, char* shared) {
   const WarpResult<D> results(shared, 0);
-  const float* warp_out = results.values;
-  const float2* warp_statistic = results.statistics;
   int& number = *reinterpret_cast<int*>(results.statistics + kWarps * kGroupRows);  // among the blocks that merge
   const int rows = share.rows;
   __syncthreads();
   const int64_t line = static_cast<int64_t>(share.sequence) * a.heads + share.first_head;
   for (int i = threadIdx.x; i < rows * D; i += kThreads) {
     const int row = i / D;
-    float top = kNegativeInfinity, total = 0, out = 0;
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) top = fmaxf(top, warp_statistic[w * kGroupRows + row].x);
-    const float origin = top == kNegativeInfinity ? 0.0f : top;
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) {
-      const float2 part = warp_statistic[w * kGroupRows + row];
-      const float weight = exp2_fast(part.x - origin);
-      total += part.y * weight;
-      out += warp_out[(w * kGroupRows + row) * D + i % D] * weight;
-    }
+    const auto merged = results.over_warps(row, i % D);
     if (share.count == 1) {
-      static_cast<T*>(a.out)[line * D + i] = narrow<T>(total > 0 ? out / total : 0.0f);
+      static_cast<T*>(a.out)[line * D + i] = narrow<T>(merged.normalised());
       continue;
     }
     const int64_t place = (line + row) * a.splits + share.split;
-    a.partial[place * D + i % D] = out;
-    if (i % D == 0) a.statistic[place] = make_float2(top, total);
+    a.partial[place * D + i % D] = merged.out;
+    if (i % D == 0) a.statistic[place] = make_float2(merged.top, merged.total);
   }
   if (share.count == 1) return;
 
@@ -209,7 +209,7 @@ __device__ void finish_share(const DecodeArguments& a, const Share& share, char*
   int32_t* done = shares_done + share.sequence * gridDim.y + blockIdx.y;
   __syncthreads();
   if (threadIdx.x == 0) {
-    int32_t seen = add_and_synchronize(done) + 1;
+    int32_t seen = add_and_synchronize(done) + 1;  // this one among them
     number = seen - 1 - before;
     while (number >= 0 && seen < share.count) seen = look_and_synchronize(done);
   }
