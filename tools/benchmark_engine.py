@@ -26,7 +26,7 @@ from typing import Callable
 
 import numpy as np
 import paddle
-from benchmark_gpu_model import copy_bandwidth, prompt_pieces, random_model
+from benchmark_gpu_model import copy_bandwidth, prompt_pieces, random_model, warming_up
 from paddlenlp.transformers import AutoModelForCausalLM
 from paddlenlp.utils.log import logger
 from seeded_lines import seeded_selection
@@ -99,11 +99,6 @@ class Subject:
             yield lambda engine, tokens: lines.prepare(prompt_pieces(tokens, engine.chunking))
 
 
-def two_chunks(engine: Engine, prompt: np.ndarray) -> np.ndarray:
-    """What of a prompt goes before all that is timed: every layer has prefilled sparsely then."""
-    return prompt[: 2 * engine.max_num_batched_tokens]
-
-
 def params(new_tokens: int) -> SamplingParams:
     return SamplingParams(max_tokens=new_tokens, temperature=0.0)
 
@@ -167,7 +162,7 @@ def beside(subject: Subject, tokens: int, sequences: int) -> None:
     bound, short_tokens = engine.max_inter_token_ms, engine.max_pause_tokens
     long = subject.prompt(tokens)
     with subject.selection() as prepare:
-        Log().run(_with(engine, Request("warm", two_chunks(engine, long), params(4))))
+        Log().run(_with(engine, Request("warm", warming_up(engine, long), params(4))))
         prepare(engine, tokens)
         alone, start = Log(), time.perf_counter()
         alone.run(_with(engine, Request("alone", long, params(2))))
@@ -231,7 +226,7 @@ def prefix(subject: Subject, documents: list[int], question: int, *, sparse: boo
     for tokens in documents:
         document, first, second = subject.prompt(tokens), subject.prompt(question), subject.prompt(question, 1)
         with subject.selection() as prepare:
-            warm_up = two_chunks(engine, np.concatenate([document[::-1], first]))
+            warm_up = warming_up(engine, np.concatenate([document[::-1], first]))
             Log().run(_with(engine, Request("warm", warm_up, params(2))))
             engine.reset_prefix_cache()
             prepare(engine, tokens + question)
@@ -255,7 +250,7 @@ def asking(subject: Subject, tokens: int, lengths: list[int], times: int, *, spa
     print(f"a document of {tokens:,} tokens, {'sparse' if sparse else 'dense'}; medians of {times}")
     print("question   first token ms   tokens reused")
     with subject.selection() as prepare:
-        Log().run(_with(engine, Request("warm", two_chunks(engine, document[::-1]), params(2))))
+        Log().run(_with(engine, Request("warm", warming_up(engine, document[::-1]), params(2))))
         engine.reset_prefix_cache()
         for question in lengths:
             prepare(engine, tokens + question)
@@ -278,7 +273,7 @@ def questions(subject: Subject, documents: list[int], question: int, many: int, 
         document = subject.prompt(tokens)
         prompts = [np.concatenate([document, subject.prompt(question, one)]) for one in range(many)]
         with subject.selection() as prepare:
-            warm_up = two_chunks(engine, np.concatenate([document[::-1], prompts[0]]))
+            warm_up = warming_up(engine, np.concatenate([document[::-1], prompts[0]]))
             _logits_seconds(engine, warm_up, question)
             engine.reset_prefix_cache()
             prepare(engine, tokens + question)
