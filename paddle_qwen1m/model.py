@@ -11,7 +11,7 @@ import paddle
 from paddle import nn
 
 from paddle_qwen1m import ops
-from paddle_qwen1m.attention.attend import attend
+from paddle_qwen1m.attention.attend import attend, keep
 from paddle_qwen1m.attention.selector import Projected, Selector
 from paddle_qwen1m.attention.step import Step
 from paddle_qwen1m.cache import LayerCache
@@ -137,7 +137,7 @@ class DecoderLayer(nn.Layer):
     def _multiply(self, x: Activations, held: paddle.Tensor | ops.Weight8) -> paddle.Tensor:
         if not isinstance(held, ops.Weight8):
             return ops.linear(x, held)
-        if not isinstance(x, ops.Rows8):
+        if isinstance(x, paddle.Tensor):
             if not self.takes_rows8(x.shape[0]):
                 return ops.linear(x, held)
             x = ops.round_rows(x)
@@ -147,25 +147,23 @@ class DecoderLayer(nn.Layer):
         """Whether so many rows are multiplied in FP8."""
         return self.in_fp8 and rows > ops.FEW_ROWS_OF_8_BITS
 
-    def project(self, hidden: Activations, step: Step, cache: LayerCache) -> tuple[paddle.Tensor, Projected]:
-        """Queries [V, T, H, D], rotated, and what they are of. Keys and values go to the cache."""
-        projected = Projected(self.linear(hidden, "qkv_weight"), self.qkv_bias)
-        q = ops.rotate_and_cache(*projected, step.rotary, step.slots, cache.keys, cache.values, cache.quantised)
-        return q, projected
+    def project(self, hidden: Activations) -> Projected:
+        """The projections of rows [T, hidden]."""
+        return Projected(self.linear(hidden, "qkv_weight"), self.qkv_bias, self.local.num_heads)
 
     def attention(
         self,
-        hidden: Activations,
+        projected: Projected,
         step: Step,
         cache: LayerCache,
         selector: Selector | None,
         rows: paddle.Tensor | None = None,
     ) -> Generator[None, None, paddle.Tensor]:
         """What the rank's heads make of `rows` int64 [n] of the step, by default of all: [n, H D], to be projected by
-        "output_weight". Rows that another rank with the same heads attends for are zeros.
+        "output_weight". Rows that another rank with the same heads attends for are zeros. Keys and values of all rows
+        go to the cache.
         """
-        q, projected = self.project(hidden, step, cache)
-        heads = (yield from attend(q, projected, cache, step, selector)).reshape([q.shape[1], -1])
+        heads = (yield from attend(projected, cache, step, selector)).reshape([projected.qkv.shape[0], -1])
         own = rows if step.attended is None else step.attended
         return heads if own is None else ops.gather_rows(heads, own)
 
@@ -257,22 +255,28 @@ class Qwen2OneM(nn.Layer):
             is_last = number + 1 == len(self.layers)
             if step.lengths is None and observe is None and is_last:
                 if step.logit_rows is None:
-                    self.group.mark(layer.project(normed, step, caches[number])[0])
+                    projected = layer.project(normed)
+                    keep(projected, caches[number], step)
+                    self.group.mark(projected.qkv)
                     yield
                     return None
                 step, rows = step.of_last_layer(), step.logit_rows
                 lanes = lanes.of_rows(rows)
             following = self.norm if is_last else self.layers[number + 1].input_norm
-            heads = yield from layer.attention(normed, step, caches[number], selector, rows)
+            attention = layer.attention(layer.project(normed), step, caches[number], selector, rows)
+            if observe is None:
+                del normed  # the memory of what is not needed is free again while the next is computed
+            heads = yield from attention
             if observe is not None:
                 observe(layer, normed, heads)
-            del normed  # the memory of what is not needed is free again while the next is computed
+                del normed
             lanes.add(heads, [layer.product("output_weight", lanes.count)], layer.post_attention_norm, takes_rows8)
             del heads
             gate_up, down = (layer.product(name, lanes.count) for name in ("gate_up_weight", "down_weight"))
             lanes.add(None, [gate_up, layer.gated, down], following, None if is_last else takes_rows8)
             normed = lanes.all_rows()
-            self.group.mark(normed.numbers if isinstance(normed, ops.Rows8) else normed)
+            whole = normed[-1] if isinstance(normed, list) else normed
+            self.group.mark(whole.numbers if isinstance(whole, ops.Rows8) else whole)
             yield
         if step.lengths is not None:
             return normed

@@ -6,8 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Callable
 
-from paddle_qwen1m.config import BLOCK, ModelConfig, SparseBudgets
+from paddle_qwen1m.config import BLOCK, ROWS_AT_ONCE, ModelConfig, SparseBudgets
 from paddle_qwen1m.dtypes import QUANTIZATIONS, itemsize
+from paddle_qwen1m.parallel.room import MOST_LANES
 from paddle_qwen1m.weights.eight_bit import choose_blocks, linears
 from paddle_qwen1m.weights.tensors import published_shapes
 
@@ -87,14 +88,18 @@ def widened_bytes(config: ModelConfig, length: int, cache_dtype: str, dtype: str
 def sparse_bytes(config: ModelConfig, rows: int, length: int, budgets: SparseBudgets) -> int:
     """Bytes that choosing keys for `rows` tokens takes in the layer that takes most.
 
-    The float32 sums of every head's columns and diagonals over all keys, and what each block of rows visits: int32
-    tables as wide as the largest budget of the layer, blocks no more than the keys hold, made from a chain of blocks
-    for each of the three stages.
+    The float32 sums of every head's columns and diagonals over all keys; then, without these, what each block of rows
+    visits: int32 tables as wide as the largest budget of the layer, blocks no more than the keys hold, made from a
+    chain of blocks for each of the three stages. With either the columns and diagonals that were chosen.
     """
-    diagonals = min(int(budgets.slash.max()), length)
-    blocks = min(diagonals, length // BLOCK)
-    entries = -(-rows // BLOCK) * (blocks + min(int(budgets.vertical.max()), length))
-    return 4 * config.num_heads * (2 * length + entries + 3 * diagonals)
+    columns, diagonals = (min(int(sizes.max()), length) for sizes in (budgets.vertical, budgets.slash))
+    entries = -(-rows // BLOCK) * (min(diagonals, length // BLOCK) + columns)
+    return 4 * config.num_heads * (columns + diagonals + max(2 * length, entries + 3 * diagonals))
+
+
+def lane_rows(rows: int) -> int:
+    """How many of so many rows of a chunk go through the MLP at once, at most."""
+    return min(rows, max(ROWS_AT_ONCE, -(-rows // MOST_LANES)))
 
 
 def activation_bytes(
@@ -102,19 +107,21 @@ def activation_bytes(
 ) -> int:
     """Peak bytes of a layer over a chunk of `rows` tokens of a context of `length`, logits of the last one included.
 
-    Counts the residual and its norm, then the larger of attention (qkv, its rotations, output, and with `budgets` what
-    choosing the keys takes) and MLP (gate and up, their product). The residual, rotary tables and logits are float32,
-    the rest is of `dtype`.
+    Counts the residual, then the largest of attention (qkv, output, and of ROWS_AT_ONCE their rotations and with
+    `budgets` what choosing the keys takes), the projection of what it gives, and MLP (its input, and of a lane gate and
+    up, their product). The residual, rotary tables and logits are float32, the rest is of `dtype`.
     """
     attention, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     chunk_len = config.dual_chunk.chunk_len
     variants = min(3, -(-length // chunk_len))
     size = itemsize(dtype)
-    in_attention = size * ((attention + 2 * kv) + variants * attention + attention) + 4 * variants * config.head_dim
-    in_mlp = size * (3 * config.intermediate_size + config.hidden_size)
-    choosing = 0 if budgets is None else sparse_bytes(config, rows, length, budgets)
-    stream = rows * (4 + size) * config.hidden_size
-    return stream + max(rows * in_attention + choosing, rows * in_mlp) + 4 * config.vocab_size
+    of_rows, of_lane, of_span = size * rows, size * lane_rows(rows), min(rows, ROWS_AT_ONCE)
+    choosing = 0 if budgets is None else sparse_bytes(config, of_span, length, budgets)
+    rotated = variants * (size * of_span * attention + 4 * rows * config.head_dim)
+    in_attention = of_rows * (2 * attention + 2 * kv) + rotated + choosing
+    behind_it = of_rows * (attention + config.hidden_size) + of_lane * config.hidden_size
+    in_mlp = of_rows * config.hidden_size + of_lane * (3 * config.intermediate_size + config.hidden_size)
+    return rows * 4 * config.hidden_size + max(in_attention, behind_it, in_mlp) + 4 * config.vocab_size
 
 
 def prefill_bytes(
@@ -156,13 +163,13 @@ def workspace_bytes(
 
     A chunk of a long prompt that stands at a pause, short prompts that are read meanwhile, and the decode rows with
     their logits; graphs of 1, 2, 4, ... rows hold as much again. First tokens are sampled by slots of their own. A
-    GPU's allocator finds room in one piece or none: where smaller tensors lie between, one as large as a chunk's gated
+    GPU's allocator finds room in one piece or none: where smaller tensors lie between, one as large as a lane's gated
     product may not fit into what is free.
     """
     rows = min(length, max_num_batched_tokens)
     chunk = prefill_bytes(config, rows, length, budgets, dtype) + widened_weight_bytes(config, quantization, dtype)
     if itemsize(dtype) == 2:
-        chunk += 2 * rows * config.intermediate_size
+        chunk += 2 * lane_rows(rows) * config.intermediate_size
     step = activation_bytes(config, max_num_seqs, length, None, dtype) + 4 * max_num_seqs * config.vocab_size
     decode = 2 * (step + sampling_bytes(max_num_seqs, config.vocab_size))
     if max_num_seqs == 1:  # nothing is read in the pauses of the one there is

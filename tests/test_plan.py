@@ -50,12 +50,23 @@ def test_activations_grow_with_the_chunk_not_with_the_context_when_dense() -> No
     assert activation_bytes(MODEL_14B, 8192, 1_000_000) > 1.9 * short
 
 
+@pytest.mark.parametrize(("config", "of_row"), [(MODEL_7B, 21_504), (MODEL_14B, 46_592)], ids=["7B", "14B"])
+def test_beyond_the_rows_that_are_there_at_once_a_row_takes_little(config: ModelConfig, of_row: int) -> None:
+    """Its residual, 4 bytes a number, and what the MLP takes, 2, or the projections and what attention makes of them."""
+    assert of_row == {28: 6 * 3584, 48: 4 * 5120 + 2 * (5120 + 2 * 1024 + 5120) + 4 * 3 * 128}[config.num_layers]
+    budgets = published_budgets(config)
+    large, larger = (activation_bytes(config, rows, 1_000_000, budgets, "bfloat16") for rows in (40_000, 50_000))
+    assert larger - large == 10_000 * of_row
+
+
 def test_choosing_keys_takes_sums_over_all_of_them_and_a_table_for_each_block_of_rows() -> None:
     budgets = SparseBudgets.uniform(1000, 6096, 48, 40)
-    chains = 3 * 6096
-    assert sparse_bytes(MODEL_14B, 4096, 1_000_000, budgets) == 4 * 40 * (2_000_000 + 64 * (1000 + 6096) + chains)
+    lines, chains = 1000 + 6096, 3 * 6096
+    assert sparse_bytes(MODEL_14B, 4096, 1_000_000, budgets) == 4 * 40 * (lines + 2_000_000)
+    assert sparse_bytes(MODEL_14B, 16_384, 1_000_000, budgets) == 2 * 40 * 2 * (lines + 2_000_000)
+    assert sparse_bytes(MODEL_14B, 32_768, 500_000, budgets) == 4 * 40 * (lines + 512 * (1000 + 6096) + chains)
     blocks = 64_000 // 64
-    assert sparse_bytes(MODEL_14B, 64, 64_000, budgets) == 4 * 40 * (128_000 + 1000 + blocks + chains)
+    assert sparse_bytes(MODEL_14B, 8192, 64_000, budgets) == 4 * 40 * (lines + 128 * (1000 + blocks) + chains)
 
 
 def test_choosing_keys_counts_where_attention_takes_more_than_the_mlp() -> None:

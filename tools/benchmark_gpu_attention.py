@@ -260,6 +260,8 @@ class Piece:
         heads, row_blocks = sequence.heads, -(-rows // 64)
         self.columns = torch.from_numpy(lines.columns).cuda()
         self.slashes = torch.from_numpy(lines.slashes(end)).cuda()
+        work = 2 * lines.offset_counts + lines.column_counts
+        self.order = torch.from_numpy(np.argsort(-work, kind="stable").astype(np.int32)).cuda()
         block_width = min(self.slashes.shape[1] + 12, end // 64 + 3)
         column_width = self.columns.shape[1] + 15
         self.tables = {
@@ -274,6 +276,7 @@ class Piece:
         fields = {
             "columns": self.columns,
             "slashes": self.slashes,
+            "chains": None,
             "tables": self.tables,
             "heads": self.sequence.heads,
             "selected_columns": self.columns.shape[1],
@@ -282,6 +285,8 @@ class Piece:
             "rows": self.rows,
             "chunk_len": CHUNK_LEN,
             "block": 64,
+            "first_block": 0,
+            "num_blocks": -(-self.rows // 64),
         }
         return with_workspace(cuda, "sparse_index", fields)
 
@@ -294,6 +299,7 @@ class Piece:
             "cache": sequence.cache,
             "block_table": sequence.table,
             "tables": self.tables,
+            "order": self.order,
             "activation": "bfloat16",
             "scale": HEAD_DIM**-0.5,
             "tokens": sequence.rows,

@@ -213,6 +213,8 @@ class Cases:
                 "variants": 3,
                 "row": 0,
                 "rows": rows,
+                "table_row": 0,
+                "table_rows": rows,
                 "heads": model.heads,
                 "kv_heads": model.kv_heads,
                 "head_dim": HEAD_DIM,

@@ -43,6 +43,10 @@ C_TYPES: dict[str, Any] = {
 }
 
 
+STRUCTS = {"index_chains": "sparse_index"}
+"""Of ops that take another's."""
+
+
 def read_dtypes(header: Path = HEADERS / "types.h") -> dict[str, int]:
     """The numbers that stand for data types."""
     (members,) = re.findall(r"\{([^}]*)\} qwen1m_dtype;", header.read_text(encoding="utf-8"))
@@ -136,7 +140,7 @@ class CudaLibrary:
 
     def __call__(self, op: str, workspace: Any = None, **fields: Any) -> None:
         """Launches an op; a workspace is made where none is given."""
-        arguments: list[Any] = [ctypes.byref(self.struct(op, fields))]
+        arguments: list[Any] = [ctypes.byref(self.struct(STRUCTS.get(op, op), fields))]
         if hasattr(self._library, f"qwen1m_cuda_{op}_workspace"):
             if workspace is None:
                 workspace = self.make_workspace(self.workspace_bytes(op, **fields))

@@ -237,22 +237,19 @@ class Kernels:
             "block_width": block_width,
             "column_width": widths[0] + 15,
         }
-        self.cuda(
-            "sparse_index",
-            columns=chosen[0],
-            slashes=chosen[1],
-            tables=tables,
-            heads=self.heads,
-            selected_columns=widths[0],
-            selected_slashes=widths[1],
-            begin=begin,
-            rows=rows,
-            chunk_len=CHUNK_LEN,
-            block=64,
-        )
-        for first, end in ((0, row_blocks), (0, row_blocks // 2), (row_blocks // 2, row_blocks)):
+        ranges = (0, row_blocks // 2), (row_blocks // 2, row_blocks), (0, row_blocks)
+        index = {"columns": chosen[0], "slashes": chosen[1], "tables": tables, "heads": self.heads, "block": 64}
+        index |= {"selected_columns": widths[0], "selected_slashes": widths[1], "chunk_len": CHUNK_LEN}
+        index |= {"begin": begin, "rows": rows, "chains": self.integers(np.int32, 1, self.heads, 3, widths[1] + 6)}
+        self.cuda("index_chains", **index, first_block=0, num_blocks=0)
+        for first, end in ranges:
+            self.cuda("sparse_index", **index, first_block=first, num_blocks=end - first)
+        self.cuda("sparse_index", **index | {"chains": None}, first_block=0, num_blocks=row_blocks)
+        order = self.array(np.arange(self.heads, dtype=np.int32)[::-1].copy())
+        for first, end in ranges:
             piece = {"row": row, "begin": begin, "rows": rows, "first_block": first, "num_blocks": end - first}
-            self.cuda("dca_sparse_prefill", **common, block_table=table, tables=tables, scale=scale, **piece)
+            piece |= {"tables": tables, "order": order}
+            self.cuda("dca_sparse_prefill", **common, block_table=table, scale=scale, **piece)
 
     def decode(self, lengths: list[int]) -> None:
         batch, width = len(lengths), -(-max(lengths) // PAGE)
@@ -400,13 +397,15 @@ class Kernels:
             "rotate_queries",
             qkv=qkv,
             bias=bias,
-            table=self.floats(2, rows, d),
+            table=self.floats(2, rows + 2, d),
             q=self.normal(2, rows, heads, d),
             activation=half,
             bias_dtype=half,
             variants=2,
             row=tokens - rows,
             rows=rows,
+            table_row=2,
+            table_rows=rows + 2,
             heads=heads,
             kv_heads=kv_heads,
             head_dim=d,

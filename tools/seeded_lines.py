@@ -17,7 +17,7 @@ from cuda_driver import Carrier
 
 from paddle_qwen1m import ops
 from paddle_qwen1m.attention.positions import Piece
-from paddle_qwen1m.attention.selector import Selector
+from paddle_qwen1m.attention.selector import Lines, Selector
 from paddle_qwen1m.attention.step import SparsePiece
 
 
@@ -97,9 +97,9 @@ def seeded_selection(rank: int = 0) -> Iterator[SeededLines]:
     choose, select = Selector.choose, ops.select_critical
     lines, asking = SeededLines(rank, Carrier() if ops.on_gpu() else None), list[tuple[Selector, Piece]]()
 
-    def choose_seeded(selector: Selector, sparse: SparsePiece, *arguments: Any, **options: Any) -> ops.SparseIndex:
+    def choose_seeded(selector: Selector, sparse: SparsePiece, *arguments: Any) -> Lines:
         asking[:] = [(selector, sparse.piece)]
-        return choose(selector, sparse, *arguments, **options)
+        return choose(selector, sparse, *arguments)
 
     def select_seeded(*arguments: Any) -> list[paddle.Tensor]:
         select(*arguments)

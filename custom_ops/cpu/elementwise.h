@@ -210,7 +210,7 @@ void rotate_and_cache(const qwen1m_rotate_and_cache& a) {
   parallel_ranges(a.tokens, kGrain, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       const float* x = floats(a.qkv) + t * width;
-      for (int v = 0; v < a.variants; ++v) {
+      for (int v = 0; a.q != nullptr && v < a.variants; ++v) {
         const int64_t row = static_cast<int64_t>(v) * a.tokens + t;
         for (int h = 0; h < a.heads; ++h) {
           rotate_head(x + h * d, bias + h * d, a.table + row * d, d, floats(a.q) + (row * a.heads + h) * d);
@@ -239,8 +239,9 @@ void rotate_queries(const qwen1m_rotate_queries& a) {
     for (int v = 0; v < a.variants; ++v) {
       for (int64_t t = begin; t < end; ++t) {
         const int64_t row = static_cast<int64_t>(v) * a.rows + t;
+        const float* table = a.table + (static_cast<int64_t>(v) * a.table_rows + a.table_row + t) * d;
         for (int h = 0; h < a.heads; ++h) {
-          rotate_head(floats(a.qkv) + (a.row + t) * width + h * d, bias + h * d, a.table + row * d, d,
+          rotate_head(floats(a.qkv) + (a.row + t) * width + h * d, bias + h * d, table, d,
                       floats(a.q) + (row * a.heads + h) * d);
         }
       }

@@ -107,7 +107,6 @@ void convert(const StageLines& lines, int32_t start, int32_t rows, bool causal, 
 }  // namespace
 
 void qwen1m_cpu_sparse_index(const qwen1m_sparse_index* a) {
-  const int32_t row_blocks = (a->rows + a->block - 1) / a->block;
   const int threads = std::min(num_threads(), a->heads);
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
   for (int head = 0; head < a->heads; ++head) {
@@ -119,13 +118,14 @@ void qwen1m_cpu_sparse_index(const qwen1m_sparse_index* a) {
     for (const Stage stage : {kIntra, kSucc, kInter}) {
       lines[stage] = split(stage, columns, columns_end, slashes, slashes_end, a->begin, a->rows, a->chunk_len);
     }
-    for (int32_t r = 0; r < row_blocks; ++r) {
-      const int64_t entry = static_cast<int64_t>(head) * row_blocks + r;
+    for (int32_t r = 0; r < a->num_blocks; ++r) {
+      const int32_t start = (a->first_block + r) * a->block;
+      const int64_t entry = static_cast<int64_t>(head) * a->num_blocks + r;
       Lists out{a->tables.blocks + entry * a->tables.block_width, a->tables.columns + entry * a->tables.column_width};
       int32_t* counts = a->tables.counts + entry * 2 * kStages;
       for (const Stage stage : {kInter, kSucc, kIntra}) {
         const int32_t blocks_before = out.num_blocks, columns_before = out.num_columns;
-        if (lines[stage].keys > 0) convert(lines[stage], r * a->block, a->rows, stage == kIntra, a->block, &out);
+        if (lines[stage].keys > 0) convert(lines[stage], start, a->rows, stage == kIntra, a->block, &out);
         counts[stage] = out.num_blocks - blocks_before;
         counts[kStages + stage] = out.num_columns - columns_before;
       }

@@ -8,6 +8,12 @@
 namespace qwen1m {
 namespace cuda {
 
+// The head of a thread block of a sparse prefill. What takes longest is best begun first: little is idle at the end
+// then.
+__device__ inline int ordered_head(const qwen1m_dca_sparse_prefill& a) {
+  return a.order == nullptr ? static_cast<int>(blockIdx.y) : a.order[blockIdx.y];
+}
+
 template <typename T, int D>
 int dca_probe(const qwen1m_dca_probe&, void* workspace, qwen1m_stream);
 int64_t dca_probe_workspace(const qwen1m_dca_probe&);

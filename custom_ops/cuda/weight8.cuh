@@ -7,17 +7,18 @@
 namespace qwen1m {
 namespace cuda {
 
-struct Int8 {
-  static constexpr float kPower = 1.0f;
-};
-struct E4M3 {
-  static constexpr float kPower = 256.0f;
-};
+struct Int8 {};
+struct E4M3 {};
 
-// Four numbers, of `bytes` from the lowest on, as two pairs of T. What the numbers are times 1 / Kind::kPower, which
-// belongs into their scale.
+// Four numbers, of `bytes` from the lowest on, as two pairs of T. What the numbers are times 1 / kPower, which belongs
+// into their scale.
 template <typename Kind, typename T>
 __device__ inline void widen_bytes(uint32_t bytes, uint32_t (&pairs)[2]);
+
+template <typename Kind, typename T>
+constexpr float kPower = 1.0f;
+template <>
+constexpr float kPower<E4M3, f16> = 256.0f;
 
 // 2^23 + 128 + number is a float32 whose last byte is the number with its highest bit turned.
 template <typename T>
@@ -42,24 +43,31 @@ __device__ inline void widen_bytes<Int8, f16>(uint32_t bytes, uint32_t (&pairs)[
   widen_int8<f16>(bytes, pairs);
 }
 
+// Two of them, the lower or the upper ones, each in the upper byte of its 16 bits.
+__device__ inline uint32_t spread_pair(uint32_t bytes, int upper) {
+  return __byte_perm(bytes, 0, upper ? 0x3424 : 0x1404);
+}
+
 // Sign, one bit more of exponent, mantissa: a float16 with an exponent that is 8 too small, subnormal numbers included.
 template <>
 __device__ inline void widen_bytes<E4M3, f16>(uint32_t bytes, uint32_t (&pairs)[2]) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const uint32_t high = __byte_perm(bytes, 0, i == 0 ? 0x1404 : 0x3424);
+    const uint32_t high = spread_pair(bytes, i);
     pairs[i] = (high & 0x80008000u) | (high & 0x7f007f00u) >> 1;
   }
 }
 
+// Four bits more of exponent: a bfloat16 whose exponent is 120 too small, which a product makes up for.
 template <>
 __device__ inline void widen_bytes<E4M3, bf16>(uint32_t bytes, uint32_t (&pairs)[2]) {
-  uint32_t halves[2];
-  widen_bytes<E4M3, f16>(bytes, halves);
+  const uint32_t power = 0x7b807b80u;  // 2^120
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const float2 wide = __half22float2(*reinterpret_cast<const __half2*>(&halves[i]));
-    pairs[i] = pack_pair<bf16>(wide.x, wide.y);
+    const uint32_t high = spread_pair(bytes, i), small = (high & 0x80008000u) | (high >> 4 & 0x07f007f0u);
+    const __nv_bfloat162 number =
+        __hmul2(reinterpret_cast<const __nv_bfloat162&>(small), reinterpret_cast<const __nv_bfloat162&>(power));
+    pairs[i] = reinterpret_cast<const uint32_t&>(number);
   }
 }
 

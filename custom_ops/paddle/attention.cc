@@ -64,9 +64,9 @@ void dca_prefill(const Tensor& q, Tensor& out, const Tensor& key_cache, const Te
 
 void dca_sparse_prefill(const Tensor& q, Tensor& out, const Tensor& key_cache, const Tensor& value_cache,
                         const OptionalTensor& scales, const OptionalTensor& frame, const Tensor& block_table,
-                        const Tensor& blocks, const Tensor& columns, const Tensor& counts, const OptionalTensor& lse,
-                        int64_t row, int64_t begin, int64_t rows, int64_t first_block, int64_t num_blocks,
-                        int64_t chunk_len, float scale) {
+                        const Tensor& blocks, const Tensor& columns, const Tensor& counts, const OptionalTensor& order,
+                        const OptionalTensor& lse, int64_t row, int64_t begin, int64_t rows, int64_t first_block,
+                        int64_t num_blocks, int64_t chunk_len, float scale) {
   Call call(q);
   const qwen1m_cache cache = call.expect_readable_cache(key_cache, value_cache, scales, frame);
   expect_chunk(chunk_len, cache.page_size);
@@ -78,13 +78,12 @@ void dca_sparse_prefill(const Tensor& q, Tensor& out, const Tensor& key_cache, c
   const int32_t heads = expect_queries(call, q, cache, tokens, begin + rows - 1, chunk_len);
   QWEN1M_REQUIRE(row >= 0 && row + rows <= tokens,
                  "rows " + text(row) + " to " + text(row + rows) + " are not among q's " + text(tokens));
-  QWEN1M_REQUIRE(first_block >= 0 && num_blocks >= 0 && first_block + num_blocks <= row_blocks,
-                 "row blocks " + text(first_block) + " to " + text(first_block + num_blocks) +
-                     " are not among the piece's " + text(row_blocks));
+  expect_row_blocks(first_block, num_blocks, rows, QWEN1M_ROW_BLOCK);
   const qwen1m_dtype activation = call.expect_activation(out, "out", {tokens, heads, cache.head_dim});
   call.expect(blocks, "blocks", DataType::INT32, {heads, row_blocks, -1});
   call.expect(columns, "columns", DataType::INT32, {heads, row_blocks, -1});
   call.expect(counts, "counts", DataType::INT32, {heads, row_blocks, 6});
+  if (order) call.expect(*order, "order", DataType::INT32, {heads});
   call.run(
       qwen1m_dca_sparse_prefill{
           .q = q.data(),
@@ -94,6 +93,7 @@ void dca_sparse_prefill(const Tensor& q, Tensor& out, const Tensor& key_cache, c
           .block_table = block_table.data<int32_t>(),
           .tables = {pointer<int32_t>(blocks), pointer<int32_t>(columns), pointer<int32_t>(counts),
                      static_cast<int32_t>(blocks.shape()[2]), static_cast<int32_t>(columns.shape()[2])},
+          .order = order ? order->data<int32_t>() : nullptr,
           .activation = activation,
           .scale = scale,
           .tokens = static_cast<int32_t>(tokens),
@@ -158,7 +158,7 @@ PD_BUILD_OP(qwen1m_dca_prefill)
 
 PD_BUILD_OP(qwen1m_dca_sparse_prefill)
     .Inputs({"q", "out", "key_cache", "value_cache", paddle::Optional("scales"), paddle::Optional("frame"),
-             "block_table", "blocks", "columns", "counts", paddle::Optional("lse")})
+             "block_table", "blocks", "columns", "counts", paddle::Optional("order"), paddle::Optional("lse")})
     .Outputs({"written"})
     .Attrs({"row: int64_t", "begin: int64_t", "rows: int64_t", "first_block: int64_t", "num_blocks: int64_t",
             "chunk_len: int64_t", "scale: float"})

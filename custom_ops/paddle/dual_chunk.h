@@ -20,6 +20,14 @@ inline void expect_piece(int64_t begin, int64_t rows, int64_t chunk_len) {
                      text(chunk_len));
 }
 
+// Some row blocks of a piece, or none.
+inline void expect_row_blocks(int64_t first, int64_t count, int64_t rows, int64_t block) {
+  const int64_t all = (rows + block - 1) / block;
+  QWEN1M_REQUIRE(
+      first >= 0 && count >= 0 && first + count <= all,
+      "row blocks " + text(first) + " to " + text(first + count) + " are not among the piece's " + text(all));
+}
+
 // q is [V, rows, H, D] with H a multiple of the KV heads and the rotations that a row at `last_position` needs;
 // returns H.
 inline int32_t expect_queries(Call& call, const Tensor& q, const qwen1m_cache& cache, int64_t rows,

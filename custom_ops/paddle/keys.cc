@@ -81,37 +81,68 @@ Tensors select_critical(const Tensor& vertical, const Tensor& slash, const Tenso
   return {columns, slashes};
 }
 
-Tensors sparse_index(const Tensor& columns, const Tensor& slashes, int64_t begin, int64_t rows, int64_t chunk_len,
-                     int64_t block) {
-  const Call call(columns);
+// Of a piece, without tables and row blocks.
+qwen1m_sparse_index index_of(const Call& call, const Tensor& columns, const Tensor& slashes, int64_t begin,
+                             int64_t rows, int64_t chunk_len, int64_t block) {
   call.expect(columns, "columns", DataType::INT32, {-1, -1});
-  const int64_t heads = columns.shape()[0];
-  call.expect(slashes, "slashes", DataType::INT32, {heads, -1});
+  call.expect(slashes, "slashes", DataType::INT32, {columns.shape()[0], -1});
   expect_piece(begin, rows, chunk_len);
   QWEN1M_REQUIRE(block >= 1, "block must be at least 1, got " + text(block));
-  const int64_t row_blocks = (rows + block - 1) / block;
+  return {
+      .columns = columns.data<int32_t>(),
+      .slashes = slashes.data<int32_t>(),
+      .chains = nullptr,
+      .tables = {},
+      .heads = static_cast<int32_t>(columns.shape()[0]),
+      .selected_columns = static_cast<int32_t>(columns.shape()[1]),
+      .selected_slashes = static_cast<int32_t>(slashes.shape()[1]),
+      .begin = static_cast<int32_t>(begin),
+      .rows = static_cast<int32_t>(rows),
+      .chunk_len = static_cast<int32_t>(chunk_len),
+      .block = static_cast<int32_t>(block),
+      .first_block = 0,
+      .num_blocks = 0,
+  };
+}
+
+Shape chains_shape(const qwen1m_sparse_index& index) {
+  return {index.heads, 3, QWEN1M_CHAIN_WIDTH(index.selected_slashes)};
+}
+
+Tensors index_chains(const Tensor& columns, const Tensor& slashes, int64_t begin, int64_t rows, int64_t chunk_len,
+                     int64_t block) {
+  const Call call(columns);
+  qwen1m_sparse_index index = index_of(call, columns, slashes, begin, rows, chunk_len, block);
+  QWEN1M_REQUIRE(call.on_gpu(), "columns must lie on a GPU: a CPU goes without chains");
+  const Tensor chains = call.make(chains_shape(index), DataType::INT32);
+  index.chains = pointer<int32_t>(chains);
+  const auto no_chains = [](const qwen1m_sparse_index*) {};
+  call.run(index, no_chains, QWEN1M_CUDA(qwen1m_cuda_index_chains));
+  return {chains};
+}
+
+Tensors sparse_index(const Tensor& columns, const Tensor& slashes, const OptionalTensor& chains, int64_t begin,
+                     int64_t rows, int64_t chunk_len, int64_t block, int64_t first_block, int64_t num_blocks) {
+  const Call call(columns);
+  qwen1m_sparse_index index = index_of(call, columns, slashes, begin, rows, chunk_len, block);
+  expect_row_blocks(first_block, num_blocks, rows, block);
+  if (chains) {
+    call.expect(*chains, "chains", DataType::INT32, chains_shape(index));
+    index.chains = pointer<int32_t>(*chains);
+  }
   // A stage's blocks are disjoint and no more than its diagonals; up to 5 stand in for an empty stage, and a diagonal
   // that crosses from one stage to the next counts in both.
   const int64_t diagonals = slashes.shape()[1] + 2 + 2 * 5, disjoint = (begin + rows) / block + 3;
-  const int64_t block_width = std::min(diagonals, disjoint), column_width = columns.shape()[1] + 3 * 5;
-  const Tensor block_table = call.make({heads, row_blocks, block_width}, DataType::INT32);
-  const Tensor column_table = call.make({heads, row_blocks, column_width}, DataType::INT32);
-  const Tensor counts = call.make({heads, row_blocks, 6}, DataType::INT32);
-  call.run(
-      qwen1m_sparse_index{
-          .columns = columns.data<int32_t>(),
-          .slashes = slashes.data<int32_t>(),
-          .tables = {pointer<int32_t>(block_table), pointer<int32_t>(column_table), pointer<int32_t>(counts),
-                     static_cast<int32_t>(block_width), static_cast<int32_t>(column_width)},
-          .heads = static_cast<int32_t>(heads),
-          .selected_columns = static_cast<int32_t>(columns.shape()[1]),
-          .selected_slashes = static_cast<int32_t>(slashes.shape()[1]),
-          .begin = static_cast<int32_t>(begin),
-          .rows = static_cast<int32_t>(rows),
-          .chunk_len = static_cast<int32_t>(chunk_len),
-          .block = static_cast<int32_t>(block),
-      },
-      QWEN1M_WORKSPACE_KERNEL(sparse_index));
+  const int64_t heads = index.heads, block_width = std::min(diagonals, disjoint);
+  const int64_t column_width = columns.shape()[1] + 3 * 5;
+  const Tensor block_table = call.make({heads, num_blocks, block_width}, DataType::INT32);
+  const Tensor column_table = call.make({heads, num_blocks, column_width}, DataType::INT32);
+  const Tensor counts = call.make({heads, num_blocks, 6}, DataType::INT32);
+  index.tables = {pointer<int32_t>(block_table), pointer<int32_t>(column_table), pointer<int32_t>(counts),
+                  static_cast<int32_t>(block_width), static_cast<int32_t>(column_width)};
+  index.first_block = static_cast<int32_t>(first_block);
+  index.num_blocks = static_cast<int32_t>(num_blocks);
+  call.run(index, QWEN1M_WORKSPACE_KERNEL(sparse_index));
   return {block_table, column_table, counts};
 }
 
@@ -130,8 +161,15 @@ PD_BUILD_OP(qwen1m_select_critical)
     .Attrs({"max_vertical: int64_t", "max_slash: int64_t", "forced_columns: int64_t", "forced_diagonals: int64_t"})
     .SetKernelFn(PD_KERNEL(qwen1m::select_critical));
 
-PD_BUILD_OP(qwen1m_sparse_index)
+PD_BUILD_OP(qwen1m_index_chains)
     .Inputs({"columns", "slashes"})
-    .Outputs({"block_table", "column_table", "counts"})
+    .Outputs({"chains"})
     .Attrs({"begin: int64_t", "rows: int64_t", "chunk_len: int64_t", "block: int64_t"})
+    .SetKernelFn(PD_KERNEL(qwen1m::index_chains));
+
+PD_BUILD_OP(qwen1m_sparse_index)
+    .Inputs({"columns", "slashes", paddle::Optional("chains")})
+    .Outputs({"block_table", "column_table", "counts"})
+    .Attrs({"begin: int64_t", "rows: int64_t", "chunk_len: int64_t", "block: int64_t", "first_block: int64_t",
+            "num_blocks: int64_t"})
     .SetKernelFn(PD_KERNEL(qwen1m::sparse_index));

@@ -28,9 +28,10 @@ Tensors rotary_table(const Tensor& positions, const Tensor& inv_freq) {
   return {table};
 }
 
-Tensors rotate_and_cache(const Tensor& qkv, const Tensor& bias, const Tensor& table, const Tensor& slots,
-                         Tensor& key_cache, Tensor& value_cache, const OptionalTensor& scales,
-                         const OptionalTensor& frame) {
+// Keys and values go to the cache; returns the queries where they are `wanted`.
+Tensors rotate(bool wanted, const Tensor& qkv, const Tensor& bias, const Tensor& table, const Tensor& slots,
+               const Tensor& key_cache, const Tensor& value_cache, const OptionalTensor& scales,
+               const OptionalTensor& frame) {
   Call call(qkv);
   const qwen1m_cache cache = call.expect_cache(key_cache, value_cache, scales, frame);
   const qwen1m_dtype activation = call.expect_activation(qkv, "qkv", {-1, -1});
@@ -48,14 +49,15 @@ Tensors rotate_and_cache(const Tensor& qkv, const Tensor& bias, const Tensor& ta
     QWEN1M_REQUIRE(slot[t] >= -1 && slot[t] < places,
                    "slot " + text(slot[t]) + " is outside the cache of " + text(places) + " tokens");
   }
-  const Tensor q = call.make_activation({variants, tokens, heads, d});
+  Tensors queries;
+  if (wanted) queries.push_back(call.make_activation({variants, tokens, heads, d}));
   call.run(
       qwen1m_rotate_and_cache{
           .qkv = qkv.data(),
           .bias = bias.data(),
           .table = table.data<float>(),
           .slots = slot,
-          .q = memory(q),
+          .q = wanted ? memory(queries[0]) : nullptr,
           .cache = cache,
           .activation = activation,
           .bias_dtype = bias_type,
@@ -64,21 +66,38 @@ Tensors rotate_and_cache(const Tensor& qkv, const Tensor& bias, const Tensor& ta
           .heads = static_cast<int32_t>(heads),
       },
       QWEN1M_KERNEL(rotate_and_cache));
-  return {q};
+  return queries;
 }
 
-Tensors rotate_queries(const Tensor& qkv, const Tensor& bias, const Tensor& table, int64_t row, int64_t heads) {
+Tensors rotate_and_cache(const Tensor& qkv, const Tensor& bias, const Tensor& table, const Tensor& slots,
+                         Tensor& key_cache, Tensor& value_cache, const OptionalTensor& scales,
+                         const OptionalTensor& frame) {
+  return rotate(true, qkv, bias, table, slots, key_cache, value_cache, scales, frame);
+}
+
+void cache_keys(const Tensor& qkv, const Tensor& bias, const Tensor& table, const Tensor& slots, Tensor& key_cache,
+                Tensor& value_cache, const OptionalTensor& scales, const OptionalTensor& frame) {
+  rotate(false, qkv, bias, table, slots, key_cache, value_cache, scales, frame);
+}
+
+// Rows [row, row + rows) of qkv, by those of the table from table_row on.
+Tensors rotate_queries(const Tensor& qkv, const Tensor& bias, const Tensor& table, int64_t row, int64_t rows,
+                       int64_t table_row, int64_t heads) {
   Call call(qkv);
   const qwen1m_dtype activation = call.expect_activation(qkv, "qkv", {-1, -1});
   call.expect(table, "table", DataType::FLOAT32, {-1, -1, -1});
-  const int64_t variants = table.shape()[0], rows = table.shape()[1], d = table.shape()[2];
+  const int64_t variants = table.shape()[0], table_rows = table.shape()[1], d = table.shape()[2];
   const int64_t tokens = qkv.shape()[0], width = qkv.shape()[1], kv_heads = (width / d - heads) / 2;
   QWEN1M_REQUIRE(heads > 0 && kv_heads > 0 && (heads + 2 * kv_heads) * d == width,
                  "qkv's width " + text(width) + " does not hold " + text(heads) + " heads of " + text(d) +
                      " and their keys and values");
   const qwen1m_dtype bias_type = call.expect_stored(bias, "bias", {width});
-  QWEN1M_REQUIRE(row >= 0 && row + rows <= tokens,
-                 "rows " + text(row) + " to " + text(row + rows) + " are not among the " + text(tokens));
+  const auto expect_rows = [rows](int64_t first, int64_t all, const char* what) {
+    QWEN1M_REQUIRE(first >= 0 && rows >= 0 && first + rows <= all,
+                   "rows " + text(first) + " to " + text(first + rows) + " are not among " + what + "'s " + text(all));
+  };
+  expect_rows(row, tokens, "qkv");
+  expect_rows(table_row, table_rows, "table");
   const Tensor q = call.make_activation({variants, rows, heads, d});
   call.run(
       qwen1m_rotate_queries{
@@ -91,6 +110,8 @@ Tensors rotate_queries(const Tensor& qkv, const Tensor& bias, const Tensor& tabl
           .variants = static_cast<int32_t>(variants),
           .row = static_cast<int32_t>(row),
           .rows = static_cast<int32_t>(rows),
+          .table_row = static_cast<int32_t>(table_row),
+          .table_rows = static_cast<int32_t>(table_rows),
           .heads = static_cast<int32_t>(heads),
           .kv_heads = static_cast<int32_t>(kv_heads),
           .head_dim = static_cast<int32_t>(d),
@@ -254,6 +275,10 @@ Tensors add_rms_norm(const Tensor& delta, Tensor& residual, const Tensor& weight
   return normalise(&delta, residual, weight, eps, run_norm);
 }
 
+void rms_norm_into(const OptionalTensor& delta, Tensor& residual, const Tensor& weight, Tensor& out, float eps) {
+  normalise(delta ? &*delta : nullptr, residual, weight, eps, run_norm, &out);
+}
+
 Tensors sum_rms_norm(const Tensor& delta, Tensor& residual, const Tensor& weight, float eps,
                      const std::vector<int64_t>& boxes, int64_t rank) {
   const auto degree = static_cast<int64_t>(boxes.size());
@@ -378,10 +403,17 @@ PD_BUILD_OP(qwen1m_rotate_and_cache)
     .SetInplaceMap({{"key_cache", "written_keys"}, {"value_cache", "written_values"}})
     .SetKernelFn(PD_KERNEL(qwen1m::rotate_and_cache));
 
+PD_BUILD_OP(qwen1m_cache_keys)
+    .Inputs({"qkv", "bias", "table", "slots", "key_cache", "value_cache", paddle::Optional("scales"),
+             paddle::Optional("frame")})
+    .Outputs({"written_keys", "written_values"})
+    .SetInplaceMap({{"key_cache", "written_keys"}, {"value_cache", "written_values"}})
+    .SetKernelFn(PD_KERNEL(qwen1m::cache_keys));
+
 PD_BUILD_OP(qwen1m_rotate_queries)
     .Inputs({"qkv", "bias", "table"})
     .Outputs({"q"})
-    .Attrs({"row: int64_t", "heads: int64_t"})
+    .Attrs({"row: int64_t", "rows: int64_t", "table_row: int64_t", "heads: int64_t"})
     .SetKernelFn(PD_KERNEL(qwen1m::rotate_queries));
 
 PD_BUILD_OP(qwen1m_decode_inputs)
@@ -418,6 +450,13 @@ PD_BUILD_OP(qwen1m_add_rms_norm)
     .Attrs({"eps: float"})
     .SetInplaceMap({{"residual", "sum"}})
     .SetKernelFn(PD_KERNEL(qwen1m::add_rms_norm));
+
+PD_BUILD_OP(qwen1m_rms_norm_into)
+    .Inputs({paddle::Optional("delta"), "residual", "weight", "out"})
+    .Outputs({"sum", "normed"})
+    .Attrs({"eps: float"})
+    .SetInplaceMap({{"residual", "sum"}, {"out", "normed"}})
+    .SetKernelFn(PD_KERNEL(qwen1m::rms_norm_into));
 
 PD_BUILD_OP(qwen1m_sum_rms_norm)
     .Inputs({"delta", "residual", "weight"})

@@ -160,9 +160,8 @@ Tensors silu_mul8(const Tensor& gate_up) {
   return {out.numbers, out.scales};
 }
 
-Tensors product8(const Tensor& x, const Tensor& x_scales, const Tensor& numbers, const Tensor& scales,
-                 const std::string& dtype) {
-  const Call call(x);
+void product8(const Tensor& x, const Tensor& x_scales, const Tensor& numbers, const Tensor& scales, Tensor& y) {
+  Call call(x);
   call.expect(x, "x", DataType::UINT8, {-1, -1});
   const int64_t rows = x.shape()[0], depth = x.shape()[1];
   QWEN1M_REQUIRE(rows % QWEN1M_ROWS8_MULTIPLE == 0,
@@ -172,7 +171,7 @@ Tensors product8(const Tensor& x, const Tensor& x_scales, const Tensor& numbers,
   QWEN1M_REQUIRE(weight.rows == 128 && weight.columns == 128,
                  "scales must be of blocks of 128 x 128, got " + text(weight.rows) + " x " + text(weight.columns));
   const int64_t features = numbers.shape()[0];
-  const Tensor y = call.make({rows, features}, call.on_gpu() ? named_type(dtype) : DataType::FLOAT32);
+  call.expect_activation(y, "y", {rows, features});
   call.run(
       qwen1m_product8{
           .x = {pointer<uint8_t>(x), pointer<float>(x_scales), rows},
@@ -183,7 +182,6 @@ Tensors product8(const Tensor& x, const Tensor& x_scales, const Tensor& numbers,
           .out_dtype = storage_type(y, "y"),
       },
       QWEN1M_WORKSPACE_KERNEL(product8));
-  return {y};
 }
 
 }  // namespace
@@ -225,7 +223,7 @@ PD_BUILD_OP(qwen1m_silu_mul8)
     .SetKernelFn(PD_KERNEL(qwen1m::silu_mul8));
 
 PD_BUILD_OP(qwen1m_product8)
-    .Inputs({"x", "x_scales", "numbers", "scales"})
-    .Outputs({"y"})
-    .Attrs({"dtype: std::string"})
+    .Inputs({"x", "x_scales", "numbers", "scales", "y"})
+    .Outputs({"written"})
+    .SetInplaceMap({{"y", "written"}})
     .SetKernelFn(PD_KERNEL(qwen1m::product8));

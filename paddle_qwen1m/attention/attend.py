@@ -10,19 +10,27 @@ from paddle_qwen1m import ops
 from paddle_qwen1m.attention.selector import Projected, Selector
 from paddle_qwen1m.attention.step import Step
 from paddle_qwen1m.cache import LayerCache
+from paddle_qwen1m.config import ROWS_AT_ONCE
+
+
+def keep(projected: Projected, cache: LayerCache, step: Step) -> None:
+    """Puts the keys and values of a step's rows into the cache."""
+    where = step.rotary, step.slots, cache.keys, cache.values, cache.quantised
+    ops.cache_keys(projected.qkv, projected.bias, *where)
 
 
 def attend(
-    q: paddle.Tensor, projected: Projected, cache: LayerCache, step: Step, selector: Selector | None
+    projected: Projected, cache: LayerCache, step: Step, selector: Selector | None
 ) -> Generator[None, None, paddle.Tensor]:
-    """Attention output [T, H, D] of queries q [V, T, H, D] against a cache that holds the step's keys already.
+    """Attention output [T, H, D] of a step's rows, whose keys and values go to the cache first.
 
-    `projected` is what the queries of sparse pieces are rotated from once more, to choose keys; `selector` does that.
-    Pauses behind each group of row blocks that the step names. Rows of another share hold whatever was in memory.
+    `selector` chooses the keys of sparse pieces. Pauses behind each group of row blocks that the step names. Rows of
+    another share hold whatever was in memory.
     """
     if step.lengths is not None:
+        where = step.rotary, step.slots, cache.keys, cache.values, cache.quantised
         return ops.dca_decode(
-            q,
+            ops.rotate_and_cache(projected.qkv, projected.bias, *where),
             cache.keys,
             cache.values,
             step.block_tables,
@@ -31,37 +39,61 @@ def attend(
             cache.chunk_len,
             cache.quantised,
         )
-    out = paddle.empty(q.shape[1:], q.dtype)
+    keep(projected, cache, step)
+    out = paddle.empty([projected.qkv.shape[0], projected.heads, cache.keys.shape[3]], projected.qkv.dtype)
+    yield from _attend_densely(projected, cache, step, out)
+    yield from _attend_sparsely(projected, cache, step, selector, out)
+    return out
+
+
+def _attend_densely(
+    projected: Projected, cache: LayerCache, step: Step, out: paddle.Tensor
+) -> Generator[None, None, None]:
+    rotated: tuple[int, paddle.Tensor] | None = None
     for dense in step.dense_pieces:
+        first, last = dense.first, min(dense.first + ROWS_AT_ONCE, out.shape[0])
         if dense.pieces.shape[0] > 0:
+            if rotated is None or rotated[0] != first:
+                rotated = None  # its memory is free again
+                rotated = first, projected.queries(step.rotary, first, last - first, table_row=first)
             (keys, values, chunk_len, quantised, _), tables = cache.readable(step.block_tables, dense.copied)
             where = tables, dense.pieces, step.scale, chunk_len
-            ops.dca_prefill(q, out, keys, values, *where, quantised=quantised)
-        yield
+            ops.dca_prefill(rotated[1], out[first:last], keys, values, *where, quantised=quantised)
+        if dense.pauses:
+            yield
+
+
+def _attend_sparsely(
+    projected: Projected, cache: LayerCache, step: Step, selector: Selector | None, out: paddle.Tensor
+) -> Generator[None, None, None]:
     for sparse in step.sparse_pieces:
         assert selector is not None
-        piece = sparse.piece
         pages = sparse.block_table, sparse.copied
-        index = selector.choose(sparse, projected, *cache.readable(*pages), heads=q.shape[2])
-        for first, count in sparse.own_groups:
-            if count > 0:
-                # once more: in a pause others read theirs
-                (keys, values, chunk_len, quantised, _), table = cache.readable(*pages)
-                ops.dca_sparse_prefill(
-                    q,
-                    out,
-                    keys,
-                    values,
-                    table,
-                    index,
-                    piece.row,
-                    piece.begin,
-                    piece.rows,
-                    chunk_len,
-                    sparse.scale,
-                    first_block=first,
-                    num_blocks=count,
-                    quantised=quantised,
-                )
-            yield
-    return out
+        lines = selector.choose(sparse, projected, *cache.readable(*pages))
+        for span, first, runs in sparse.spans():
+            q = projected.queries(step.rotary, span.row, span.rows, table_row=span.row)
+            index = lines.visits(first, span.row_blocks)
+            for run in runs:
+                if run.size > 0:
+                    # once more: in a pause others read theirs
+                    (keys, values, chunk_len, quantised, _), table = cache.readable(*pages)
+                    ops.dca_sparse_prefill(
+                        q,
+                        out[span.row : span.row + span.rows],
+                        keys,
+                        values,
+                        table,
+                        index,
+                        0,
+                        span.begin,
+                        span.rows,
+                        chunk_len,
+                        sparse.scale,
+                        order=selector.budgets.order,
+                        first_block=run.first,
+                        num_blocks=run.size,
+                        quantised=quantised,
+                    )
+                if run.pauses:
+                    yield
+            del q, index  # their memory is free again while the next ones are made

@@ -47,6 +47,11 @@ class Piece:
             return self, None
         return Piece(self.row, self.begin, rows), Piece(self.row + rows, self.begin + rows, self.rows - rows)
 
+    def blocks(self, first: int, count: int) -> Piece:
+        """Of its row blocks `count` from number `first` on, fewer at its end."""
+        skipped = first * BLOCK
+        return Piece(self.row + skipped, self.begin + skipped, min(count * BLOCK, self.rows - skipped))
+
     def around(self, rows: np.ndarray) -> Piece | None:
         """From the row block of the first of those `rows` of the step, int64 [n], that are the piece's to the last of
         them; None without any.

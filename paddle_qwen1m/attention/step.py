@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Callable
+from itertools import groupby
+from typing import Callable, NamedTuple
 
 import numpy as np
 import paddle
@@ -14,7 +15,7 @@ from paddle_qwen1m import ops
 from paddle_qwen1m.attention import positions
 from paddle_qwen1m.attention.positions import Piece
 from paddle_qwen1m.cache import CopiedPages, PagedCache
-from paddle_qwen1m.config import BLOCK, ModelConfig
+from paddle_qwen1m.config import BLOCK, ROWS_AT_ONCE, ModelConfig
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,14 @@ class RowShare:
 ALL_ROWS = RowShare()
 
 
+class Run(NamedTuple):
+    """Rows, or row blocks, [first, first + size), which may be none. pauses: behind them attention does."""
+
+    first: int
+    size: int
+    pauses: bool
+
+
 @dataclass(frozen=True)
 class SparsePiece:
     """A piece that attends to chosen keys only. `critical_rotary` float32 [V, n, D] rotates its n probe rows.
@@ -93,6 +102,16 @@ class SparsePiece:
         """What the share has of each group."""
         return [self.share.of_blocks(*group) for group in self.groups]
 
+    def spans(self) -> Iterator[tuple[Piece, int, list[Run]]]:
+        """What the share has of it in parts of ROWS_AT_ONCE: each as a piece, the number of its first row block, and
+        what of it is computed at a time, in its own row blocks.
+        """
+        blocks = ROWS_AT_ONCE // BLOCK
+        runs = [run for group in self.own_groups for run in cut_at(blocks, *group)]
+        for number, own in groupby(runs, key=lambda run: run.first // blocks):
+            first = min(number * blocks, self.piece.row_blocks - 1)
+            yield self.piece.blocks(first, blocks), first, [run._replace(first=run.first - first) for run in own]
+
     def around(self, rows: np.ndarray) -> SparsePiece | None:
         """Of its row blocks those that Piece.around names; keys are chosen as for all of them."""
         part = self.piece.around(rows)
@@ -106,11 +125,14 @@ class SparsePiece:
 
 @dataclass(frozen=True)
 class DensePieces:
-    """Pieces that are computed between two pauses: int32 [P, 4] in host memory, P may be 0. copied: what layers whose
-    pages are copied for their readers are to copy, with tables int32 [S, W].
+    """Pieces that are computed together: int32 [P, 4] in host memory, P may be 0; their rows count from row `first` of
+    the step on, a multiple of ROWS_AT_ONCE, and are no more than that. pauses: behind them attention does. copied: what
+    layers whose pages are copied for their readers are to copy, with tables int32 [S, W].
     """
 
     pieces: paddle.Tensor
+    first: int = 0
+    pauses: bool = True
     copied: CopiedPages | None = None
 
 
@@ -192,14 +214,34 @@ def groups(pieces: Iterable[tuple[int, Piece]], row_blocks: int) -> list[np.ndar
     return [np.asarray(group, np.int32) for group in made]
 
 
-def _host(group: np.ndarray) -> paddle.Tensor:
-    return paddle.to_tensor(group, place=paddle.CPUPlace())
+def cut_at(many: int, first: int, count: int) -> Iterator[Run]:
+    """[first, first + count), cut at multiples of `many`; there is a pause behind the last part."""
+    end = first + count
+    while end - first > many - first % many:
+        yield Run(first, many - first % many, pauses=False)
+        first += many - first % many
+    yield Run(first, end - first, pauses=True)
+
+
+def dense_pieces(group: np.ndarray, copied: CopiedPages | None) -> Iterator[DensePieces]:
+    """Pieces int32 [P, 4] of a step's rows, cut where DensePieces do, with a pause behind all of them."""
+    parts: list[tuple[int, list[tuple[int, int, int, int]]]] = []
+    for number, row, rows, begin in group.tolist():
+        for run in cut_at(ROWS_AT_ONCE, row, rows):
+            first = run.first // ROWS_AT_ONCE * ROWS_AT_ONCE
+            if not parts or parts[-1][0] != first:
+                parts.append((first, []))
+            parts[-1][1].append((number, run.first - first, run.size, begin + run.first - row))
+    for index, (first, own) in enumerate(parts or [(0, [])]):
+        pieces = paddle.to_tensor(np.asarray(own, np.int32).reshape([-1, 4]), place=paddle.CPUPlace())
+        yield DensePieces(pieces, first, index + 1 >= len(parts), copied)
 
 
 def attended_rows(rows: int, dense: Iterable[DensePieces], sparse: Iterable[SparsePiece]) -> np.ndarray:
     """The number of each of so many rows that the share of these pieces has, int64 [T]; -1 of others."""
     attended = np.full(rows, -1, np.int64)
-    runs = [(row, row + count) for one in dense for _, row, count, _ in one.pieces.numpy().tolist()]
+    pieces = [(one.first + row, count) for one in dense for _, row, count, _ in one.pieces.numpy().tolist()]
+    runs = [(row, row + count) for row, count in pieces]
     for whole in sparse:
         piece = whole.piece
         for first, count in whole.own_groups:
@@ -310,7 +352,8 @@ class StepBuilder:
         row_blocks: int,
     ) -> Iterator[DensePieces]:
         if cache.widened is None:
-            yield from (DensePieces(_host(self._share.of_pieces(group))) for group in groups(pieces, row_blocks))
+            for group in groups(pieces, row_blocks):
+                yield from dense_pieces(self._share.of_pieces(group), None)
             return
         for together in copied_together(pieces, [len(held) for held in pages], cache.widened.num_pages):
             copied = [page for number in together for page in pages[number]]
@@ -318,7 +361,7 @@ class StepBuilder:
             own = [range(firsts[n], firsts[n] + len(held)) if n in firsts else [0] for n, held in enumerate(pages)]
             where = CopiedPages(ops.tensor(np.asarray(copied, np.int32)), page_tables(own))
             for group in groups([piece for piece in pieces if piece[0] in firsts], row_blocks):
-                yield DensePieces(_host(self._share.of_pieces(group)), where)
+                yield from dense_pieces(self._share.of_pieces(group), where)
 
     def _sparse_piece(self, piece: Piece, rows: SequenceRows, cache: PagedCache, row_blocks: int) -> SparsePiece:
         table = ops.tensor(np.asarray(rows.pages[: -(-piece.end // cache.page_size)], np.int32))

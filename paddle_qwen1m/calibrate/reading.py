@@ -112,7 +112,7 @@ class Layer:
                 yield len(text.residual[rows])
 
     def _attention(self, normed: paddle.Tensor, step: Step) -> paddle.Tensor:
-        running = self._layer.attention(normed, step, self._cache.layers[0], None)
+        running = self._layer.attention(self._layer.project(normed), step, self._cache.layers[0], None)
         while True:
             try:
                 next(running)
@@ -140,8 +140,9 @@ class Layer:
             normed = ops.rms_norm(
                 ops.tensor(text.residual[begin : begin + self._chunk]), layer.input_norm, self._config.rms_norm_eps
             )
-            projected = Projected(layer.linear(normed, "qkv_weight"), layer.qkv_bias)
-            q = ops.rotate_and_cache(*projected, step.rotary, step.slots, cache.keys, cache.values)
+            projected = layer.project(normed)
+            where = step.rotary, step.slots, cache.keys, cache.values
+            q = ops.rotate_and_cache(projected.qkv, projected.bias, *where)
             for sparse in step.sparse_pieces:
                 if _is_measured(sparse.piece, len(text.ids)):
                     yield self._piece(number, sparse, step, q, projected, blocks_a_piece)
@@ -161,7 +162,7 @@ class Layer:
         measured = piece.row - piece.begin + positions
         if (number, piece.begin) not in self._known:
             first = piece.row + piece.rows - piece.probe_rows
-            critical = ops.rotate_queries(*projected, sparse.critical_rotary, first, q.shape[2])
+            critical = projected.queries(sparse.critical_rotary, first)
             sums = ops.dca_probe(critical, cache.keys, sparse.block_table, piece.end, cache.chunk_len, sparse.scale)
             parts = [(0, piece.row + first, rows, piece.begin + first) for first, rows in _rows(piece, blocks)]
             out, lse = paddle.empty(q.shape[1:], q.dtype), paddle.empty(q.shape[1:3], "float32")

@@ -25,7 +25,7 @@ kernels and does not wait.
 
 from paddle_qwen1m.ops.attention import Stage, dca_decode, dca_prefill, dca_sparse_prefill
 from paddle_qwen1m.ops.files import read_rows
-from paddle_qwen1m.ops.keys import PROBE_ROWS, SparseIndex, dca_probe, select_critical, sparse_index
+from paddle_qwen1m.ops.keys import PROBE_ROWS, SparseIndex, dca_probe, index_chains, select_critical, sparse_index
 from paddle_qwen1m.ops.library import LIBRARY, cpu_isa, gpu_obstacle, load, on_gpu, set_num_threads
 from paddle_qwen1m.ops.mailbox import MAILBOX_ROWS, MAILBOX_WIDTH, make_mailbox, sum_rms_norm
 from paddle_qwen1m.ops.pages import Quantised, copy_page, dequantize_pages
@@ -46,6 +46,7 @@ from paddle_qwen1m.ops.sampling import IN_PROMPT, LARGEST_COUNT, sample, top_log
 from paddle_qwen1m.ops.step import (
     FEW_ROWS,
     add_rms_norm,
+    cache_keys,
     cast,
     decode_inputs,
     embedding,
@@ -95,6 +96,7 @@ __all__ = [
     "add_rms_norm",
     "add_rms_norm8",
     "await_rows",
+    "cache_keys",
     "cast",
     "copy_page",
     "cpu_isa",
@@ -107,6 +109,7 @@ __all__ = [
     "embedding",
     "gather_rows",
     "gpu_obstacle",
+    "index_chains",
     "join_columns",
     "linear",
     "load",

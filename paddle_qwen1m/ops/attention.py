@@ -58,6 +58,7 @@ def dca_sparse_prefill(
     scale: float,
     lse: paddle.Tensor | None = None,
     *,
+    order: paddle.Tensor | None = None,
     first_block: int = 0,
     num_blocks: int | None = None,
     quantised: Quantised | None = None,
@@ -66,7 +67,7 @@ def dca_sparse_prefill(
 
     q is [V, T, H, D]; block_table int32 [W] of the piece's sequence; lse as in `dca_prefill` (spec sections 7 and 8).
     Only the piece's row blocks [first_block, first_block + num_blocks) are computed, by default all of them; what a row
-    gets does not depend on how its piece is cut.
+    gets does not depend on how its piece is cut. A GPU begins the heads in `order` int32 [H], by default their own.
     """
     if num_blocks is None:
         num_blocks = -(-rows // BLOCK) - first_block
@@ -79,6 +80,7 @@ def dca_sparse_prefill(
         *(quantised or NOT_QUANTISED),
         block_table,
         *index,
+        order,
         lse,
         row,
         begin,

@@ -14,7 +14,7 @@ PROBE_ROWS = 64
 
 
 class SparseIndex(NamedTuple):
-    """What every head visits in every block of 64 rows of one piece (spec section 6, the three stages side by side).
+    """What every head visits in R blocks of 64 rows of one piece (spec section 6, the three stages side by side).
 
     blocks: int32 [H, R, B] absolute first keys of 64-key blocks, not aligned; ascending: inter, then succ, then intra.
     columns: int32 [H, R, C] absolute keys, ascending in the same order; none lies in a block of its stage.
@@ -73,8 +73,33 @@ def select_critical(
     return columns, slashes
 
 
-def sparse_index(
+def index_chains(
     columns: paddle.Tensor, slashes: paddle.Tensor, begin: int, rows: int, chunk_len: int, block: int = BLOCK
+) -> paddle.Tensor | None:
+    """What `sparse_index` can take from one call to the next for the row blocks of a piece; None on a CPU."""
+    if not columns.place.is_gpu_place():
+        return None
+    return call("index_chains", columns, slashes, begin, rows, chunk_len, block)[0]
+
+
+def sparse_index(
+    columns: paddle.Tensor,
+    slashes: paddle.Tensor,
+    begin: int,
+    rows: int,
+    chunk_len: int,
+    block: int = BLOCK,
+    *,
+    first_block: int = 0,
+    num_blocks: int | None = None,
+    chains: paddle.Tensor | None = None,
 ) -> SparseIndex:
-    """What the piece [begin, begin + rows) visits, from `select_critical`'s result (spec 5.5 and 6)."""
-    return SparseIndex(*call("sparse_index", columns, slashes, begin, rows, chunk_len, block))
+    """What the piece [begin, begin + rows) visits, from `select_critical`'s result (spec 5.5 and 6).
+
+    Only of its row blocks [first_block, first_block + num_blocks), by default of all. chains: of the same piece, which
+    are made anew without.
+    """
+    if num_blocks is None:
+        num_blocks = -(-rows // block) - first_block
+    piece = begin, rows, chunk_len, block
+    return SparseIndex(*call("sparse_index", columns, slashes, chains, *piece, first_block, num_blocks))

@@ -22,14 +22,29 @@ def embedding(
     return call("embedding", ids, table, first, table.shape[0] if vocabulary is None else vocabulary)[0]
 
 
-def rms_norm(hidden: paddle.Tensor, weight: paddle.Tensor, eps: float) -> paddle.Tensor:
-    """hidden / sqrt(mean(hidden^2) + eps) * weight over the last axis of float32 [T, N], as activations."""
-    return call("rms_norm", hidden, weight, eps)[0]
+def rms_norm(
+    hidden: paddle.Tensor, weight: paddle.Tensor, eps: float, out: paddle.Tensor | None = None
+) -> paddle.Tensor:
+    """hidden / sqrt(mean(hidden^2) + eps) * weight over the last axis of float32 [T, N], as activations: new ones, or
+    `out` [T, N], contiguous.
+    """
+    return call("rms_norm", hidden, weight, eps)[0] if out is None else _norm_into(None, hidden, weight, eps, out)
 
 
-def add_rms_norm(delta: paddle.Tensor, residual: paddle.Tensor, weight: paddle.Tensor, eps: float) -> paddle.Tensor:
-    """Adds `delta` [T, N] to `residual` float32 in place and returns the RMSNorm of the sum, as activations."""
-    return call("add_rms_norm", delta, residual, weight, eps)[1]
+def add_rms_norm(
+    delta: paddle.Tensor, residual: paddle.Tensor, weight: paddle.Tensor, eps: float, out: paddle.Tensor | None = None
+) -> paddle.Tensor:
+    """Adds `delta` [T, N] to `residual` float32 in place and returns the RMSNorm of the sum, as `rms_norm` does."""
+    if out is None:
+        return call("add_rms_norm", delta, residual, weight, eps)[1]
+    return _norm_into(delta, residual, weight, eps, out)
+
+
+def _norm_into(
+    delta: paddle.Tensor | None, residual: paddle.Tensor, weight: paddle.Tensor, eps: float, out: paddle.Tensor
+) -> paddle.Tensor:
+    call("rms_norm_into", delta, residual, weight, out, eps)
+    return out
 
 
 def linear(
@@ -95,11 +110,34 @@ def rotate_and_cache(
     return call("rotate_and_cache", qkv, bias, table, slots, *cache)[2]
 
 
+def cache_keys(
+    qkv: paddle.Tensor,
+    bias: paddle.Tensor,
+    table: paddle.Tensor,
+    slots: paddle.Tensor,
+    key_cache: paddle.Tensor,
+    value_cache: paddle.Tensor,
+    quantised: Quantised | None = None,
+) -> None:
+    """What `rotate_and_cache` does with keys and values."""
+    cache = key_cache, value_cache, *(quantised or NOT_QUANTISED)
+    call("cache_keys", qkv, bias, table, slots, *cache)
+
+
 def rotate_queries(
-    qkv: paddle.Tensor, bias: paddle.Tensor, table: paddle.Tensor, row: int, heads: int
+    qkv: paddle.Tensor,
+    bias: paddle.Tensor,
+    table: paddle.Tensor,
+    heads: int,
+    *,
+    row: int,
+    rows: int | None = None,
+    table_row: int = 0,
 ) -> paddle.Tensor:
-    """Biased queries of rows [row, row + n) of qkv, rotated by each variant of table [V, n, D]: [V, n, H, D]."""
-    return call("rotate_queries", qkv, bias, table, row, heads)[0]
+    """Biased queries of rows [row, row + rows) of qkv [T, (H + 2G) D], rotated by each variant of the table [V, R, D],
+    whose rows from table_row on are theirs, by default all: [V, rows, H, D].
+    """
+    return call("rotate_queries", qkv, bias, table, row, table.shape[1] if rows is None else rows, table_row, heads)[0]
 
 
 def decode_inputs(

@@ -97,13 +97,23 @@ def _rows(made: list[paddle.Tensor], of: paddle.Tensor) -> Rows8:
     return Rows8(numbers, scales, of.shape[0])
 
 
-def product8(x: Rows8, weight: Weight8, dtype: str) -> paddle.Tensor:
+def product8(x: Rows8 | list[Rows8], weight: Weight8, dtype: str) -> paddle.Tensor:
     """x [T, K] times the transpose of an FP8 weight in blocks of 128 x 128: [T, N] as `dtype`, on a CPU float32.
 
-    On a GPU by cuBLASLt, where `product8_version` names one.
+    Several are rows one below the other, each but the last a multiple of 4. On a GPU by cuBLASLt, where
+    `product8_version` names one.
     """
-    y = call("product8", x.numbers, x.scales, weight.numbers, weight.scales, dtype)[0]
-    return y if x.tokens == y.shape[0] else y[: x.tokens]
+    parts = [x] if isinstance(x, Rows8) else x
+    heights, tokens = [part.numbers.shape[0] for part in parts], sum(part.tokens for part in parts)
+    assert tokens > sum(heights) - 4 and heights[:-1] == [part.tokens for part in parts[:-1]]
+    on_gpu = weight.numbers.place.is_gpu_place()
+    y = paddle.empty([sum(heights), weight.numbers.shape[0]], dtype if on_gpu else "float32")
+    end = 0
+    for part, height in zip(parts, heights):
+        end += height
+        own = y if len(parts) == 1 else y[end - height : end]
+        call("product8", part.numbers, part.scales, weight.numbers, weight.scales, own)
+    return y if tokens == y.shape[0] else y[:tokens]
 
 
 def product8_version(in_features: int, out_features: int, dtype: str) -> int:

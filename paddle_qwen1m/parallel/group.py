@@ -21,6 +21,7 @@ import paddle
 from paddle.base import core
 
 from paddle_qwen1m import ops
+from paddle_qwen1m.config import ROWS_AT_ONCE
 from paddle_qwen1m.ops.library import library
 from paddle_qwen1m.parallel.copies import Copies, open_copies
 from paddle_qwen1m.parallel.job import (
@@ -51,6 +52,8 @@ class Group:
 
     rank = 0
     degree = 1
+    adds_up = False
+    """Whether others have parts of what a product gives."""
 
     def all_reduce(self, values: paddle.Tensor) -> paddle.Tensor:
         """`values`, contiguous, replaced by their sum over all ranks."""
@@ -64,7 +67,7 @@ class Group:
 
     def lanes(self, rows: int) -> int:
         """In how many lanes so many rows of a step go (lanes.py): one where they are few or do not divide by degree."""
-        return 1
+        return min(MOST_LANES, max(1, -(-rows // ROWS_AT_ONCE)))
 
     def open_copies(self, rows: int, width: int, dtype: str) -> None:
         """Makes room for lanes of steps of up to so many rows of `width` activations, where ranks can copy into each
@@ -127,6 +130,8 @@ ALONE = Group()
 
 class ProcessGroup(Group):
     """Ranks that a launcher started; `job` is None for a group of one."""
+
+    adds_up = True
 
     def __init__(self, job: Job | None) -> None:
         self.rank, self.degree = (job.rank, job.degree) if job is not None else (0, 1)

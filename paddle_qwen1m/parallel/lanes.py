@@ -1,4 +1,5 @@
-"""How the rows of a step go through the layers on several ranks: what is summed over all of them waits for nobody.
+"""How the rows of a step go through the layers: in parts of a large chunk, and on several ranks so that what is summed
+over all of them waits for nobody.
 
 Few rows, of a decode step above all, are one lane: behind each product their sum over all ranks, and its norm. Many
 rows are two to four lanes. A rank keeps the residual stream of one share of a lane's rows: a product's sums come to it
@@ -6,6 +7,8 @@ by a reduce-scatter, it norms its share, and an all-gather gives all ranks the l
 under way, copied by the cards or on the library's stream, the computation goes on with the next one's. Lanes are of the
 rows alone: attention has all of them, its keys are cached before any are chosen, and nothing is under way at its
 beginning, nor where a prefill stands still.
+
+One rank alone has lanes of ROWS_AT_ONCE, so that no more of the MLP is in memory at once.
 """
 
 from __future__ import annotations
@@ -16,12 +19,13 @@ from typing import Any, Callable, Union
 import paddle
 
 from paddle_qwen1m import ops
+from paddle_qwen1m.config import BLOCK
 from paddle_qwen1m.parallel.copies import Copies
 from paddle_qwen1m.parallel.group import Group
 from paddle_qwen1m.parallel.pending import Pending
 
-Activations = Union[paddle.Tensor, ops.Rows8]
-"""Of T rows: [T, N] in the activations' type, or in FP8."""
+Activations = Union[paddle.Tensor, ops.Rows8, "list[ops.Rows8]"]
+"""Of T rows: [T, N] in the activations' type, or in FP8, in parts one below the other where there are several."""
 Product = Callable[[Any], Any]
 """Of rows [n, K] as many new ones, the last of several products a tensor."""
 TakesRows8 = Callable[[int], bool]
@@ -52,10 +56,12 @@ class Lanes:
 
     def __init__(self, group: Group, rows: int, width: int, eps: float, *, split: bool = True) -> None:
         self._group, self._rows, self._width, self._eps = group, rows, width, eps
-        count, shares = group.lanes(rows) if split else 1, rows // group.degree
-        borders = [0, *(group.degree * (shares * number // count) for number in range(1, count)), rows]
+        count = group.lanes(rows) if split else 1
+        grain = group.degree if group.adds_up else BLOCK
+        borders = [0, *(grain * (rows * number // (grain * count)) for number in range(1, count)), rows]
         self._lanes = [Lane(number, *ends) for number, ends in enumerate(zip(borders, borders[1:]))]
-        self._is_split = count > 1
+        self._is_split = count > 1 and group.adds_up
+        """Between ranks: each norms a share of a lane's rows, which are gathered."""
         self._copies: Copies | None = group.lend_copies(rows, width) if self._is_split else None
         self._late: tuple[Lane, paddle.Tensor, TakesRows8 | None] | None = None
         self._gathered: paddle.Tensor | None = None if self._copies is None else self._copies.rows(0, rows)
@@ -102,7 +108,7 @@ class Lanes:
             self._gathered = None
         for lane in self._lanes:
             lane.normed = None
-        return whole
+        return found if len(found) > 1 and isinstance(whole, ops.Rows8) else whole
 
     def of_rows(self, rows: paddle.Tensor) -> Lanes:
         """Of some rows of the step, int64 [n], in one lane, where the layers go on with those alone."""
@@ -114,7 +120,7 @@ class Lanes:
         """The residual stream of all rows, float32 [T, N], on every rank."""
         assert self._late is None
         shares: list[paddle.Tensor] = [lane.residual for lane in self._lanes]
-        if not self._is_split:
+        if len(shares) == 1 and not self._is_split:
             return shares[0]
         whole = paddle.empty([self._rows, shares[0].shape[1]], shares[0].dtype)
         for pending in [self._group.all_gather(own, lane.of(whole)) for own, lane in zip(shares, self._lanes)]:
@@ -151,19 +157,27 @@ class Lanes:
         in_fp8 = takes_rows8 is not None and not self._is_split and takes_rows8(values.shape[0])
         if not self._is_split and (in_fp8 or lane.residual is None):
             values = self._group.all_reduce(values)
+        # Where lanes are local, rows are normed into the place of those of the norm before, which have been used.
+        activations = weight.dtype if weight.place.is_gpu_place() else paddle.float32
+        into = None if in_fp8 or self._is_split or self.count == 1 else lane.of(self._room_for_all(activations))
         if lane.residual is None:
             lane.residual = values
-            own = (ops.rms_norm8 if in_fp8 else ops.rms_norm)(values, weight, self._eps)
+            own = ops.rms_norm8(values, weight, self._eps) if in_fp8 else ops.rms_norm(values, weight, self._eps, into)
         elif in_fp8:
             own = ops.add_rms_norm8(values, lane.residual, weight, self._eps)
-        elif self._is_split:
-            own = ops.add_rms_norm(values, lane.residual, weight, self._eps)
+        elif self._is_split or into is not None:
+            own = ops.add_rms_norm(values, lane.residual, weight, self._eps, into)
         else:
             own = self._group.add_rms_norm(values, lane.residual, weight, self._eps)
         if not self._is_split:
             lane.normed = Pending(own)
             return
         if self._copies is None and lane is self._lanes[0]:
-            self._gathered = paddle.empty([self._rows, own.shape[1]], own.dtype)
-        assert self._gathered is not None
-        lane.normed = self._group.all_gather(own, lane.of(self._gathered))
+            self._gathered = None
+        lane.normed = self._group.all_gather(own, lane.of(self._room_for_all(own.dtype)))
+
+    def _room_for_all(self, dtype: paddle.dtype) -> paddle.Tensor:
+        """Where all rows behind a norm come together, activations [T, N]."""
+        if self._gathered is None:
+            self._gathered = paddle.empty([self._rows, self._width], dtype)
+        return self._gathered

@@ -104,7 +104,7 @@ class OpFace:
         return array(queries)
 
     def rotate_queries(self, qkv: np.ndarray, bias: np.ndarray, table: np.ndarray, row: int, heads: int) -> np.ndarray:
-        return array(ops.rotate_queries(tensor(qkv), self._stored(bias), tensor(table), row, heads))
+        return array(ops.rotate_queries(tensor(qkv), self._stored(bias), tensor(table), heads, row=row))
 
     def dca_prefill(
         self,

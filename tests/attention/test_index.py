@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import oracle
+import paddle
 import pytest
 from faces import FACES, Face
 from oracle.index_vectors import GOLDEN
+
+from paddle_qwen1m import ops
 
 each_face = pytest.mark.parametrize("face", FACES, ids=lambda face: face.name)
 
@@ -173,3 +176,23 @@ def test_p27_runs_through_the_selection(face: Face, run: int) -> None:
     slashes = np.r_[hits, begin + rows - 1][None]
     index = face.sparse_index(np.array([[0]]), slashes, begin, rows, chunk_len)
     assert index.counts[0, 0, oracle.SUCC] == -(-(63 + run) // 64)
+
+
+def test_row_blocks_of_a_piece_are_those_of_the_whole(rng: np.random.Generator) -> None:
+    """Ranges that begin and end anywhere, of a piece that all three stages are seen from, its last row block short."""
+    begin, rows, chunk_len = 5 * 640 + 100, 470, 640
+    columns, slashes = (
+        paddle.to_tensor(np.sort(np.stack([rng.permutation(begin + rows)[:n] for _ in range(2)])).astype(np.int32))
+        for n in (90, 700)
+    )
+    piece = columns, slashes, begin, rows, chunk_len
+    *whole, counts = (table.numpy() for table in ops.sparse_index(*piece))
+    for first, count in ((0, 0), (0, 3), (2, 5), (7, 1)):
+        *part, of_part = (t.numpy() for t in ops.sparse_index(*piece, first_block=first, num_blocks=count))
+        np.testing.assert_array_equal(of_part, counts[:, first : first + count])
+        for one, of_all, sizes in zip(part, whole, (of_part[..., :3].sum(-1), of_part[..., 3:].sum(-1))):
+            for head, block in np.ndindex(*sizes.shape):
+                size = sizes[head, block]
+                np.testing.assert_array_equal(one[head, block, :size], of_all[head, first + block, :size])
+    with pytest.raises(ValueError, match=r"row blocks 7 to 9 are not among the piece's 8"):
+        ops.sparse_index(*piece, first_block=7, num_blocks=2)

@@ -6,7 +6,9 @@ import numpy as np
 import oracle
 import pytest
 from cases import paged_cache
-from faces import STORAGE, OpFace, OracleFace, error, stored
+from faces import STORAGE, OpFace, OracleFace, array, error, stored, tensor
+
+from paddle_qwen1m import ops
 
 ORACLE = OracleFace()
 each_storage = pytest.mark.parametrize("storage", STORAGE)
@@ -250,3 +252,42 @@ def test_rotate_queries(
     table = ORACLE.rotary_table(positions, oracle.inverse_frequencies(head_dim, 1e7))
     arguments = qkv, bias, table, row, heads
     assert error(OpFace(storage).rotate_queries(*arguments), ORACLE.rotate_queries(*arguments)) < 1e-6
+
+
+def test_queries_are_rotated_by_the_rows_of_a_table_that_are_theirs(rng: np.random.Generator) -> None:
+    qkv, bias = (tensor(rng.standard_normal(shape)) for shape in ((80, 8 * 64), (8 * 64,)))
+    table = tensor(rng.standard_normal((3, 80, 64)))
+    whole = array(ops.rotate_queries(qkv, bias, table, 4, row=0))
+    part = array(ops.rotate_queries(qkv, bias, table, 4, row=17, rows=40, table_row=17))
+    np.testing.assert_array_equal(part, whole[:, 17:57])
+    with pytest.raises(ValueError, match="rows 50 to 90 are not among table's 80"):
+        ops.rotate_queries(qkv, bias, table, 4, row=17, rows=40, table_row=50)
+
+
+@each_storage
+def test_keys_are_cached_without_their_queries(rng: np.random.Generator, storage: str) -> None:
+    qkv, bias = tensor(rng.standard_normal((30, 8 * 64))), tensor(rng.standard_normal(8 * 64), storage)
+    table, slots = tensor(rng.standard_normal((2, 30, 64))), tensor(rng.permutation(32)[:30])
+    caches = [[tensor(np.zeros((4, 8, 2, 64)), storage) for _ in range(2)] for _ in range(2)]
+    ops.rotate_and_cache(qkv, bias, table, slots, *caches[0])
+    ops.cache_keys(qkv, bias, table, slots, *caches[1])
+    for one, other in zip(*caches):
+        assert array(one).any()
+        np.testing.assert_array_equal(array(other), array(one))
+
+
+@each_storage
+def test_norms_into_the_place_of_others(rng: np.random.Generator, storage: str) -> None:
+    """Rows of a larger tensor, with and without something that is added; what lies beside them stays."""
+    hidden, delta = (rng.standard_normal((5, 48)).astype(np.float32) for _ in range(2))
+    weight = tensor(rng.standard_normal(48), storage)
+    room = tensor(np.full((9, 48), 7.0))
+    assert ops.rms_norm(tensor(hidden), weight, 1e-6, room[2:7]).shape == [5, 48]
+    np.testing.assert_array_equal(array(room)[2:7], array(ops.rms_norm(tensor(hidden), weight, 1e-6)))
+    assert (array(room)[[0, 1, 7, 8]] == 7).all()
+    sums = [tensor(np.concatenate([hidden, hidden])) for _ in range(2)]
+    expected = array(ops.add_rms_norm(tensor(delta), sums[0][5:], weight, 1e-6))
+    ops.add_rms_norm(tensor(delta), sums[1][5:], weight, 1e-6, room[4:])
+    np.testing.assert_array_equal(array(room)[4:], expected)
+    for one in sums:
+        np.testing.assert_array_equal(array(one), np.concatenate([hidden, hidden + delta]))

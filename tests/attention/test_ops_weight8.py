@@ -195,3 +195,15 @@ def test_fp8_rows_refuse_what_does_not_fit() -> None:
     numbers = paddle.to_tensor(np.zeros((128, 128), np.uint8))
     with pytest.raises(ValueError, match="blocks of 128 x 128, got 64 x 128"):
         ops.product8(rows, ops.Weight8(numbers, tensor(np.ones((2, 1))), "fp8"), "float32")
+
+
+def test_products_of_fp8_rows_in_parts(rng: np.random.Generator) -> None:
+    """As of the rows together, whose last part ends anywhere."""
+    values = rng.standard_normal((71, 256))
+    numbers, scales = rounded(rng.standard_normal((384, 256)), "float32", "fp8", 128, 128)
+    parts = [ops.round_rows(tensor(part)) for part in (values[:32], values[32:48], values[48:])]
+    held = weight(numbers, scales, "fp8")
+    together = array(ops.product8(ops.round_rows(tensor(values)), held, "float32"))
+    got = array(ops.product8(parts, held, "float32"))
+    assert got.shape == together.shape
+    assert error(got, together) < 1e-6

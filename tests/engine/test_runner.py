@@ -13,6 +13,7 @@ from runner_setup import Made, fill_with_nan, head, make_runner, rows
 from small_model import BUDGETS, CONFIG, random_model
 
 from paddle_qwen1m import ops
+from paddle_qwen1m.attention import attend, step
 from paddle_qwen1m.cache import PagedCache
 from paddle_qwen1m.engine.orders import (
     HEAD_ROWS,
@@ -29,6 +30,7 @@ from paddle_qwen1m.engine.orders import (
 )
 from paddle_qwen1m.engine.runner import Runner
 from paddle_qwen1m.model import Qwen2OneM
+from paddle_qwen1m.parallel import group
 
 PAGE, PAGES, SLOTS = 32, 64, 6
 
@@ -317,3 +319,30 @@ def test_pages_are_copied_in_every_layer(model: Qwen2OneM, rng: np.random.Genera
     expected[:, :, 5 * PAGE : 5 * PAGE + 20] = expected[:, :, PAGE : PAGE + 20]
     assert runner.run(CopyPage(1, 5, 20)) is None
     np.testing.assert_array_equal(contents(cache), expected)
+
+
+@pytest.mark.parametrize("row_blocks", [0, 1, 3])
+def test_a_large_chunk_goes_through_in_parts(
+    model: Qwen2OneM, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, row_blocks: int
+) -> None:
+    """Queries, index tables and MLP of 64 rows at a time in place of all: keys, values and logits are the same. Short
+    prompts stand before and behind a sparse one, whose pieces have 128 rows, and nothing begins where a part does.
+    """
+    prompts = [rng.integers(0, CONFIG.vocab_size, length) for length in (40, 450, 130, 3)]
+    chunk = tuple(
+        rows(prompt, range(16 * number, 16 * number + 16), sparse=len(prompt) == 450, wanted=(0, len(prompt) - 1))
+        for number, prompt in enumerate(prompts)
+    )
+
+    def read(at_once: int | None) -> tuple[np.ndarray, np.ndarray]:
+        for module in (attend, step, group):
+            if at_once is not None:
+                monkeypatch.setattr(module, "ROWS_AT_ONCE", at_once)
+        runner, cache = make(model)
+        for _ in advance(runner, Prefill(chunk, row_blocks)):
+            pass
+        return head(runner, 0, 8), contents(cache)
+
+    (logits, kept), (of_parts, kept_of_parts) = read(None), read(64)
+    np.testing.assert_allclose(of_parts, logits, rtol=0, atol=1e-5 * np.abs(logits).max())
+    np.testing.assert_allclose(kept_of_parts, kept, rtol=0, atol=1e-5 * np.nanmax(np.abs(kept)))

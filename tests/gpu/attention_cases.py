@@ -312,6 +312,7 @@ def convert(cuda: Any, context: Context, columns: Tensor, slashes: Tensor) -> In
         "sparse_index",
         columns=columns,
         slashes=slashes,
+        chains=None,
         tables=index.fields,
         heads=heads,
         selected_columns=columns.shape[1],
@@ -320,6 +321,8 @@ def convert(cuda: Any, context: Context, columns: Tensor, slashes: Tensor) -> In
         rows=rows,
         chunk_len=context.chunk_len,
         block=64,
+        first_block=0,
+        num_blocks=row_blocks,
     )
     torch.cuda.synchronize()
     return index
@@ -337,6 +340,7 @@ def sparse_fields(context: Context, index: Index, others: int = 0) -> dict[str, 
         "cache": context.cache,
         "block_table": context.table,
         "tables": index.fields,
+        "order": None,
         "activation": str(q.dtype),
         "scale": context.scale,
         "tokens": tokens,

@@ -16,32 +16,51 @@ GUARD = 64
 
 
 def convert(
-    cuda: Any, columns: np.ndarray, slashes: np.ndarray, begin: int, rows: int, chunk_len: int, block: int
+    cuda: Any,
+    columns: np.ndarray,
+    slashes: np.ndarray,
+    begin: int,
+    rows: int,
+    chunk_len: int,
+    block: int,
+    first: int = 0,
+    count: int | None = None,
+    *,
+    chained: bool = False,
 ) -> oracle.SparseIndex:
-    """The index of a piece, in tables of the widths that the op gives them; entries that nobody wrote are POISON."""
-    heads, row_blocks = len(columns), -(-rows // block)
+    """The index of row blocks of a piece, by default of all, in tables of the widths that the op gives them; entries
+    that nobody wrote are POISON. chained: by chains that were made before.
+    """
+    heads, count = len(columns), -(-rows // block) - first if count is None else count
     block_width = min(slashes.shape[1] + 2 + 2 * 5, (begin + rows) // block + 3)
-    shapes = [(heads, row_blocks, width) for width in (block_width, columns.shape[1] + 3 * 5, 6)]
+    shapes = [(heads, count, width) for width in (block_width, columns.shape[1] + 3 * 5, 6)]
     tables = [torch.full((int(np.prod(s)) + GUARD,), POISON, dtype=torch.int32, device="cuda") for s in shapes]
-    cuda(
-        "sparse_index",
-        columns=torch.from_numpy(np.ascontiguousarray(columns, np.int32)).cuda(),
-        slashes=torch.from_numpy(np.ascontiguousarray(slashes, np.int32)).cuda(),
-        tables={
+    fields = {
+        "columns": torch.from_numpy(np.ascontiguousarray(columns, np.int32)).cuda(),
+        "slashes": torch.from_numpy(np.ascontiguousarray(slashes, np.int32)).cuda(),
+        "chains": None,
+        "tables": {
             "blocks": tables[0],
             "columns": tables[1],
             "counts": tables[2],
             "block_width": shapes[0][2],
             "column_width": shapes[1][2],
         },
-        heads=heads,
-        selected_columns=columns.shape[1],
-        selected_slashes=slashes.shape[1],
-        begin=begin,
-        rows=rows,
-        chunk_len=chunk_len,
-        block=block,
-    )
+        "heads": heads,
+        "selected_columns": columns.shape[1],
+        "selected_slashes": slashes.shape[1],
+        "begin": begin,
+        "rows": rows,
+        "chunk_len": chunk_len,
+        "block": block,
+        "first_block": first,
+        "num_blocks": count,
+    }
+    if chained:
+        shape = heads, 3, slashes.shape[1] + 6
+        fields["chains"] = torch.full(shape, POISON, dtype=torch.int32, device="cuda")
+        cuda("index_chains", **fields)
+    cuda("sparse_index", **fields)
     results = [table.cpu().numpy() for table in tables]
     assert all((result[-GUARD:] == POISON).all() for result in results), "written behind the end"
     return oracle.SparseIndex(*(r[:-GUARD].reshape(shape) for r, shape in zip(results, shapes)))
@@ -143,3 +162,20 @@ def test_a_million_keys(cuda: Any, rng: np.random.Generator, run: int) -> None:
         starts = rng.integers(0, keys - run, 4096 // run)
         slashes.append(np.unique(np.r_[keys - 2048 : keys, (starts[:, None] + np.arange(run)).ravel()]))
     assert_equal_to_the_oracle(cuda, padded(columns, 1000), padded(slashes, 6144), begin, rows, chunk_len)
+
+
+def test_row_blocks_of_a_piece_are_those_of_the_whole(cuda: Any, rng: np.random.Generator) -> None:
+    """Ranges that begin and end anywhere, of a piece that all three stages are seen from, its last row block short."""
+    begin, rows, chunk_len = 5 * 640 + 100, 470, 640
+    keys = begin + rows
+    columns = np.sort(np.stack([rng.permutation(keys)[:90] for _ in range(2)]))
+    slashes = np.sort(np.stack([rng.permutation(keys)[:700] for _ in range(2)]))
+    piece = cuda, columns, slashes, begin, rows, chunk_len, 64
+    whole = convert(*piece)
+    for first, count in ((0, 1), (0, 3), (2, 5), (7, 1), (1, 7)):
+        for chained in (False, True):
+            part = convert(*piece, first, count, chained=chained)
+            for one, of_all in zip(part, whole):
+                np.testing.assert_array_equal(
+                    one, of_all[:, first : first + count], f"row blocks from {first}, {count}"
+                )

@@ -268,19 +268,21 @@ def test_rotate_and_cache(
 
 @each_half
 @pytest.mark.parametrize("shape", HEADS)
-@pytest.mark.parametrize("row, rows, variants", [(0, 1, 1), (5, 64, 3), (29, 11, 2)])
+@pytest.mark.parametrize("row, rows, variants, table_row", [(0, 1, 1, 0), (5, 64, 3, 0), (29, 11, 2, 0), (5, 64, 3, 7)])
 def test_rotate_queries(
     cuda: Any,
     rng: np.random.Generator,
     row: int,
     rows: int,
     variants: int,
+    table_row: int,
     shape: tuple[int, int, int],
     dtype: torch.dtype,
 ) -> None:
-    """Biased queries of some rows alone."""
+    """Biased queries of some rows alone, by as many rows of a table."""
     heads, kv_heads, head_dim = shape
-    qkv, bias, table = rotation_inputs(rng, row + rows + 3, rows, variants, shape, dtype)
+    table_rows = table_row + rows + (2 if table_row else 0)
+    qkv, bias, table = rotation_inputs(rng, row + rows + 3, table_rows, variants, shape, dtype)
     q = poisoned(variants, rows, heads, head_dim, dtype=dtype)
     cuda(
         "rotate_queries",
@@ -293,11 +295,14 @@ def test_rotate_queries(
         variants=variants,
         row=row,
         rows=rows,
+        table_row=table_row,
+        table_rows=table_rows,
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
     )
-    expected = oracle.rotate_queries(exact(qkv), exact(bias), exact(table), row, heads)
+    own = exact(table)[:, table_row : table_row + rows]
+    expected = oracle.rotate_queries(exact(qkv), exact(bias), own, row, heads)
     check(q, expected, 1e-6 * largest(expected))
 
 

@@ -99,11 +99,16 @@ class replayed:
             own = self._heads[selector.layer]
             prefix = f"{self._key}/index/{next(number)}"
             assert recorded[f"{prefix}/place"].tolist() == [selector.layer, sparse.piece.begin]
-            fields = (recorded[f"{prefix}/{field}"][own] for field in ("blocks", "columns", "counts"))
-            index = ops.SparseIndex(*(paddle.to_tensor(values) for values in fields))
+            fields = tuple(recorded[f"{prefix}/{field}"][own] for field in ("blocks", "columns", "counts"))
+
+            class Recorded:
+                def visits(self, first_block: int = 0, num_blocks: int = sparse.piece.row_blocks) -> Any:
+                    blocks = slice(first_block, first_block + num_blocks)
+                    return ops.SparseIndex(*(paddle.to_tensor(values[:, blocks]) for values in fields))
+
             if selector.observer is not None:
-                selector.observer(selector.layer, sparse.piece, index)
-            return index
+                selector.observer(selector.layer, sparse.piece, Recorded().visits())
+            return Recorded()
 
         Selector.choose = choose
 

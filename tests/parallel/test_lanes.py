@@ -7,9 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+import oracle
 import paddle
 import pytest
 
+from paddle_qwen1m.config import ROWS_AT_ONCE
+from paddle_qwen1m.parallel import group as group_module
 from paddle_qwen1m.parallel.group import Group, ProcessGroup
 from paddle_qwen1m.parallel.lanes import Lanes
 from paddle_qwen1m.parallel.pending import Pending
@@ -33,7 +36,7 @@ class Rank(Group):
         self.log: list[str] = []
         self.under_way = 0
 
-    lanes, padded = ProcessGroup.lanes, ProcessGroup.padded
+    adds_up, lanes, padded = True, ProcessGroup.lanes, ProcessGroup.padded
 
     def all_reduce(self, values: paddle.Tensor) -> paddle.Tensor:
         self.log.append("all_reduce")
@@ -68,6 +71,13 @@ class Rank(Group):
         return Pending(values, Task())
 
 
+class LocalRank(Group):
+    """One rank without others. products: the rows of each."""
+
+    under_way = 0
+    products: list[int]
+
+
 class Layers:
     """Random ones, each two products of which a rank has a part: rows add up over the ranks."""
 
@@ -96,13 +106,18 @@ class Layers:
             found.append(norm(residual, self.norms[2 * layer + 2]))
         return found
 
-    def on(self, group: Rank, rows: np.ndarray) -> list[np.ndarray]:
+    def on(self, group: Rank | LocalRank, rows: np.ndarray) -> list[np.ndarray]:
         """The same on one of several ranks, whose rows are padded as it says; there with what memory holds."""
         rank, degree = group.rank, group.degree
         own, inner = (slice(rank * size // degree, (rank + 1) * size // degree) for size in (WIDTH, INNER))
 
         def product(weight: np.ndarray, act: Any = np.asarray) -> Any:
-            return lambda values: paddle.to_tensor(act(values.numpy() @ weight))
+            def of(values: paddle.Tensor) -> paddle.Tensor:
+                if isinstance(group, LocalRank):
+                    group.products.append(values.shape[0])
+                return paddle.to_tensor(act(values.numpy() @ weight))
+
+            return of
 
         padded = np.full((group.padded(len(rows)), WIDTH), np.nan, np.float32)
         padded[: len(rows)] = rows
@@ -211,8 +226,55 @@ def test_a_decode_step_is_one_lane_however_many_rows_it_has(rng: np.random.Gener
 def test_an_alone_rank_sends_nothing(rng: np.random.Generator) -> None:
     layers, given = Layers(rng), rng.standard_normal((300, WIDTH)).astype(np.float32)
     rank = Group()
-    assert rank.padded(299) == 299 and rank.lanes(1 << 20) == 1
+    assert rank.padded(299) == 299 and rank.lanes(ROWS_AT_ONCE) == 1
     lanes = Lanes(rank, 300, WIDTH, EPS)
     first, norm = paddle.to_tensor(layers.first), paddle.to_tensor(layers.norms[0])
     lanes.add(paddle.to_tensor(given), [lambda rows: rows @ first], norm)
     np.testing.assert_allclose(lanes.all_rows().numpy(), layers.alone(given)[0], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(("rows", "lanes"), [(200, 2), (257, 3), (700, 4)])
+def test_a_large_chunk_of_one_rank_goes_in_parts(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, rows: int, lanes: int
+) -> None:
+    """As rows do that go together, in parts of row blocks; what the last layer goes on with among them."""
+    monkeypatch.setattr(group_module, "ROWS_AT_ONCE", 128)
+    layers, given, alone = Layers(rng), rng.standard_normal((rows, WIDTH)).astype(np.float32), LocalRank()
+    seen = alone.products = []
+    for one, other in zip(layers.on(alone, given), layers.alone(given)):
+        np.testing.assert_allclose(one, other, rtol=0, atol=2e-5)
+    heights = seen[:lanes]
+    assert sum(heights) == rows and all(height % 64 == 0 for height in heights[:-1])
+    assert max(heights) < max(128, rows / 4) + 64
+    assert len(seen) == (1 + 3 * LAYERS) * lanes
+
+
+def test_the_last_layer_goes_on_with_rows_of_all_parts(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(group_module, "ROWS_AT_ONCE", 128)
+    given, weight = rng.standard_normal((300, WIDTH)).astype(np.float32), paddle.ones([WIDTH])
+    lanes = Lanes(Group(), 300, WIDTH, EPS)
+    lanes.add(paddle.to_tensor(given), [lambda rows: rows + 0], weight)
+    lanes.all_rows()
+    wanted = np.array([3, 299, 150, 64])
+    few = lanes.of_rows(paddle.to_tensor(wanted))
+    few.add(paddle.zeros([4, WIDTH]), [lambda rows: rows], weight)
+    expected = given[wanted] / np.sqrt((given[wanted] ** 2).mean(axis=-1, keepdims=True) + EPS)
+    np.testing.assert_allclose(few.all_rows().numpy(), expected, rtol=0, atol=2e-6)
+
+
+def test_rows_in_fp8_stay_in_parts(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each with what its product takes; the norm of an answer's last layer brings all rows together."""
+    monkeypatch.setattr(group_module, "ROWS_AT_ONCE", 128)
+    width = 256
+    given, weight = rng.standard_normal((300, width)).astype(np.float32), paddle.ones([width])
+    lanes = Lanes(Group(), 300, width, EPS)
+    lanes.add(paddle.to_tensor(given), [lambda rows: rows + 0], weight, lambda _rows: True)
+    parts = lanes.all_rows()
+    assert isinstance(parts, list) and [part.tokens for part in parts] == [64, 128, 108]
+    normed = given / np.sqrt((given**2).mean(axis=-1, keepdims=True) + EPS)
+    kept = oracle.round_rows(normed)
+    np.testing.assert_array_equal(np.concatenate([part.numbers.numpy() for part in parts]), kept[0])
+    lanes.add(paddle.zeros([300, width]), [lambda rows: rows], weight)
+    np.testing.assert_allclose(lanes.all_rows().numpy(), normed, rtol=0, atol=2e-6)

@@ -72,17 +72,10 @@ __device__ Lines stage_diagonals(const int32_t* slashes, int32_t count, Stage st
   return {nullptr, end - 1 - (entries - 1) * step, step, entries};
 }
 
-// Where the chains of all heads and stages lie in the workspace.
-struct Chains {
-  int32_t* ends;     // [H, 3, capacity]
-  int32_t* lengths;  // [H, 3]
-  int32_t capacity;
-
-  Chains(void* workspace, const qwen1m_sparse_index& a)
-      : lengths(static_cast<int32_t*>(workspace)), capacity(a.selected_slashes + kFallback) {
-    ends = lengths + a.heads * kStages;
-  }
-};
+// Of a head in a stage, behind its length.
+__device__ int32_t* chain_of(const qwen1m_sparse_index& a, int64_t head, int stage) {
+  return a.chains + (head * kStages + stage) * QWEN1M_CHAIN_WIDTH(a.selected_slashes) + 1;
+}
 
 // The ends of blocks from `end` on, which is not left of diagonal number `first`, nor a block right of it: f(end) for
 // those left of diagonal number `last`. Returns how far the next one lies behind that diagonal. `last` may be their
@@ -98,19 +91,19 @@ __device__ int32_t walk_chain(const Lines& diagonals, int32_t first, int32_t las
   return end - border;
 }
 
-__global__ void __launch_bounds__(kScanThreads) chain_blocks(const qwen1m_sparse_index a, const Chains chains) {
+__global__ void __launch_bounds__(kScanThreads) chain_blocks(const qwen1m_sparse_index a) {
   __shared__ int32_t partial[kWarp];
   __shared__ uint16_t arrival[kLookups];  // [segments, block]: where a chain enters the next segment, by where this one
   __shared__ int32_t entry[kScanThreads + 1];
   const Stage stage = static_cast<Stage>(blockIdx.x);
-  const int32_t place = blockIdx.y * kStages + blockIdx.x, thread = threadIdx.x;
+  const int32_t thread = threadIdx.x;
   const Span keys = stage_keys(stage, a.begin + a.rows - 1, a.chunk_len);
   if (keys.begin >= keys.end) return;
   const int32_t* slashes = a.slashes + static_cast<int64_t>(blockIdx.y) * a.selected_slashes;
   const Lines diagonals = stage_diagonals(slashes, a.selected_slashes, stage, keys, a.rows);
   const int32_t all_segments = (diagonals.count + kSegment - 1) / kSegment;
   const int32_t at_once = min(kLookups / a.block, kScanThreads);
-  int32_t* ends = chains.ends + static_cast<int64_t>(place) * chains.capacity;
+  int32_t* ends = chain_of(a, blockIdx.y, stage);
   if (thread == 0) entry[0] = 0;
   int32_t listed = 0;
   for (int32_t first = 0; first < all_segments; first += at_once) {
@@ -137,7 +130,7 @@ __global__ void __launch_bounds__(kScanThreads) chain_blocks(const qwen1m_sparse
     if (thread == 0) entry[0] = entry[segments];
     __syncthreads();
   }
-  if (thread == 0) chains.lengths[place] = listed;
+  if (thread == 0) ends[-1] = listed;
 }
 
 // first_above for a warp whose lanes all ask the same.
@@ -269,13 +262,12 @@ __device__ int32_t list_uncovered(ListShared& shared, const Lines& columns, cons
   return count;
 }
 
-__global__ void __launch_bounds__(kListWarps* kWarp)
-    list_row_blocks(const qwen1m_sparse_index a, const Chains chains, int32_t row_blocks) {
+__global__ void __launch_bounds__(kListWarps* kWarp) list_row_blocks(const qwen1m_sparse_index a) {
   __shared__ ListShared shared;
   const int warp = threadIdx.x / kWarp;
-  const int32_t row_block = blockIdx.x * kListWarps + warp, start = row_block * a.block;
-  const bool exists = row_block < row_blocks;
-  const int64_t head = blockIdx.y, entry = head * row_blocks + min(row_block, row_blocks - 1);
+  const int32_t number = blockIdx.x * kListWarps + warp, start = (a.first_block + number) * a.block;
+  const bool exists = number < a.num_blocks;
+  const int64_t head = blockIdx.y, entry = head * a.num_blocks + min(number, a.num_blocks - 1);
   const int32_t* slashes = a.slashes + head * a.selected_slashes;
   const int32_t* selected = a.columns + head * a.selected_columns;
   int32_t* blocks = a.tables.blocks + entry * a.tables.block_width;
@@ -287,9 +279,8 @@ __global__ void __launch_bounds__(kListWarps* kWarp)
     int32_t num_blocks = 0, num_columns = 0;
     if (keys.begin < keys.end) {
       const Lines diagonals = stage_diagonals(slashes, a.selected_slashes, stage, keys, a.rows);
-      const int64_t place = head * kStages + s;
-      const int32_t* chain = chains.ends + place * chains.capacity;
-      const int32_t length = chains.lengths[place], shift = start + a.block - a.rows + 1;
+      const int32_t* chain = chain_of(a, head, s);
+      const int32_t length = chain[-1], shift = start + a.block - a.rows + 1;
       RowBlockCover covering{blocks, 0, INT_MAX, shift - a.block, 0};  // no column is listed where no row block is
       if (exists) {
         const Cover own =
@@ -319,18 +310,29 @@ __global__ void __launch_bounds__(kListWarps* kWarp)
 }  // namespace cuda
 }  // namespace qwen1m
 
-int64_t qwen1m_cuda_sparse_index_workspace(const qwen1m_sparse_index* a) {
+int qwen1m_cuda_index_chains(const qwen1m_sparse_index* a, qwen1m_stream stream) {
   using namespace qwen1m;
-  return static_cast<int64_t>(a->heads) * kStages * (1 + a->selected_slashes + cuda::kFallback) * sizeof(int32_t);
+  using namespace qwen1m::cuda;
+  chain_blocks<<<dim3(kStages, a->heads), kScanThreads, 0, as_stream(stream)>>>(*a);
+  return cudaGetLastError();
+}
+
+int64_t qwen1m_cuda_sparse_index_workspace(const qwen1m_sparse_index* a) {
+  const int64_t width = QWEN1M_CHAIN_WIDTH(a->selected_slashes);
+  return a->chains != nullptr ? 0 : a->heads * qwen1m::kStages * width * static_cast<int64_t>(sizeof(int32_t));
 }
 
 int qwen1m_cuda_sparse_index(const qwen1m_sparse_index* a, void* workspace, qwen1m_stream stream) {
   using namespace qwen1m;
   using namespace qwen1m::cuda;
-  const Chains chains(workspace, *a);
-  const int32_t row_blocks = ceil_div(a->rows, a->block);
-  chain_blocks<<<dim3(kStages, a->heads), kScanThreads, 0, as_stream(stream)>>>(*a, chains);
-  list_row_blocks<<<dim3(ceil_div(row_blocks, kListWarps), a->heads), kListWarps * kWarp, 0, as_stream(stream)>>>(
-      *a, chains, row_blocks);
+  if (a->num_blocks == 0) return cudaSuccess;
+  qwen1m_sparse_index index = *a;
+  if (index.chains == nullptr) {
+    index.chains = static_cast<int32_t*>(workspace);
+    const int status = qwen1m_cuda_index_chains(&index, stream);
+    if (status != cudaSuccess) return status;
+  }
+  const dim3 blocks(ceil_div(index.num_blocks, kListWarps), index.heads);
+  list_row_blocks<<<blocks, kListWarps * kWarp, 0, as_stream(stream)>>>(index);
   return cudaGetLastError();
 }

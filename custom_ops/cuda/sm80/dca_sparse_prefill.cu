@@ -33,7 +33,7 @@ struct SparseWalk {
   __device__ SparseWalk(const Arguments& arguments, Shared& shared_memory)
       : a(arguments),
         shared(shared_memory),
-        head(blockIdx.y),
+        head(ordered_head(arguments)),
         scale(arguments.scale),
         pages(arguments.block_table, arguments.cache.page_size) {
     const int row_block = a.first_block + static_cast<int>(blockIdx.x), skipped = row_block * kTileRows;

@@ -122,7 +122,7 @@ struct Item {
 
   __device__ explicit Item(const SparseArguments& arguments)
       : a(arguments),
-        head(blockIdx.y),
+        head(ordered_head(arguments)),
         row_block(kConsumers * (a.first_block / kConsumers + static_cast<int>(blockIdx.x))) {}
   __device__ int share() const { return blockIdx.z; }
   __device__ int32_t begin() const { return a.begin + row_block * kRows; }    // position of the first row

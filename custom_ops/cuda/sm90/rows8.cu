@@ -37,9 +37,11 @@ __device__ inline uint32_t to_e4m3(float a, float b, float c, float d) {
   return static_cast<uint32_t>(high) << 16 | low;
 }
 
+constexpr int kUsualThreads = 640;  // of a row of up to 5,120 values: two blocks of them have room on a processor
+
 // A block a row: a warp has 128 neighbours of it at a time.
-template <typename T>
-__global__ void __launch_bounds__(kNormThreads) rms_norm8_kernel(const qwen1m_rms_norm8 a) {
+template <typename T, int kMostThreads, int kBlocks>
+__global__ void __launch_bounds__(kMostThreads, kBlocks) rms_norm8_kernel(const qwen1m_rms_norm8 a) {
   static_assert(kNormVector * kWarp == QWEN1M_ROWS8_BLOCK, "a block of a row is a warp's");
   const int64_t row = blockIdx.x;
   uint8_t* numbers = a.out.numbers + row * a.norm.width;
@@ -130,8 +132,11 @@ int qwen1m_cuda_rms_norm8(const qwen1m_rms_norm8* a, qwen1m_stream stream) {
   }
   if (a->out.rows == 0) return cudaSuccess;
   return with_half_type(norm.activation, [&](auto type) -> int {
-    return launch_overlapping(rms_norm8_kernel<decltype(type)>, static_cast<unsigned>(a->out.rows),
-                              norm_threads(norm.width), 0, as_stream(stream), *a);
+    using T = decltype(type);
+    const unsigned threads = norm_threads(norm.width);
+    const auto kernel =
+        threads <= kUsualThreads ? rms_norm8_kernel<T, kUsualThreads, 2> : rms_norm8_kernel<T, kNormThreads, 1>;
+    return launch_overlapping(kernel, static_cast<unsigned>(a->out.rows), threads, 0, as_stream(stream), *a);
   });
 }
 

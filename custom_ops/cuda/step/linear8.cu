@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(WARPS* kWarp, kProcessorWarps / WARPS) linear8
   const int64_t feature = first + threadIdx.x % kFeatures;
   if (feature >= a.out_features) return;
   of_warps.each_token(tokens, 0.0f, [&](int t, float sum) {
-    static_cast<T*>(a.y)[t * a.out_features + feature] = narrow<T>(sum * Kind::kPower);
+    static_cast<T*>(a.y)[t * a.out_features + feature] = narrow<T>(sum * kPower<Kind, T>);
   });
 }
 
@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(kWidenThreads) widen_kernel(const qwen1m_widen
   await_previous();
   if (row >= a.out_features) return;
   const float scale =
-      a.weight.scales[row / a.weight.rows * (depth / a.weight.columns) + k / a.weight.columns] * Kind::kPower;
+      a.weight.scales[row / a.weight.rows * (depth / a.weight.columns) + k / a.weight.columns] * kPower<Kind, f16>;
   const int64_t at = static_cast<int64_t>(row) * depth + k;
   const uint4 bytes = *reinterpret_cast<const uint4*>(a.weight.numbers + at);
   const uint32_t words[4] = {bytes.x, bytes.y, bytes.z, bytes.w};

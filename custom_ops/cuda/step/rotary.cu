@@ -166,8 +166,9 @@ template <typename T, int D, int V, typename Kept>
 __global__ void __launch_bounds__(kHeadThreads, 4) rotate_and_cache_kernel(const qwen1m_rotate_and_cache a) {
   await_previous();
   admit_next();
-  const Place<D> at;
+  Place<D> at;
   const int kv_heads = a.cache.kv_heads, all_heads = a.heads + 2 * kv_heads;
+  if (a.q == nullptr) at.head += a.heads;
   if (at.head >= all_heads) return;
   const int64_t t = blockIdx.x;
   const HeadPart<T, D> part(static_cast<const T*>(a.qkv) + (t * all_heads + at.head) * D + at.pair,
@@ -207,9 +208,9 @@ __global__ void __launch_bounds__(kHeadThreads, 4) rotate_queries_kernel(const q
                             static_cast<const T*>(a.bias) + at.head * D + at.pair);
 #pragma unroll
   for (int v = 0; v < V; ++v) {
-    const int64_t row = static_cast<int64_t>(v) * a.rows + t;
+    const int64_t row = static_cast<int64_t>(v) * a.rows + t, of_table = int64_t{v} * a.table_rows + a.table_row + t;
     T* to = static_cast<T*>(a.q) + (row * a.heads + at.head) * D + at.pair;
-    part.rotated(a.table + row * D + at.pair).store(to);
+    part.rotated(a.table + of_table * D + at.pair).store(to);
   }
 }
 
@@ -265,7 +266,7 @@ int qwen1m_cuda_rotate_and_cache(const qwen1m_rotate_and_cache* a, qwen1m_stream
   const bool quantised = qwen1m_is_quantised(a->cache.dtype);
   if (a->bias_dtype != a->activation || (!quantised && a->cache.dtype != a->activation)) return cudaErrorInvalidValue;
   if (a->tokens == 0) return cudaSuccess;
-  const int heads = a->heads + 2 * a->cache.kv_heads;
+  const int heads = (a->q == nullptr ? 0 : a->heads) + 2 * a->cache.kv_heads;
   return with_heads(a->activation, a->cache.head_dim, a->variants, [&](auto type, auto dim, auto variants) -> int {
     using On = Place<dim.value>;
     const auto keep_as = [&](auto kept) -> int {

@@ -46,6 +46,7 @@ typedef struct {
   qwen1m_cache cache;
   const int32_t* block_table;
   qwen1m_index_tables tables;
+  const int32_t* order;  // [H] in which a GPU begins the heads, or null: as they are numbered
   qwen1m_dtype activation;
   float scale;
   int32_t tokens, heads;

@@ -28,7 +28,7 @@ typedef struct {
   int32_t forced_diagonals;  // the last ones
 } qwen1m_select_critical;
 
-// What each head visits in each row block of one piece; absolute keys, stages in the order inter, succ, intra.
+// What each head visits in R row blocks of one piece; absolute keys, stages in the order inter, succ, intra.
 typedef struct {
   int32_t* blocks;   // [H, R, block_width] first keys
   int32_t* columns;  // [H, R, column_width]
@@ -36,12 +36,17 @@ typedef struct {
   int32_t block_width, column_width;
 } qwen1m_index_tables;
 
+// A stage of a head without any gets five diagonals. A chain of their blocks' ends has its length before it.
+#define QWEN1M_CHAIN_WIDTH(selected_slashes) (1 + (selected_slashes) + 5)
+
 typedef struct {
   const int32_t* columns;  // [H, selected_columns]
   const int32_t* slashes;  // [H, selected_slashes]
+  int32_t* chains;  // [H, 3, QWEN1M_CHAIN_WIDTH], of a piece, for all its row blocks; null: made in the workspace
   qwen1m_index_tables tables;
   int32_t heads, selected_columns, selected_slashes;
-  int32_t begin, rows, chunk_len, block;
+  int32_t begin, rows, chunk_len, block;  // of the whole piece
+  int32_t first_block, num_blocks;        // of it [first_block, first_block + num_blocks)
 } qwen1m_sparse_index;
 
 QWEN1M_API void qwen1m_cpu_dca_probe(const qwen1m_dca_probe*);
@@ -51,5 +56,6 @@ QWEN1M_API void qwen1m_cpu_sparse_index(const qwen1m_sparse_index*);
 QWEN1M_API int64_t qwen1m_cuda_dca_probe_workspace(const qwen1m_dca_probe*);
 QWEN1M_API int qwen1m_cuda_dca_probe(const qwen1m_dca_probe*, void* workspace, qwen1m_stream);
 QWEN1M_API int qwen1m_cuda_select_critical(const qwen1m_select_critical*, qwen1m_stream);
+QWEN1M_API int qwen1m_cuda_index_chains(const qwen1m_sparse_index*, qwen1m_stream);
 QWEN1M_API int64_t qwen1m_cuda_sparse_index_workspace(const qwen1m_sparse_index*);
 QWEN1M_API int qwen1m_cuda_sparse_index(const qwen1m_sparse_index*, void* workspace, qwen1m_stream);

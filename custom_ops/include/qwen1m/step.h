@@ -18,7 +18,7 @@ typedef struct {
   const void* bias;      // [(H + 2G) * D]
   const float* table;    // [V, T, D]
   const int64_t* slots;  // [T]; a row with -1 writes nothing
-  void* q;               // [V, T, H, D]
+  void* q;               // [V, T, H, D]; null: queries are left alone
   qwen1m_cache cache;
   qwen1m_dtype activation, bias_dtype;
   int32_t variants, tokens, heads;
@@ -28,10 +28,10 @@ typedef struct {
 typedef struct {
   const void* qkv;
   const void* bias;
-  const float* table;  // [V, rows, D]
+  const float* table;  // [V, table_rows, D], of which those from table_row on are of the first row
   void* q;             // [V, rows, H, D]
   qwen1m_dtype activation, bias_dtype;
-  int32_t variants, row, rows, heads, kv_heads, head_dim;
+  int32_t variants, row, rows, table_row, table_rows, heads, kv_heads, head_dim;
 } qwen1m_rotate_queries;
 
 // Where the next token of each sequence goes and how it is rotated. Its length grows by one first; a length of 0 is
