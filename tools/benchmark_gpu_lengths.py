@@ -126,8 +126,15 @@ def last_begin(length: int, rows: int) -> int:
 
 
 def summed_seconds(length: int, rows: int, begins: Sequence[int], seconds: Sequence[float]) -> float:
-    """Of all chunks of a prompt, from those of full chunks that begin at `begins`."""
-    return float(sum((end - begin) / rows * np.interp(begin, begins, seconds) for begin, end in spans(length, rows)))
+    """Of all chunks of a prompt, from those of full chunks that begin at `begins`; behind the last of them a chunk takes
+    more, as between the last two.
+    """
+    rise = np.diff(seconds)[-1] / np.diff(begins)[-1] if len(begins) > 1 else 0.0
+
+    def full(begin: int) -> float:
+        return float(np.interp(begin, begins, seconds)) + rise * max(0, begin - begins[-1])
+
+    return sum((end - begin) / rows * full(begin) for begin, end in spans(length, rows))
 
 
 def matmul_speed() -> float:
