@@ -38,6 +38,16 @@ __device__ inline float widen(fp8 x) {
   return 256.0f * __half2float(__ushort_as_half(half));
 }
 
+// Two bytes of four, the lower or the upper ones, each in the upper byte of its 16 bits.
+__device__ inline uint32_t spread_pair(uint32_t bytes, int upper) {
+  return __byte_perm(bytes, 0, upper ? 0x3424 : 0x1404);
+}
+// The same of FP8 numbers as float16 that stand for 2^-8 of them.
+__device__ inline uint32_t spread_fp8_pair(uint32_t bytes, int upper) {
+  const uint32_t pair = spread_pair(bytes, upper);
+  return (pair & 0x80008000u) | (pair & 0x7f007f00u) >> 1;
+}
+
 template <typename T>
 __device__ inline T narrow(float x);
 template <>

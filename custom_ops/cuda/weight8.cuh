@@ -43,19 +43,10 @@ __device__ inline void widen_bytes<Int8, f16>(uint32_t bytes, uint32_t (&pairs)[
   widen_int8<f16>(bytes, pairs);
 }
 
-// Two of them, the lower or the upper ones, each in the upper byte of its 16 bits.
-__device__ inline uint32_t spread_pair(uint32_t bytes, int upper) {
-  return __byte_perm(bytes, 0, upper ? 0x3424 : 0x1404);
-}
-
-// Sign, one bit more of exponent, mantissa: a float16 with an exponent that is 8 too small, subnormal numbers included.
 template <>
 __device__ inline void widen_bytes<E4M3, f16>(uint32_t bytes, uint32_t (&pairs)[2]) {
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const uint32_t high = spread_pair(bytes, i);
-    pairs[i] = (high & 0x80008000u) | (high & 0x7f007f00u) >> 1;
-  }
+  for (int i = 0; i < 2; ++i) pairs[i] = spread_fp8_pair(bytes, i);
 }
 
 // Four bits more of exponent: a bfloat16 whose exponent is 120 too small, which a product makes up for.

@@ -52,11 +52,9 @@ __device__ inline uint32_t widen_pair<int8_t>(uint32_t bytes, int upper) {
   return reinterpret_cast<const uint32_t&>(number);
 }
 
-// The bytes above zeros; their exponent and mantissa at the lower end of f16's exponent, whose bias is 8 larger.
 template <>
 __device__ inline uint32_t widen_pair<fp8>(uint32_t bytes, int upper) {
-  const uint32_t pair = __byte_perm(bytes, 0, upper ? 0x3424 : 0x1404), power = 0x5c005c00u;  // 2^8
-  uint32_t small = (pair & 0x80008000u) | (pair & 0x7f007f00u) >> 1;
+  const uint32_t small = spread_fp8_pair(bytes, upper), power = 0x5c005c00u;  // 2^8
   const __half2 number = __hmul2(reinterpret_cast<const __half2&>(small), reinterpret_cast<const __half2&>(power));
   return reinterpret_cast<const uint32_t&>(number);
 }
