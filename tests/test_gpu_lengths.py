@@ -30,6 +30,9 @@ def test_chunks_between_the_timed_ones_are_interpolated() -> None:
     summed = lengths.summed_seconds(100_000, 32768, begins, [1 + begin / 1e5 for begin in begins])
     whole = [1 + begin / 1e5 for begin in range(0, 98304, 32768)]
     assert summed == pytest.approx(sum(whole) + (100_000 - 98304) / 32768 * (1 + 98304 / 1e5))
+    behind = lengths.summed_seconds(1_010_000, 32768, begins, [1 + begin / 1e5 for begin in begins])
+    parts = [(1 + begin / 1e5) * min(1, (1_010_000 - begin) / 32768) for begin in range(0, 1_010_000, 32768)]
+    assert behind == pytest.approx(sum(parts)), "as between the last two"
 
 
 def test_the_floor_of_a_million_tokens() -> None:

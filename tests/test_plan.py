@@ -52,7 +52,7 @@ def test_activations_grow_with_the_chunk_not_with_the_context_when_dense() -> No
 
 @pytest.mark.parametrize(("config", "of_row"), [(MODEL_7B, 21_504), (MODEL_14B, 46_592)], ids=["7B", "14B"])
 def test_beyond_the_rows_that_are_there_at_once_a_row_takes_little(config: ModelConfig, of_row: int) -> None:
-    """Its residual, 4 bytes a number, and what the MLP takes, 2, or the projections and what attention makes of them."""
+    """Its residual, 4 bytes a number, and what the MLP takes, or the projections and what attention makes of them."""
     assert of_row == {28: 6 * 3584, 48: 4 * 5120 + 2 * (5120 + 2 * 1024 + 5120) + 4 * 3 * 128}[config.num_layers]
     budgets = published_budgets(config)
     large, larger = (activation_bytes(config, rows, 1_000_000, budgets, "bfloat16") for rows in (40_000, 50_000))

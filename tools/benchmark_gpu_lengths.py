@@ -126,8 +126,8 @@ def last_begin(length: int, rows: int) -> int:
 
 
 def summed_seconds(length: int, rows: int, begins: Sequence[int], seconds: Sequence[float]) -> float:
-    """Of all chunks of a prompt, from those of full chunks that begin at `begins`; behind the last of them a chunk takes
-    more, as between the last two.
+    """Of all chunks of a prompt, from those of full chunks that begin at `begins`; behind the last of them as between
+    the last two.
     """
     rise = np.diff(seconds)[-1] / np.diff(begins)[-1] if len(begins) > 1 else 0.0
 

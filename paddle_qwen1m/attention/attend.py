@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator
+from typing import Any
 
 import paddle
 
@@ -15,8 +16,12 @@ from paddle_qwen1m.config import ROWS_AT_ONCE
 
 def keep(projected: Projected, cache: LayerCache, step: Step) -> None:
     """Puts the keys and values of a step's rows into the cache."""
+    ops.cache_keys(*_to_be_cached(projected, cache, step))
+
+
+def _to_be_cached(projected: Projected, cache: LayerCache, step: Step) -> tuple[Any, ...]:
     where = step.rotary, step.slots, cache.keys, cache.values, cache.quantised
-    ops.cache_keys(projected.qkv, projected.bias, *where)
+    return projected.qkv, projected.bias, *where
 
 
 def attend(
@@ -27,10 +32,15 @@ def attend(
     `selector` chooses the keys of sparse pieces. Pauses behind each group of row blocks that the step names. Rows of
     another share hold whatever was in memory.
     """
+    rows = projected.qkv.shape[0]
+    q: paddle.Tensor | None = None
+    if step.sparse_pieces or rows > ROWS_AT_ONCE:
+        keep(projected, cache, step)
+    else:
+        q = ops.rotate_and_cache(*_to_be_cached(projected, cache, step))
     if step.lengths is not None:
-        where = step.rotary, step.slots, cache.keys, cache.values, cache.quantised
         return ops.dca_decode(
-            ops.rotate_and_cache(projected.qkv, projected.bias, *where),
+            q,
             cache.keys,
             cache.values,
             step.block_tables,
@@ -39,17 +49,17 @@ def attend(
             cache.chunk_len,
             cache.quantised,
         )
-    keep(projected, cache, step)
-    out = paddle.empty([projected.qkv.shape[0], projected.heads, cache.keys.shape[3]], projected.qkv.dtype)
-    yield from _attend_densely(projected, cache, step, out)
+    out = paddle.empty([rows, projected.heads, cache.keys.shape[3]], projected.qkv.dtype)
+    yield from _attend_densely(projected, cache, step, out, q)
     yield from _attend_sparsely(projected, cache, step, selector, out)
     return out
 
 
 def _attend_densely(
-    projected: Projected, cache: LayerCache, step: Step, out: paddle.Tensor
+    projected: Projected, cache: LayerCache, step: Step, out: paddle.Tensor, q: paddle.Tensor | None
 ) -> Generator[None, None, None]:
-    rotated: tuple[int, paddle.Tensor] | None = None
+    """q: the queries of all rows, where these are no more than are there at once."""
+    rotated = None if q is None else (0, q)
     for dense in step.dense_pieces:
         first, last = dense.first, min(dense.first + ROWS_AT_ONCE, out.shape[0])
         if dense.pieces.shape[0] > 0:

@@ -66,13 +66,13 @@ def budgets_digest(vertical: np.ndarray, slash: np.ndarray) -> str:
 def digests(tokens: np.ndarray, cuts: Iterable[int], parent: bytes, begin: int = 0) -> Iterator[tuple[int, bytes]]:
     """Each cut with the digest of the cut before it (`parent` of the first) and of the tokens between.
 
-    tokens: int64 [n]. cuts: ascending, above `begin`, where the parent's tokens end.
+    tokens: int64 [n], of which 32 bits count. cuts: ascending, above `begin`, where the parent's tokens end.
     """
-    data = np.ascontiguousarray(tokens, "<i8").data.cast("B")
+    data = np.ascontiguousarray(tokens, "<u4").data.cast("B")
     for cut in cuts:
         assert begin < cut <= len(tokens)
         running = hashlib.blake2b(parent, digest_size=DIGEST_BYTES)
-        running.update(data[8 * begin : 8 * cut])
+        running.update(data[4 * begin : 4 * cut])
         parent, begin = running.digest(), cut
         yield cut, parent
 

@@ -72,6 +72,8 @@ __device__ Lines stage_diagonals(const int32_t* slashes, int32_t count, Stage st
   return {nullptr, end - 1 - (entries - 1) * step, step, entries};
 }
 
+static_assert(QWEN1M_CHAIN_WIDTH(0) == 1 + kFallback);
+
 // Of a head in a stage, behind its length.
 __device__ int32_t* chain_of(const qwen1m_sparse_index& a, int64_t head, int stage) {
   return a.chains + (head * kStages + stage) * QWEN1M_CHAIN_WIDTH(a.selected_slashes) + 1;
