@@ -228,9 +228,9 @@ OPTIONS = (
         "max_num_batched_tokens",
         Whole(1),
         f"{CPU_BATCHED_TOKENS:,} on a CPU, {GPU_BATCHED_TOKENS:,} on a GPU",
-        "tokens of one prefill chunk: smaller takes less memory, up to 126,976 take little more and read a million a "
-        "few percent sooner; a dense answer stays the same, a sparse one may change, because its keys are chosen anew "
-        "for each chunk",
+        "tokens of one prefill chunk: smaller takes less memory, and 63,488, 84,736 or 126,976, which cut a DCA chunk "
+        "evenly, read a million tokens a few percent sooner; a dense answer stays the same, a sparse one may change, "
+        "because its keys are chosen anew for each chunk",
         EVERYWHERE,
     ),
     Option(
