@@ -25,7 +25,7 @@ ops                config threads
 fileio             ops
 parallel           config ops
 weights            config config_keys dtypes fileio ops parallel progress
-plan               config dtypes weights
+plan               config dtypes parallel weights
 cache              config dtypes fileio ops
 attention          cache config ops
 model              attention cache config dtypes ops parallel weights
