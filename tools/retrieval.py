@@ -1,6 +1,7 @@
 """How much of what is hidden the needle checkpoint finds, by length: dense, sparse, and with the forced keys alone.
 
     python tools/retrieval.py [--tokens 65536 262144] [--answers 208] [--needles 16] [--sparse-budgets FILE]
+        [--max-num-batched-tokens 63488]
     python tools/retrieval.py --table [--tokens 16384 ... 1048576]       sparse alone, length after length
 
 On whatever device Paddle uses. Question and answer stand in the prompt (see needle_reading.py). The share of pairs is
@@ -86,6 +87,7 @@ def main() -> int:
     parser.add_argument("--needles", type=int, default=16, help="hidden facts a document (default: %(default)s)")
     parser.add_argument("--sparse-budgets", type=Path, metavar="FILE")
     parser.add_argument("--first-seed", type=int, default=1000, help="of the documents (default: %(default)s)")
+    parser.add_argument("--max-num-batched-tokens", type=int, help="rows of a chunk, each of which chooses its keys")
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--only", nargs="*", choices=CHOICES)
     arguments = parser.parse_args()
@@ -107,7 +109,8 @@ def main() -> int:
         return SparseBudgets.from_file(arguments.sparse_budgets or file, *shape)
 
     chosen = arguments.only or (["sparse"] if arguments.table else list(CHOICES))
-    readers = {name: Reader(config, sparse=name != "dense") for name in chosen}
+    chunk = arguments.max_num_batched_tokens
+    readers = {name: Reader(config, sparse=name != "dense", max_num_batched_tokens=chunk) for name in chosen}
     maker = DocumentMaker(encode)
     documents_a_cell = -(-arguments.answers // arguments.needles)
     holds = 0
