@@ -355,10 +355,20 @@ def sparse_fields(context: Context, index: Index, others: int = 0) -> dict[str, 
 
 
 def run_sparse(
-    cuda: Any, context: Context, index: Index, cuts: Sequence[int] = (), *, others: int = 0
+    cuda: Any,
+    context: Context,
+    index: Index,
+    cuts: Sequence[int] = (),
+    *,
+    others: int = 0,
+    order: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """out [T, H, D] and lse [T, H] of the sparse prefill kernel on the context's one piece, cut at those row blocks."""
+    """out [T, H, D] and lse [T, H] of the sparse prefill kernel on the context's one piece, cut at those row blocks; the
+    heads are begun in that order.
+    """
     fields = sparse_fields(context, index, others)
+    if order is not None:
+        fields["order"] = torch.tensor(order, dtype=torch.int32, device="cuda")
     borders = [0, *cuts, fields["num_blocks"]]
     for first, last in zip(borders, borders[1:]):
         cuda("dca_sparse_prefill", **{**fields, "first_block": first, "num_blocks": last - first})

@@ -131,6 +131,18 @@ def test_few_rows_do_not_depend_on_how_a_piece_is_cut(
         assert torch.isfinite(expected).all() and torch.equal(expected, got)
 
 
+@pytest.mark.parametrize("rows", [300, 1500])
+def test_heads_may_be_begun_in_any_order(cuda: Any, rng: np.random.Generator, rows: int) -> None:
+    """They get what they get in their own, bit by bit."""
+    context = cases.random_context(rng, 30001, rows, heads=10, kv_heads=2, chunk_len=32768, page_size=256)
+    index = cases.convert(cuda, context, *random_selection(rng, context, 300, 900))
+    order = [7, 2, 9, 0, 5, 1, 8, 3, 6, 4]
+    for expected, got in zip(
+        cases.run_sparse(cuda, context, index), cases.run_sparse(cuda, context, index, order=order)
+    ):
+        assert torch.isfinite(expected).all() and torch.equal(expected, got)
+
+
 @pytest.mark.parametrize("rows", [1, 100, 1000])
 def test_few_rows_among_many_of_a_step(cuda: Any, rng: np.random.Generator, rows: int) -> None:
     """A sparse piece's workspace is as large as its own rows ask for, and they get what they get alone, bit by bit."""

@@ -217,16 +217,20 @@ def rotation_inputs(
 
 @each_half
 @pytest.mark.parametrize("shape", HEADS)
+@pytest.mark.parametrize("queries", [True, False])
 @pytest.mark.parametrize("tokens, variants", [(1, 3), (3, 1), (17, 2), (1000, 3)])
 def test_rotate_and_cache(
     cuda: Any,
     rng: np.random.Generator,
     tokens: int,
     variants: int,
+    queries: bool,
     shape: tuple[int, int, int],
     dtype: torch.dtype,
 ) -> None:
-    """Biased queries in every rotation; keys and values in shuffled slots, some rows in none; no other is touched."""
+    """Biased queries in every rotation, or none of them; keys and values in shuffled slots, some rows in none; no other
+    is touched.
+    """
     heads, kv_heads, head_dim = shape
     page_size = 64
     qkv, bias, table = rotation_inputs(rng, tokens, tokens, variants, shape, dtype)
@@ -241,7 +245,7 @@ def test_rotate_and_cache(
         bias=bias,
         table=table,
         slots=stored(slots, torch.int64),
-        q=q,
+        q=q if queries else None,
         cache={
             "key": key,
             "value": value,
@@ -258,7 +262,8 @@ def test_rotate_and_cache(
     )
     keys, values = np.full(key.shape, np.nan), np.full(value.shape, np.nan)
     expected = oracle.rotate_and_cache(exact(qkv), exact(bias), exact(table), slots, keys, values)
-    check(q, expected, 1e-6 * largest(expected))
+    if queries:
+        check(q, expected, 1e-6 * largest(expected))
     for got, wanted in ((key, keys), (value, values)):
         np.testing.assert_array_equal(np.isnan(exact(got)), np.isnan(wanted))
         page, offset = np.divmod(slots[slots >= 0], page_size)
