@@ -363,8 +363,8 @@ def run_sparse(
     others: int = 0,
     order: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """out [T, H, D] and lse [T, H] of the sparse prefill kernel on the context's one piece, cut at those row blocks; the
-    heads are begun in that order.
+    """out [T, H, D] and lse [T, H] of the sparse prefill kernel on the context's one piece, cut at those row blocks,
+    its heads begun in that order.
     """
     fields = sparse_fields(context, index, others)
     if order is not None:
