@@ -273,7 +273,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kv-cache-dtype", choices=("bfloat16", INT8))
     parser.add_argument("--quantization", choices=("fp8", "int8"), help="of the layers' linears")
     parser.add_argument("--max-num-batched-tokens", type=int, help="rows of a chunk")
-    parser.add_argument("--prefix-border-parts", type=int, help="in which a prompt's last chunk is read")
+    parts = EngineOptions.prefix_border_parts
+    parser.add_argument("--prefix-border-parts", type=int, default=parts, help="in which a prompt's last chunk is read")
 
 
 def options_of(arguments: argparse.Namespace) -> EngineOptions:
@@ -282,7 +283,7 @@ def options_of(arguments: argparse.Namespace) -> EngineOptions:
         kv_cache_dtype=arguments.kv_cache_dtype,
         quantization=arguments.quantization,
         max_num_batched_tokens=arguments.max_num_batched_tokens,
-        **({} if arguments.prefix_border_parts is None else {"prefix_border_parts": arguments.prefix_border_parts}),
+        prefix_border_parts=arguments.prefix_border_parts,
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from typing import Any
 
 import paddle
 
@@ -14,14 +13,10 @@ from paddle_qwen1m.cache import LayerCache
 from paddle_qwen1m.config import ROWS_AT_ONCE
 
 
-def keep(projected: Projected, cache: LayerCache, step: Step) -> None:
-    """Puts the keys and values of a step's rows into the cache."""
-    ops.cache_keys(*_to_be_cached(projected, cache, step))
-
-
-def _to_be_cached(projected: Projected, cache: LayerCache, step: Step) -> tuple[Any, ...]:
+def keep(projected: Projected, cache: LayerCache, step: Step, *, queries: bool = False) -> paddle.Tensor | None:
+    """Puts the keys and values of a step's rows into the cache; gives the queries of all rows where they are wanted."""
     where = step.rotary, step.slots, cache.keys, cache.values, cache.quantised
-    return projected.qkv, projected.bias, *where
+    return ops.rotate_and_cache(projected.qkv, projected.bias, *where, queries=queries)
 
 
 def attend(
@@ -33,11 +28,7 @@ def attend(
     another share hold whatever was in memory.
     """
     rows = projected.qkv.shape[0]
-    q: paddle.Tensor | None = None
-    if step.sparse_pieces or rows > ROWS_AT_ONCE:
-        keep(projected, cache, step)
-    else:
-        q = ops.rotate_and_cache(*_to_be_cached(projected, cache, step))
+    q = keep(projected, cache, step, queries=not step.sparse_pieces and rows <= ROWS_AT_ONCE)
     if step.lengths is not None:
         return ops.dca_decode(
             q,

@@ -45,12 +45,11 @@ class Piece:
         """The piece's first `rows` rows, and those behind them if there are any."""
         if rows >= self.rows:
             return self, None
-        return Piece(self.row, self.begin, rows), Piece(self.row + rows, self.begin + rows, self.rows - rows)
+        return self._part(0, rows), self._part(rows, self.rows)
 
     def blocks(self, first: int, count: int) -> Piece:
         """Of its row blocks `count` from number `first` on, fewer at its end."""
-        skipped = first * BLOCK
-        return Piece(self.row + skipped, self.begin + skipped, min(count * BLOCK, self.rows - skipped))
+        return self._part(first * BLOCK, min((first + count) * BLOCK, self.rows))
 
     def around(self, rows: np.ndarray) -> Piece | None:
         """From the row block of the first of those `rows` of the step, int64 [n], that are the piece's to the last of
@@ -60,7 +59,11 @@ class Piece:
         if len(own) == 0:
             return None
         skipped, end = int(own.min()) // BLOCK * BLOCK, int(own.max()) + 1
-        return Piece(self.row + skipped, self.begin + skipped, end - skipped)
+        return self._part(skipped, end)
+
+    def _part(self, first: int, end: int) -> Piece:
+        """Its rows [first, end)."""
+        return Piece(self.row + first, self.begin + first, end - first)
 
 
 def pieces(begin: int, end: int, chunk_len: int, row: int = 0) -> Iterator[Piece]:

@@ -108,8 +108,9 @@ class SparsePiece:
         """
         blocks = ROWS_AT_ONCE // BLOCK
         runs = [run for group in self.own_groups for run in cut_at(blocks, *group)]
-        for number, own in groupby(runs, key=lambda run: run.first // blocks):
-            first = min(number * blocks, self.piece.row_blocks - 1)
+        last = self.piece.row_blocks - 1  # what is empty may stand behind it
+        for number, own in groupby(runs, key=lambda run: min(run.first, last) // blocks):
+            first = number * blocks
             yield self.piece.blocks(first, blocks), first, [run._replace(first=run.first - first) for run in own]
 
     def around(self, rows: np.ndarray) -> SparsePiece | None:
@@ -240,8 +241,8 @@ def dense_pieces(group: np.ndarray, copied: CopiedPages | None) -> Iterator[Dens
 def attended_rows(rows: int, dense: Iterable[DensePieces], sparse: Iterable[SparsePiece]) -> np.ndarray:
     """The number of each of so many rows that the share of these pieces has, int64 [T]; -1 of others."""
     attended = np.full(rows, -1, np.int64)
-    pieces = [(one.first + row, count) for one in dense for _, row, count, _ in one.pieces.numpy().tolist()]
-    runs = [(row, row + count) for row, count in pieces]
+    pieces = ((one.first, piece) for one in dense for piece in one.pieces.numpy().tolist())
+    runs = [(first + row, first + row + count) for first, (_, row, count, _) in pieces]
     for whole in sparse:
         piece = whole.piece
         for first, count in whole.own_groups:

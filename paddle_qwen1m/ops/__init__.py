@@ -46,7 +46,6 @@ from paddle_qwen1m.ops.sampling import IN_PROMPT, LARGEST_COUNT, sample, top_log
 from paddle_qwen1m.ops.step import (
     FEW_ROWS,
     add_rms_norm,
-    cache_keys,
     cast,
     decode_inputs,
     embedding,
@@ -96,7 +95,6 @@ __all__ = [
     "add_rms_norm",
     "add_rms_norm8",
     "await_rows",
-    "cache_keys",
     "cast",
     "copy_page",
     "cpu_isa",

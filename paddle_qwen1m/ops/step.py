@@ -100,28 +100,18 @@ def rotate_and_cache(
     key_cache: paddle.Tensor,
     value_cache: paddle.Tensor,
     quantised: Quantised | None = None,
-) -> paddle.Tensor:
-    """Adds the bias to qkv [T, (H + 2G) D], writes keys rotated by table[0] and values, returns q [V, T, H, D].
+    *,
+    queries: bool = True,
+) -> paddle.Tensor | None:
+    """Adds the bias to qkv [T, (H + 2G) D], writes keys rotated by table[0] and values, returns q [V, T, H, D]; None
+    without `queries`.
 
     `table` is a `rotary_table` of V variants; slots (int64 [T]) are page * page_size + offset, -1 for a row that is not
     cached. The caches are written in place, rounded once to their type; bytes with a scale for each token and KV head.
     """
     cache = key_cache, value_cache, *(quantised or NOT_QUANTISED)
-    return call("rotate_and_cache", qkv, bias, table, slots, *cache)[2]
-
-
-def cache_keys(
-    qkv: paddle.Tensor,
-    bias: paddle.Tensor,
-    table: paddle.Tensor,
-    slots: paddle.Tensor,
-    key_cache: paddle.Tensor,
-    value_cache: paddle.Tensor,
-    quantised: Quantised | None = None,
-) -> None:
-    """What `rotate_and_cache` does with keys and values."""
-    cache = key_cache, value_cache, *(quantised or NOT_QUANTISED)
-    call("cache_keys", qkv, bias, table, slots, *cache)
+    results = call("rotate_and_cache" if queries else "cache_keys", qkv, bias, table, slots, *cache)
+    return results[2] if queries else None
 
 
 def rotate_queries(

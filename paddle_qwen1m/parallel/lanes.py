@@ -103,12 +103,14 @@ class Lanes:
     def all_rows(self) -> Activations:
         """All rows behind the last norm, activations [T, N]. No collective is under way then."""
         found = [self._normed(lane) for lane in self._lanes]
-        whole = found[0] if self._gathered is None else self._gathered
+        whole = self._gathered
+        if whole is None:
+            whole = found if len(found) > 1 else found[0]
         if self._copies is None:
             self._gathered = None
         for lane in self._lanes:
             lane.normed = None
-        return found if len(found) > 1 and isinstance(whole, ops.Rows8) else whole
+        return whole
 
     def of_rows(self, rows: paddle.Tensor) -> Lanes:
         """Of some rows of the step, int64 [n], in one lane, where the layers go on with those alone."""
@@ -158,8 +160,9 @@ class Lanes:
         if not self._is_split and (in_fp8 or lane.residual is None):
             values = self._group.all_reduce(values)
         # Where lanes are local, rows are normed into the place of those of the norm before, which have been used.
-        activations = weight.dtype if weight.place.is_gpu_place() else paddle.float32
-        into = None if in_fp8 or self._is_split or self.count == 1 else lane.of(self._room_for_all(activations))
+        into: paddle.Tensor | None = None
+        if self.count > 1 and not (self._is_split or in_fp8):
+            into = lane.of(self._room_for_all(weight.dtype if weight.place.is_gpu_place() else paddle.float32))
         if lane.residual is None:
             lane.residual = values
             own = ops.rms_norm8(values, weight, self._eps) if in_fp8 else ops.rms_norm(values, weight, self._eps, into)
