@@ -226,7 +226,7 @@ def test_a_decode_step_is_one_lane_however_many_rows_it_has(rng: np.random.Gener
 def test_an_alone_rank_sends_nothing(rng: np.random.Generator) -> None:
     layers, given = Layers(rng), rng.standard_normal((300, WIDTH)).astype(np.float32)
     rank = Group()
-    assert rank.padded(299) == 299 and rank.lanes(ROWS_AT_ONCE) == 1
+    assert rank.padded(299) == 299 and (rank.lanes(ROWS_AT_ONCE), rank.lanes(ROWS_AT_ONCE + 1)) == (1, 2)
     lanes = Lanes(rank, 300, WIDTH, EPS)
     first, norm = paddle.to_tensor(layers.first), paddle.to_tensor(layers.norms[0])
     lanes.add(paddle.to_tensor(given), [lambda rows: rows @ first], norm)
