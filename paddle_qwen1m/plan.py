@@ -14,6 +14,8 @@ from paddle_qwen1m.weights.tensors import published_shapes
 
 FEW_ROWS, SHARED_ROWS = 1024, 8192
 """Up to how many rows share their keys out, and rows times shares at most: custom_ops/cuda/shares.cuh."""
+QUESTION_ROWS = 8 + 64
+"""Of the steps that a GPU keeps for questions: engine/questions.py."""
 
 
 @dataclass(frozen=True)
@@ -162,14 +164,15 @@ def workspace_bytes(
     """Peak bytes of all that may be under way at once while contexts of up to `length` tokens are served.
 
     A chunk of a long prompt that stands at a pause, short prompts that are read meanwhile, and the decode rows with
-    their logits; graphs of 1, 2, 4, ... rows hold as much again. First tokens are sampled by slots of their own. A
-    GPU's allocator finds room in one piece or none: where smaller tensors lie between, one as large as a lane's gated
-    product may not fit into what is free.
+    their logits; graphs of 1, 2, 4, ... rows hold as much again, and those that read questions what their rows need.
+    First tokens are sampled by slots of their own. A GPU's allocator finds room in one piece or none: where smaller
+    tensors lie between, one as large as a lane's gated product may not fit into what is free.
     """
     rows = min(length, max_num_batched_tokens)
     chunk = prefill_bytes(config, rows, length, budgets, dtype) + widened_weight_bytes(config, quantization, dtype)
     if itemsize(dtype) == 2:
         chunk += 2 * lane_rows(rows) * config.intermediate_size
+        chunk += activation_bytes(config, QUESTION_ROWS, length, None, dtype)
     step = activation_bytes(config, max_num_seqs, length, None, dtype) + 4 * max_num_seqs * config.vocab_size
     decode = 2 * (step + sampling_bytes(max_num_seqs, config.vocab_size))
     if max_num_seqs == 1:  # nothing is read in the pauses of the one there is

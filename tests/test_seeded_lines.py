@@ -62,6 +62,17 @@ def test_lines_sent_ahead_are_those_of_their_piece(selectors: list[Selector]) ->
     assert carrier.received == 2 * (4 * (len(selectors) - 1) + 2)
 
 
+def test_a_piece_that_is_asked_for_again_is_there(selectors: list[Selector]) -> None:
+    """As that of one question after the other on a document; the one before it is brought anew."""
+    lines, plain, (first, second) = SeededLines(3, None), SeededLines(3, None), pieces_of(256, 512)
+    selector = selectors[0]
+    once, again = lines.of(selector, second), lines.of(selector, second)
+    assert all(one is other for one, other in zip(once, again))
+    for piece in (first, second, second):
+        for one, other in zip(lines.of(selector, piece), plain.of(selector, piece)):
+            np.testing.assert_array_equal(one.numpy(), other.numpy())
+
+
 def test_pieces_that_choose_nothing_have_none(selectors: list[Selector]) -> None:
     lines = SeededLines(0, None)
     lines.of(selectors[0], pieces_of(128)[0])

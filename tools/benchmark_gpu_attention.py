@@ -127,6 +127,7 @@ class Sequence:
             "heads": self.heads,
             "table_width": len(self.table),
             "num_pieces": len(pieces),
+            "on_device": 0,
             "chunk_len": CHUNK_LEN,
         }
         return with_workspace(cuda, "dca_prefill", fields)

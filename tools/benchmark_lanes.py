@@ -1,7 +1,7 @@
 """What a layer of a prefill waits for where ranks add up: its products of many rows, with the sums and without.
 
-    PADDLE_QWEN1M_COPIES=1 python -m paddle.distributed.launch --devices 0,1 tools/benchmark_lanes.py [--model 7B 14B]
-        [--rows 32768]
+    python -m paddle.distributed.launch --devices 0,1 tools/benchmark_lanes.py [--model 7B 14B]
+        [--rows 8192 16384 32768]
 
 Milliseconds a layer, random weights, no attention: a rank's products and norms alone, with no sums; with the sums as a
 prefill has them, copied where the cards reach each other's memory; and by NCCL's collectives. The rows that come out of
@@ -115,7 +115,7 @@ def compared(group: Group, config: ModelConfig, rows: int) -> tuple[bool, list[f
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", choices=list(PUBLISHED), default=list(PUBLISHED))
-    parser.add_argument("--rows", type=int, nargs="+", default=[8192, 32768])
+    parser.add_argument("--rows", type=int, nargs="+", default=[8192, 16384, 32768])
     arguments = parser.parse_args()
     paddle.device.set_device("gpu")
     group = start(launched_ranks())

@@ -179,6 +179,7 @@ class Kernels:
                 scale=self.array(np.asarray([scale], np.float32)),
                 table_width=pages,
                 num_pieces=len(ranges),
+                on_device=0,
             )
         for _, row, piece_rows, piece_begin in pieces:
             self.sparse_prefill(common, cache, table, scale, row, piece_begin, piece_rows)

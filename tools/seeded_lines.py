@@ -32,7 +32,8 @@ class Ahead(NamedTuple):
 class SeededLines:
     """Columns and diagonals of every layer for every piece of a prompt: made when a layer first asks, kept in pinned
     memory, since making them takes the host longer than a layer takes the GPU. Once prepared, those of a layer's next
-    piece are copied to the device while the computation goes on: a real prefill has no such copies.
+    piece are copied to the device while the computation goes on, and those of its last one are there: a real prefill
+    has no such copies.
     """
 
     def __init__(self, rank: int, carrier: Carrier | None) -> None:
@@ -41,8 +42,8 @@ class SeededLines:
         self._pinned: dict[tuple[int, int, int], list[paddle.Tensor]] = {}
         self._following: dict[tuple[int, int], Piece] = {}
         self._ahead: dict[int, Ahead] = {}
-        self._spare: dict[int, list[paddle.Tensor]] = {}
-        """Of each layer, where the lines of the piece before the last one were."""
+        self._last: dict[int, tuple[Piece, list[paddle.Tensor]]] = {}
+        """What each layer got last; the next piece but one's go there."""
 
     def of(self, selector: Selector, piece: Piece) -> list[paddle.Tensor]:
         """What select_critical would return for the layer's heads and the piece; nothing waits for the GPU."""
@@ -53,14 +54,20 @@ class SeededLines:
         ahead = self._ahead.pop(layer, None)
         if ahead is not None and self._carrier is not None:
             self._carrier.receive(ahead.sent)
-        lines = ahead.lines if ahead is not None and same_rows(ahead.piece, piece) else self._copied(layer, piece)
+        last, targets = self._last.pop(layer, (None, None))
+        if ahead is not None and same_rows(ahead.piece, piece):
+            lines = ahead.lines
+        elif last is not None and targets is not None and same_rows(last, piece):
+            lines, targets = targets, None
+        else:
+            lines = self._copied(layer, piece)
         following = self._following.get((piece.begin, piece.end))
         if following is not None and self._carrier is not None:
-            kept, targets = self._kept(layer, following), self._spare.pop(layer, None)
+            kept = self._kept(layer, following)
             if targets is None or [one.shape for one in targets] != [one.shape for one in kept]:
                 targets = [paddle.empty(one.shape, one.dtype) for one in kept]
             self._ahead[layer] = Ahead(following, targets, self._carrier.send(kept, targets))
-        self._spare[layer] = lines
+        self._last[layer] = piece, lines
         return lines
 
     def prepare(self, many: Iterable[Piece]) -> None:

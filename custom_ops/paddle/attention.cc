@@ -15,7 +15,8 @@ float* optional_lse(const Call& call, const OptionalTensor& lse, int64_t tokens,
   return pointer<float>(*lse);
 }
 
-// `pieces` lie in host memory on every device: the launch depends on them.
+// Pieces in host memory are checked, and the launch depends on them. On a GPU they may lie there: nothing of them is
+// known then.
 void dca_prefill(const Tensor& q, Tensor& out, const Tensor& key_cache, const Tensor& value_cache,
                  const OptionalTensor& scales, const OptionalTensor& frame, const Tensor& block_tables,
                  const Tensor& pieces, const Tensor& scale, const OptionalTensor& lse, int64_t chunk_len) {
@@ -24,14 +25,15 @@ void dca_prefill(const Tensor& q, Tensor& out, const Tensor& key_cache, const Te
   expect_chunk(chunk_len, cache.page_size);
   call.expect(block_tables, "block_tables", DataType::INT32, {-1, -1});
   Call(pieces).expect(pieces, "pieces", DataType::INT32, {-1, 4});
-  QWEN1M_REQUIRE(pieces.is_cpu(), "pieces must lie in host memory, got " + pieces.place().DebugString());
+  const bool on_device = call.on_gpu() && !pieces.is_cpu();
   const int64_t sequences = block_tables.shape()[0], width = block_tables.shape()[1];
   call.expect(scale, "scale", DataType::FLOAT32, {sequences});
   call.expect_activation(q, "q", {-1, -1, -1, cache.head_dim});
   const int64_t tokens = q.shape()[1];
   const auto* piece = reinterpret_cast<const qwen1m_piece*>(pieces.data<int32_t>());
-  int64_t last = 0;
-  for (int64_t p = 0; p < pieces.shape()[0]; ++p) {
+  int64_t last = on_device ? width * cache.page_size - 1 : 0;
+  for (int64_t p = 0; !on_device && p < pieces.shape()[0]; ++p) {
+    if (piece[p].rows == 0) continue;
     const int64_t end = static_cast<int64_t>(piece[p].begin) + piece[p].rows;
     QWEN1M_REQUIRE(piece[p].sequence >= 0 && piece[p].sequence < sequences && piece[p].row >= 0 && piece[p].rows > 0 &&
                        piece[p].row + piece[p].rows <= tokens && piece[p].begin >= 0 &&
@@ -57,6 +59,7 @@ void dca_prefill(const Tensor& q, Tensor& out, const Tensor& key_cache, const Te
           .heads = heads,
           .table_width = static_cast<int32_t>(width),
           .num_pieces = static_cast<int32_t>(pieces.shape()[0]),
+          .on_device = on_device,
           .chunk_len = static_cast<int32_t>(chunk_len),
       },
       QWEN1M_WORKSPACE_KERNEL(dca_prefill));

@@ -126,8 +126,9 @@ class SparsePiece:
 
 @dataclass(frozen=True)
 class DensePieces:
-    """Pieces that are computed together: int32 [P, 4] in host memory, P may be 0; their rows count from row `first` of
-    the step on, a multiple of ROWS_AT_ONCE, and are no more than that. pauses: behind them attention does. copied: what
+    """Pieces that are computed together: int32 [P, 4] in host memory, or in that of the device where a graph captures
+    them; P may be 0, and a piece's rows. Their rows count from row `first` of the step on, a multiple of ROWS_AT_ONCE,
+    and are no more than that. pauses: behind them attention does. copied: what
     layers whose pages are copied for their readers are to copy, with tables int32 [S, W].
     """
 
@@ -268,6 +269,23 @@ class StepBuilder:
         self._head_dim = config.head_dim
         self._inv_freq = ops.tensor(positions.inv_freq(config))
 
+    @property
+    def chunk_len(self) -> int:
+        """L, tokens of a DCA chunk."""
+        return self._dual_chunk.chunk_len
+
+    def query_positions(self, where: np.ndarray, variants: int) -> np.ndarray:
+        """Rotary positions int32 [variants, T] of queries at positions [T]."""
+        return positions.query_positions(where, self._dual_chunk, variants)
+
+    def rotary_table(self, rotary_positions: paddle.Tensor) -> paddle.Tensor:
+        """Of positions int32 [V, T]: float32 [V, T, D]."""
+        return ops.rotary_table(rotary_positions, self._inv_freq)
+
+    def scale(self, length: int) -> float:
+        """D^-0.5 m(length)^2."""
+        return float(self._head_dim**-0.5 * self._dual_chunk.temperature(length) ** 2)
+
     def prefill(
         self, batch: Sequence[SequenceRows], cache: PagedCache, logit_rows: Sequence[int], row_blocks: int = 0
     ) -> Step:
@@ -289,7 +307,7 @@ class StepBuilder:
         ids = np.concatenate([*(rows.ids for rows in batch), spare])
         where = np.concatenate([*(np.arange(rows.begin, rows.end) for rows in batch), spare])
         variants = positions.num_variants(int(where.max()) + 1, self._dual_chunk.chunk_len)
-        rotary_positions = positions.query_positions(where, self._dual_chunk, variants)
+        rotary_positions = self.query_positions(where, variants)
         slots = [*(cache.slots(rows.pages, rows.begin, rows.end) for rows in batch), spare - 1]
         pages = [list(rows.pages[: -(-rows.end // cache.page_size)]) for rows in batch]
         wanted = np.asarray(logit_rows, np.int64)
@@ -306,9 +324,9 @@ class StepBuilder:
         return Step(
             ids=ops.tensor(ids),
             slots=ops.tensor(np.concatenate(slots)),
-            rotary=ops.rotary_table(ops.tensor(rotary_positions), self._inv_freq),
+            rotary=self.rotary_table(ops.tensor(rotary_positions)),
             block_tables=page_tables(pages),
-            scale=ops.tensor(np.asarray([self._scale(rows.length) for rows in batch], np.float32)),
+            scale=ops.tensor(np.asarray([self.scale(rows.length) for rows in batch], np.float32)),
             logit_rows=ops.tensor(np.resize(wanted, computed)) if len(wanted) else None,
             num_logits=len(wanted),
             dense_pieces=dense_pieces,
@@ -374,13 +392,10 @@ class StepBuilder:
             piece=piece,
             block_table=table,
             copied=None if in_order is None else CopiedPages(table, in_order),
-            scale=self._scale(rows.length),
-            critical_rotary=ops.rotary_table(ops.tensor(critical), self._inv_freq),
+            scale=self.scale(rows.length),
+            critical_rotary=self.rotary_table(ops.tensor(critical)),
             groups=[
                 (first, min(row_blocks, piece.row_blocks - first)) for first in range(0, piece.row_blocks, row_blocks)
             ],
             share=self._share,
         )
-
-    def _scale(self, length: int) -> float:
-        return float(self._head_dim**-0.5 * self._dual_chunk.temperature(length) ** 2)

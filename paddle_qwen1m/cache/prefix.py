@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import os
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
@@ -15,6 +18,8 @@ import numpy as np
 from paddle_qwen1m.cache.pool import PagePool
 
 DIGEST_BYTES = 32
+LONG_SECTION = 4096
+"""Tokens between two cuts from which on, on average, several are digested at once."""
 
 
 @dataclass(frozen=True)
@@ -64,17 +69,31 @@ def budgets_digest(vertical: np.ndarray, slash: np.ndarray) -> str:
 
 
 def digests(tokens: np.ndarray, cuts: Iterable[int], parent: bytes, begin: int = 0) -> Iterator[tuple[int, bytes]]:
-    """Each cut with the digest of the cut before it (`parent` of the first) and of the tokens between.
+    """Each cut with the digest of the cut before it (`parent` of the first) and of the digest of the tokens between.
 
     tokens: int64 [n], of which 32 bits count. cuts: ascending, above `begin`, where the parent's tokens end.
     """
-    data = np.ascontiguousarray(tokens, "<u4").data.cast("B")
-    for cut in cuts:
-        assert begin < cut <= len(tokens)
-        running = hashlib.blake2b(parent, digest_size=DIGEST_BYTES)
-        running.update(data[4 * begin : 4 * cut])
-        parent, begin = running.digest(), cut
+    borders = [begin, *cuts]
+    assert all(one < other for one, other in zip(borders, borders[1:])) and borders[-1] <= len(tokens)
+
+    at_once = borders[-1] - begin >= LONG_SECTION * len(borders)
+    data = tokens if at_once else np.ascontiguousarray(tokens, "<u4")
+
+    def between(first: int, last: int) -> bytes:
+        return hashlib.blake2b(np.ascontiguousarray(data[first:last], "<u4"), digest_size=DIGEST_BYTES).digest()
+
+    for cut, section in zip(borders[1:], (_threads().map if at_once else map)(between, borders, borders[1:])):
+        parent = hashlib.blake2b(parent + section, digest_size=DIGEST_BYTES).digest()
         yield cut, parent
+
+
+@functools.cache
+def _threads() -> ThreadPoolExecutor:
+    """What is between two cuts is digested while other threads of Python run."""
+    return ThreadPoolExecutor(min(8, len(os.sched_getaffinity(0))), "digests")
+
+
+os.register_at_fork(after_in_child=_threads.cache_clear)
 
 
 @dataclass(frozen=True, eq=False)

@@ -38,6 +38,11 @@ class Prefill:
     def num_wanted(self) -> int:
         return sum(len(rows.wanted) for rows in self.rows)
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is of one prompt, and stands nowhere."""
+        return self.points == 0 and len(self.rows) == 1
+
 
 @dataclass(frozen=True)
 class Advance:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator
 from collections.abc import Sequence as ManyOf
 from itertools import count
-from typing import Callable, Optional
+from typing import Callable, Optional, cast
 
 import numpy as np
 import paddle
@@ -27,8 +27,10 @@ from paddle_qwen1m.engine.orders import (
     Prefill,
     Rest,
     Restore,
+    Rows,
     Save,
 )
+from paddle_qwen1m.engine.questions import Questions
 from paddle_qwen1m.model import Qwen2OneM
 
 Chunk = Generator[None, None, Optional[paddle.Tensor]]
@@ -60,10 +62,12 @@ class Runner:
         self._threshold, self._replay = sparse_threshold, replay
         placement = model.placement
         share = RowShare(placement.row_share(model.group.rank), placement.row_shares)
+        self._attends_to_all = share.count == 1
         self._builder = StepBuilder(model.config, model.group.padded, share)
         self._selectors = None if budgets is None else selectors(model, budgets)
         self._cache: PagedCache | None = None
         self._slots: DecodeSlots | None = None
+        self._questions: Questions | None = None
         self._standing: Chunk | None = None
         self._wanted: paddle.Tensor | None = None
         self._point = ops.tensor(np.zeros(1, np.int32))
@@ -103,20 +107,26 @@ class Runner:
             self._run(Rest())
             self._slots.release()
             self._slots = None
+        if self._questions is not None:
+            self._questions.release()
+            self._questions = None
         self._cache = cache
         if cache is not None and self._store is not None:
             self._transfers = Transfers(self._store, cache, gpu=self.model.on_gpu)
         if cache is not None:
+            builder, group, max_pages = self._builder, self.model.group, -(-max_model_len // cache.page_size)
             self._slots = DecodeSlots(
                 max_num_seqs,
-                -(-max_model_len // cache.page_size),
+                max_pages,
                 cache.page_size,
-                self._builder,
+                builder,
                 self._logits,
                 sampler,
-                self.model.group,
+                group,
                 replay=self._replay,
             )
+            if self._replay and self._attends_to_all and cache.widened is None:
+                self._questions = Questions(builder, cache, max_pages, self._hidden, group, replay=True)
 
     def run(self, order: Order, read: Read | None = None) -> ops.Post | None:
         """Queues what an order says. Rank 0 gets a post of a Prefill or Advance, which says with `done` whether the
@@ -144,6 +154,9 @@ class Runner:
         assert slots is not None, "a cache is made before orders are run"
         if isinstance(order, Prefill):
             assert not self.in_flight or order.points == 0, "one chunk at most stands at a point"
+            if self._questions is not None and order.is_whole and Questions.takes(order.rows[0]):
+                self._wanted = self._ask(self._questions, order.rows[0])
+                return self._at_point, True
             return self._at_point, self._go_on(self._begin(order), order.points)
         if isinstance(order, Advance):
             assert self._standing is not None, "no chunk stands at a point"
@@ -183,6 +196,14 @@ class Runner:
         step = self._builder.prefill(order.rows, self.cache, wanted, order.row_blocks)
         return self.model.layer_by_layer(step, self.cache.layers, self._selectors)
 
+    def _ask(self, questions: Questions, rows: Rows) -> paddle.Tensor | None:
+        hidden, wanted = questions.read(rows), rows.wanted
+        if not wanted:
+            return None
+        if wanted[-1] - wanted[0] + 1 == len(wanted):
+            return hidden[wanted[0] : wanted[-1] + 1]
+        return ops.gather_rows(hidden, ops.tensor(np.asarray(wanted, np.int64)))
+
     def _go_on(self, chunk: Chunk, points: int) -> bool:
         """Runs a chunk to its `points`-th next point, where it is left standing, or to its end, which is told."""
         try:
@@ -204,17 +225,24 @@ class Runner:
     def forward(self, step: Step) -> paddle.Tensor | None:
         """Runs a step from its first layer to its last: logits float32 [n, vocab] of the rows that want them."""
         with paddle.no_grad():
-            chunk = self.model.layer_by_layer(step, self.cache.layers, self._selectors)
-            while True:
-                try:
-                    next(chunk)
-                except StopIteration as done:
-                    return None if done.value is None else self.model.logits(done.value)
+            hidden = self._last_hidden(step)
+            return None if hidden is None else self.model.logits(hidden)
+
+    def _last_hidden(self, step: Step) -> paddle.Tensor | None:
+        chunk = self.model.layer_by_layer(step, self.cache.layers, self._selectors)
+        while True:
+            try:
+                next(chunk)
+            except StopIteration as done:
+                return cast(Optional[paddle.Tensor], done.value)
+
+    def _hidden(self, step: Step) -> paddle.Tensor:
+        hidden = self._last_hidden(step)
+        assert hidden is not None
+        return hidden
 
     def _logits(self, step: Step) -> paddle.Tensor:
-        logits = self.forward(step)
-        assert logits is not None
-        return logits
+        return self.model.logits(self._hidden(step))
 
 
 def selectors(model: Qwen2OneM, budgets: SparseBudgets) -> list[Selector]:

@@ -24,7 +24,7 @@ from paddle_qwen1m.parallel.pending import Pending
 from paddle_qwen1m.parallel.room import MOST_LANES, ROWS, SUMS, Room
 
 COPIES = "PADDLE_QWEN1M_COPIES"
-"""Environment variable: 1 takes the sums of many rows from NCCL; they are copied where all ranks have it."""
+"""Environment variable: 0 on any rank leaves the sums of many rows to NCCL."""
 Collective = Callable[[], AbstractContextManager[None]]
 """What a collective is made within."""
 
@@ -144,7 +144,7 @@ def open_copies(peers: Peers, rows: int, width: int, dtype: str, collective: Col
     to another's GPU.
     """
     room = Room(-(-rows // peers.degree) * peers.degree, width, peers.degree, paddle.empty([1], dtype).element_size())
-    copier = _make_copier() if peers.degree <= ops.PEER_RANKS and os.environ.get(COPIES) == "1" else 0
+    copier = _make_copier() if peers.degree <= ops.PEER_RANKS and os.environ.get(COPIES) != "0" else 0
     memory = paddle.empty([room.height if copier else 1, width], dtype)
     flags = ops.tensor(np.zeros(room.flags, np.int32))
     rooms = peers.reach(memory.data_ptr() if copier else None)

@@ -40,9 +40,9 @@ from paddle_qwen1m.parallel.room import MOST_LANES
 
 GROUP_OF_ONE = "PADDLE_QWEN1M_GROUP_OF_ONE"
 """Environment variable: 1 sends the collectives of one rank through a real process group."""
-GPU_LANE_ROWS, CPU_LANE_ROWS = 2048, 64
-"""Least rows of a lane of several: on a GPU products of fewer read weights anew for nothing. On a CPU lanes gain
-nothing, and are the same code.
+GPU_LANE_ROWS, CPU_LANE_ROWS = 4096, 64
+"""Least rows of a lane of several: on a GPU the host takes longer to queue a layer's lanes than products of fewer rows
+take. On a CPU lanes gain nothing, and are the same code.
 """
 LAUNCH = "python -m paddle.distributed.launch"
 

@@ -21,6 +21,7 @@ from paddle_qwen1m.cache import (
     SparseRule,
     budgets_digest,
 )
+from paddle_qwen1m.cache.prefix import digests
 from paddle_qwen1m.engine.borders import Chunking
 
 CHUNKING = Chunking(max_tokens=8, chunk_len=20, page_size=2, parts=4)
@@ -476,6 +477,19 @@ def test_the_rule_of_sparse_prefill_is_in_the_name_and_not_in_that_of_dense_keys
     names = [budgets_digest(*pair) for pair in ((vertical, slash), (changed, slash), (slash, vertical))]
     names.append(budgets_digest(vertical.reshape(3, 2), slash.reshape(3, 2)))
     assert len(set(names)) == 4 and names[0] == budgets_digest(vertical.astype(np.int64), slash)
+
+
+@pytest.mark.parametrize("step", [64, 8192, 50000])
+def test_names_do_not_depend_on_how_many_are_made_at_once(rng: np.random.Generator, step: int) -> None:
+    prompt = rng.integers(0, 152064, 100_000)
+    cuts = range(step, len(prompt) + 1, step)
+    together = list(digests(prompt, cuts, b"root"))
+    parent, begin = b"root", 0
+    for cut, digest in together:
+        ((_, parent),) = digests(prompt[:cut], [cut], parent, begin)
+        assert parent == digest
+        begin = cut
+    assert len(together) == len(prompt) // step and len({digest for _, digest in together}) == len(together)
 
 
 def test_a_million_tokens_are_named_and_found_in_milliseconds(rng: np.random.Generator) -> None:

@@ -1,17 +1,19 @@
-"""Decode as a GPU replays it, on a CPU: the graph is stood in for by one that takes back what its capture did."""
+"""Decode as a GPU replays it, on a CPU, with stand-ins for its graphs."""
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import paddle
 import pytest
 from small_model import CONFIG, random_model
+from stand_in_graph import StandInGraph, stand_in
 
 from paddle_qwen1m.cache import PagedCache
-from paddle_qwen1m.engine import SamplingParams, decode, graph
+from paddle_qwen1m.engine import SamplingParams
 from paddle_qwen1m.engine.orders import Decode, Head, Join, Prefill, Rows
+from paddle_qwen1m.engine.questions import Questions
 from paddle_qwen1m.engine.runner import Runner
 from paddle_qwen1m.engine.sampling import SamplingSlots
 from paddle_qwen1m.model import Qwen2OneM
@@ -20,52 +22,11 @@ PAGE, PAGES_EACH, SLOTS = 32, 8, 6
 PARAMS = SamplingParams(temperature=1.5, repetition_penalty=1.1, presence_penalty=0.5)
 
 
-class StandInGraph:
-    """Replays by calling the step again; what the step changed while it was captured is put back."""
-
-    made: ClassVar[list[StandInGraph]] = []
-    state: ClassVar[list[paddle.Tensor]] = []
-    calling: ClassVar[list[graph.ReplayedStep]] = []
-
-    def __init__(self, _place: object) -> None:
-        self._step = self.calling[-1]
-        self._before: list[paddle.Tensor] = []
-        self.replays, self.is_capturing, self.was_reset = 0, False, False
-        self.made.append(self)
-
-    def capture_begin(self) -> None:
-        self.is_capturing = True
-        self._before = [tensor.clone() for tensor in self.state]
-
-    def capture_end(self) -> None:
-        self.is_capturing = False
-        for tensor, before in zip(self.state, self._before):
-            tensor.copy_(before, True)
-
-    def replay(self) -> None:
-        self.replays += 1
-        for captured, new in zip(self._step._outputs, self._step._step()):
-            captured.copy_(new, True)
-
-    def reset(self) -> None:
-        self.was_reset = True
-
-
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> list[StandInGraph]:
-    """The graphs that are made from now on, by a runner that replays on a CPU."""
-
-    class NotedStep(graph.ReplayedStep):
-        def __call__(self) -> graph.Outputs:
-            StandInGraph.calling.append(self)
-            return super().__call__()
-
-    monkeypatch.setattr(decode, "ReplayedStep", NotedStep)
-    monkeypatch.setattr(graph, "CUDAGraph", StandInGraph)
-    monkeypatch.setattr(paddle, "CUDAPlace", lambda number: number)
-    for noted in (StandInGraph.made, StandInGraph.calling):
-        noted.clear()
-    return StandInGraph.made
+    """The graphs of decode steps that are made from now on, by a runner that replays on a CPU."""
+    monkeypatch.setattr(Questions, "takes", lambda _rows: False)
+    return stand_in(monkeypatch)
 
 
 class Served(NamedTuple):

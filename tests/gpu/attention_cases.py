@@ -196,8 +196,12 @@ def poisoned(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.full(shape, float("nan"), dtype=dtype, device="cuda")
 
 
-def run_dense(cuda: Any, context: Context, pieces: np.ndarray | None = None) -> tuple[Tensor, Tensor]:
-    """out [T, H, D] and lse [T, H] of the dense prefill kernel, on `pieces` in place of the context's own."""
+def run_dense(
+    cuda: Any, context: Context, pieces: np.ndarray | Tensor | None = None, *, waits: bool = True
+) -> tuple[Tensor, Tensor]:
+    """out [T, H, D] and lse [T, H] of the dense prefill kernel, on `pieces` in place of the context's own; those of a
+    tensor are on the device.
+    """
     _, tokens, heads, head_dim = context.q.shape
     out, lse = poisoned(tokens, heads, head_dim, dtype=context.q.dtype), poisoned(tokens, heads)
     if pieces is None:
@@ -210,15 +214,17 @@ def run_dense(cuda: Any, context: Context, pieces: np.ndarray | None = None) -> 
         cache=context.cache,
         block_tables=context.table,
         pieces=pieces,
-        scale=torch.tensor([context.scale], device="cuda"),
+        scale=torch.full((1,), context.scale, device="cuda"),
         activation=str(context.q.dtype),
         tokens=tokens,
         heads=heads,
         table_width=len(context.table),
         num_pieces=len(pieces),
+        on_device=int(isinstance(pieces, Tensor)),
         chunk_len=context.chunk_len,
     )
-    torch.cuda.synchronize()
+    if waits:
+        torch.cuda.synchronize()
     return out, lse
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -98,6 +99,35 @@ def test_few_rows_over_many_keys(cuda: Any, rng: np.random.Generator, rows: int,
     check_dense(cuda, context, rng)
     if len(cases.pieces_of(context.begin, context.length, chunk_len)) == 1:
         check_sparse(cuda, context, rng, (700, 900), 6)
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(28, 4), (40, 8), (6, 6)])
+@pytest.mark.parametrize("room", [8, 64])
+def test_one_graph_serves_pieces_anywhere(
+    cuda: Any, rng: np.random.Generator, room: int, heads: int, kv_heads: int
+) -> None:
+    """Pieces on the device: what a graph captured is replayed on other rows at other positions of as long a table, in
+    one DCA chunk or two. Rows behind theirs are anything.
+    """
+    length, chunk_len = 40000, 8192
+    whole = cases.random_context(
+        rng, length, room, heads=heads, kv_heads=kv_heads, chunk_len=chunk_len, page_size=256, sharpness=4.0
+    )
+    pieces = torch.zeros(2, 4, dtype=torch.int32, device="cuda")
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    cases.run_dense(cuda, whole, pieces)  # what is loaded at a first launch
+    with torch.cuda.graph(graph, stream=stream):
+        out, lse = cases.run_dense(cuda, whole, pieces, waits=False)
+    for rows, end in ((room, length), (1, 1), (room - 1, 4 * chunk_len + room // 2), (room, room), (3, 20000)):
+        own = cases.pieces_of(end - rows, end, chunk_len)
+        pieces.copy_(torch.from_numpy(np.concatenate([own, np.zeros((2 - len(own), 4), np.int32)])))
+        graph.replay()
+        torch.cuda.synchronize()
+        context = replace(whole, q=whole.q[:, :rows], keys=whole.keys[:end], values=whole.values[:end])
+        chosen = cases.sampled_rows(rng, rows, 6)
+        expected = cases.reference(context, chosen)
+        assert cases.worst(out[chosen], expected) <= BOUND, (rows, end)
+        assert float((lse[chosen].double() - expected.lse).abs().max()) < 1e-3
 
 
 @pytest.mark.parametrize("rows", [1, 70, 300])
@@ -200,6 +230,7 @@ def test_pieces_of_many_sequences_in_one_call(cuda: Any, rng: np.random.Generato
         heads=2,
         table_width=width,
         num_pieces=len(every),
+        on_device=0,
         chunk_len=256,
     )
     torch.cuda.synchronize()

@@ -79,6 +79,31 @@ def test_weights_and_cache_are_of_16_bits_on_the_gpu(engine: Engine) -> None:
     assert all(buffer.place.is_gpu_place() for _, buffer in engine.model.named_buffers())
 
 
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+def test_questions_are_read_by_graphs_as_without(needle_checkpoint: Path, prompt: Any, sparse: bool) -> None:
+    """Logits of every row of questions of several lengths, in turn, behind one cached document."""
+    options = {"sparse": sparse, "sparse_threshold": 1000, "cache_tokens": 65536, "enable_prefix_caching": True}
+    engine = load(needle_checkpoint, "gpu", **options)
+    ids = prompt(16384 + 64)
+    document = ids[:16384]
+    rounds = [(length, ids[-64:][start : start + length]) for start in (0, 5, 0) for length in (1, 8, 9, 33, 58)]
+
+    def answers() -> list[np.ndarray]:
+        engine.reset_prefix_cache()
+        engine.logits(document)
+        asked = [np.concatenate([document, question]) for _, question in rounds]
+        return [engine.logits(whole, range(len(document), len(whole))) for whole in asked]
+
+    with without_graph(engine):
+        expected = answers()
+    got = answers()
+    assert engine.runner._questions is not None and len(engine.runner._questions._steps) == 2
+    for one, other in zip(got, expected):
+        assert one.shape == other.shape
+        errors = np.linalg.norm(one - other, axis=-1) / np.linalg.norm(other, axis=-1)
+        assert np.median(errors) < 1e-2 and errors.max() < 0.3
+
+
 def test_a_float32_model_is_kept_as_bfloat16(needle_checkpoint: Path) -> None:
     assert load(needle_checkpoint, "gpu", dtype="float32").model.dtype == "bfloat16"
 

@@ -169,8 +169,8 @@ open(sys.argv[1] + str(group.rank), "w").write(json.dumps([copied, off, largest]
 """
 
 
-@pytest.mark.parametrize("copies", ["1", "0"])
+@pytest.mark.parametrize("copies", ["", "0"])
 def test_lanes_that_the_cards_copy_give_what_collectives_give(tmp_path: Path, copies: str) -> None:
     """But for NCCL's sums in bfloat16."""
     for copied, off, largest in found_by_both(tmp_path, LANES, PADDLE_QWEN1M_COPIES=copies):
-        assert copied == (copies == "1") and off <= 2.0**-5 * largest
+        assert copied == (copies != "0") and off <= 2.0**-5 * largest

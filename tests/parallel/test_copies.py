@@ -33,7 +33,7 @@ class Memory:
         self._unable = unable
         self._ranks = ThreadRanks()
         self._elsewhere = paddle.zeros([4096])
-        monkeypatch.setenv(COPIES, "1")
+        monkeypatch.delenv(COPIES, raising=False)
         for name in ("make_copier", "name_memory", "open_memory"):
             monkeypatch.setattr(ops, name, getattr(self, f"_{name}"))
 
@@ -153,10 +153,10 @@ def test_where_one_rank_cannot_none_does(monkeypatch: pytest.MonkeyPatch, unable
     assert Memory(monkeypatch, unable).open_all(3, 8) == [None] * 3
 
 
-def test_not_switched_on_or_for_more_ranks_than_they_are_for_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_switched_off_or_for_more_ranks_than_they_are_for_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
     memory = Memory(monkeypatch)
     assert memory.open_all(9, 18) == [None] * 9
-    monkeypatch.delenv(COPIES)
+    monkeypatch.setenv(COPIES, "0")
     assert memory.open_all(2, 8) == [None] * 2
 
 

@@ -10,7 +10,9 @@ namespace {
 constexpr int kMaxPieces = 64;  // of one launch; they travel as kernel parameters
 
 struct DenseArguments : qwen1m_dca_prefill {
-  qwen1m_piece piece[kMaxPieces];
+  qwen1m_piece piece[kMaxPieces];  // unless on_device
+
+  __device__ const qwen1m_piece& piece_at(int p) const { return on_device ? pieces[p] : piece[p]; }
 };
 
 struct DenseWalk {
@@ -31,7 +33,7 @@ struct DenseWalk {
     // The last rows see the most keys: they go first.
     int tile = gridDim.x - 1 - blockIdx.x;
     for (int p = 0; p < a.num_pieces; ++p) {
-      const qwen1m_piece& piece = a.piece[p];
+      const qwen1m_piece& piece = a.piece_at(p);
       const int tiles = (piece.rows + kTileRows - 1) / kTileRows;
       if (tile < tiles) {
         rows = min(piece.rows - tile * kTileRows, kTileRows);
@@ -78,6 +80,10 @@ struct DenseWalk {
 
 template <typename T, int D>
 int dca_prefill(const qwen1m_dca_prefill& a, qwen1m_stream stream) {
+  if (a.on_device) {  // as many tiles as the rows can come to in so many pieces
+    const int64_t tiles = ceil_div(a.tokens, DenseWalk::kTileRows) + a.num_pieces - 1;
+    return launch_prefill<T, D, DenseWalk>(DenseArguments{a, {}}, dim3(static_cast<unsigned>(tiles), a.heads), stream);
+  }
   for (int first = 0; first < a.num_pieces; first += kMaxPieces) {
     DenseArguments arguments{a, {}};
     arguments.num_pieces = a.num_pieces - first < kMaxPieces ? a.num_pieces - first : kMaxPieces;

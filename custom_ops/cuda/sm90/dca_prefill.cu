@@ -29,7 +29,8 @@ constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
 constexpr int kSectionBytes = 32 << 20;  // of keys and values that blocks share in L2
 
 // How a step is shared out. All of it follows from the step, not from the pieces that are attended to, so that rows do
-// not depend on how a piece is cut.
+// not depend on how a piece is cut; but where the pieces are on the device, the shares of a piece are as long as its
+// keys need.
 struct Split {
   int32_t packed;      // heads whose rows lie one behind the other in a tile
   int32_t share_keys;  // of a share; the next one begins behind them
@@ -48,14 +49,25 @@ struct Split {
     share_keys = static_cast<int32_t>(share_steps * kStepKeys);
     count = static_cast<int32_t>(ceil_div(steps, share_steps));
   }
+
+  // Of a share, where the keys of all shares are known to end.
+  __device__ int32_t keys_of_share(int32_t end) const {
+    const int32_t steps = (end + kStepKeys - 1) / kStepKeys;
+    return (steps + count - 1) / count * kStepKeys;
+  }
 };
 
 struct DenseArguments : qwen1m_dca_prefill {
   CUtensorMap query_map, key_map, value_map;
   Split split;
   Shares shares;
-  int32_t items, tiles, section_heads;
-  qwen1m_piece piece[kMaxPieces];
+  int32_t tiles, section_heads;
+  qwen1m_piece piece[kMaxPieces];  // with tiles: unless on_device
+
+  __device__ const qwen1m_piece& piece_at(int p) const { return on_device ? pieces[p] : piece[p]; }
+  __host__ __device__ int32_t items_of(int32_t all_tiles) const {
+    return all_tiles * (heads / split.packed) * split.count;
+  }
 };
 
 constexpr int kPanelBytes = kStepKeys * kPanelRowBytes, kBoxBytes = kBoxRows * kPanelRowBytes;
@@ -83,8 +95,17 @@ struct Item {
   __device__ int lines_of(int consumer) const { return packed * min(rows - consumer * tile_rows, tile_rows); }
 };
 
+// Of all pieces.
+__device__ int32_t count_tiles(const DenseArguments& a) {
+  if (!a.on_device) return a.tiles;
+  const int item_rows = kConsumers * (kRows / a.split.packed);
+  int32_t tiles = 0;
+  for (int p = 0; p < a.num_pieces; ++p) tiles += (a.pieces[p].rows + item_rows - 1) / item_rows;
+  return tiles;
+}
+
 template <bool kShared>
-__device__ Item item_of(const DenseArguments& a, int number) {
+__device__ Item item_of(const DenseArguments& a, int number, int tiles_of_all) {
   Item item;
   item.packed = kShared ? a.split.packed : 1;
   item.tile_rows = kShared ? kRows / a.split.packed : kRows;
@@ -92,42 +113,45 @@ __device__ Item item_of(const DenseArguments& a, int number) {
   int tile;
   if (kShared) {
     // Who reads the same keys goes at the same time.
-    const int sets = a.heads / item.packed, rest = number / a.tiles;
-    tile = number % a.tiles;
+    const int sets = a.heads / item.packed, rest = number / tiles_of_all;
+    tile = number % tiles_of_all;
     item.head = rest % sets * item.packed;
     item.share = rest / sets;
-    item.first_key = item.share * a.split.share_keys;
-    item.end_key = item.first_key + a.split.share_keys;
   } else {
     // Longest rows go first. Heads come in sections whose keys and values share L2.
-    const int section_items = a.section_heads * a.tiles, first_head = number / section_items * a.section_heads;
+    const int section_items = a.section_heads * tiles_of_all, first_head = number / section_items * a.section_heads;
     const int heads = min(a.section_heads, a.heads - first_head), within = number % section_items;
     item.head = first_head + within % heads;
-    tile = a.tiles - 1 - within / heads;
+    tile = tiles_of_all - 1 - within / heads;
   }
   const int item_rows = kConsumers * item.tile_rows;
   int p = 0;
   for (;; ++p) {
-    const int tiles = (a.piece[p].rows + item_rows - 1) / item_rows;
+    const int tiles = (a.piece_at(p).rows + item_rows - 1) / item_rows;
     if (tile < tiles) break;
     tile -= tiles;
   }
-  const qwen1m_piece& piece = a.piece[p];
+  const qwen1m_piece piece = a.piece_at(p);
   item.rows = min(piece.rows - tile * item_rows, item_rows);
   item.begin = piece.begin + tile * item_rows;
   item.first_row = piece.row + tile * item_rows;
   item.sequence = piece.sequence;
+  if (kShared) {
+    const int32_t share_keys = a.on_device ? a.split.keys_of_share(piece.begin + piece.rows) : a.split.share_keys;
+    item.first_key = item.share * share_keys;
+    item.end_key = item.first_key + share_keys;
+  }
   return item;
 }
 
 // f(item) for the items of this block. Every other round runs backwards, which evens out their lengths.
 template <bool kShared, typename F>
 __device__ void each_item(const DenseArguments& a, F&& f) {
-  const int blocks = gridDim.x, block = blockIdx.x;
+  const int blocks = gridDim.x, block = blockIdx.x, tiles = count_tiles(a), items = a.items_of(tiles);
   for (int round = 0;; ++round) {
     const int number = round * blocks + (round % 2 ? blocks - 1 - block : block);
-    if (round * blocks >= a.items) break;
-    if (number < a.items) f(item_of<kShared>(a, number));
+    if (round * blocks >= items) break;
+    if (number < items) f(item_of<kShared>(a, number, tiles));
   }
 }
 
@@ -465,30 +489,37 @@ int dca_prefill(const qwen1m_dca_prefill& a, void* workspace, qwen1m_stream stre
   const auto kernel = sharing ? dca_prefill_kernel<T, true> : dca_prefill_kernel<T, false>;
   cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared));
   if (status != cudaSuccess) return status;
+  if (a.on_device && a.num_pieces > kMaxPieces) return cudaErrorInvalidValue;
+  const int item_rows = kConsumers * (kRows / split.packed);
   for (int first = 0; first < a.num_pieces; first += kMaxPieces) {
-    DenseArguments arguments{a, {}, {}, {}, split, shares, 0, 0, 0, {}};
-    MergedRows merged{{}, {}, std::min(a.num_pieces - first, kMaxPieces), a.heads};
-    arguments.num_pieces = merged.ranges;
-    const int item_rows = kConsumers * (kRows / split.packed);
-    int32_t most_keys = 0;
-    for (int p = 0; p < arguments.num_pieces; ++p) {
-      const qwen1m_piece& piece = arguments.piece[p] = a.pieces[first + p];
-      arguments.tiles += static_cast<int32_t>(ceil_div(piece.rows, item_rows));
-      most_keys = std::max(most_keys, piece.begin + piece.rows);
-      merged.first[p] = piece.row;
-      merged.rows[p] = piece.rows;
+    DenseArguments arguments{a, {}, {}, {}, split, shares, 0, 0, {}};
+    MergedRows merged{{0}, {a.tokens}, 1, a.heads};
+    // Where the pieces are on the device: what the rows can come to in so many.
+    int32_t tiles = static_cast<int32_t>(ceil_div(a.tokens, item_rows)) + a.num_pieces - 1;
+    int64_t most_keys = static_cast<int64_t>(a.table_width) * a.cache.page_size;
+    if (!a.on_device) {
+      arguments.num_pieces = merged.ranges = std::min(a.num_pieces - first, kMaxPieces);
+      most_keys = tiles = 0;
+      for (int p = 0; p < arguments.num_pieces; ++p) {
+        const qwen1m_piece& piece = arguments.piece[p] = a.pieces[first + p];
+        tiles += static_cast<int32_t>(ceil_div(piece.rows, item_rows));
+        most_keys = std::max<int64_t>(most_keys, piece.begin + piece.rows);
+        merged.first[p] = piece.row;
+        merged.rows[p] = piece.rows;
+      }
     }
     const int group = a.heads / a.cache.kv_heads;
-    const int64_t head_bytes = static_cast<int64_t>(most_keys) * kHeadDim * 2 * sizeof(T);
+    const int64_t head_bytes = most_keys * kHeadDim * 2 * sizeof(T);
     const int64_t sections = std::max<int64_t>(1, kSectionBytes / std::max<int64_t>(head_bytes, 1));
     arguments.section_heads = group * static_cast<int>(std::min<int64_t>(sections, a.cache.kv_heads));
-    arguments.items = arguments.tiles * (a.heads / split.packed) * split.count;
-    if (arguments.items == 0) continue;
+    arguments.tiles = tiles;
+    const int32_t items = arguments.items_of(tiles);
+    if (items == 0) continue;
 
-    const int variants = std::min((most_keys - 1) / a.chunk_len, static_cast<int>(kInter)) + 1;
+    const int64_t variants = std::min<int64_t>((most_keys - 1) / a.chunk_len, kInter) + 1;
     constexpr int64_t kAnyRow = INT32_MAX;  // the pages' number is not known here; tables name only those that exist
-    int code = make_tensor_map(arguments.query_map, a.activation, a.q, kHeadDim, a.heads,
-                               static_cast<int64_t>(variants) * a.tokens, split.packed);
+    int code =
+        make_tensor_map(arguments.query_map, a.activation, a.q, kHeadDim, a.heads, variants * a.tokens, split.packed);
     for (const auto& [map, pool] :
          {std::pair{&arguments.key_map, a.cache.key}, std::pair{&arguments.value_map, a.cache.value}}) {
       if (code == cudaSuccess) {
@@ -496,7 +527,7 @@ int dca_prefill(const qwen1m_dca_prefill& a, void* workspace, qwen1m_stream stre
       }
     }
     if (code != cudaSuccess) return code;
-    kernel<<<std::min(arguments.items, processors()), kThreads, sizeof(Shared), as_stream(stream)>>>(arguments);
+    kernel<<<std::min(items, processors()), kThreads, sizeof(Shared), as_stream(stream)>>>(arguments);
     status = cudaGetLastError();
     if (status != cudaSuccess) return status;
     if (!sharing) continue;

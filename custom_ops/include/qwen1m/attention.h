@@ -12,17 +12,19 @@ typedef struct {
   int32_t begin;
 } qwen1m_piece;
 
-// Dense DCA over the pieces of a step, the three stages under one online softmax.
+// Dense DCA over the pieces of a step, the three stages under one online softmax. Where a GPU's pieces are `on_device`
+// the launch does not depend on them, so that a graph of it serves any: of at most 64, some may have no rows, and rows
+// that are no piece's get whatever was in memory.
 typedef struct {
   const void* q;  // [V, T, H, D]
   void* out;      // [T, H, D], only the pieces' rows are written
   float* lse;     // [T, H] natural log of the sum of exp(scaled logits), or null
   qwen1m_cache cache;
   const int32_t* block_tables;  // [S, table_width]
-  const qwen1m_piece* pieces;   // in host memory on every device
+  const qwen1m_piece* pieces;   // in host memory, unless on_device
   const float* scale;           // [S]
   qwen1m_dtype activation;
-  int32_t tokens, heads, table_width, num_pieces, chunk_len;
+  int32_t tokens, heads, table_width, num_pieces, on_device, chunk_len;
 } qwen1m_dca_prefill;
 
 // One query a sequence against all of its cached keys; zeros for a sequence of length 0. What the launch right before

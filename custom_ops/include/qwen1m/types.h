@@ -9,8 +9,9 @@
 //
 // The CPU kernels, qwen1m_cpu_*, run on the number of threads set last.
 //
-// The CUDA kernels, qwen1m_cuda_*: pointers are device memory except qwen1m_dca_prefill's pieces; page_size is a power
-// of two from 64 on, widths are multiples of 8 and tensors begin at multiples of 16 bytes. Everything is launched on
+// The CUDA kernels, qwen1m_cuda_*: pointers are device memory except those of qwen1m_dca_prefill's pieces that are in
+// host memory; page_size is a power of two from 64 on, widths are multiples of 8 and tensors begin at multiples of 16
+// bytes. Everything is launched on
 // `stream`, a cudaStream_t, and nothing waits for it. Returns a cudaError_t, 0 for success. `workspace` is device
 // memory of as many bytes as the function of that name says; its contents do not matter.
 #pragma once

@@ -1,0 +1,58 @@
+"""Questions: few tokens behind what is cached of their sequence, read in steps that are captured once and replayed."""
+
+from __future__ import annotations
+
+from typing import Callable
+
+import paddle
+
+from paddle_qwen1m import ops
+from paddle_qwen1m.attention.few_rows import FewRows
+from paddle_qwen1m.attention.step import SequenceRows, Step, StepBuilder
+from paddle_qwen1m.cache import PagedCache
+from paddle_qwen1m.engine.graph import ReplayedStep
+from paddle_qwen1m.parallel.group import Group
+
+SIZES = 8, ops.PROBE_ROWS
+"""Rows that a step is captured for. As few as the probe's attend to all keys in a sparse prompt, too."""
+
+Forward = Callable[[Step], paddle.Tensor]
+"""What logits are made of, [n, hidden], of a step's n rows."""
+
+
+class Questions:
+    """Reads the rows of one sequence at a time, in as long a step as they need. replay: whether it is captured."""
+
+    def __init__(
+        self, builder: StepBuilder, cache: PagedCache, max_pages: int, forward: Forward, group: Group, *, replay: bool
+    ) -> None:
+        self._builder, self._cache, self._max_pages = builder, cache, max_pages
+        self._forward, self._group, self._replay = forward, group, replay
+        self._steps: dict[int, tuple[FewRows, ReplayedStep | None]] = {}
+
+    @staticmethod
+    def takes(rows: SequenceRows) -> bool:
+        """Whether they are few enough."""
+        return len(rows.ids) <= SIZES[-1]
+
+    def read(self, rows: SequenceRows) -> paddle.Tensor:
+        """Puts keys and values of the n rows into the cache. What logits are made of, [n, hidden], until others are
+        read.
+        """
+        count = len(rows.ids)
+        size = next(size for size in SIZES if count <= size)
+        if size not in self._steps:
+            few = FewRows(self._builder, size, self._max_pages, self._cache.page_size)
+            self._steps[size] = few, ReplayedStep(lambda: (self._forward(few.step()),)) if self._replay else None
+        few, replayed = self._steps[size]
+        few.fill(rows, self._cache.slots(rows.pages, rows.begin, rows.end))
+        hidden = self._forward(few.step()) if replayed is None else replayed()[0]
+        self._group.mark(hidden, replayed=self._replay)  # no layer of a replay marks itself
+        return hidden[:count]
+
+    def release(self) -> None:
+        """Gives back the memory of the graphs; nothing may be read any more."""
+        for _, replayed in self._steps.values():
+            if replayed is not None:
+                replayed.release()
+        self._steps = {}
