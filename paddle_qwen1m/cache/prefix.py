@@ -80,7 +80,7 @@ def digests(tokens: np.ndarray, cuts: Iterable[int], parent: bytes, begin: int =
     data = tokens if at_once else np.ascontiguousarray(tokens, "<u4")
 
     def between(first: int, last: int) -> bytes:
-        return hashlib.blake2b(np.ascontiguousarray(data[first:last], "<u4"), digest_size=DIGEST_BYTES).digest()
+        return hashlib.blake2b(np.ascontiguousarray(data[first:last], "<u4").data, digest_size=DIGEST_BYTES).digest()
 
     for cut, section in zip(borders[1:], (_threads().map if at_once else map)(between, borders, borders[1:])):
         parent = hashlib.blake2b(parent + section, digest_size=DIGEST_BYTES).digest()
