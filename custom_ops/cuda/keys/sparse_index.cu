@@ -13,7 +13,7 @@
 //                   then only looked up from one 64 to the next
 //   list_row_blocks a warp a row block: its own chain up to where it meets the head's, whose rest it copies. Then the
 //                   warps of neighbouring row blocks share the columns out: a column's place in the chain is looked up
-//                   once, and moves by one entry at most from one row block to the next
+//                   once, for an end that covers it in one row block is a block off in the next
 #include <climits>
 
 #include "block_scan.cuh"
@@ -26,8 +26,9 @@ namespace {
 
 constexpr int kFallback = 5;    // entries that keep a stage without any from being empty (spec section 5.5)
 constexpr int kSegment = 64;    // diagonals that a thread walks a chain through
-constexpr int kLookups = 8192;  // ends that chains are walked from at once
-constexpr int kListWarps = 8;   // of a block of list_row_blocks
+constexpr int kLookups = 6144;  // ends that chains are walked from at once
+constexpr int kMostSegments = kLookups / kSegment;
+constexpr int kListWarps = 8;  // of a block of list_row_blocks
 constexpr int kColumnsAtOnce = kWarp * kWarp;
 
 // Ascending absolute columns or diagonals: a part of a head's list, or evenly spread ones.
@@ -79,24 +80,22 @@ __device__ int32_t* chain_of(const qwen1m_sparse_index& a, int64_t head, int sta
   return a.chains + (head * kStages + stage) * QWEN1M_CHAIN_WIDTH(a.selected_slashes) + 1;
 }
 
-// The ends of blocks from `end` on, which is not left of diagonal number `first`, nor a block right of it: f(end) for
-// those left of diagonal number `last`. Returns how far the next one lies behind that diagonal. `last` may be their
-// count.
+// The ends of blocks from `end` on, which is not left of the diagonal at `first`, nor a block right of it: f(end) for
+// those left of the one at `last`. Returns how far the next one lies behind that.
 template <typename F>
-__device__ int32_t walk_chain(const Lines& diagonals, int32_t first, int32_t last, int32_t end, int32_t block, F&& f) {
-  const int32_t border = last < diagonals.count ? diagonals[last] : INT_MAX;
-  for (int32_t i = first; end < border; end = max(diagonals[i], end + block)) {
+__device__ int32_t walk_chain(const int32_t* first, const int32_t* last, int32_t end, int32_t block, F&& f) {
+  for (const int32_t* diagonal = first; end < *last; end = max(*diagonal, end + block)) {
     f(end);
-    while (i < diagonals.count && diagonals[i] <= end) ++i;
-    if (i == diagonals.count) return 0;
+    while (diagonal < last && *diagonal <= end) ++diagonal;
   }
-  return end - border;
+  return end - *last;
 }
 
 __global__ void __launch_bounds__(kScanThreads) chain_blocks(const qwen1m_sparse_index a) {
   __shared__ int32_t partial[kWarp];
+  __shared__ int32_t near[kLookups + 1];  // diagonals of all segments, and the one behind them
   __shared__ uint16_t arrival[kLookups];  // [segments, block]: where a chain enters the next segment, by where this one
-  __shared__ int32_t entry[kScanThreads + 1];
+  __shared__ int32_t entry[kMostSegments + 1];
   const Stage stage = static_cast<Stage>(blockIdx.x);
   const int32_t thread = threadIdx.x;
   const Span keys = stage_keys(stage, a.begin + a.rows - 1, a.chunk_len);
@@ -104,15 +103,20 @@ __global__ void __launch_bounds__(kScanThreads) chain_blocks(const qwen1m_sparse
   const int32_t* slashes = a.slashes + static_cast<int64_t>(blockIdx.y) * a.selected_slashes;
   const Lines diagonals = stage_diagonals(slashes, a.selected_slashes, stage, keys, a.rows);
   const int32_t all_segments = (diagonals.count + kSegment - 1) / kSegment;
-  const int32_t at_once = min(kLookups / a.block, kScanThreads);
+  const int32_t at_once = min(kLookups / a.block, kMostSegments);
   int32_t* ends = chain_of(a, blockIdx.y, stage);
   if (thread == 0) entry[0] = 0;
   int32_t listed = 0;
   for (int32_t first = 0; first < all_segments; first += at_once) {
-    const int32_t segments = min(at_once, all_segments - first);
+    const int32_t segments = min(at_once, all_segments - first), before = first * kSegment;
+    for (int32_t i = thread; i <= segments * kSegment; i += kScanThreads) {
+      near[i] = before + i < diagonals.count ? diagonals[before + i] : INT_MAX;
+    }
+    __syncthreads();
     const auto walk = [&](int32_t segment, int32_t offset, auto&& f) {
-      const int32_t from = (first + segment) * kSegment;
-      return walk_chain(diagonals, from, min(from + kSegment, diagonals.count), diagonals[from] + offset, a.block, f);
+      const int32_t* from = near + segment * kSegment;
+      return walk_chain(from, from + min(kSegment, diagonals.count - before - segment * kSegment), *from + offset,
+                        a.block, f);
     };
     for (int32_t i = thread; i < segments * a.block; i += kScanThreads) {
       arrival[i] = static_cast<uint16_t>(walk(i / a.block, i % a.block, [](int32_t) {}));
@@ -211,15 +215,33 @@ __device__ Cover cover(const Lines& diagonals, const int32_t* chain, int32_t len
 struct RowBlockCover {
   const int32_t* listed;  // blocks of its own
   int32_t own;
-  int32_t met;     // entry of the chain from which on the chain's blocks are its; INT32_MAX: none is
-  int32_t to_key;  // from a block's end in the chain to its first key
-  int32_t end;     // columns from here on are not listed
+  int32_t chain_begin;  // from this key on the chain's blocks are its
+  int32_t to_key;       // from a block's end in the chain to its first key
+  int32_t end;          // columns from here on are not listed
 };
 
 struct ListShared {
   RowBlockCover covers[kListWarps];
   uint32_t uncovered[kListWarps][kColumnsAtOnce / kWarp];  // a bit a column
 };
+
+// How many ends of the chain are `key` or less, for keys that ascend along the lanes. `from`, as many of them at most,
+// becomes those of the first lane.
+__device__ int32_t ends_up_to(const Lines& chain, int32_t& from, int32_t key) {
+  const int lane = threadIdx.x % kWarp;
+  int32_t found = from = warp_next_above(chain, from, chain.count, __shfl_sync(kAllLanes, key, 0));
+  for (int32_t first = from, more = kWarp; __any_sync(kAllLanes, more == kWarp); first += kWarp) {
+    const int32_t end = first + lane < chain.count ? chain[first + lane] : INT_MAX;
+    more = 0;
+#pragma unroll
+    for (int step = kWarp / 2; step > 0; step /= 2) {
+      if (__shfl_sync(kAllLanes, end, more + step - 1) <= key) more += step;
+    }
+    if (__shfl_sync(kAllLanes, end, more) <= key) ++more;
+    found += more;
+  }
+  return found;
+}
 
 // Lists the columns that no block covers, for the row blocks of all warps; returns this warp's number in all lanes.
 __device__ int32_t list_uncovered(ListShared& shared, const Lines& columns, const Lines& chain, int32_t block,
@@ -229,17 +251,20 @@ __device__ int32_t list_uncovered(ListShared& shared, const Lines& columns, cons
   for (int32_t first = 0; first < columns.count; first += kColumnsAtOnce) {
     for (int32_t group = warp; group < kWarp && first + group * kWarp < columns.count; group += kListWarps) {
       const int32_t number = first + group * kWarp + lane, column = columns[min(number, columns.count - 1)];
-      int32_t before = first_above(chain, passed, chain.count, column - shared.covers[0].to_key);
-      passed = __shfl_sync(kAllLanes, before, 0);
+      const int32_t key = column - shared.covers[0].to_key;  // among the chain's ends, which lie a block or more apart
+      const int32_t before = ends_up_to(chain, passed, key);
+      // In the next row block the key lies a block further left: an end covers it in one of them.
+      uint32_t covering = 0;
+#pragma unroll
+      for (int i = 1; i <= kListWarps; ++i) {
+        const int32_t row_block = before >= i ? (key - chain[before - i]) / block : kListWarps;
+        if (row_block < kListWarps) covering |= 1u << row_block;
+      }
 #pragma unroll
       for (int r = 0; r < kListWarps; ++r) {
         const RowBlockCover& cover = shared.covers[r];
-        const int32_t key = column - cover.to_key;  // among the chain's ends, which lie a block or more apart
-        if (r > 0 && before > 0 && chain[before - 1] > key) --before;
-        bool covered;
-        if (before > cover.met) {
-          covered = key - chain[before - 1] < block;
-        } else {
+        bool covered = covering >> r & 1;
+        if (column < cover.chain_begin) {
           const Lines listed{cover.listed, 0, 0, cover.own};
           const int32_t own = first_above(listed, 0, cover.own, column);
           covered = own > 0 && column < listed[own - 1] + block;
@@ -283,14 +308,15 @@ __global__ void __launch_bounds__(kListWarps* kWarp) list_row_blocks(const qwen1
       const Lines diagonals = stage_diagonals(slashes, a.selected_slashes, stage, keys, a.rows);
       const int32_t* chain = chain_of(a, head, s);
       const int32_t length = chain[-1], shift = start + a.block - a.rows + 1;
-      RowBlockCover covering{blocks, 0, INT_MAX, shift - a.block, 0};  // no column is listed where no row block is
+      // No column is listed where no row block is.
+      RowBlockCover covering{blocks, 0, INT_MAX, shift - a.block, 0};
       if (exists) {
         const Cover own =
             cover(diagonals, chain, length, shift, stage, keys, a.begin + start + a.block, a.block, blocks);
         __syncwarp();
         num_blocks = own.count;
         covering.own = own.own;
-        if (own.count > own.own) covering.met = static_cast<int32_t>(own.chain - chain);
+        if (own.count > own.own) covering.chain_begin = own[own.own];
         // Intra has no columns beyond its last block.
         covering.end = stage == kIntra && own.count > 0 ? own[own.count - 1] + a.block : INT_MAX;
       }
