@@ -58,18 +58,11 @@ def device_dtypes(dtype: str) -> tuple[str, str]:
     return kept, kept
 
 
-def products_version(local: ModelConfig, dtype: str, quantization: str | None) -> int:
-    """The version of the cuBLASLt that multiplies rows of a rank's share in FP8, as `ops.product8_version` tells it."""
-    if quantization != FP8 or not ops.on_gpu():
-        return 0
-    found = 0
-    for heights, widths in linears(local).values():
-        if choose_blocks(FP8, heights, widths) != FILE_BLOCKS[FP8]:
-            return 0
-        found = ops.product8_version(sum(widths), sum(heights), dtype)
-        if found <= 0:
-            break
-    return found
+def multiplies_in_fp8(local: ModelConfig, quantization: str | None) -> bool:
+    """Whether many rows of a rank's share are multiplied in FP8: by weights that are, in blocks that Hopper takes."""
+    if quantization != FP8 or not ops.on_gpu() or not ops.multiplies_rows8():
+        return False
+    return all(choose_blocks(FP8, *shape) == FILE_BLOCKS[FP8] for shape in linears(local).values())
 
 
 def unrounded_dtype(model: Qwen2OneM) -> str:
@@ -128,6 +121,22 @@ class DecoderLayer(nn.Layer):
             held = ops.WidenedOnce(*held)
         return lambda x: self._multiply(x, held)
 
+    def gated_product(self, times: int) -> Product:
+        """The MLP's first product and SiLU, for so many calls: what its second product takes."""
+        multiply = self.product("gate_up_weight", times)
+
+        def gated(x: Activations) -> Activations:
+            assert not isinstance(x, list), "a lane's rows are in one part"
+            if isinstance(x, paddle.Tensor):
+                if not self.takes_rows8(x.shape[0]):
+                    return ops.silu_mul(multiply(x))
+                x = ops.round_rows(x)
+            held = self._held("gate_up_weight")
+            assert isinstance(held, ops.Weight8)
+            return ops.gated_product8(x, held)
+
+        return gated
+
     def _held(self, name: str) -> paddle.Tensor | ops.Weight8:
         held = getattr(self, name)
         if self.quantization is not None:
@@ -167,10 +176,6 @@ class DecoderLayer(nn.Layer):
         own = rows if step.attended is None else step.attended
         return heads if own is None else ops.gather_rows(heads, own)
 
-    def gated(self, gate_up: paddle.Tensor) -> Activations:
-        """What the MLP's second product takes."""
-        return ops.silu_mul8(gate_up) if self.takes_rows8(gate_up.shape[0]) else ops.silu_mul(gate_up)
-
 
 AttentionObserver = Callable[[DecoderLayer, paddle.Tensor, paddle.Tensor], None]
 """Called with (layer, what its attention got, activations [T, hidden], what the rank's heads made of it, [T, H D])."""
@@ -181,8 +186,7 @@ class Qwen2OneM(nn.Layer):
     the activations: see `device_dtypes`. In a tensor parallel group it is one rank's share: `config` is that of the
     whole model, `local` that of the share. placement: which rank has which heads, by default in published order.
     quantization: how the layers' linears are kept, fp8 or int8; None: as the rest. ValueError for one that the shapes
-    do not allow. products_version: of the cuBLASLt that multiplies many rows in FP8; where it is not above 0, weights
-    of 8 bits are widened.
+    do not allow. in_fp8: whether many rows are multiplied in FP8; else weights of 8 bits are widened.
     """
 
     def __init__(
@@ -202,12 +206,11 @@ class Qwen2OneM(nn.Layer):
         self.on_gpu = ops.on_gpu()
         dtype, self.compute_dtype = device_dtypes(dtype)
         self.dtype, self.quantization = dtype, quantization
-        self.products_version = products_version(self.local, dtype, quantization)
+        self.in_fp8 = multiplies_in_fp8(self.local, quantization)
         self.register_buffer("embedding", vocabulary_table(config, group, dtype))
-        in_fp8 = self.products_version > 0
         self.layers = nn.LayerList(
             [
-                DecoderLayer(config, number, dtype, group, quantization, in_fp8=in_fp8)
+                DecoderLayer(config, number, dtype, group, quantization, in_fp8=self.in_fp8)
                 for number in range(config.num_layers)
             ]
         )
@@ -272,8 +275,8 @@ class Qwen2OneM(nn.Layer):
                 del normed
             lanes.add(heads, [layer.product("output_weight", lanes.count)], layer.post_attention_norm, takes_rows8)
             del heads
-            gate_up, down = (layer.product(name, lanes.count) for name in ("gate_up_weight", "down_weight"))
-            lanes.add(None, [gate_up, layer.gated, down], following, None if is_last else takes_rows8)
+            mlp = [layer.gated_product(lanes.count), layer.product("down_weight", lanes.count)]
+            lanes.add(None, mlp, following, None if is_last else takes_rows8)
             normed = lanes.all_rows()
             whole = normed[-1] if isinstance(normed, list) else normed
             self.group.mark(whole.numbers if isinstance(whole, ops.Rows8) else whole)

@@ -155,19 +155,18 @@ def test_the_command_answers_and_plans(needle_checkpoint: Path, capsys: pytest.C
 
 
 @pytest.mark.parametrize(
-    ("kind", "version", "words"),
+    ("kind", "in_fp8", "words"),
     [
-        ("fp8", 130002, "kept in fp8; many rows are multiplied in FP8, by cuBLASLt 13.0.2"),
-        ("fp8", -120605, "widened to bfloat16 as they are multiplied: cuBLASLt 12.6.5 has no FP8 products"),
-        ("fp8", 0, "kept in fp8 and widened to bfloat16 as they are multiplied"),
-        ("int8", 0, "kept in int8 and widened to bfloat16 as they are multiplied"),
-        (None, 0, ""),
+        ("fp8", True, "kept in fp8; many rows are multiplied in FP8"),
+        ("fp8", False, "kept in fp8; widened to bfloat16 as they are multiplied"),
+        ("int8", False, "kept in int8; widened to bfloat16 as they are multiplied"),
+        (None, False, ""),
     ],
 )
-def test_the_log_names_what_computes(
-    kind: str | None, version: int, words: str, monkeypatch: pytest.MonkeyPatch
+def test_the_log_says_how_rows_are_multiplied(
+    kind: str | None, in_fp8: bool, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines: list[str] = []
     monkeypatch.setattr(loading.logger, "info", lines.append)
-    loading.tell_weights(SimpleNamespace(quantization=kind, products_version=version, compute_dtype="bfloat16"))
+    loading.tell_weights(SimpleNamespace(quantization=kind, in_fp8=in_fp8, compute_dtype="bfloat16"))
     assert len(lines) == (kind is not None) and words in "".join(lines)

@@ -3,8 +3,8 @@
     python tools/cuda_library.py && python tools/benchmark_gpu_fp8.py [--models 7B 14B] [--rows 32768]
 
 Needs PyTorch, whose cuBLAS multiplies bfloat16. Prefill: whole paths from the residual or the attention's output to
-each product's output, norms and SiLU included, in bfloat16; in FP8 with rows rounded as they are made, where cuBLASLt
-has such products; and with weights widened to bfloat16 first. Then each product alone, and the linears of decode,
+each product's output, norms and SiLU included, in bfloat16; in FP8 with rows rounded as they are made, on Hopper; and
+with weights widened to bfloat16 first. Then each product alone, and the linears of decode,
 which read the weights alone. Products are compared with float64 on the same numbers and scales for a sample of rows.
 """
 
@@ -85,8 +85,6 @@ class Prefill:
         self._inputs = {name: normal(rows, depth) for name, (depth, _) in self.shapes.items()}
         self._rows8 = {name: Rows(rows, depth) for name, (depth, _) in self.shapes.items()}
         self._wide = {name: empty(features, depth) for name, (depth, features) in self.shapes.items()}
-        versions = [cuda.product8_version(*shape, "bfloat16") for shape in self.shapes.values()]
-        self.version = min(versions)
         self._workspace = empty(max(1, 33 << 20), dtype="uint8")
 
     def whole(self, path: str) -> None:
@@ -99,24 +97,28 @@ class Prefill:
         self.product("o", path)
         self._norm("gate_up", in_fp8)
         self.product("gate_up", path)
-        self._silu(in_fp8)
+        if not in_fp8:
+            self._silu()
         self.product("down", path)
 
     def product(self, name: str, path: str) -> None:
+        """In FP8 that of gate and up has SiLU with it."""
         import torch
 
         depth, features = self.shapes[name]
         if path == "fp8":
-            self._cuda(
-                "product8",
-                self._workspace,
-                x=self._rows8[name].fields,
-                weight=self._fp8[name],
-                y=self._out[name],
-                in_features=depth,
-                out_features=features,
-                out_dtype="bfloat16",
-            )
+            product = {
+                "x": self._rows8[name].fields,
+                "weight": self._fp8[name],
+                "y": self._out[name],
+                "in_features": depth,
+                "out_features": features,
+                "out_dtype": "bfloat16",
+            }
+            if name == "gate_up":
+                self._cuda("gated_product8", product={**product, "y": None}, out=self._rows8["down"].fields)
+            else:
+                self._cuda("product8", self._workspace, **product)
             return
         weight = self._weights[name]
         if path == "widened":
@@ -133,8 +135,15 @@ class Prefill:
 
     def errors(self) -> Iterator[str]:
         """Of each FP8 product, the largest beside the largest value of its row."""
+        import torch
+
         self.whole("fp8")
+        gate, up = (self._rows8["gate_up"].widened(COMPARED_ROWS) @ widened(self._fp8["gate_up"]).T).chunk(2, 1)
+        exact, got = torch.nn.functional.silu(gate) * up, self._rows8["down"].widened(COMPARED_ROWS)
+        yield f"gate, up and SiLU {float(((got - exact).norm(dim=1) / exact.norm(dim=1)).max()):.1e} of a row, rounded"
         for name in self.shapes:
+            if name == "gate_up":
+                continue
             exact = self._rows8[name].widened(COMPARED_ROWS) @ widened(self._fp8[name]).T
             off = (self._out[name][:COMPARED_ROWS].double() - exact).abs().amax(1) / exact.abs().amax(1)
             yield f"{name} {float(off.max()):.1e}"
@@ -166,27 +175,22 @@ class Prefill:
             activation="bfloat16",
         )
 
-    def _silu(self, in_fp8: bool) -> None:
-        fields = {
-            "gate_up": self._out["gate_up"],
-            "out": None if in_fp8 else self._inputs["down"],
-            "tokens": self._rows,
-            "width": self._model.intermediate,
-            "activation": "bfloat16",
-        }
-        if in_fp8:
-            self._cuda("silu_mul8", silu=fields, out=self._rows8["down"].fields)
-        else:
-            self._cuda("silu_mul", **fields)
+    def _silu(self) -> None:
+        self._cuda(
+            "silu_mul",
+            gate_up=self._out["gate_up"],
+            out=self._inputs["down"],
+            tokens=self._rows,
+            width=self._model.intermediate,
+            activation="bfloat16",
+        )
 
 
 def prefill_lines(cuda: CudaLibrary, name: str, rows: int) -> Iterator[str]:
     layer = Prefill(cuda, MODELS[name], rows)
-    paths = ["bf16", "fp8", "widened"] if layer.version > 0 else ["bf16", "widened"]
-    if layer.version <= 0:
-        yield f"{name}: no FP8 products here (cuBLASLt {-layer.version})"
-    else:
-        yield f"{name}: cuBLASLt {layer.version}; errors of FP8 products: {', '.join(layer.errors())}"
+    paths = ["bf16", "fp8", "widened"] if cuda.multiplies_rows8() else ["bf16", "widened"]
+    if "fp8" in paths:
+        yield f"{name}: errors of FP8 products: {', '.join(layer.errors())}"
     whole = {path: time_launches([lambda path=path: layer.whole(path)], rounds=4).graph for path in paths}
     yield f"{name}, {rows:,} rows, a layer but its attention, whole: " + beside(whole)
     for linear, (depth, features) in layer.shapes.items():

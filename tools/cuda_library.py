@@ -107,11 +107,9 @@ class CudaLibrary:
         function.restype = ctypes.c_int64
         return int(function(ctypes.byref(self.struct(op, fields))))
 
-    def product8_version(self, in_features: int, out_features: int, dtype: Any) -> int:
-        """See qwen1m_cuda_product8_version."""
-        function = self._library.qwen1m_cuda_product8_version
-        function.argtypes, function.restype = (ctypes.c_int64, ctypes.c_int64, ctypes.c_int), ctypes.c_int64
-        return int(function(in_features, out_features, self._dtypes[str(dtype).replace("torch.", "")]))
+    def multiplies_rows8(self) -> bool:
+        """See qwen1m_cuda_multiplies_rows8."""
+        return bool(self._library.qwen1m_cuda_multiplies_rows8())
 
     def mailbox_bytes(self, degree: int) -> int:
         """See qwen1m_cuda_mailbox_bytes."""

@@ -469,7 +469,33 @@ class Kernels:
             **common,
         }
         self.cuda("rms_norm8", norm=norm, out=rows8)
-        self.cuda("silu_mul8", silu={"gate_up": self.normal(tokens, 2 * width), "out": None, **common}, out=rows8)
+        for rows, depth, features in ((padded, width, 256), (4100, 128, 384)):
+            product = {
+                "x": {
+                    "numbers": self.integers(np.uint8, 120, rows, depth),
+                    "scales": self.floats(depth // 128, rows),
+                    "rows": rows,
+                },
+                "weight": {
+                    "numbers": self.integers(np.uint8, 120, features, depth),
+                    "scales": self.floats(features // 128, depth // 128),
+                    "kind": "e4m3",
+                    "rows": 128,
+                    "columns": 128,
+                },
+                "y": self.normal(rows, features),
+                "in_features": depth,
+                "out_features": features,
+                "out_dtype": half,
+            }
+            if features % 256 == 0:
+                gated = {
+                    "numbers": self.integers(np.uint8, 120, rows, features // 2),
+                    "scales": self.floats(features // 256, rows),
+                    "rows": rows,
+                }
+                self.cuda("gated_product8", product={**product, "y": None}, out=gated)
+            self.cuda("product8", **product)
 
     def sample(self, vocab: int) -> None:
         temperatures = np.asarray([0.0, 0.7, 1.0, 1.3], np.float32)

@@ -53,6 +53,6 @@ QWEN1M_FORWARD(linear8)
 QWEN1M_FORWARD(widen_weight)
 QWEN1M_FORWARD(round_rows)
 QWEN1M_FORWARD(rms_norm8)
-QWEN1M_FORWARD(silu_mul8)
 QWEN1M_FORWARD(product8)
+QWEN1M_FORWARD(gated_product8)
 int qwen1m_cpu_round_weight(const qwen1m_round_weight* a) { return qwen1m::kernels().round_weight(*a); }

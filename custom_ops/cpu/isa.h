@@ -72,8 +72,8 @@ constexpr Kernels table(const char* isa) {
           round_weight,
           round_rows,
           rms_norm8,
-          silu_mul8,
-          product8};
+          product8,
+          gated_product8};
 }
 
 }  // namespace QWEN1M_ISA

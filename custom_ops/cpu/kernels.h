@@ -29,8 +29,8 @@ struct Kernels {
   int (*round_weight)(const qwen1m_round_weight&);
   void (*round_rows)(const qwen1m_round_rows&);
   void (*rms_norm8)(const qwen1m_rms_norm8&);
-  void (*silu_mul8)(const qwen1m_silu_mul8&);
   void (*product8)(const qwen1m_product8&);
+  void (*gated_product8)(const qwen1m_gated_product8&);
 };
 
 extern const Kernels kGeneric;

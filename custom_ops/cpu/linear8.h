@@ -195,14 +195,6 @@ inline void rms_norm8(const qwen1m_rms_norm8& a) {
   round_rows8(wide.data, a.out, norm.tokens, norm.width);
 }
 
-inline void silu_mul8(const qwen1m_silu_mul8& a) {
-  const Scratch wide(static_cast<size_t>(a.silu.tokens * a.silu.width));
-  qwen1m_silu_mul silu = a.silu;
-  silu.out = wide.data;
-  silu_mul(silu);
-  round_rows8(wide.data, a.out, silu.tokens, silu.width);
-}
-
 inline void product8(const qwen1m_product8& a) {
   const Scratch wide(static_cast<size_t>(a.x.rows * a.in_features));
   parallel_ranges(a.x.rows, kGrain, [&](int64_t begin, int64_t end) {
@@ -213,6 +205,16 @@ inline void product8(const qwen1m_product8& a) {
     }
   });
   linear8({wide.data, a.weight, a.y, a.x.rows, a.in_features, a.out_features, QWEN1M_FLOAT32, QWEN1M_FLOAT32});
+}
+
+inline void gated_product8(const qwen1m_gated_product8& a) {
+  qwen1m_product8 product = a.product;
+  const int64_t rows = product.x.rows, width = product.out_features / 2;
+  const Scratch gate_up(static_cast<size_t>(rows * 2 * width)), values(static_cast<size_t>(rows * width));
+  product.y = gate_up.data;
+  product8(product);
+  silu_mul({gate_up.data, values.data, rows, width, QWEN1M_FLOAT32});
+  round_rows8(values.data, a.out, rows, width);
 }
 
 }  // namespace QWEN1M_ISA

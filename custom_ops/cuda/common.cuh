@@ -117,6 +117,8 @@ __device__ inline float warp_sum(float x) {
   return x;
 }
 
+__device__ inline float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
+
 // Whether the current device is a Hopper, whose own machine code (sm_90a) runs there and nowhere else.
 inline bool is_hopper() {
   int device = 0, major = 0, minor = 0;

@@ -1,5 +1,6 @@
-// Products of FP8 rows with FP8 weights on Hopper's FP8 units: cuBLASLt's, where the one that the process has knows
-// scales of blocks (12.9 and newer). It is looked up at run time, since what Paddle comes with decides.
+// Which product of FP8 rows with FP8 weights runs on Hopper: of many rows sm90/product8.cu; of fewer cuBLASLt's, which
+// cuts its depth where tiles are few, if the one that the process has knows scales of blocks (12.9 and newer). It is
+// looked up at run time, since what Paddle comes with decides.
 //
 // In cuBLASLt's order of columns first, y^T [N, T] is the product of the weight, transposed, and of x^T: its A is the
 // weight with a scale for each 128 x 128, its B the rows with a scale for each 128 of a row, K / 128 of them far apart.
@@ -11,6 +12,7 @@
 
 #include "common.cuh"
 #include "qwen1m/weight8.h"
+#include "sm90/product8.h"
 
 namespace qwen1m {
 namespace cuda {
@@ -228,12 +230,35 @@ Chosen& chosen() {
   return all;
 }
 
+constexpr int64_t kManyRows = 4096;
+
 bool fits(const qwen1m_product8& a) {
   return a.weight.kind == QWEN1M_E4M3 && a.weight.rows == QWEN1M_ROWS8_BLOCK &&
          a.weight.columns == QWEN1M_ROWS8_BLOCK && a.in_features % QWEN1M_ROWS8_BLOCK == 0 &&
-         a.out_features % QWEN1M_ROWS8_BLOCK == 0 && a.x.rows % QWEN1M_ROWS8_MULTIPLE == 0 &&
-         (a.out_dtype == QWEN1M_BFLOAT16 || a.out_dtype == QWEN1M_FLOAT16);
+         a.out_features % QWEN1M_ROWS8_BLOCK == 0 && a.x.rows % QWEN1M_ROWS8_MULTIPLE == 0;
 }
+
+bool is_empty(const qwen1m_product8& a) { return a.x.rows == 0 || a.out_features == 0; }
+
+// cudaErrorNotSupported where the library has none.
+int product_of_library(const qwen1m_product8& a, void* workspace, cudaStream_t stream) {
+  const void* scales = a.weight.scales;
+  if (needs_gaps(a)) {
+    void* with_gaps = static_cast<char*>(workspace) + kWorkspaceBytes;
+    const size_t row = a.in_features / a.weight.columns * sizeof(float), pitch = padded_scales(a) * sizeof(float);
+    const cudaError_t status = cudaMemcpy2DAsync(with_gaps, pitch, scales, row, row, a.out_features / a.weight.rows,
+                                                 cudaMemcpyDeviceToDevice, stream);
+    if (status != cudaSuccess) return status;
+    scales = with_gaps;
+  }
+  const Product product(a, scales);
+  lt::Handle handle = nullptr;
+  lt::Algorithm algorithm{};
+  if (!chosen().algorithm(product, a, handle, algorithm)) return cudaErrorNotSupported;
+  return product.queue(handle, algorithm, a, workspace, stream) == lt::kSuccess ? cudaSuccess : cudaErrorUnknown;
+}
+
+bool asks_library(const qwen1m_product8& a) { return a.x.rows < kManyRows && library().has_block_scales(); }
 
 }  // namespace
 }  // namespace cuda
@@ -242,47 +267,31 @@ bool fits(const qwen1m_product8& a) {
 using namespace qwen1m::cuda;
 
 int64_t qwen1m_cuda_product8_workspace(const qwen1m_product8* a) {
+  if (!asks_library(*a)) return 0;
   const int64_t scales = needs_gaps(*a) ? a->out_features / a->weight.rows * padded_scales(*a) : 0;
   return kWorkspaceBytes + scales * static_cast<int64_t>(sizeof(float));
 }
 
 int qwen1m_cuda_product8(const qwen1m_product8* a, void* workspace, qwen1m_stream stream) {
   if (!fits(*a)) return cudaErrorInvalidValue;
-  if (!is_hopper() || !library().has_block_scales()) return cudaErrorNotSupported;
-  if (a->x.rows == 0 || a->out_features == 0) return cudaSuccess;
-  const void* scales = a->weight.scales;
-  if (needs_gaps(*a)) {
-    void* with_gaps = static_cast<char*>(workspace) + kWorkspaceBytes;
-    const size_t row = a->in_features / a->weight.columns * sizeof(float), pitch = padded_scales(*a) * sizeof(float);
-    const cudaError_t status = cudaMemcpy2DAsync(with_gaps, pitch, scales, row, row, a->out_features / a->weight.rows,
-                                                 cudaMemcpyDeviceToDevice, as_stream(stream));
-    if (status != cudaSuccess) return status;
-    scales = with_gaps;
-  }
-  const Product product(*a, scales);
-  lt::Handle handle = nullptr;
-  lt::Algorithm algorithm{};
-  if (!chosen().algorithm(product, *a, handle, algorithm)) return cudaErrorNotSupported;
-  return product.queue(handle, algorithm, *a, workspace, as_stream(stream)) == lt::kSuccess ? cudaSuccess
-                                                                                            : cudaErrorUnknown;
+  if (!is_hopper()) return cudaErrorNotSupported;
+  return with_half_type(a->out_dtype, [&](auto type) -> int {
+    if (is_empty(*a)) return cudaSuccess;
+    if (asks_library(*a)) {
+      const int status = product_of_library(*a, workspace, as_stream(stream));
+      if (status != cudaErrorNotSupported) return status;
+    }
+    return sm90::product8<decltype(type)>(*a, as_stream(stream));
+  });
 }
 
-int64_t qwen1m_cuda_product8_version(int64_t in_features, int64_t out_features, qwen1m_dtype out_dtype) {
-  if (!is_hopper() || library().version == nullptr) return 0;
-  const auto version = static_cast<int64_t>(library().version());
-  if (!library().has_block_scales()) return -version;
-  // Addresses that nobody reads: the search wants to see some.
-  constexpr int64_t kRows = 4096;
-  auto* const somewhere = reinterpret_cast<uint8_t*>(uintptr_t{1} << 30);
-  auto* const scales = reinterpret_cast<float*>(somewhere);
-  const qwen1m_product8 sample{{somewhere, scales, kRows},
-                               {somewhere, scales, QWEN1M_E4M3, QWEN1M_ROWS8_BLOCK, QWEN1M_ROWS8_BLOCK},
-                               somewhere,
-                               in_features,
-                               out_features,
-                               out_dtype};
-  lt::Handle handle = nullptr;
-  lt::Algorithm algorithm{};
-  if (!fits(sample) || !chosen().algorithm(Product(sample, scales), sample, handle, algorithm)) return -version;
-  return version;
+int qwen1m_cuda_gated_product8(const qwen1m_gated_product8* a, qwen1m_stream stream) {
+  const qwen1m_product8& product = a->product;
+  if (!fits(product) || product.out_features % (2 * QWEN1M_ROWS8_BLOCK) != 0 || a->out.rows != product.x.rows) {
+    return cudaErrorInvalidValue;
+  }
+  if (!is_hopper()) return cudaErrorNotSupported;
+  return is_empty(product) ? cudaSuccess : sm90::gated_product8(product, a->out, as_stream(stream));
 }
+
+int qwen1m_cuda_multiplies_rows8() { return is_hopper() ? 1 : 0; }

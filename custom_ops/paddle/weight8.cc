@@ -138,30 +138,9 @@ Tensors add_rms_norm8(const Tensor& delta, Tensor& residual, const Tensor& weigh
   return normalise8(&delta, residual, weight, eps);
 }
 
-Tensors silu_mul8(const Tensor& gate_up) {
-  Call call(gate_up);
-  const qwen1m_dtype activation = call.expect_activation(gate_up, "gate_up", {-1, -1});
-  const int64_t tokens = gate_up.shape()[0], width = gate_up.shape()[1] / 2;
-  QWEN1M_REQUIRE(width * 2 == gate_up.shape()[1], "gate_up's width must be even, got " + text(gate_up.shape()[1]));
-  const Rows8 out(call, tokens, width);
-  call.run(
-      qwen1m_silu_mul8{
-          .silu =
-              {
-                  .gate_up = gate_up.data(),
-                  .out = nullptr,
-                  .tokens = tokens,
-                  .width = width,
-                  .activation = activation,
-              },
-          .out = out.fields(),
-      },
-      QWEN1M_KERNEL(silu_mul8));
-  return {out.numbers, out.scales};
-}
-
-void product8(const Tensor& x, const Tensor& x_scales, const Tensor& numbers, const Tensor& scales, Tensor& y) {
-  Call call(x);
+// Without y, for activations of the call's device.
+qwen1m_product8 expect_product(const Call& call, const Tensor& x, const Tensor& x_scales, const Tensor& numbers,
+                               const Tensor& scales) {
   call.expect(x, "x", DataType::UINT8, {-1, -1});
   const int64_t rows = x.shape()[0], depth = x.shape()[1];
   QWEN1M_REQUIRE(rows % QWEN1M_ROWS8_MULTIPLE == 0,
@@ -170,18 +149,33 @@ void product8(const Tensor& x, const Tensor& x_scales, const Tensor& numbers, co
   const qwen1m_weight8 weight = expect_weight(call, numbers, scales, "fp8", depth);
   QWEN1M_REQUIRE(weight.rows == 128 && weight.columns == 128,
                  "scales must be of blocks of 128 x 128, got " + text(weight.rows) + " x " + text(weight.columns));
-  const int64_t features = numbers.shape()[0];
-  call.expect_activation(y, "y", {rows, features});
-  call.run(
-      qwen1m_product8{
-          .x = {pointer<uint8_t>(x), pointer<float>(x_scales), rows},
-          .weight = weight,
-          .y = memory(y),
-          .in_features = depth,
-          .out_features = features,
-          .out_dtype = storage_type(y, "y"),
-      },
-      QWEN1M_WORKSPACE_KERNEL(product8));
+  return {
+      .x = {pointer<uint8_t>(x), pointer<float>(x_scales), rows},
+      .weight = weight,
+      .y = nullptr,
+      .in_features = depth,
+      .out_features = numbers.shape()[0],
+      .out_dtype = call.on_gpu() ? QWEN1M_BFLOAT16 : QWEN1M_FLOAT32,
+  };
+}
+
+void product8(const Tensor& x, const Tensor& x_scales, const Tensor& numbers, const Tensor& scales, Tensor& y) {
+  Call call(x);
+  qwen1m_product8 product = expect_product(call, x, x_scales, numbers, scales);
+  product.out_dtype = call.expect_activation(y, "y", {product.x.rows, product.out_features});
+  product.y = memory(y);
+  call.run(product, QWEN1M_WORKSPACE_KERNEL(product8));
+}
+
+Tensors gated_product8(const Tensor& x, const Tensor& x_scales, const Tensor& numbers, const Tensor& scales) {
+  Call call(x);
+  const qwen1m_product8 product = expect_product(call, x, x_scales, numbers, scales);
+  QWEN1M_REQUIRE(product.out_features % (2 * QWEN1M_ROWS8_BLOCK) == 0,
+                 "gate and up must have a multiple of " + text(QWEN1M_ROWS8_BLOCK) + " features each, got " +
+                     text(product.out_features) + " together");
+  const Rows8 out(call, product.x.rows, product.out_features / 2);
+  call.run(qwen1m_gated_product8{product, out.fields()}, QWEN1M_KERNEL(gated_product8));
+  return {out.numbers, out.scales};
 }
 
 }  // namespace
@@ -217,13 +211,13 @@ PD_BUILD_OP(qwen1m_add_rms_norm8)
     .SetInplaceMap({{"residual", "sum"}})
     .SetKernelFn(PD_KERNEL(qwen1m::add_rms_norm8));
 
-PD_BUILD_OP(qwen1m_silu_mul8)
-    .Inputs({"gate_up"})
-    .Outputs({"numbers", "scales"})
-    .SetKernelFn(PD_KERNEL(qwen1m::silu_mul8));
-
 PD_BUILD_OP(qwen1m_product8)
     .Inputs({"x", "x_scales", "numbers", "scales", "y"})
     .Outputs({"written"})
     .SetInplaceMap({{"y", "written"}})
     .SetKernelFn(PD_KERNEL(qwen1m::product8));
+
+PD_BUILD_OP(qwen1m_gated_product8)
+    .Inputs({"x", "x_scales", "numbers", "scales"})
+    .Outputs({"out", "out_scales"})
+    .SetKernelFn(PD_KERNEL(qwen1m::gated_product8));

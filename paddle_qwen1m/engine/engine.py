@@ -578,7 +578,7 @@ class Engine:
         if kept in QUANTIZATIONS:
             kept = f"{kept}/{self._scales.digest}"
         salt = salt_digest(request.cache_salt)
-        computed = self.model.compute_dtype if self.model.products_version <= 0 else FP8
+        computed = FP8 if self.model.in_fp8 else self.model.compute_dtype
         return MadeUnder(self._weights, computed, kept, ranks, placement, salt, sparse).name
 
     def _new_id(self) -> str:

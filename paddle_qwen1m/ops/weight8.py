@@ -87,11 +87,6 @@ def add_rms_norm8(delta: paddle.Tensor, residual: paddle.Tensor, weight: paddle.
     return _rows(call("add_rms_norm8", delta, residual, weight, eps)[1:], residual)
 
 
-def silu_mul8(gate_up: paddle.Tensor) -> Rows8:
-    """The same of `silu_mul` of [T, 2K]."""
-    return _rows(call("silu_mul8", gate_up), gate_up)
-
-
 def _rows(made: list[paddle.Tensor], of: paddle.Tensor) -> Rows8:
     numbers, scales = made
     return Rows8(numbers, scales, of.shape[0])
@@ -100,8 +95,7 @@ def _rows(made: list[paddle.Tensor], of: paddle.Tensor) -> Rows8:
 def product8(x: Rows8 | list[Rows8], weight: Weight8, dtype: str) -> paddle.Tensor:
     """x [T, K] times the transpose of an FP8 weight in blocks of 128 x 128: [T, N] as `dtype`, on a CPU float32.
 
-    Several are rows one below the other, each but the last a multiple of 4. On a GPU by cuBLASLt, where
-    `product8_version` names one.
+    Several are rows one below the other, each but the last a multiple of 4. A GPU that `multiplies_rows8` is needed.
     """
     parts = [x] if isinstance(x, Rows8) else x
     heights, tokens = [part.numbers.shape[0] for part in parts], sum(part.tokens for part in parts)
@@ -116,13 +110,17 @@ def product8(x: Rows8 | list[Rows8], weight: Weight8, dtype: str) -> paddle.Tens
     return y if tokens == y.shape[0] else y[:tokens]
 
 
-def product8_version(in_features: int, out_features: int, dtype: str) -> int:
-    """The version, such as 120901, of the cuBLASLt that computes `product8` of such a weight on Paddle's GPU; 0 where
-    there is none that is known, and minus its version where the one that there is cannot.
+def gated_product8(x: Rows8, weight: Weight8) -> Rows8:
+    """`silu_mul` of x [T, K] times the transpose of such a weight, of gate and up [2N, K]: in FP8 [T, N]. On a GPU the
+    product itself is never in memory.
     """
-    function = library().qwen1m_cuda_product8_version
-    function.argtypes, function.restype = (ctypes.c_int64, ctypes.c_int64, ctypes.c_int), ctypes.c_int64
-    return int(function(in_features, out_features, DTYPES[{"bfloat16": "BF16", "float16": "F16"}[dtype]]))
+    numbers, scales = call("gated_product8", x.numbers, x.scales, weight.numbers, weight.scales)
+    return Rows8(numbers, scales, x.tokens)
+
+
+def multiplies_rows8() -> bool:
+    """Whether Paddle's GPU multiplies rows in FP8: a Hopper does."""
+    return bool(library().qwen1m_cuda_multiplies_rows8())
 
 
 class _Weight8(ctypes.Structure):

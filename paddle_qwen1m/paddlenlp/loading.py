@@ -13,7 +13,6 @@ from paddlenlp.utils.log import logger
 from paddle_qwen1m.config import PUBLISHED_SOURCE, SPARSE_CONFIG, ModelConfig, SparseBudgets, default_budgets
 from paddle_qwen1m.config import is_ours as is_ours
 from paddle_qwen1m.config_keys import BASE, DUAL_CHUNK, own_quantization, remarks
-from paddle_qwen1m.dtypes import FP8
 from paddle_qwen1m.model import Qwen2OneM
 from paddle_qwen1m.options import EngineOptions
 from paddle_qwen1m.paddlenlp.generation import Defaults
@@ -110,19 +109,10 @@ def tell_weights(model: Qwen2OneM) -> None:
     """A line on how weights of 8 bits are multiplied, where they are."""
     if model.quantization is None:
         return
-    version, kept = model.products_version, f"the linears' weights are kept in {model.quantization}"
-    if version > 0:
-        logger.info(f"{kept}; many rows are multiplied in FP8, by cuBLASLt {_spelled(version)}")
-        return
-    reason = ""
-    if model.quantization == FP8 and version < 0:
-        reason = f": cuBLASLt {_spelled(-version)} has no FP8 products with scales of blocks here (12.9 has, on Hopper)"
-    logger.info(f"{kept} and widened to {model.compute_dtype} as they are multiplied{reason}")
-
-
-def _spelled(version: int) -> str:
-    """Of 120901: 12.9.1."""
-    return f"{version // 10000}.{version // 100 % 100}.{version % 100}"
+    how = f"widened to {model.compute_dtype} as they are multiplied"
+    if model.in_fp8:
+        how = "many rows are multiplied in FP8"
+    logger.info(f"the linears' weights are kept in {model.quantization}; {how}")
 
 
 def join_ranks(

@@ -155,7 +155,7 @@ def assert_rounded(found: ops.Rows8, values: np.ndarray) -> None:
 
 @pytest.mark.parametrize("tokens, width", [(1, 128), (4, 512), (7, 3584), (66, 256)])
 def test_rows_are_rounded_as_they_are_made(rng: np.random.Generator, tokens: int, width: int) -> None:
-    """By a norm, with something added or not, by SiLU and by themselves; a row of zeros, and one of large values."""
+    """By a norm, with something added or not, and by themselves; a row of zeros, and one of large values."""
     values = stored(rng.standard_normal((tokens, width)), "float32")
     values[0] *= 1e6
     values[-1] = 0.0
@@ -171,8 +171,6 @@ def test_rows_are_rounded_as_they_are_made(rng: np.random.Generator, tokens: int
     normed = oracle.add_rms_norm(delta, sums[1], gain, 1e-6)
     assert_rounded(ops.add_rms_norm8(tensor(delta), sums[0], tensor(gain, "bfloat16"), 1e-6), normed)
     assert error(array(sums[0]), sums[1]) < 2e-7
-    gate_up = stored(rng.standard_normal((tokens, 2 * width)), "float32")
-    assert_rounded(ops.silu_mul8(tensor(gate_up)), oracle.silu_mul(gate_up))
 
 
 @pytest.mark.parametrize("tokens, inner, outer", [(1, 128, 128), (5, 512, 384), (70, 896, 256)])
@@ -188,6 +186,17 @@ def test_product_of_fp8_rows(rng: np.random.Generator, tokens: int, inner: int, 
         assert error(row, wanted) < 1e-5
 
 
+@pytest.mark.parametrize("tokens, inner, outer", [(1, 128, 128), (5, 512, 384), (70, 896, 256)])
+def test_product_of_gate_and_up(rng: np.random.Generator, tokens: int, inner: int, outer: int) -> None:
+    """SiLU of float64's products of the same numbers, rounded."""
+    rows = ops.round_rows(tensor(rng.standard_normal((tokens, inner))))
+    numbers, scales = rounded(rng.standard_normal((2 * outer, inner)), "float32", "fp8", 128, 128)
+    found = ops.gated_product8(rows, weight(numbers, scales, "fp8"))
+    exact = oracle.widen_rows(rows.numbers.numpy(), rows.scales.numpy())[:tokens]
+    assert found.tokens == tokens
+    assert_rounded(found, oracle.silu_mul(oracle.linear(exact, oracle.widen_weight("fp8", numbers, scales))))
+
+
 def test_fp8_rows_refuse_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match=r"round_rows.*multiple of 128 values, got 64"):
         ops.round_rows(tensor(np.zeros((4, 64))))
@@ -195,6 +204,8 @@ def test_fp8_rows_refuse_what_does_not_fit() -> None:
     numbers = paddle.to_tensor(np.zeros((128, 128), np.uint8))
     with pytest.raises(ValueError, match="blocks of 128 x 128, got 64 x 128"):
         ops.product8(rows, ops.Weight8(numbers, tensor(np.ones((2, 1))), "fp8"), "float32")
+    with pytest.raises(ValueError, match="multiple of 128 features each, got 128 together"):
+        ops.gated_product8(rows, ops.Weight8(numbers, tensor(np.ones((1, 1))), "fp8"))
 
 
 def test_products_of_fp8_rows_in_parts(rng: np.random.Generator) -> None:

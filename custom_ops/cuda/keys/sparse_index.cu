@@ -29,7 +29,7 @@ constexpr int kSegment = 64;    // diagonals that a thread walks a chain through
 constexpr int kLookups = 6144;  // ends that chains are walked from at once
 constexpr int kMostSegments = kLookups / kSegment;
 constexpr int kListWarps = 8;  // of a block of list_row_blocks
-constexpr int kColumnsAtOnce = kWarp * kWarp;
+constexpr int kColumnGroups = kWarp, kColumnsAtOnce = kColumnGroups * kWarp;
 
 // Ascending absolute columns or diagonals: a part of a head's list, or evenly spread ones.
 struct Lines {
@@ -222,42 +222,32 @@ struct RowBlockCover {
 
 struct ListShared {
   RowBlockCover covers[kListWarps];
-  uint32_t uncovered[kListWarps][kColumnsAtOnce / kWarp];  // a bit a column
+  uint32_t uncovered[kListWarps][kColumnGroups];  // a bit a column
+  int32_t columns[kColumnsAtOnce];
 };
-
-// How many ends of the chain are `key` or less, for keys that ascend along the lanes. `from`, as many of them at most,
-// becomes those of the first lane.
-__device__ int32_t ends_up_to(const Lines& chain, int32_t& from, int32_t key) {
-  const int lane = threadIdx.x % kWarp;
-  int32_t found = from = warp_next_above(chain, from, chain.count, __shfl_sync(kAllLanes, key, 0));
-  for (int32_t first = from, more = kWarp; __any_sync(kAllLanes, more == kWarp); first += kWarp) {
-    const int32_t end = first + lane < chain.count ? chain[first + lane] : INT_MAX;
-    more = 0;
-#pragma unroll
-    for (int step = kWarp / 2; step > 0; step /= 2) {
-      if (__shfl_sync(kAllLanes, end, more + step - 1) <= key) more += step;
-    }
-    if (__shfl_sync(kAllLanes, end, more) <= key) ++more;
-    found += more;
-  }
-  return found;
-}
 
 // Lists the columns that no block covers, for the row blocks of all warps; returns this warp's number in all lanes.
 __device__ int32_t list_uncovered(ListShared& shared, const Lines& columns, const Lines& chain, int32_t block,
                                   int32_t* out) {
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int shift = 31 - __clz(block);
   int32_t count = 0, passed = 0;  // ends left of the columns so far
   for (int32_t first = 0; first < columns.count; first += kColumnsAtOnce) {
-    for (int32_t group = warp; group < kWarp && first + group * kWarp < columns.count; group += kListWarps) {
+    const int32_t groups = min((columns.count - first + kWarp - 1) / kWarp, kColumnGroups);
+    for (int32_t group = warp; group < kColumnGroups; group += kListWarps) {
+      if (group >= groups) {
+        if (lane < kListWarps) shared.uncovered[lane][group] = 0;
+        continue;
+      }
       const int32_t number = first + group * kWarp + lane, column = columns[min(number, columns.count - 1)];
       const int32_t key = column - shared.covers[0].to_key;  // among the chain's ends, which lie a block or more apart
-      const int32_t before = ends_up_to(chain, passed, key);
+      const int32_t before = first_above(chain, passed, chain.count, key);
+      passed = __shfl_sync(kAllLanes, before, 0);
       // In the next row block the key lies a block further left: an end covers it in one of them.
       uint32_t covering = 0;
 #pragma unroll
       for (int i = 1; i <= kListWarps; ++i) {
-        const int32_t row_block = before >= i ? (key - chain[before - i]) / block : kListWarps;
+        const int32_t row_block = before >= i ? (key - chain[before - i]) >> shift : kListWarps;
         if (row_block < kListWarps) covering |= 1u << row_block;
       }
 #pragma unroll
@@ -272,15 +262,17 @@ __device__ int32_t list_uncovered(ListShared& shared, const Lines& columns, cons
         const unsigned uncovered = __ballot_sync(kAllLanes, number < columns.count && !covered && column < cover.end);
         if (lane == 0) shared.uncovered[r][group] = uncovered;
       }
+      shared.columns[group * kWarp + lane] = column;
     }
     __syncthreads();
-    const uint32_t own = first + lane * kWarp < columns.count ? shared.uncovered[warp][lane] : 0;
-    const int32_t through = inclusive_warp_sum(__popc(own));
-    for (int32_t group = 0; group < kWarp && first + group * kWarp < columns.count; ++group) {
+    const uint32_t own = shared.uncovered[warp][lane];
+    const int32_t through = inclusive_warp_sum(__popc(own)), place = count + through - __popc(own);
+#pragma unroll 8
+    for (int32_t group = 0; group < groups; ++group) {
       const uint32_t listing = __shfl_sync(kAllLanes, own, group);
-      const int32_t place = count + __shfl_sync(kAllLanes, through - __popc(own), group);
+      const int32_t begin = __shfl_sync(kAllLanes, place, group);
       if (listing >> lane & 1) {
-        out[place + __popc(listing & ((1u << lane) - 1))] = columns[first + group * kWarp + lane];
+        out[begin + __popc(listing & ((1u << lane) - 1))] = shared.columns[group * kWarp + lane];
       }
     }
     count += __shfl_sync(kAllLanes, through, kWarp - 1);

@@ -1,7 +1,8 @@
-// Rows of activations that are rounded to FP8 as they are made, a scale for each 128 of a row: RMSNorm, SiLU, and what
-// comes from elsewhere. As rms_norm and silu_mul bound by memory, of which they write half.
+// Rows of activations that are rounded to FP8, a scale for each 128 of a row: by RMSNorm as it makes them, and what
+// comes from elsewhere. Bound by memory, as rms_norm, of which they write half.
 #include "overlap.cuh"
 #include "qwen1m/weight8.h"
+#include "rows8.cuh"
 #include "step/rms_norm.cuh"
 #include "vectors.cuh"
 
@@ -9,17 +10,8 @@ namespace qwen1m {
 namespace cuda {
 namespace {
 
-constexpr float kLeast = 0x1p-100f;  // smaller maxima count as this, so that scales and their inverses are normal
 constexpr int kThreads = 256;
 constexpr int64_t kGridRows = 65535;  // of gridDim.y; rows beyond it are taken by a loop
-
-// The scale of a block whose largest value is `most`, in `lanes` neighbouring lanes of which each knows its own.
-template <int kLanes>
-__device__ inline float block_scale(float most) {
-#pragma unroll
-  for (int mask = kLanes / 2; mask > 0; mask /= 2) most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, mask));
-  return most > 0.0f ? fmaxf(most, kLeast) / kLargestE4M3 : 1.0f;
-}
 
 template <int N>
 __device__ inline float largest_of(const float (&values)[N]) {
@@ -27,14 +19,6 @@ __device__ inline float largest_of(const float (&values)[N]) {
 #pragma unroll
   for (int n = 0; n < N; ++n) most = fmaxf(most, fabsf(values[n]));
   return most;
-}
-
-// Four numbers in their bytes, rounded to nearest even; what is too large becomes the largest.
-__device__ inline uint32_t to_e4m3(float a, float b, float c, float d) {
-  uint16_t low, high;
-  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(low) : "f"(b), "f"(a));
-  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(high) : "f"(d), "f"(c));
-  return static_cast<uint32_t>(high) << 16 | low;
 }
 
 constexpr int kUsualThreads = 640;  // of a row of up to 5,120 values: two blocks of them have room on a processor
@@ -87,20 +71,6 @@ __device__ inline void round_values(const qwen1m_rows8& out, int64_t tokens, int
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) silu_mul8_kernel(const qwen1m_silu_mul8 a) {
-  const qwen1m_silu_mul& silu = a.silu;
-  round_values(a.out, silu.tokens, silu.width, [&](int64_t t, int64_t i, float (&values)[kPack]) {
-    const T* from = static_cast<const T*>(silu.gate_up) + t * 2 * silu.width + i;
-    const auto gates = load_vector<kPack>(from), ups = load_vector<kPack>(from + silu.width);
-#pragma unroll
-    for (int n = 0; n < kPack; ++n) {
-      const float gate = widen(gates.values[n]);
-      values[n] = __fdividef(gate, 1.0f + __expf(-gate)) * widen(ups.values[n]);
-    }
-  });
-}
-
-template <typename T>
 __global__ void __launch_bounds__(kThreads) round_rows_kernel(const qwen1m_round_rows a) {
   round_values(a.out, a.tokens, a.width, [&](int64_t t, int64_t i, float (&values)[kPack]) {
     load_widened(static_cast<const T*>(a.values) + t * a.width + i, values);
@@ -137,16 +107,6 @@ int qwen1m_cuda_rms_norm8(const qwen1m_rms_norm8* a, qwen1m_stream stream) {
     const auto kernel =
         threads <= kUsualThreads ? rms_norm8_kernel<T, kUsualThreads, 2> : rms_norm8_kernel<T, kNormThreads, 1>;
     return launch_overlapping(kernel, static_cast<unsigned>(a->out.rows), threads, 0, as_stream(stream), *a);
-  });
-}
-
-int qwen1m_cuda_silu_mul8(const qwen1m_silu_mul8* a, qwen1m_stream stream) {
-  if (!is_hopper()) return cudaErrorNotSupported;
-  if (!fits(a->out, a->silu.tokens, a->silu.width) || !aligned(a->silu.gate_up)) return cudaErrorInvalidValue;
-  if (a->out.rows == 0) return cudaSuccess;
-  return with_half_type(a->silu.activation, [&](auto type) -> int {
-    return launch_overlapping(silu_mul8_kernel<decltype(type)>, round_grid(a->out, a->silu.width), kThreads, 0,
-                              as_stream(stream), *a);
   });
 }
 

@@ -18,6 +18,9 @@ constexpr int kBoxRows = 64;
 int make_tensor_map(CUtensorMap& map, qwen1m_dtype dtype, const void* base, int values, int heads, int64_t rows,
                     int box_heads = 1);
 
+// `base` [rows, width] of bytes, copied by boxes of 128 bytes of box_rows rows at (byte, row), permuted alike.
+int make_byte_map(CUtensorMap& map, const void* base, int64_t width, int64_t rows, int box_rows);
+
 }  // namespace sm90
 }  // namespace cuda
 }  // namespace qwen1m

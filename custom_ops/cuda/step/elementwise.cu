@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(kThreads) silu_mul_kernel(const qwen1m_silu_mu
 #pragma unroll
       for (int n = 0; n < N; ++n) {
         const float gate = widen(gates[j].values[n]);
-        products[n] = __fdividef(gate, 1.0f + __expf(-gate)) * widen(ups[j].values[n]);
+        products[n] = silu(gate) * widen(ups[j].values[n]);
       }
       store_narrowed(products, to + i);
     }

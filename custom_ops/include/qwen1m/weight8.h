@@ -65,11 +65,6 @@ typedef struct {
   qwen1m_rows8 out;
 } qwen1m_rms_norm8;
 
-typedef struct {
-  qwen1m_silu_mul silu;
-  qwen1m_rows8 out;
-} qwen1m_silu_mul8;
-
 // y[rows, N] = x[rows, K] * W^T, of an FP8 weight in blocks of 128 x 128; sums of 128 products are added in float32.
 typedef struct {
   qwen1m_rows8 x;
@@ -79,20 +74,26 @@ typedef struct {
   qwen1m_dtype out_dtype;
 } qwen1m_product8;
 
+// The MLP's first product, of the gate's features and as many of what goes up, and SiLU of the first times the second,
+// rounded to `out` [rows, N / 2] in the place of y, which is null.
+typedef struct {
+  qwen1m_product8 product;
+  qwen1m_rows8 out;
+} qwen1m_gated_product8;
+
 QWEN1M_API void qwen1m_cpu_round_rows(const qwen1m_round_rows*);
 QWEN1M_API void qwen1m_cpu_rms_norm8(const qwen1m_rms_norm8*);
-QWEN1M_API void qwen1m_cpu_silu_mul8(const qwen1m_silu_mul8*);
 QWEN1M_API void qwen1m_cpu_product8(const qwen1m_product8*);
+QWEN1M_API void qwen1m_cpu_gated_product8(const qwen1m_gated_product8*);
 
-// On Hopper alone, by a cuBLASLt of 12.9 or newer; cudaErrorNotSupported elsewhere.
+// On Hopper alone; cudaErrorNotSupported elsewhere.
 QWEN1M_API int qwen1m_cuda_round_rows(const qwen1m_round_rows*, qwen1m_stream);
 QWEN1M_API int qwen1m_cuda_rms_norm8(const qwen1m_rms_norm8*, qwen1m_stream);
-QWEN1M_API int qwen1m_cuda_silu_mul8(const qwen1m_silu_mul8*, qwen1m_stream);
 QWEN1M_API int qwen1m_cuda_product8(const qwen1m_product8*, void* workspace, qwen1m_stream);
 QWEN1M_API int64_t qwen1m_cuda_product8_workspace(const qwen1m_product8*);
-// The version of the cuBLASLt that computes such products of [., K] and [N, K] on the current device; 0 where none
-// does, and minus its version where the one that is loaded has not got them.
-QWEN1M_API int64_t qwen1m_cuda_product8_version(int64_t in_features, int64_t out_features, qwen1m_dtype out_dtype);
+QWEN1M_API int qwen1m_cuda_gated_product8(const qwen1m_gated_product8*, qwen1m_stream);
+// 1 where the current device has these, else 0.
+QWEN1M_API int qwen1m_cuda_multiplies_rows8(void);
 
 QWEN1M_API void qwen1m_cpu_linear8(const qwen1m_linear8*);
 QWEN1M_API void qwen1m_cpu_widen_weight(const qwen1m_widen_weight*);
