@@ -43,7 +43,7 @@ for graph in (True, False):
     engine = Qwen2OneMForCausalLM.from_pretrained(checkpoint, sparse=False).engine
     options = engine.options
     engine.configure(type(options)(**{**vars(options), "cuda_graph": graph}), engine.budgets)
-    prompts = [np.arange(n, dtype=np.int64) * 37 % 700 for n in (1024, 740, 4096)]
+    prompts = [np.arange(n, dtype=np.int64) * 37 % 700 for n in (1024, 740, 8192)]
     params = [SamplingParams(max_tokens=40, temperature=0.0), SamplingParams(max_tokens=30, temperature=2.0, seed=5)]
     before = calls["all_reduce"]
     greedy = engine.generate(prompts[:1], params[0])
@@ -79,7 +79,7 @@ def test_a_nccl_group_of_one_changes_nothing(needle_checkpoint: Path, tmp_path: 
     assert grouped["summed"] >= steps * (2 * layers + 2) and grouped["calls"]["gather_columns"] > 0
     scattered, gathered = grouped["calls"]["reduce_scatter"], grouped["calls"]["all_gather"]
     in_lanes = 2 * layers - 1  # a lane's sums, before the last layer, for which its residual stream is gathered as well
-    assert scattered * (in_lanes + 1) == gathered * in_lanes > 0, "4,096 rows go in lanes"
+    assert scattered * (in_lanes + 1) == gathered * in_lanes > 0, "8,192 rows go in lanes"
     for graph in ("True", "False"):
         for expected, got in zip(plain[graph], grouped[graph]):
             assert [ids for ids, _ in got] == [ids for ids, _ in expected]

@@ -2,7 +2,7 @@
 // scaled and added up in float32. Or the MLP's first product with what follows it: 128 features of the gate and as many
 // of what goes up, of which SiLU makes 128 values of a row, rounded to FP8.
 //
-//   producer   one thread has the copy engine fill a ring: rows, two halves of features, and the rows' scales
+//   producer   one thread has the copy engine fill a ring: rows, and two halves of features
 //   consumers  two warpgroups of 64 rows. A step's sums of a half of the features are products of their own, scaled and
 //              added while the other warpgroup has the tensor cores
 //
@@ -32,7 +32,6 @@ static_assert(kDepth == kPanelRowBytes && kHalfFeatures == QWEN1M_ROWS8_BLOCK, "
 struct alignas(1024) Shared {
   char rows[kRing][kTileRows * kDepth];
   char features[kRing][kHalves][kHalfFeatures * kDepth];
-  float scales[kRing][kTileRows];
   uint64_t full[kRing], empty[kRing];
 };
 
@@ -51,11 +50,6 @@ __device__ inline void copy_matrix(uint32_t shared, const CUtensorMap& map, uint
           shared),
       "l"(&map), "r"(barrier), "r"(x), "r"(y)
       : "memory");
-}
-__device__ inline void copy_bytes(uint32_t shared, const void* from, int bytes, uint32_t barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared),
-               "l"(from), "r"(bytes), "r"(barrier)
-               : "memory");
 }
 
 // The first row of a tile, and the first features of its halves; behind all features where there are no more.
@@ -79,18 +73,15 @@ template <bool kGated>
 __device__ void produce(const Product8Arguments& a, Shared& shared) {
   RingPlace<kRing> place;
   each_tile<kGated>(a, [&](const Tile& tile) {
-    const int scale_bytes = min(kTileRows, a.rows - tile.row) * static_cast<int>(sizeof(float));
     for (int step = 0; step < a.steps; ++step) {
       const uint32_t full = shared_address(&shared.full[place.index]);
       barrier_wait(shared_address(&shared.empty[place.index]), place.parity ^ 1);
-      barrier_arrive_expecting(full, (kTileRows + kHalves * kHalfFeatures) * kDepth + scale_bytes);
+      barrier_arrive_expecting(full, (kTileRows + kHalves * kHalfFeatures) * kDepth);
       copy_matrix(shared_address(shared.rows[place.index]), a.rows_map, full, step * kDepth, tile.row);
       for (int half = 0; half < kHalves; ++half) {
         copy_matrix(shared_address(shared.features[place.index][half]), a.features_map, full, step * kDepth,
                     tile.feature[half]);
       }
-      copy_bytes(shared_address(shared.scales[place.index]),
-                 a.row_scales + static_cast<int64_t>(step) * a.rows + tile.row, scale_bytes, full);
       place.advance();
     }
   });
@@ -126,8 +117,14 @@ struct Consumer {
   __device__ void multiply(const Tile& tile) {
     const uint32_t rows_begin = rows_descriptor(shared_address(shared.rows[0] + number * kConsumerRows * kDepth));
     const uint32_t features_begin = rows_descriptor(shared_address(shared.features[0][0]));
-    const float* weight_scales[kHalves];
-    float weight_scale[kHalves];
+    // Scales of a step are read a step ahead.
+    const float *row_scales[2], *weight_scales[kHalves];
+    float row_scale[2], weight_scale[kHalves];
+#pragma unroll
+    for (int below = 0; below < 2; ++below) {
+      row_scales[below] = a.row_scales + min(tile.row + line + below * 8, a.rows - 1);
+      row_scale[below] = *row_scales[below];
+    }
 #pragma unroll
     for (int half = 0; half < kHalves; ++half) {
       const int block = min(tile.feature[half], a.features - kHalfFeatures) / kHalfFeatures;
@@ -137,11 +134,11 @@ struct Consumer {
       for (float& sum : sums[half]) sum = 0;
     }
     for (int step = 0; step < a.steps; ++step) {
-      const int following = min(step + 1, a.steps - 1);
+      const int64_t following = min(step + 1, a.steps - 1);
+      const float next_of_rows[2] = {row_scales[0][following * a.rows], row_scales[1][following * a.rows]};
       const float next[kHalves] = {__ldg(weight_scales[0] + following), __ldg(weight_scales[1] + following)};
       barrier_wait(shared_address(&shared.full[place.index]), place.parity);
       const uint32_t rows = rows_begin + place.index * (kTileRows * kDepth >> 4);
-      const float row_scale[2] = {shared.scales[place.index][line], shared.scales[place.index][line + 8]};
 #pragma unroll
       for (int half = 0; half < kHalves; ++half) {
         const uint32_t features = features_begin + (place.index * kHalves + half) * (kHalfFeatures * kDepth >> 4);
@@ -160,6 +157,8 @@ struct Consumer {
         for (int i = 0; i < 64; ++i) sums[half][i] += part[i] * scale[i / 2 % 2];
         weight_scale[half] = next[half];
       }
+#pragma unroll
+      for (int below = 0; below < 2; ++below) row_scale[below] = next_of_rows[below];
       place.advance();
     }
   }
