@@ -87,8 +87,8 @@ qwen1m_sparse_index index_of(const Call& call, const Tensor& columns, const Tens
   call.expect(columns, "columns", DataType::INT32, {-1, -1});
   call.expect(slashes, "slashes", DataType::INT32, {columns.shape()[0], -1});
   expect_piece(begin, rows, chunk_len);
-  QWEN1M_REQUIRE(block >= 1 && (!call.on_gpu() || (block & (block - 1)) == 0),
-                 "block must be at least 1, on a GPU a power of two, got " + text(block));
+  QWEN1M_REQUIRE(block >= 1 && (!call.on_gpu() || ((block & (block - 1)) == 0 && block <= 4096)),
+                 "block must be at least 1, on a GPU a power of two up to 4,096, got " + text(block));
   return {
       .columns = columns.data<int32_t>(),
       .slashes = slashes.data<int32_t>(),

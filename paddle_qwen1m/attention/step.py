@@ -128,8 +128,8 @@ class SparsePiece:
 class DensePieces:
     """Pieces that are computed together: int32 [P, 4] in host memory, or in that of the device where a graph captures
     them; P may be 0, and a piece's rows. Their rows count from row `first` of the step on, a multiple of ROWS_AT_ONCE,
-    and are no more than that. pauses: behind them attention does. copied: what
-    layers whose pages are copied for their readers are to copy, with tables int32 [S, W].
+    and are no more than that. pauses: behind them attention does. copied: what layers whose pages are copied for their
+    readers are to copy, with tables int32 [S, W].
     """
 
     pieces: paddle.Tensor

@@ -21,14 +21,12 @@ Forward = Callable[[Step], paddle.Tensor]
 
 
 class Questions:
-    """Reads the rows of one sequence at a time, in as long a step as they need. replay: whether it is captured."""
+    """Reads rows of one sequence, of up to max_pages pages, at a time: in the shortest step that has room for them."""
 
-    def __init__(
-        self, builder: StepBuilder, cache: PagedCache, max_pages: int, forward: Forward, group: Group, *, replay: bool
-    ) -> None:
+    def __init__(self, builder: StepBuilder, cache: PagedCache, max_pages: int, forward: Forward, group: Group) -> None:
         self._builder, self._cache, self._max_pages = builder, cache, max_pages
-        self._forward, self._group, self._replay = forward, group, replay
-        self._steps: dict[int, tuple[FewRows, ReplayedStep | None]] = {}
+        self._forward, self._group = forward, group
+        self._steps: dict[int, tuple[FewRows, ReplayedStep]] = {}
 
     @staticmethod
     def takes(rows: SequenceRows) -> bool:
@@ -42,17 +40,19 @@ class Questions:
         count = len(rows.ids)
         size = next(size for size in SIZES if count <= size)
         if size not in self._steps:
-            few = FewRows(self._builder, size, self._max_pages, self._cache.page_size)
-            self._steps[size] = few, ReplayedStep(lambda: (self._forward(few.step()),)) if self._replay else None
-        few, replayed = self._steps[size]
+            self._steps[size] = self._step_of(size)
+        few, step = self._steps[size]
         few.fill(rows, self._cache.slots(rows.pages, rows.begin, rows.end))
-        hidden = self._forward(few.step()) if replayed is None else replayed()[0]
-        self._group.mark(hidden, replayed=self._replay)  # no layer of a replay marks itself
+        (hidden,) = step()
+        self._group.mark(hidden, replayed=True)  # no layer of a replay marks itself
         return hidden[:count]
 
     def release(self) -> None:
         """Gives back the memory of the graphs; nothing may be read any more."""
-        for _, replayed in self._steps.values():
-            if replayed is not None:
-                replayed.release()
+        for _, step in self._steps.values():
+            step.release()
         self._steps = {}
+
+    def _step_of(self, size: int) -> tuple[FewRows, ReplayedStep]:
+        few = FewRows(self._builder, size, self._max_pages, self._cache.page_size)
+        return few, ReplayedStep(lambda: (self._forward(few.step()),))

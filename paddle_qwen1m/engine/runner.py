@@ -62,7 +62,7 @@ class Runner:
         self._threshold, self._replay = sparse_threshold, replay
         placement = model.placement
         share = RowShare(placement.row_share(model.group.rank), placement.row_shares)
-        self._attends_to_all = share.count == 1
+        self._attends_for_all = share.count == 1
         self._builder = StepBuilder(model.config, model.group.padded, share)
         self._selectors = None if budgets is None else selectors(model, budgets)
         self._cache: PagedCache | None = None
@@ -125,8 +125,8 @@ class Runner:
                 group,
                 replay=self._replay,
             )
-            if self._replay and self._attends_to_all and cache.widened is None:
-                self._questions = Questions(builder, cache, max_pages, self._hidden, group, replay=True)
+            if self._replay and self._attends_for_all and cache.widened is None:
+                self._questions = Questions(builder, cache, max_pages, self._hidden, group)
 
     def run(self, order: Order, read: Read | None = None) -> ops.Post | None:
         """Queues what an order says. Rank 0 gets a post of a Prefill or Advance, which says with `done` whether the
@@ -197,6 +197,7 @@ class Runner:
         return self.model.layer_by_layer(step, self.cache.layers, self._selectors)
 
     def _ask(self, questions: Questions, rows: Rows) -> paddle.Tensor | None:
+        """Reads a question; what logits of its wanted rows are made of."""
         hidden, wanted = questions.read(rows), rows.wanted
         if not wanted:
             return None

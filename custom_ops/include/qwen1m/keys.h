@@ -45,7 +45,7 @@ typedef struct {
   int32_t* chains;  // [H, 3, QWEN1M_CHAIN_WIDTH], of a piece, for all its row blocks; null: made in the workspace
   qwen1m_index_tables tables;
   int32_t heads, selected_columns, selected_slashes;
-  int32_t begin, rows, chunk_len, block;  // of the whole piece; on a GPU block is a power of two
+  int32_t begin, rows, chunk_len, block;  // of the whole piece; on a GPU block is a power of two up to 4,096
   int32_t first_block, num_blocks;        // of it [first_block, first_block + num_blocks)
 } qwen1m_sparse_index;
 
