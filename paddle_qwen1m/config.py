@@ -29,6 +29,8 @@ ROWS_AT_ONCE = 16_896
 """Rows of a chunk whose rotated queries, index tables and MLP are in memory at once: 264 row blocks, a multiple of the
 two or three that a kernel takes together.
 """
+QUESTION_ROWS = 8, 64
+"""Rows that a GPU keeps captured steps for: engine/questions.py."""
 ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen2OneMForCausalLM")
 
 

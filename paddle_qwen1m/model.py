@@ -126,14 +126,11 @@ class DecoderLayer(nn.Layer):
         multiply = self.product("gate_up_weight", times)
 
         def gated(x: Activations) -> Activations:
-            assert not isinstance(x, list), "a lane's rows are in one part"
-            if isinstance(x, paddle.Tensor):
-                if not self.takes_rows8(x.shape[0]):
-                    return ops.silu_mul(multiply(x))
-                x = ops.round_rows(x)
-            held = self._held("gate_up_weight")
-            assert isinstance(held, ops.Weight8)
-            return ops.gated_product8(x, held)
+            rows8, held = self._rows8(x), self._held("gate_up_weight")
+            if rows8 is None:
+                return ops.silu_mul(multiply(x))
+            assert isinstance(rows8, ops.Rows8) and isinstance(held, ops.Weight8), "a lane's rows are in one part"
+            return ops.gated_product8(rows8, held)
 
         return gated
 
@@ -144,13 +141,17 @@ class DecoderLayer(nn.Layer):
         return held
 
     def _multiply(self, x: Activations, held: paddle.Tensor | ops.Weight8) -> paddle.Tensor:
-        if not isinstance(held, ops.Weight8):
+        rows8 = self._rows8(x)
+        if rows8 is None:
             return ops.linear(x, held)
-        if isinstance(x, paddle.Tensor):
-            if not self.takes_rows8(x.shape[0]):
-                return ops.linear(x, held)
-            x = ops.round_rows(x)
-        return ops.product8(x, held, dtype_name(self.qkv_bias.dtype))
+        assert isinstance(held, ops.Weight8), "rows are in FP8 where weights are"
+        return ops.product8(rows8, held, dtype_name(self.qkv_bias.dtype))
+
+    def _rows8(self, x: Activations) -> ops.Rows8 | list[ops.Rows8] | None:
+        """x in FP8, where as many rows are multiplied so."""
+        if not isinstance(x, paddle.Tensor):
+            return x
+        return ops.round_rows(x) if self.takes_rows8(x.shape[0]) else None
 
     def takes_rows8(self, rows: int) -> bool:
         """Whether so many rows are multiplied in FP8."""

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Callable
 
-from paddle_qwen1m.config import BLOCK, ROWS_AT_ONCE, ModelConfig, SparseBudgets
+from paddle_qwen1m.config import BLOCK, QUESTION_ROWS, ROWS_AT_ONCE, ModelConfig, SparseBudgets
 from paddle_qwen1m.dtypes import QUANTIZATIONS, itemsize
 from paddle_qwen1m.parallel.room import MOST_LANES
 from paddle_qwen1m.weights.eight_bit import choose_blocks, linears
@@ -14,8 +14,6 @@ from paddle_qwen1m.weights.tensors import published_shapes
 
 FEW_ROWS, SHARED_ROWS = 1024, 8192
 """Up to how many rows share their keys out, and rows times shares at most: custom_ops/cuda/shares.cuh."""
-QUESTION_ROWS = 8 + 64
-"""Of the steps that a GPU keeps for questions: engine/questions.py."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +170,7 @@ def workspace_bytes(
     chunk = prefill_bytes(config, rows, length, budgets, dtype) + widened_weight_bytes(config, quantization, dtype)
     if itemsize(dtype) == 2:
         chunk += 2 * lane_rows(rows) * config.intermediate_size
-        chunk += activation_bytes(config, QUESTION_ROWS, length, None, dtype)
+        chunk += activation_bytes(config, sum(QUESTION_ROWS), length, None, dtype)
     step = activation_bytes(config, max_num_seqs, length, None, dtype) + 4 * max_num_seqs * config.vocab_size
     decode = 2 * (step + sampling_bytes(max_num_seqs, config.vocab_size))
     if max_num_seqs == 1:  # nothing is read in the pauses of the one there is

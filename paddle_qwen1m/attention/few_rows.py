@@ -6,7 +6,7 @@ import numpy as np
 
 from paddle_qwen1m import ops
 from paddle_qwen1m.attention import positions
-from paddle_qwen1m.attention.step import DensePieces, SequenceRows, Step, StepBuilder
+from paddle_qwen1m.attention.step import DensePieces, SequenceRows, Step, StepBuilder, groups
 
 
 class FewRows:
@@ -36,8 +36,8 @@ class FewRows:
         where[:count] = np.arange(rows.begin, rows.end)
         table, pieces = np.zeros(self._max_pages, np.int32), np.zeros([2, 4], np.int32)
         table[: len(rows.pages)] = rows.pages
-        for number, piece in enumerate(positions.pieces(rows.begin, rows.end, builder.chunk_len)):
-            pieces[number] = 0, piece.row, piece.rows, piece.begin
+        (group,) = groups([(0, piece) for piece in positions.pieces(rows.begin, rows.end, builder.chunk_len)], 0)
+        pieces[: len(group)] = group
         rotary = builder.query_positions(where, self._variants)
         ops.upload(self._int64, own)
         ops.upload(self._int32, np.concatenate([rotary.ravel(), table, pieces.ravel()]))

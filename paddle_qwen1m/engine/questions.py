@@ -6,15 +6,12 @@ from typing import Callable
 
 import paddle
 
-from paddle_qwen1m import ops
 from paddle_qwen1m.attention.few_rows import FewRows
 from paddle_qwen1m.attention.step import SequenceRows, Step, StepBuilder
 from paddle_qwen1m.cache import PagedCache
+from paddle_qwen1m.config import QUESTION_ROWS
 from paddle_qwen1m.engine.graph import ReplayedStep
 from paddle_qwen1m.parallel.group import Group
-
-SIZES = 8, ops.PROBE_ROWS
-"""Rows that a step is captured for. As few as the probe's attend to all keys in a sparse prompt, too."""
 
 Forward = Callable[[Step], paddle.Tensor]
 """What logits are made of, [n, hidden], of a step's n rows."""
@@ -30,15 +27,15 @@ class Questions:
 
     @staticmethod
     def takes(rows: SequenceRows) -> bool:
-        """Whether they are few enough."""
-        return len(rows.ids) <= SIZES[-1]
+        """Whether they are few enough: no more than the probe's, which attend to all keys in a sparse prompt, too."""
+        return len(rows.ids) <= QUESTION_ROWS[-1]
 
     def read(self, rows: SequenceRows) -> paddle.Tensor:
         """Puts keys and values of the n rows into the cache. What logits are made of, [n, hidden], until others are
         read.
         """
         count = len(rows.ids)
-        size = next(size for size in SIZES if count <= size)
+        size = next(size for size in QUESTION_ROWS if count <= size)
         if size not in self._steps:
             self._steps[size] = self._step_of(size)
         few, step = self._steps[size]

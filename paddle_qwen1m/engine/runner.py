@@ -224,21 +224,19 @@ class Runner:
         return logits
 
     def forward(self, step: Step) -> paddle.Tensor | None:
-        """Runs a step from its first layer to its last: logits float32 [n, vocab] of the rows that want them."""
+        """Runs a step from its first layer to its last: what logits are made of, [n, hidden], of the rows that want
+        them.
+        """
         with paddle.no_grad():
-            hidden = self._last_hidden(step)
-            return None if hidden is None else self.model.logits(hidden)
-
-    def _last_hidden(self, step: Step) -> paddle.Tensor | None:
-        chunk = self.model.layer_by_layer(step, self.cache.layers, self._selectors)
-        while True:
-            try:
-                next(chunk)
-            except StopIteration as done:
-                return cast(Optional[paddle.Tensor], done.value)
+            chunk = self.model.layer_by_layer(step, self.cache.layers, self._selectors)
+            while True:
+                try:
+                    next(chunk)
+                except StopIteration as done:
+                    return cast(Optional[paddle.Tensor], done.value)
 
     def _hidden(self, step: Step) -> paddle.Tensor:
-        hidden = self._last_hidden(step)
+        hidden = self.forward(step)
         assert hidden is not None
         return hidden
 

@@ -8,9 +8,10 @@ from runner_setup import Made, fill_with_nan, head, rows
 from small_model import BUDGETS, CONFIG, random_model
 from stand_in_graph import StandInGraph, stand_in
 
+from paddle_qwen1m import ops
 from paddle_qwen1m.cache import PagedCache
+from paddle_qwen1m.config import QUESTION_ROWS
 from paddle_qwen1m.engine.orders import Prefill, Rows
-from paddle_qwen1m.engine.questions import SIZES
 from paddle_qwen1m.engine.runner import Runner
 from paddle_qwen1m.model import Qwen2OneM
 
@@ -78,7 +79,7 @@ def test_a_replayed_step_reads_questions_of_any_length_anywhere(
         expected, got = (read(made, prompt, length - count, sparse=sparse, wanted=wanted) for made in (plain, asking))
         np.testing.assert_allclose(got, expected, rtol=0, atol=2e-5)
         np.testing.assert_allclose(kept(asking), kept(plain), rtol=0, atol=2e-5)  # NaN where nothing was written
-    assert len(graphs) == len(SIZES) and all(one.replays >= 2 for one in graphs)
+    assert len(graphs) == len(QUESTION_ROWS) and all(one.replays >= 2 for one in graphs)
     asking.runner.use(None)
     assert all(one.was_reset for one in graphs)
 
@@ -94,11 +95,15 @@ def test_the_rows_that_are_wanted_go_on(
     np.testing.assert_allclose(got, expected, rtol=0, atol=2e-5)
 
 
+def test_all_of_them_attend_to_all_keys_in_a_sparse_prompt_too() -> None:
+    assert max(QUESTION_ROWS) <= ops.PROBE_ROWS
+
+
 def test_more_rows_and_several_prompts_are_no_question(
     model: Qwen2OneM, rng: np.random.Generator, graphs: list[StandInGraph]
 ) -> None:
     made = make(model, replay=True)
-    one, other = (rng.integers(0, CONFIG.vocab_size, length) for length in (SIZES[-1] + 1, 5))
+    one, other = (rng.integers(0, CONFIG.vocab_size, length) for length in (QUESTION_ROWS[-1] + 1, 5))
     for _ in range(3):
         made.runner.run(Prefill((rows(one, range(3), wanted=(64,)),), points=0))
         made.runner.run(Prefill((rows(other, [4], wanted=(4,)), rows(other, [5], wanted=(4,))), points=0))

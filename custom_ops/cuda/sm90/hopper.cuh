@@ -95,6 +95,15 @@ __device__ inline void copy_box(uint32_t shared, const CUtensorMap& map, uint32_
       : "memory");
 }
 
+// The same of a matrix, at (x, y).
+__device__ inline void copy_matrix(uint32_t shared, const CUtensorMap& map, uint32_t barrier, int x, int y) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
+          shared),
+      "l"(&map), "r"(barrier), "r"(x), "r"(y)
+      : "memory");
+}
+
 // ---- registers of a warpgroup ----
 
 template <int kRegisters>

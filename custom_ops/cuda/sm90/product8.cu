@@ -44,14 +44,6 @@ struct Product8Arguments {
   int32_t row_tiles, tiles;
 };
 
-__device__ inline void copy_matrix(uint32_t shared, const CUtensorMap& map, uint32_t barrier, int x, int y) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
-          shared),
-      "l"(&map), "r"(barrier), "r"(x), "r"(y)
-      : "memory");
-}
-
 // The first row of a tile, and the first features of its halves; behind all features where there are no more.
 struct Tile {
   int row, feature[kHalves];
@@ -102,8 +94,6 @@ __device__ inline void transpose_words(uint32_t (&words)[4]) {
   }
 }
 
-using Sums = float[kHalves][64];
-
 template <typename T, bool kGated>
 struct Consumer {
   const Product8Arguments& a;
@@ -111,8 +101,7 @@ struct Consumer {
   const int number = static_cast<int>(threadIdx.x) / kWarpgroup - 1, lane = threadIdx.x % kWarp;
   const int line = number * kConsumerRows + threadIdx.x / kWarp % 4 * 16 + lane / 4;  // and the one eight below
   RingPlace<kRing> place;
-  Sums sums;
-  float part[64];
+  float sums[kHalves][64], part[64];
 
   __device__ void multiply(const Tile& tile) {
     const uint32_t rows_begin = rows_descriptor(shared_address(shared.rows[0] + number * kConsumerRows * kDepth));

@@ -48,33 +48,25 @@ __global__ void __launch_bounds__(kMostThreads, kBlocks) rms_norm8_kernel(const 
   }
 }
 
-// 16 lanes have a block of a row. value(t, i, values): eight of row t from column i on.
-constexpr int kBlockLanes = QWEN1M_ROWS8_BLOCK / kPack;
+constexpr int kBlockLanes = QWEN1M_ROWS8_BLOCK / kPack;  // have a block of a row
 
-template <typename Value>
-__device__ inline void round_values(const qwen1m_rows8& out, int64_t tokens, int64_t width, const Value& value) {
+template <typename T>
+__global__ void __launch_bounds__(kThreads) round_rows_kernel(const qwen1m_round_rows a) {
   await_previous();
   admit_next();
   const int64_t i = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kPack;
-  for (int64_t t = blockIdx.y; t < out.rows; t += gridDim.y) {
+  for (int64_t t = blockIdx.y; t < a.out.rows; t += gridDim.y) {
     float values[kPack] = {};
-    if (i < width && t < tokens) value(t, i, values);
+    if (i < a.width && t < a.tokens) load_widened(static_cast<const T*>(a.values) + t * a.width + i, values);
     const float scale = block_scale<kBlockLanes>(largest_of(values)), inverse = 1.0f / scale;
-    if (i >= width) continue;
-    if (threadIdx.x % kBlockLanes == 0) out.scales[i / QWEN1M_ROWS8_BLOCK * out.rows + t] = scale;
+    if (i >= a.width) continue;
+    if (threadIdx.x % kBlockLanes == 0) a.out.scales[i / QWEN1M_ROWS8_BLOCK * a.out.rows + t] = scale;
 #pragma unroll
     for (int n = 0; n < kPack; ++n) values[n] *= inverse;
     const uint2 bytes = {to_e4m3(values[0], values[1], values[2], values[3]),
                          to_e4m3(values[4], values[5], values[6], values[7])};
-    *reinterpret_cast<uint2*>(out.numbers + t * width + i) = bytes;
+    *reinterpret_cast<uint2*>(a.out.numbers + t * a.width + i) = bytes;
   }
-}
-
-template <typename T>
-__global__ void __launch_bounds__(kThreads) round_rows_kernel(const qwen1m_round_rows a) {
-  round_values(a.out, a.tokens, a.width, [&](int64_t t, int64_t i, float (&values)[kPack]) {
-    load_widened(static_cast<const T*>(a.values) + t * a.width + i, values);
-  });
 }
 
 dim3 round_grid(const qwen1m_rows8& out, int64_t width) {
