@@ -60,7 +60,8 @@ open(out, "w").write(json.dumps(found))
 def answers(checkpoint: Path, folder: Path, launched: bool) -> dict[str, Any]:
     script, out = folder / "script.py", folder / f"launched-{launched}.json"
     script.write_text(SCRIPT, encoding="utf-8")
-    launcher = ["-m", "paddle.distributed.launch", "--devices", "0", "--log_dir", str(folder / "logs")]
+    device = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]  # as the launcher counts
+    launcher = ["-m", "paddle.distributed.launch", "--devices", device, "--log_dir", str(folder / "logs")]
     command = [sys.executable, *(launcher if launched else []), str(script), str(checkpoint), str(out)]
     environment = {**os.environ, **({"PADDLE_QWEN1M_GROUP_OF_ONE": "1"} if launched else {})}
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
