@@ -25,8 +25,8 @@ PUBLISHED_SOURCE = "those published for this shape, which the package carries"
 SINK_COLUMNS = 30  # the first columns and the last diagonals are always kept
 LOCAL_DIAGONALS = 100
 BLOCK = 64  # rows of a row block, keys of a block of keys
-ROWS_AT_ONCE = 16_896
-"""Rows of a chunk whose rotated queries, index tables and MLP are in memory at once: 264 row blocks, a multiple of the
+ROWS_AT_ONCE = 17_088
+"""Rows of a chunk whose rotated queries, index tables and MLP are in memory at once: 267 row blocks, a multiple of the
 two or three that a kernel takes together.
 """
 QUESTION_ROWS = 8, 64

@@ -1,4 +1,4 @@
-// Prefix sums and maxima over a warp and over a block of 32 warps.
+// Prefix sums and maxima over a warp and over a block, whose warps `partial` has an entry each for.
 #pragma once
 
 #include "common.cuh"
@@ -26,13 +26,14 @@ struct Sums {
 };
 
 // `partial` is in shared memory and may be used again at once. The same for block_max.
-template <typename T>
-__device__ Sums<T> block_sums(T (&partial)[kWarp], T x) {
+template <typename T, int WARPS>
+__device__ Sums<T> block_sums(T (&partial)[WARPS], T x) {
+  static_assert(WARPS <= kWarp, "a lane a warp");
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const T through = inclusive_warp_sum(x);
   if (lane == kWarp - 1) partial[warp] = through;
   __syncthreads();
-  const T own = partial[lane], warps_through = inclusive_warp_sum(own);
+  const T own = lane < WARPS ? partial[lane] : T{}, warps_through = inclusive_warp_sum(own);
   __syncthreads();
   const T warps_before = __shfl_sync(kAllLanes, warps_through - own, warp);
   return {warps_before + through - x, __shfl_sync(kAllLanes, warps_through, kWarp - 1)};

@@ -1,8 +1,10 @@
-// Exact top-k of column and diagonal sums: one launch for all heads, a block a row.
+// Exact top-k of column and diagonal sums: one launch for all heads; on Hopper a cluster of blocks shares a row.
 //
-// A radix select over the bits of the sums finds the k-th largest in three sweeps over the row, each a histogram of
-// what the next 11, 11 and 9 bits can be. A fourth sweep writes, in order, the indices whose sum is larger and the
-// first of those whose sum is equal. In every sweep a warp reads 512 consecutive sums at a time, a lane 16 bytes.
+// A sample of the row says which entries are likely to be among the k largest, and some more. One sweep over the row
+// lists these in shared memory, where a radix select finds the k-th. Then every tile of the row knows how many of its
+// entries are taken, hence where the first of them goes. Where the sample misled, a larger part of it is taken. A
+// warp whose list is full, of many that are equal, makes it anew whenever it is read, a tile at a time.
+#include <algorithm>
 #include <climits>
 
 #include "block_scan.cuh"
@@ -13,201 +15,401 @@ namespace qwen1m {
 namespace cuda {
 namespace {
 
-constexpr int kThreads = kScanThreads, kWarps = kThreads / kWarp;
+constexpr int kThreads = 512, kWarps = kThreads / kWarp;
+constexpr int kBlocksPerProcessor = 2, kMostBlocks = 8;  // of a cluster, without asking the device for more
+constexpr int kFewestTiles = kWarps;                     // of a block, where a row has several
 using Keys = Pack<int32_t>;
-constexpr int kPacks = 4;                         // packs of a lane that are in flight together
-constexpr int kPackStride = kWarp * Keys::kSize;  // from a lane's pack to its next one
-constexpr int kTile = kWarps * kPacks * kPackStride;
-constexpr int kKeyBits = 31, kDigitBits = 11, kDigits = 1 << kDigitBits;
-constexpr int32_t kForced = INT32_MAX;
+constexpr int kPacks = 4;  // of a lane, in flight together
+constexpr int kTilePacks = kPacks * kWarp, kTile = kTilePacks * Keys::kSize;
+constexpr int kSampled = 64;  // one pack of so many at least
+constexpr int32_t kForced = INT32_MAX, kNone = -1;
 
-// Larger for what ranks higher: the sums are at least 0, so their bits order as they do; -0 counts as 0.
-__device__ int32_t key_of(int32_t bits) { return max(bits, 0); }
+constexpr int kKeyBits = 31, kDigitBits = 11, kDigits = 1 << kDigitBits, kMostDigits = 3, kSampleDigits = 2;
 
-// Sums by their bits. `first` is the index of a thread's first sum in tile 0. It lies 16-byte aligned, hence below 0 in
-// some threads of a row that does not.
+// How many bits lie below a key's first digits.
+__device__ constexpr int bits_below(int digits) {
+  return digits * kDigitBits < kKeyBits ? kKeyBits - digits * kDigitBits : 0;
+}
+
+// A row's sums, by keys: larger for what ranks higher. Sums are at least 0, so their bits order as they do, but that of
+// -0 is 0. Packs begin 16-byte aligned, hence before the row where that does not.
 struct Row {
   const int32_t* sums;
-  int32_t count;
-  int32_t forced_begin, forced_end;
-  int32_t tiles, first;
+  int32_t count, forced_begin, forced_end, misaligned;
 
   __device__ Row(const float* row, int32_t count, int32_t forced_begin, int32_t forced_end)
       : sums(reinterpret_cast<const int32_t*>(row)), count(count), forced_begin(forced_begin), forced_end(forced_end) {
-    const int32_t misaligned = reinterpret_cast<uintptr_t>(row) / sizeof(float) % Keys::kSize;
-    tiles = ceil_div(count + misaligned, kTile);
-    first = threadIdx.x / kWarp * kPacks * kPackStride + threadIdx.x % kWarp * Keys::kSize - misaligned;
+    misaligned = reinterpret_cast<uintptr_t>(row) / sizeof(float) % Keys::kSize;
   }
 
-  __device__ bool holds(int32_t index) const { return static_cast<uint32_t>(index) < static_cast<uint32_t>(count); }
+  __device__ int32_t first_of(int32_t pack) const { return pack * Keys::kSize - misaligned; }
 
-  // Forced entries rank above all others; what a pack holds outside of the row is 0.
-  __device__ Keys load(int32_t index) const {
-    const int32_t end = index + Keys::kSize;
+  // Forced entries rank above all others; outside of the row is none.
+  __device__ Keys load(int32_t pack) const {
+    const int32_t index = first_of(pack), end = index + Keys::kSize;
+    Keys keys;
     if (index >= 0 && end <= count && (end <= forced_begin || index >= forced_end)) {
-      return *reinterpret_cast<const Keys*>(sums + index);
+      keys = *reinterpret_cast<const Keys*>(sums + index);
+#pragma unroll
+      for (int32_t& key : keys.values) key = max(key, 0);
+      return keys;
     }
-    Keys keys{};
 #pragma unroll
     for (int i = 0; i < Keys::kSize; ++i) {
       const int32_t at = index + i;
-      if (holds(at)) keys.values[i] = at >= forced_begin && at < forced_end ? kForced : sums[at];
+      keys.values[i] = kNone;
+      if (at >= 0 && at < count) keys.values[i] = at >= forced_begin && at < forced_end ? kForced : max(sums[at], 0);
     }
     return keys;
   }
 };
 
-struct Tile {
-  Keys packs[kPacks];
+// The blocks that share a row. Its tiles go round the blocks, and those of a block, its places, round the warps.
+struct Cluster {
+  int32_t blocks, block, places;
 
-  __device__ Tile(const Row& row, int32_t first) {
+  __device__ Cluster(int32_t blocks, int32_t places) : blocks(blocks), block(blockIdx.x % blocks), places(places) {}
+
+  __device__ int32_t tile(int32_t place) const { return place * blocks + block; }
+  __device__ int32_t lane_pack(int32_t place, int p) const {
+    return tile(place) * kTilePacks + p * kWarp + static_cast<int32_t>(threadIdx.x % kWarp);
+  }
+
+  // What all have written to shared memory is visible to all.
+  __device__ static void sync() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+#else
+    __syncthreads();
+#endif
+  }
+
+  // Where `other` block has what this one has at `own`, in shared memory.
+  template <typename T>
+  __device__ static const T* of_block(const T* own, int32_t other) {
+#if __CUDA_ARCH__ >= 900
+    uint64_t there;
+    asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(own), "r"(other));
+    return reinterpret_cast<const T*>(there);
+#else
+    return own;
+#endif
+  }
+
+  // f(block, what it has at `own`) for all blocks in their order; some are read together.
+  template <typename T, typename F>
+  __device__ void each_block(const T* own, F&& f) const {
+    constexpr int kTogether = 4;
+    for (int first = 0; first < blocks; first += kTogether) {
+      T values[kTogether];
 #pragma unroll
-    for (int p = 0; p < kPacks; ++p) packs[p] = row.load(first + p * kPackStride);
+      for (int i = 0; i < kTogether; ++i) {
+        if (first + i < blocks) values[i] = *of_block(own, first + i);
+      }
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) {
+        if (first + i < blocks) f(first + i, values[i]);
+      }
+    }
   }
 };
 
 // Where a row is cut: all that is larger than `key` is taken, and the first `ties` of those that are equal.
 struct Cut {
-  int32_t key;
-  int32_t ties;
+  int32_t key, ties;
 };
 
-struct Shared {
-  uint32_t histogram[kDigits];
-  int32_t partial[kWarp];
+// How many entries of a tile rank above the cut, and at it.
+struct Found {
+  uint16_t larger, equal;
+};
+
+// Of a tile: where its first taken entry goes, and how many are taken of those at the cut.
+struct Taken {
+  int32_t begin, ties;
+};
+
+struct alignas(16) Shared {
+  uint32_t counts[2][kDigits];  // how many entries of this block have a digit; that before, which others still read
+  int32_t partial[kWarps];
+  uint64_t found_partial[kWarps];
   Cut cut;
-  uint32_t warp_counts[2][kWarps];
 };
 
-// Adds up what the bits from `shift` on, up to those that are decided, are in keys that begin like `cut`.
-__device__ void count_digits(Shared& shared, const Row& row, int32_t cut, int32_t decided, int shift) {
-  const int32_t mask = (INT32_MAX ^ decided) >> shift;
-  for (int32_t t = 0, first = row.first; t < row.tiles; ++t, first += kTile) {
-    const Tile tile(row, first);
+// Keys of one pack in `stride` of the whole row, anywhere in each group of them, so that no period of the row is met:
+// in every block the same.
+struct Sample {
+  static constexpr int32_t lowest = 0;
+  int32_t* keys;
+  int32_t count;
+
+  __device__ Sample(const Row& row, int32_t stride, int32_t* keys) : keys(keys) {
+    const int32_t group = stride * Keys::kSize, packs = (row.count + group - 1) / group;
+    count = packs * Keys::kSize;
+    for (int32_t first = threadIdx.x; first < packs; first += kPacks * kThreads) {
+      Keys loaded[kPacks];
 #pragma unroll
-    for (int i = 0; i < kPacks * Keys::kSize; ++i) {
-      const int32_t key = key_of(tile.packs[i / Keys::kSize].values[i % Keys::kSize]);
-      if ((key & decided) == cut) atomicAdd(&shared.histogram[key >> shift & mask], 1);
+      for (int i = 0; i < kPacks; ++i) {
+        const uint32_t pack = first + i * kThreads, anywhere = pack * 2654435761u >> 16;
+        loaded[i] = row.load(pack * stride + anywhere % stride);
+      }
+#pragma unroll
+      for (int i = 0; i < kPacks; ++i) {
+        const int32_t pack = first + i * kThreads;
+        if (pack < packs) *reinterpret_cast<Keys*>(keys + pack * Keys::kSize) = loaded[i];
+      }
     }
   }
+
+  // f(key) for all keys that the calling thread has.
+  template <typename F>
+  __device__ void each_key(F&& f) const {
+    for (int32_t i = threadIdx.x; i < count; i += kThreads) f(keys[i]);
+  }
+};
+
+// Lists a warp's entries that are at least `lowest`, a pack a lane, in order: their keys, and their numbers from
+// `number` on. How many there are; nothing is written where they are more than there is room for.
+__device__ __forceinline__ int32_t list_packs(const Keys& pack, int32_t lowest, int32_t number, int32_t* keys,
+                                              uint16_t* numbers, int32_t room) {
+  int32_t own = 0;
+#pragma unroll
+  for (const int32_t key : pack.values) own += key >= lowest;
+  const int32_t through = inclusive_warp_sum(own), all = __shfl_sync(kAllLanes, through, kWarp - 1);
+  if (all > room) return all;
+  int32_t at = through - own;
+#pragma unroll
+  for (int i = 0; i < Keys::kSize; ++i) {
+    if (pack.values[i] < lowest) continue;
+    keys[at] = pack.values[i];
+    numbers[at++] = static_cast<uint16_t>(number + threadIdx.x % kWarp * Keys::kSize + i);
+  }
+  return all;
 }
 
-// The cut that takes `size` entries, 0 < size < row.count. Zeros beyond the row's ends are counted too, below all that
-// matters.
-__device__ Cut find_cut(Shared& shared, const Row& row, int32_t size) {
+// The lists of a block's warps, tile after tile, and what is known of its tiles.
+struct Lists {
+  const Row& row;
+  const Cluster& cluster;
+  char* memory;
+  int32_t room;  // of a warp
+
+  int32_t lowest = 0, size = 0;  // of the calling warp's list
+  bool whole = true;             // else it has become full, and holds a tile at a time
+
+  static constexpr int64_t kBytesOfEntry = sizeof(int32_t) + sizeof(uint16_t);
+  static constexpr int64_t kBytesOfPlace = sizeof(Taken) + sizeof(Found) + sizeof(uint16_t);
+
+  __device__ int32_t first() const { return threadIdx.x / kWarp * room; }
+  __device__ int32_t* all_keys() const { return reinterpret_cast<int32_t*>(memory); }
+  __device__ uint16_t* all_numbers() const { return reinterpret_cast<uint16_t*>(all_keys() + kWarps * room); }
+  __device__ int32_t* keys() const { return all_keys() + first(); }
+  __device__ uint16_t* numbers() const { return all_numbers() + first(); }
+  __device__ Taken* taken() const { return reinterpret_cast<Taken*>(all_numbers() + kWarps * room); }
+  __device__ Found* found() const { return reinterpret_cast<Found*>(taken() + cluster.places); }
+  __device__ uint16_t* listed() const { return reinterpret_cast<uint16_t*>(found() + cluster.places); }  // of each tile
+
+  // Whether they have room for the whole row.
+  __device__ bool hold_all() const { return (cluster.places + kWarps - 1) / kWarps * kTile <= room; }
+
+  __device__ void fill(int32_t at_least) {
+    lowest = at_least;
+    size = 0;
+    whole = true;
+    for (int32_t place = threadIdx.x / kWarp; place < cluster.places && whole; place += kWarps) {
+      Keys packs[kPacks];
+#pragma unroll
+      for (int p = 0; p < kPacks; ++p) packs[p] = row.load(cluster.lane_pack(place, p));
+      const int32_t before = size;
+#pragma unroll
+      for (int p = 0; p < kPacks; ++p) size += list(packs[p], p, size);
+      whole = size <= room;
+      if (threadIdx.x % kWarp == 0) listed()[place] = static_cast<uint16_t>(size - before);
+    }
+    __syncwarp();
+  }
+
+  // f(place, first, count) for every tile of the calling warp, whose entries are [first, first + count) of its list.
+  template <typename F>
+  __device__ void each_tile(F&& f) const {
+    int32_t first = 0;
+    for (int32_t place = threadIdx.x / kWarp; place < cluster.places; place += kWarps) {
+      if (whole) {
+        const int32_t count = listed()[place];
+        f(place, first, count);
+        first += count;
+      } else {
+        __syncwarp();
+        int32_t count = 0;
+#pragma unroll 1
+        for (int p = 0; p < kPacks; ++p) count += list(row.load(cluster.lane_pack(place, p)), p, count);
+        __syncwarp();
+        f(place, 0, count);
+      }
+    }
+  }
+
+  // Lists pack `p` of a tile behind the list's first `size` entries. How many it has.
+  __device__ int32_t list(const Keys& pack, int p, int32_t size) const {
+    return list_packs(pack, lowest, p * kWarp * Keys::kSize, keys() + size, numbers() + size, room - size);
+  }
+
+  // f(key) for all keys of the calling warp, a lane a key.
+  template <typename F>
+  __device__ void each_key(F&& f) const {
+    const auto each = [&](int32_t, int32_t first, int32_t count) {
+      for (int32_t i = threadIdx.x % kWarp; i < count; i += kWarp) f(keys()[first + i]);
+    };
+    if (whole) {
+      each(0, 0, size);
+    } else {
+      each_tile(each);
+    }
+  }
+};
+
+// The first `digits` of the cut that takes `size` of the keys, 0 < size, and the ties among those that begin so; kNone
+// where there are fewer. The keys are the cluster's, or each block's own.
+template <bool OF_CLUSTER, typename Source>
+__device__ Cut find_cut(Shared& shared, const Cluster& cluster, Source& source, int32_t size, int digits) {
+  constexpr int kEach = kDigits / kThreads;
+  static_assert(kEach * sizeof(uint32_t) == sizeof(uint4), "a load of each block's counts");
+  const int lowest = kDigits - (threadIdx.x + 1) * kEach;  // of a thread's digits; the first thread has the largest
   Cut cut{0, size};
-  int32_t decided = 0;
-  for (int shift = kKeyBits; shift > 0;) {
-    shift = max(shift - kDigitBits, 0);
-    for (int i = threadIdx.x; i < kDigits; i += kThreads) shared.histogram[i] = 0;
+  for (int d = 0; d < digits; ++d) {
+    const int above_bits = bits_below(d), below_bits = bits_below(d + 1), mask = (1 << (above_bits - below_bits)) - 1;
+    const bool may_have_any = lowest <= mask && (d > 0 || lowest + kEach > source.lowest >> below_bits);
+    uint32_t* own = shared.counts[d % 2];
+    for (int i = threadIdx.x; i < kDigits; i += kThreads) own[i] = 0;
     __syncthreads();
-    count_digits(shared, row, cut.key, decided, shift);
-    __syncthreads();
-    // A thread adds up two digits; the first thread has the largest.
-    const int32_t high = kDigits - 1 - 2 * threadIdx.x, low = high - 1;
-    const int32_t high_count = shared.histogram[high], count = high_count + shared.histogram[low];
-    const int32_t above = block_sums(shared.partial, count).before;
-    if (above < cut.ties && cut.ties <= above + count) {
-      const bool in_high = cut.ties <= above + high_count;
-      shared.cut = {cut.key | (in_high ? high : low) << shift, cut.ties - above - (in_high ? 0 : high_count)};
+    source.each_key([&](int32_t key) {
+      if (key >> above_bits == cut.key) atomicAdd(own + (key >> below_bits & mask), 1);
+    });
+    int32_t counts[kEach] = {}, count = 0;
+    const auto add = [&](int, const uint4& of_block) {
+      counts[0] += of_block.x, counts[1] += of_block.y, counts[2] += of_block.z, counts[3] += of_block.w;
+    };
+    const auto* digits_of_thread = reinterpret_cast<const uint4*>(own + lowest);
+    if (OF_CLUSTER) {
+      Cluster::sync();
+      if (may_have_any) cluster.each_block(digits_of_thread, add);
+    } else {
+      __syncthreads();
+      add(0, *digits_of_thread);
+    }
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) count += counts[i];
+    const Sums<int32_t> sums = block_sums(shared.partial, count);
+    if (sums.total < cut.ties) return {kNone, 0};
+    int32_t above = sums.before;
+#pragma unroll
+    for (int i = kEach - 1; i >= 0; --i) {
+      if (above < cut.ties && cut.ties <= above + counts[i]) shared.cut = {lowest + i, cut.ties - above};
+      above += counts[i];
     }
     __syncthreads();
-    cut = shared.cut;
-    decided = INT32_MAX >> shift << shift;
+    cut = {cut.key << (above_bits - below_bits) | shared.cut.key, shared.cut.ties};
   }
   return cut;
 }
 
-// Which sums of a lane's tile are taken or tie: a bit each.
-struct Found {
-  uint32_t larger = 0, equal = 0;
-
-  __device__ Found(const Row& row, const Tile& tile, int32_t first, int32_t cut) {
-#pragma unroll
-    for (int i = 0; i < kPacks * Keys::kSize; ++i) {
-      const int32_t key = key_of(tile.packs[i / Keys::kSize].values[i % Keys::kSize]);
-      if (key > cut) larger |= 1u << i;
-      if (key == cut) equal |= 1u << i;
+// Lists what a sample takes for the `size` largest, and some more, and says where the row is cut.
+__device__ Cut list_and_cut(Shared& shared, Lists& lists, int32_t size, int32_t stride) {
+  const Cluster& cluster = lists.cluster;
+  // Neighbours are alike, so that packs of four are the sample: two standard deviations of their number.
+  const float expected = __fdividef(size, stride), deviation = 2.0f * expected * rsqrtf(expected);
+  for (auto likely = static_cast<int32_t>(expected + 2.0f * deviation) + 16;; likely *= 4) {
+    int32_t lowest = 0;
+    if (!lists.hold_all()) {
+      const Sample sample(lists.row, stride, lists.all_keys());
+      const Cut cut = find_cut<false>(shared, cluster, sample, likely, kSampleDigits);
+      if (cut.key != kNone) lowest = cut.key << bits_below(kSampleDigits);
     }
-    for (uint32_t rest = equal; rest != 0; rest &= rest - 1) {
-      const int i = __ffs(rest) - 1;
-      if (!row.holds(first + i / Keys::kSize * kPackStride + i % Keys::kSize)) equal ^= 1u << i;
-    }
-  }
-
-  __device__ static uint32_t of_pack(uint32_t bits, int pack) { return bits >> (pack * Keys::kSize) & 0xF; }
-};
-
-// Writes the indices that `cut` takes, ascending.
-__device__ void compact(Shared& shared, const Row& row, Cut cut, int32_t* out) {
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  int32_t larger_before = 0, equal_before = 0;  // in earlier tiles
-  Tile tile(row, row.first);
-  for (int32_t t = 0, first = row.first; t < row.tiles; ++t, first += kTile) {
-    const Found found(row, tile, first, cut.key);
-    tile = Tile(row, first + kTile);  // on its way during the rest
-    // A byte a pack: at most 128 of a warp's pack are larger, or equal.
-    uint32_t larger = 0, equal = 0;
-#pragma unroll
-    for (int p = 0; p < kPacks; ++p) {
-      larger |= __popc(Found::of_pack(found.larger, p)) << (8 * p);
-      equal |= __popc(Found::of_pack(found.equal, p)) << (8 * p);
-    }
-    const uint32_t larger_through = inclusive_warp_sum(larger), equal_through = inclusive_warp_sum(equal);
-    const uint32_t all_larger = __shfl_sync(kAllLanes, larger_through, kWarp - 1);
-    const uint32_t all_equal = __shfl_sync(kAllLanes, equal_through, kWarp - 1);
-    int32_t warp_larger = 0, warp_equal = 0;
-#pragma unroll
-    for (int p = 0; p < kPacks; ++p) {
-      warp_larger += all_larger >> (8 * p) & 0xFF;
-      warp_equal += all_equal >> (8 * p) & 0xFF;
-    }
-    // Two sets of counts, so that one barrier a tile is enough: nobody writes a set that another warp still reads.
-    if (lane == 0) shared.warp_counts[t % 2][warp] = warp_larger | warp_equal << 16;
-    __syncthreads();
-    const uint32_t counts = shared.warp_counts[t % 2][lane], counts_through = inclusive_warp_sum(counts);
-    const uint32_t counts_before = __shfl_sync(kAllLanes, counts_through - counts, warp);
-    const uint32_t tile_counts = __shfl_sync(kAllLanes, counts_through, kWarp - 1);
-    int32_t pack_larger = larger_before + (counts_before & 0xFFFF), pack_equal = equal_before + (counts_before >> 16);
-#pragma unroll
-    for (int p = 0; p < kPacks; ++p) {
-      int32_t taken = pack_larger + ((larger_through - larger) >> (8 * p) & 0xFF);
-      int32_t tied = pack_equal + ((equal_through - equal) >> (8 * p) & 0xFF);
-      const uint32_t larger_bits = Found::of_pack(found.larger, p);
-      for (uint32_t rest = larger_bits | Found::of_pack(found.equal, p); rest != 0; rest &= rest - 1) {
-        const int i = __ffs(rest) - 1;
-        const int32_t index = first + p * kPackStride + i;
-        if (larger_bits >> i & 1) {
-          out[taken++ + min(tied, cut.ties)] = index;
-        } else {
-          if (tied < cut.ties) out[taken + tied] = index;
-          ++tied;
-        }
-      }
-      pack_larger += all_larger >> (8 * p) & 0xFF;
-      pack_equal += all_equal >> (8 * p) & 0xFF;
-    }
-    larger_before += tile_counts & 0xFFFF;
-    equal_before += tile_counts >> 16;
+    lists.fill(lowest);
+    const Cut cut = find_cut<true>(shared, cluster, lists, size, kMostDigits);
+    if (cut.key != kNone) return cut;
+    Cluster::sync();  // all have read what is counted anew
   }
 }
 
-__global__ void __launch_bounds__(kThreads) select_rows(const qwen1m_select_critical a) {
+// Writes the indices of the `size` largest, 0 < size < row.count, ascending.
+__device__ void select(Shared& shared, Lists& lists, int32_t size, int32_t stride, int32_t* out) {
+  const Cluster& cluster = lists.cluster;
+  const int lane = threadIdx.x % kWarp;
+  const Cut cut = list_and_cut(shared, lists, size, stride);
+
+  lists.each_tile([&](int32_t place, int32_t begin, int32_t count) {
+    int32_t larger = 0, equal = 0;
+    for (int32_t first = 0; first < count; first += kWarp) {
+      const int32_t key = first + lane < count ? lists.keys()[begin + first + lane] : kNone;
+      larger += __popc(__ballot_sync(kAllLanes, key > cut.key));
+      equal += __popc(__ballot_sync(kAllLanes, key == cut.key));
+    }
+    if (lane == 0) lists.found()[place] = {static_cast<uint16_t>(larger), static_cast<uint16_t>(equal)};
+  });
+  Cluster::sync();
+
+  // A thread has some neighbouring places of all blocks, the tiles of these in order.
+  const int32_t each = (cluster.places + kThreads - 1) / kThreads;
+  const int32_t begin = min(static_cast<int32_t>(threadIdx.x) * each, cluster.places);
+  const int32_t end = min(begin + each, cluster.places);
+  uint64_t own = 0;  // larger ones above equal ones
+  for (int32_t place = begin; place < end; ++place) {
+    cluster.each_block(lists.found() + place, [&](int, Found of_tile) {
+      own += static_cast<uint64_t>(of_tile.larger) << 32 | of_tile.equal;
+    });
+  }
+  const uint64_t before = block_sums(shared.found_partial, own).before;
+  int32_t larger = before >> 32, equal = before & UINT32_MAX;
+  for (int32_t place = begin; place < end; ++place) {
+    cluster.each_block(lists.found() + place, [&](int block, Found of_tile) {
+      const int32_t ties = max(0, min(int32_t{of_tile.equal}, cut.ties - equal));
+      if (block == cluster.block) lists.taken()[place] = {larger + min(equal, cut.ties), ties};
+      larger += of_tile.larger;
+      equal += of_tile.equal;
+    });
+  }
+  __syncthreads();
+
+  lists.each_tile([&](int32_t place, int32_t begin, int32_t count) {
+    const uint32_t below = (1u << lane) - 1;
+    const int32_t index = lists.row.first_of(cluster.tile(place) * kTilePacks);
+    auto [to, ties] = lists.taken()[place];
+    for (int32_t first = 0; first < count; first += kWarp) {
+      const int32_t at = begin + first + lane;
+      const int32_t key = first + lane < count ? lists.keys()[at] : kNone;
+      const uint32_t equals = __ballot_sync(kAllLanes, key == cut.key);
+      const bool taken = key > cut.key || (key == cut.key && __popc(equals & below) < ties);
+      const uint32_t all_taken = __ballot_sync(kAllLanes, taken);
+      if (taken) out[to + __popc(all_taken & below)] = index + lists.numbers()[at];
+      to += __popc(all_taken);
+      ties -= min(ties, __popc(equals));
+    }
+  });
+  Cluster::sync();  // nobody ends while others read what it found
+}
+
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
+    select_rows(const qwen1m_select_critical a, int32_t blocks, int32_t places, int32_t room, int32_t stride) {
   __shared__ Shared shared;
-  const int32_t line = blockIdx.x;
+  extern __shared__ __align__(16) char memory[];
+  const int32_t line = blockIdx.x / blocks;
   const bool diagonals = line >= a.heads;
   const int64_t head = line % a.heads;
   const Row row((diagonals ? a.slash : a.vertical) + head * a.keys, a.keys,
                 diagonals ? max(0, a.keys - a.forced_diagonals) : 0, diagonals ? a.keys : a.forced_columns);
+  const Cluster cluster(blocks, places);
   const int32_t width = diagonals ? a.slash_width : a.column_width;
   const int32_t size = max(0, min((diagonals ? a.slash_sizes : a.vertical_sizes)[head], min(a.keys, width)));
   int32_t* out = (diagonals ? a.slashes : a.columns) + head * width;
+  const int32_t thread = cluster.block * kThreads + threadIdx.x, threads = blocks * kThreads;
+  for (int32_t i = size + thread; i < width; i += threads) out[i] = INT_MAX;
   if (size == a.keys) {
-    for (int32_t i = threadIdx.x; i < size; i += kThreads) out[i] = i;
+    for (int32_t i = thread; i < size; i += threads) out[i] = i;
   } else if (size > 0) {
-    compact(shared, row, find_cut(shared, row, size), out);
+    Lists lists{row, cluster, memory, room};
+    select(shared, lists, size, stride, out);
   }
-  for (int32_t i = size + threadIdx.x; i < width; i += kThreads) out[i] = INT_MAX;
 }
 
 }  // namespace
@@ -216,6 +418,40 @@ __global__ void __launch_bounds__(kThreads) select_rows(const qwen1m_select_crit
 
 int qwen1m_cuda_select_critical(const qwen1m_select_critical* a, qwen1m_stream stream) {
   using namespace qwen1m::cuda;
-  select_rows<<<2 * a->heads, kThreads, 0, as_stream(stream)>>>(*a);
-  return cudaGetLastError();
+  int device = 0, processors = 1, of_processor = 0, of_block = 0, reserved = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  cudaDeviceGetAttribute(&of_processor, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+  cudaDeviceGetAttribute(&of_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  cudaDeviceGetAttribute(&reserved, cudaDevAttrReservedSharedMemoryPerBlock, device);
+  // The first tile may begin three entries before its row. Of clusters a processor group holds whole ones: an eighth of
+  // the places may stay empty.
+  const int64_t tiles = ceil_div(int64_t{a->keys} + Keys::kSize - 1, kTile), lines = 2 * a->heads;
+  const int64_t fitting = std::min(kBlocksPerProcessor * processors * 7 / 8 / lines, tiles / kFewestTiles);
+  const auto blocks = static_cast<int32_t>(is_hopper() ? std::clamp<int64_t>(fitting, 1, kMostBlocks) : 1);
+  const auto places = static_cast<int32_t>(ceil_div(tiles, blocks));
+  const int64_t bytes_of_places = places * Lists::kBytesOfPlace;
+  const int64_t most_bytes = is_hopper() ? of_processor / kBlocksPerProcessor - reserved : of_block;
+  const int64_t for_lists = most_bytes - static_cast<int64_t>(sizeof(Shared)) - bytes_of_places;
+  const auto room = static_cast<int32_t>(for_lists / (kWarps * Lists::kBytesOfEntry));
+  if (room < kTile) return cudaErrorInvalidValue;
+  int32_t stride = kSampled;  // so that the lists have room for the sample
+  while (a->keys / stride + Keys::kSize > for_lists / static_cast<int64_t>(sizeof(int32_t))) stride *= 2;
+
+  const auto bytes = static_cast<size_t>(bytes_of_places + room * kWarps * Lists::kBytesOfEntry);
+  const cudaError_t status =
+      cudaFuncSetAttribute(select_rows, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  if (status != cudaSuccess) return status;
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = static_cast<unsigned>(blocks);
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  cudaLaunchConfig_t launch{};
+  launch.gridDim = static_cast<unsigned>(lines * blocks);
+  launch.blockDim = kThreads;
+  launch.dynamicSmemBytes = bytes;
+  launch.stream = as_stream(stream);
+  launch.attrs = &cluster;
+  launch.numAttrs = is_hopper() ? 1 : 0;
+  return cudaLaunchKernelEx(&launch, select_rows, *a, blocks, places, room, stride);
 }
