@@ -480,7 +480,7 @@ class Engine:
         yield from read_events(message)
 
     def _meet(self) -> int:
-        """Every rank comes here before it works for the others. The bytes that the one with least memory can take."""
+        """Every rank comes here before a cache is made. The bytes that the one with least memory can take."""
         available = available_gpu_memory() if self.model.on_gpu else available_host_memory()
         if self.model.on_gpu and self._cache_pages is not None:
             available = (available or 0) + self._cache_pages * self._page_bytes
@@ -611,12 +611,10 @@ class Engine:
         fit.
         """
         self._thread = threading.get_ident()
-        if self._requests:
+        if self._requests or (self._cache_pages is not None and sum(needed) <= self._cache_pages):
             return
         self._tell({"meet": True})
         available = self._meet()
-        if self._cache_pages is not None and sum(needed) <= self._cache_pages:
-            return
         if self.options.cache_tokens is not None:
             wanted = self._pages_for(self.options.cache_tokens)
         else:
