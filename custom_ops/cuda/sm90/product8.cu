@@ -2,7 +2,8 @@
 // scaled and added up in float32. Or the MLP's first product with what follows it: 128 features of the gate and as many
 // of what goes up, of which SiLU makes 128 values of a row, rounded to FP8.
 //
-//   producer   one thread has the copy engine fill a ring: rows, and two halves of features
+//   producer   one thread has the copy engine fill a ring: rows, and two halves of features; a warp brings the rows'
+//              scales
 //   consumers  two warpgroups of 64 rows. A step's sums of a half of the features are products of their own, scaled and
 //              added while the other warpgroup has the tensor cores
 //
@@ -10,6 +11,7 @@
 #include <algorithm>
 
 #include "hopper.cuh"
+#include "mma.cuh"
 #include "product8.h"
 #include "rows8.cuh"
 #include "shares.cuh"
@@ -26,12 +28,15 @@ constexpr int kConsumerRows = 64, kTileRows = kConsumers * kConsumerRows;
 constexpr int kHalfFeatures = 128, kHalves = 2;
 constexpr int kRing = 4;
 constexpr int kBand = 8;  // tiles of rows
+constexpr int kLanesARow = 4;  // of a consumer's warp
+constexpr int kScalesALane = kTileRows / kWarp;
 constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
 static_assert(kDepth == kPanelRowBytes && kHalfFeatures == QWEN1M_ROWS8_BLOCK, "");
 
 struct alignas(1024) Shared {
   char rows[kRing][kTileRows * kDepth];
   char features[kRing][kHalves][kHalfFeatures * kDepth];
+  float scales[kRing][kTileRows];
   uint64_t full[kRing], empty[kRing];
 };
 
@@ -79,6 +84,22 @@ __device__ void produce(const Product8Arguments& a, Shared& shared) {
   });
 }
 
+// A warp's part: 16 bytes a lane and step. Whoever reads them would otherwise wait for memory.
+template <bool kGated>
+__device__ void bring_scales(const Product8Arguments& a, Shared& shared) {
+  const int first = threadIdx.x % kWarp * kScalesALane;
+  RingPlace<kRing> place;
+  each_tile<kGated>(a, [&](const Tile& tile) {
+    const float* scales = a.row_scales + min(tile.row + first, a.rows - kScalesALane);
+    for (int step = 0; step < a.steps; ++step) {
+      barrier_wait(shared_address(&shared.empty[place.index]), place.parity ^ 1);
+      copy_async(shared_address(shared.scales[place.index] + first), scales + static_cast<int64_t>(step) * a.rows);
+      copy_arrive(shared_address(&shared.full[place.index]));
+      place.advance();
+    }
+  });
+}
+
 // Lane p of four neighbours gets the p-th word of each of them.
 __device__ inline void transpose_words(uint32_t (&words)[4]) {
 #pragma unroll
@@ -99,21 +120,16 @@ struct Consumer {
   const Product8Arguments& a;
   Shared& shared;
   const int number = static_cast<int>(threadIdx.x) / kWarpgroup - 1, lane = threadIdx.x % kWarp;
-  const int line = number * kConsumerRows + threadIdx.x / kWarp % 4 * 16 + lane / 4;  // and the one eight below
+  const int line = number * kConsumerRows + threadIdx.x / kWarp % 4 * 16 + lane / kLanesARow;  // and the one 8 below
+  const bool reads = lane % kLanesARow == 0;  // scales, for its neighbours too, and says that the step's room is free
   RingPlace<kRing> place;
   float sums[kHalves][64], part[64];
 
   __device__ void multiply(const Tile& tile) {
     const uint32_t rows_begin = rows_descriptor(shared_address(shared.rows[0] + number * kConsumerRows * kDepth));
     const uint32_t features_begin = rows_descriptor(shared_address(shared.features[0][0]));
-    // Scales of a step are read a step ahead.
-    const float *row_scales[2], *weight_scales[kHalves];
-    float row_scale[2], weight_scale[kHalves];
-#pragma unroll
-    for (int below = 0; below < 2; ++below) {
-      row_scales[below] = a.row_scales + min(tile.row + line + below * 8, a.rows - 1);
-      row_scale[below] = *row_scales[below];
-    }
+    const float* weight_scales[kHalves];  // read a step ahead
+    float weight_scale[kHalves];
 #pragma unroll
     for (int half = 0; half < kHalves; ++half) {
       const int block = min(tile.feature[half], a.features - kHalfFeatures) / kHalfFeatures;
@@ -123,10 +139,15 @@ struct Consumer {
       for (float& sum : sums[half]) sum = 0;
     }
     for (int step = 0; step < a.steps; ++step) {
-      const int64_t following = min(step + 1, a.steps - 1);
-      const float next_of_rows[2] = {row_scales[0][following * a.rows], row_scales[1][following * a.rows]};
+      const int following = min(step + 1, a.steps - 1);
       const float next[kHalves] = {__ldg(weight_scales[0] + following), __ldg(weight_scales[1] + following)};
       barrier_wait(shared_address(&shared.full[place.index]), place.parity);
+      float row_scale[2];
+#pragma unroll
+      for (int below = 0; below < 2; ++below) {
+        const float scale = reads ? shared.scales[place.index][line + below * 8] : 0.0f;
+        row_scale[below] = __shfl_sync(kAllLanes, scale, lane / kLanesARow * kLanesARow);
+      }
       const uint32_t rows = rows_begin + place.index * (kTileRows * kDepth >> 4);
 #pragma unroll
       for (int half = 0; half < kHalves; ++half) {
@@ -141,13 +162,11 @@ struct Consumer {
         const float scale[2] = {row_scale[0] * weight_scale[half], row_scale[1] * weight_scale[half]};
         products_wait<0>();
         settle(part);
-        if (half == kHalves - 1 && lane == 0) barrier_arrive(shared_address(&shared.empty[place.index]));
+        if (half == kHalves - 1 && reads) barrier_arrive(shared_address(&shared.empty[place.index]));
 #pragma unroll
         for (int i = 0; i < 64; ++i) sums[half][i] += part[i] * scale[i / 2 % 2];
         weight_scale[half] = next[half];
       }
-#pragma unroll
-      for (int below = 0; below < 2; ++below) row_scale[below] = next_of_rows[below];
       place.advance();
     }
   }
@@ -219,9 +238,9 @@ __global__ void __launch_bounds__(kThreads, 1) product8_kernel(const __grid_cons
   extern __shared__ char memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   if (threadIdx.x == 0) {
-    for (uint64_t& barrier : shared.full) barrier_init(shared_address(&barrier), 1);
+    for (uint64_t& barrier : shared.full) barrier_init(shared_address(&barrier), 1 + kWarp);
     for (uint64_t& barrier : shared.empty) {
-      barrier_init(shared_address(&barrier), kConsumers * kWarpgroup / kWarp);
+      barrier_init(shared_address(&barrier), kConsumers * kWarpgroup / kLanesARow);
     }
     barrier_init_fence();
   }
@@ -229,6 +248,7 @@ __global__ void __launch_bounds__(kThreads, 1) product8_kernel(const __grid_cons
   if (threadIdx.x < kWarpgroup) {
     give_registers<kProducerRegisters>();
     if (threadIdx.x == 0) produce<kGated>(a, shared);
+    if (threadIdx.x / kWarp == 1) bring_scales<kGated>(a, shared);
   } else {
     take_registers<kConsumerRegisters>();
     Consumer<T, kGated>{a, shared}.run();
