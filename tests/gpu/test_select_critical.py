@@ -112,6 +112,24 @@ def test_a_million_keys(cuda: Any, rng: np.random.Generator, kind: Rows) -> None
     assert_equal_to_the_oracle(cuda, sums, np.array([[1000, 15744, 130], [6096, 18340, 800]]))
 
 
+@pytest.mark.parametrize("keys", [500_224, 1_010_000])
+def test_a_sample_that_misleads(cuda: Any, rng: np.random.Generator, keys: int) -> None:
+    """Large are the packs of four that the kernel looks at first, one in each group of 64, and hardly another entry."""
+    groups = np.arange(keys // 256, dtype=np.uint32)
+    packs = groups.astype(np.int64) * 64 + (groups * np.uint32(2654435761) >> np.uint32(16)) % 64
+    sums = rng.random((2, 3, keys)) * 1e-3
+    sums[:, :, (packs[:, None] * 4 + np.arange(4)).ravel()] += 1.0
+    sums[:, :, rng.integers(0, keys, 5000)] += 2.0
+    assert_equal_to_the_oracle(cuda, sums, np.array([[1000, 12000, 30], [6096, 18340, 4990]]))
+
+
+def test_more_entries_than_have_room_in_a_list(cuda: Any, rng: np.random.Generator) -> None:
+    """Many heads, so that few blocks share a row; dense places, and many that are equal."""
+    sums = np.stack([probabilities(rng, 40, 600_000), few_values(rng, 40, 600_000)])
+    sums[0, :, 100_000:130_000] += 2.0
+    assert_equal_to_the_oracle(cuda, sums, rng.integers(15_000, 40_000, (2, 40)))
+
+
 @pytest.mark.parametrize("size", [1, 30, 31, 99, 100, 101, 130])
 def test_forced_entries_come_first(cuda: Any, rng: np.random.Generator, size: int) -> None:
     """The first 30 columns and the last 100 diagonals, the lower ones where not all of them fit."""

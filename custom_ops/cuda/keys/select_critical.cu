@@ -3,7 +3,7 @@
 // A sample of the row says which entries are likely to be among the k largest, and some more. One sweep over the row
 // lists these in shared memory, where a radix select finds the k-th. Then every tile of the row knows how many of its
 // entries are taken, hence where the first of them goes. Where the sample misled, a larger part of it is taken. A
-// warp whose list is full, of many that are equal, makes it anew whenever it is read, a tile at a time.
+// list that is full, of many that are equal, is made anew whenever it is read, a tile at a time.
 #include <algorithm>
 #include <climits>
 
@@ -71,8 +71,8 @@ struct Cluster {
   __device__ Cluster(int32_t blocks, int32_t places) : blocks(blocks), block(blockIdx.x % blocks), places(places) {}
 
   __device__ int32_t tile(int32_t place) const { return place * blocks + block; }
-  __device__ int32_t lane_pack(int32_t place, int p) const {
-    return tile(place) * kTilePacks + p * kWarp + static_cast<int32_t>(threadIdx.x % kWarp);
+  __device__ int32_t lane_pack(int32_t place) const {
+    return tile(place) * kTilePacks + static_cast<int32_t>(threadIdx.x % kWarp);
   }
 
   // What all have written to shared memory is visible to all.
@@ -124,6 +124,11 @@ struct Found {
   uint16_t larger, equal;
 };
 
+// Of a tile: its entries in the list.
+struct Listed {
+  uint16_t first, count;
+};
+
 // Of a tile: where its first taken entry goes, and how many are taken of those at the cut.
 struct Taken {
   int32_t begin, ties;
@@ -134,6 +139,7 @@ struct alignas(16) Shared {
   int32_t partial[kWarps];
   uint64_t found_partial[kWarps];
   Cut cut;
+  int32_t listed;
 };
 
 // Keys of one pack in `stride` of the whole row, anywhere in each group of them, so that no period of the row is met:
@@ -168,102 +174,113 @@ struct Sample {
   }
 };
 
-// Lists a warp's entries that are at least `lowest`, a pack a lane, in order: their keys, and their numbers from
-// `number` on. How many there are; nothing is written where they are more than there is room for.
-__device__ __forceinline__ int32_t list_packs(const Keys& pack, int32_t lowest, int32_t number, int32_t* keys,
-                                              uint16_t* numbers, int32_t room) {
-  int32_t own = 0;
-#pragma unroll
-  for (const int32_t key : pack.values) own += key >= lowest;
-  const int32_t through = inclusive_warp_sum(own), all = __shfl_sync(kAllLanes, through, kWarp - 1);
-  if (all > room) return all;
-  int32_t at = through - own;
-#pragma unroll
-  for (int i = 0; i < Keys::kSize; ++i) {
-    if (pack.values[i] < lowest) continue;
-    keys[at] = pack.values[i];
-    numbers[at++] = static_cast<uint16_t>(number + threadIdx.x % kWarp * Keys::kSize + i);
-  }
-  return all;
-}
+// A warp's packs of a tile, or one of them, and which of their entries are at least `lowest`.
+template <int PACKS>
+struct Likely {
+  Keys packs[PACKS];
+  int32_t lowest, first[PACKS], count = 0;  // where a lane's first one goes in each; of all
 
-// The lists of a block's warps, tile after tile, and what is known of its tiles.
-struct Lists {
+  __device__ Likely(const Row& row, int32_t lane_pack, int32_t lowest) : lowest(lowest) {
+#pragma unroll
+    for (int p = 0; p < PACKS; ++p) packs[p] = row.load(lane_pack + p * kWarp);
+#pragma unroll
+    for (int p = 0; p < PACKS; ++p) {
+      int32_t own = 0;
+#pragma unroll
+      for (const int32_t key : packs[p].values) own += key >= lowest;
+      const int32_t through = inclusive_warp_sum(own);
+      first[p] = count + through - own;
+      count += __shfl_sync(kAllLanes, through, kWarp - 1);
+    }
+  }
+
+  // Writes keys, and numbers in the tile, of which the warp's first is `number`, in order.
+  __device__ void list(int32_t* keys, uint16_t* numbers, int32_t number) const {
+#pragma unroll
+    for (int p = 0; p < PACKS; ++p) {
+      int32_t at = first[p];
+#pragma unroll
+      for (int i = 0; i < Keys::kSize; ++i) {
+        if (packs[p].values[i] < lowest) continue;
+        keys[at] = packs[p].values[i];
+        numbers[at++] = static_cast<uint16_t>(number + (p * kWarp + threadIdx.x % kWarp) * Keys::kSize + i);
+      }
+    }
+  }
+};
+
+// Entries of a block that may be taken, tile by tile as the warps come, and what is known of its tiles.
+struct List {
   const Row& row;
   const Cluster& cluster;
   char* memory;
-  int32_t room;  // of a warp
+  int32_t& size;  // in shared memory
+  int32_t room;
 
-  int32_t lowest = 0, size = 0;  // of the calling warp's list
-  bool whole = true;             // else it has become full, and holds a tile at a time
+  int32_t lowest = 0;
+  bool whole = true;  // else it has become full, and each warp has a part of it for a tile at a time
 
   static constexpr int64_t kBytesOfEntry = sizeof(int32_t) + sizeof(uint16_t);
-  static constexpr int64_t kBytesOfPlace = sizeof(Taken) + sizeof(Found) + sizeof(uint16_t);
+  static constexpr int64_t kBytesOfPlace = sizeof(Taken) + sizeof(Found) + sizeof(Listed);
 
-  __device__ int32_t first() const { return threadIdx.x / kWarp * room; }
-  __device__ int32_t* all_keys() const { return reinterpret_cast<int32_t*>(memory); }
-  __device__ uint16_t* all_numbers() const { return reinterpret_cast<uint16_t*>(all_keys() + kWarps * room); }
-  __device__ int32_t* keys() const { return all_keys() + first(); }
-  __device__ uint16_t* numbers() const { return all_numbers() + first(); }
-  __device__ Taken* taken() const { return reinterpret_cast<Taken*>(all_numbers() + kWarps * room); }
+  __device__ int32_t* keys() const { return reinterpret_cast<int32_t*>(memory); }
+  __device__ Taken* taken() const { return reinterpret_cast<Taken*>(keys() + room); }
   __device__ Found* found() const { return reinterpret_cast<Found*>(taken() + cluster.places); }
-  __device__ uint16_t* listed() const { return reinterpret_cast<uint16_t*>(found() + cluster.places); }  // of each tile
+  __device__ Listed* listed() const { return reinterpret_cast<Listed*>(found() + cluster.places); }
+  __device__ uint16_t* numbers() const { return reinterpret_cast<uint16_t*>(listed() + cluster.places); }
 
-  // Whether they have room for the whole row.
-  __device__ bool hold_all() const { return (cluster.places + kWarps - 1) / kWarps * kTile <= room; }
+  // Whether it has room for the whole row.
+  __device__ bool holds_all() const { return cluster.places * kTile <= room; }
 
   __device__ void fill(int32_t at_least) {
     lowest = at_least;
-    size = 0;
-    whole = true;
-    for (int32_t place = threadIdx.x / kWarp; place < cluster.places && whole; place += kWarps) {
-      Keys packs[kPacks];
-#pragma unroll
-      for (int p = 0; p < kPacks; ++p) packs[p] = row.load(cluster.lane_pack(place, p));
-      const int32_t before = size;
-#pragma unroll
-      for (int p = 0; p < kPacks; ++p) size += list(packs[p], p, size);
-      whole = size <= room;
-      if (threadIdx.x % kWarp == 0) listed()[place] = static_cast<uint16_t>(size - before);
+    if (threadIdx.x == 0) size = 0;
+    __syncthreads();
+    for (int32_t place = threadIdx.x / kWarp; place < cluster.places; place += kWarps) {
+      const Likely<kPacks> likely(row, cluster.lane_pack(place), lowest);
+      int32_t first = threadIdx.x % kWarp == 0 ? atomicAdd(&size, likely.count) : 0;
+      first = __shfl_sync(kAllLanes, first, 0);
+      if (first + likely.count > room) break;
+      likely.list(keys() + first, numbers() + first, 0);
+      if (threadIdx.x % kWarp == 0) {
+        listed()[place] = {static_cast<uint16_t>(first), static_cast<uint16_t>(likely.count)};
+      }
     }
-    __syncwarp();
+    __syncthreads();
+    whole = size <= room;
   }
 
-  // f(place, first, count) for every tile of the calling warp, whose entries are [first, first + count) of its list.
+  // f(place, first, count) for every tile of the calling warp, whose entries are [first, first + count) of the list.
   template <typename F>
   __device__ void each_tile(F&& f) const {
-    int32_t first = 0;
     for (int32_t place = threadIdx.x / kWarp; place < cluster.places; place += kWarps) {
       if (whole) {
-        const int32_t count = listed()[place];
-        f(place, first, count);
-        first += count;
+        f(place, listed()[place].first, listed()[place].count);
       } else {
-        __syncwarp();
+        const int32_t first = threadIdx.x / kWarp * kTile;
         int32_t count = 0;
-#pragma unroll 1
-        for (int p = 0; p < kPacks; ++p) count += list(row.load(cluster.lane_pack(place, p)), p, count);
         __syncwarp();
-        f(place, 0, count);
+#pragma unroll 1
+        for (int p = 0; p < kPacks; ++p) {
+          const Likely<1> likely(row, cluster.lane_pack(place) + p * kWarp, lowest);
+          likely.list(keys() + first + count, numbers() + first + count, p * kWarp * Keys::kSize);
+          count += likely.count;
+        }
+        __syncwarp();
+        f(place, first, count);
       }
     }
   }
 
-  // Lists pack `p` of a tile behind the list's first `size` entries. How many it has.
-  __device__ int32_t list(const Keys& pack, int p, int32_t size) const {
-    return list_packs(pack, lowest, p * kWarp * Keys::kSize, keys() + size, numbers() + size, room - size);
-  }
-
-  // f(key) for all keys of the calling warp, a lane a key.
+  // f(key) for all keys, a thread a key.
   template <typename F>
   __device__ void each_key(F&& f) const {
-    const auto each = [&](int32_t, int32_t first, int32_t count) {
-      for (int32_t i = threadIdx.x % kWarp; i < count; i += kWarp) f(keys()[first + i]);
-    };
     if (whole) {
-      each(0, 0, size);
+      for (int32_t i = threadIdx.x; i < size; i += kThreads) f(keys()[i]);
     } else {
-      each_tile(each);
+      each_tile([&](int32_t, int32_t first, int32_t count) {
+        for (int32_t i = threadIdx.x % kWarp; i < count; i += kWarp) f(keys()[first + i]);
+      });
     }
   }
 };
@@ -314,38 +331,38 @@ __device__ Cut find_cut(Shared& shared, const Cluster& cluster, Source& source, 
 }
 
 // Lists what a sample takes for the `size` largest, and some more, and says where the row is cut.
-__device__ Cut list_and_cut(Shared& shared, Lists& lists, int32_t size, int32_t stride) {
-  const Cluster& cluster = lists.cluster;
+__device__ Cut list_and_cut(Shared& shared, List& list, int32_t size, int32_t stride) {
+  const Cluster& cluster = list.cluster;
   // Neighbours are alike, so that packs of four are the sample: two standard deviations of their number.
   const float expected = __fdividef(size, stride), deviation = 2.0f * expected * rsqrtf(expected);
   for (auto likely = static_cast<int32_t>(expected + 2.0f * deviation) + 16;; likely *= 4) {
     int32_t lowest = 0;
-    if (!lists.hold_all()) {
-      const Sample sample(lists.row, stride, lists.all_keys());
+    if (!list.holds_all()) {
+      const Sample sample(list.row, stride, list.keys());
       const Cut cut = find_cut<false>(shared, cluster, sample, likely, kSampleDigits);
       if (cut.key != kNone) lowest = cut.key << bits_below(kSampleDigits);
     }
-    lists.fill(lowest);
-    const Cut cut = find_cut<true>(shared, cluster, lists, size, kMostDigits);
+    list.fill(lowest);
+    const Cut cut = find_cut<true>(shared, cluster, list, size, kMostDigits);
     if (cut.key != kNone) return cut;
     Cluster::sync();  // all have read what is counted anew
   }
 }
 
 // Writes the indices of the `size` largest, 0 < size < row.count, ascending.
-__device__ void select(Shared& shared, Lists& lists, int32_t size, int32_t stride, int32_t* out) {
-  const Cluster& cluster = lists.cluster;
+__device__ void select(Shared& shared, List& list, int32_t size, int32_t stride, int32_t* out) {
+  const Cluster& cluster = list.cluster;
   const int lane = threadIdx.x % kWarp;
-  const Cut cut = list_and_cut(shared, lists, size, stride);
+  const Cut cut = list_and_cut(shared, list, size, stride);
 
-  lists.each_tile([&](int32_t place, int32_t begin, int32_t count) {
+  list.each_tile([&](int32_t place, int32_t begin, int32_t count) {
     int32_t larger = 0, equal = 0;
     for (int32_t first = 0; first < count; first += kWarp) {
-      const int32_t key = first + lane < count ? lists.keys()[begin + first + lane] : kNone;
+      const int32_t key = first + lane < count ? list.keys()[begin + first + lane] : kNone;
       larger += __popc(__ballot_sync(kAllLanes, key > cut.key));
       equal += __popc(__ballot_sync(kAllLanes, key == cut.key));
     }
-    if (lane == 0) lists.found()[place] = {static_cast<uint16_t>(larger), static_cast<uint16_t>(equal)};
+    if (lane == 0) list.found()[place] = {static_cast<uint16_t>(larger), static_cast<uint16_t>(equal)};
   });
   Cluster::sync();
 
@@ -355,33 +372,32 @@ __device__ void select(Shared& shared, Lists& lists, int32_t size, int32_t strid
   const int32_t end = min(begin + each, cluster.places);
   uint64_t own = 0;  // larger ones above equal ones
   for (int32_t place = begin; place < end; ++place) {
-    cluster.each_block(lists.found() + place, [&](int, Found of_tile) {
-      own += static_cast<uint64_t>(of_tile.larger) << 32 | of_tile.equal;
-    });
+    cluster.each_block(list.found() + place,
+                       [&](int, Found of_tile) { own += static_cast<uint64_t>(of_tile.larger) << 32 | of_tile.equal; });
   }
   const uint64_t before = block_sums(shared.found_partial, own).before;
   int32_t larger = before >> 32, equal = before & UINT32_MAX;
   for (int32_t place = begin; place < end; ++place) {
-    cluster.each_block(lists.found() + place, [&](int block, Found of_tile) {
+    cluster.each_block(list.found() + place, [&](int block, Found of_tile) {
       const int32_t ties = max(0, min(int32_t{of_tile.equal}, cut.ties - equal));
-      if (block == cluster.block) lists.taken()[place] = {larger + min(equal, cut.ties), ties};
+      if (block == cluster.block) list.taken()[place] = {larger + min(equal, cut.ties), ties};
       larger += of_tile.larger;
       equal += of_tile.equal;
     });
   }
   __syncthreads();
 
-  lists.each_tile([&](int32_t place, int32_t begin, int32_t count) {
+  list.each_tile([&](int32_t place, int32_t begin, int32_t count) {
     const uint32_t below = (1u << lane) - 1;
-    const int32_t index = lists.row.first_of(cluster.tile(place) * kTilePacks);
-    auto [to, ties] = lists.taken()[place];
+    const int32_t index = list.row.first_of(cluster.tile(place) * kTilePacks);
+    auto [to, ties] = list.taken()[place];
     for (int32_t first = 0; first < count; first += kWarp) {
       const int32_t at = begin + first + lane;
-      const int32_t key = first + lane < count ? lists.keys()[at] : kNone;
+      const int32_t key = first + lane < count ? list.keys()[at] : kNone;
       const uint32_t equals = __ballot_sync(kAllLanes, key == cut.key);
       const bool taken = key > cut.key || (key == cut.key && __popc(equals & below) < ties);
       const uint32_t all_taken = __ballot_sync(kAllLanes, taken);
-      if (taken) out[to + __popc(all_taken & below)] = index + lists.numbers()[at];
+      if (taken) out[to + __popc(all_taken & below)] = index + list.numbers()[at];
       to += __popc(all_taken);
       ties -= min(ties, __popc(equals));
     }
@@ -407,8 +423,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
   if (size == a.keys) {
     for (int32_t i = thread; i < size; i += threads) out[i] = i;
   } else if (size > 0) {
-    Lists lists{row, cluster, memory, room};
-    select(shared, lists, size, stride, out);
+    List list{row, cluster, memory, shared.listed, room};
+    select(shared, list, size, stride, out);
   }
 }
 
@@ -430,15 +446,16 @@ int qwen1m_cuda_select_critical(const qwen1m_select_critical* a, qwen1m_stream s
   const int64_t fitting = std::min(kBlocksPerProcessor * processors * 7 / 8 / lines, tiles / kFewestTiles);
   const auto blocks = static_cast<int32_t>(is_hopper() ? std::clamp<int64_t>(fitting, 1, kMostBlocks) : 1);
   const auto places = static_cast<int32_t>(ceil_div(tiles, blocks));
-  const int64_t bytes_of_places = places * Lists::kBytesOfPlace;
+  const int64_t bytes_of_places = places * List::kBytesOfPlace;
   const int64_t most_bytes = is_hopper() ? of_processor / kBlocksPerProcessor - reserved : of_block;
-  const int64_t for_lists = most_bytes - static_cast<int64_t>(sizeof(Shared)) - bytes_of_places;
-  const auto room = static_cast<int32_t>(for_lists / (kWarps * Lists::kBytesOfEntry));
-  if (room < kTile) return cudaErrorInvalidValue;
-  int32_t stride = kSampled;  // so that the lists have room for the sample
-  while (a->keys / stride + Keys::kSize > for_lists / static_cast<int64_t>(sizeof(int32_t))) stride *= 2;
+  const int64_t for_list = most_bytes - static_cast<int64_t>(sizeof(Shared)) - bytes_of_places;
+  // Numbers of entries have 16 bits; a warp has room for a tile.
+  const auto room = static_cast<int32_t>(std::min<int64_t>(for_list / List::kBytesOfEntry, UINT16_MAX) / 2 * 2);
+  if (room < kWarps * kTile) return cudaErrorInvalidValue;
+  int32_t stride = kSampled;  // so that the list has room for the sample
+  while (a->keys / stride + Keys::kSize > for_list / static_cast<int64_t>(sizeof(int32_t))) stride *= 2;
 
-  const auto bytes = static_cast<size_t>(bytes_of_places + room * kWarps * Lists::kBytesOfEntry);
+  const auto bytes = static_cast<size_t>(bytes_of_places + room * List::kBytesOfEntry);
   const cudaError_t status =
       cudaFuncSetAttribute(select_rows, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
   if (status != cudaSuccess) return status;

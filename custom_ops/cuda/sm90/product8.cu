@@ -27,7 +27,7 @@ constexpr int kConsumers = 2, kThreads = (1 + kConsumers) * kWarpgroup;
 constexpr int kConsumerRows = 64, kTileRows = kConsumers * kConsumerRows;
 constexpr int kHalfFeatures = 128, kHalves = 2;
 constexpr int kRing = 4;
-constexpr int kBand = 8;  // tiles of rows
+constexpr int kBand = 8;       // tiles of rows
 constexpr int kLanesARow = 4;  // of a consumer's warp
 constexpr int kScalesALane = kTileRows / kWarp;
 constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
