@@ -555,7 +555,7 @@ def run() -> None:
     many_heads.runtime.call("cudaDeviceSynchronize")
     few_rows = Kernels(128, 5)
     few_rows.prefill(9000, 70)  # over so many keys that they are shared out
-    few_rows.decode([5000])  # in so many shares that several blocks merge them
+    few_rows.decode([9000])  # in so many shares that several blocks merge them
     few_rows.runtime.call("cudaDeviceSynchronize")
 
 

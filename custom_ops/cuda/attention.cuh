@@ -43,6 +43,14 @@ int64_t dca_sparse_prefill_workspace(const qwen1m_dca_sparse_prefill&);
 template <typename T>
 int dca_sparse_prefill(const qwen1m_dca_sparse_prefill&, void* workspace, qwen1m_stream);
 
+// Decode of few keys, of a 16-bit cache and of an 8-bit one; whether it takes such a call.
+bool takes_decode(const qwen1m_dca_decode&);
+template <typename T>
+int dca_decode(const qwen1m_dca_decode&, qwen1m_stream);
+bool takes_decode_bytes(const qwen1m_dca_decode&);
+template <typename T>
+int dca_decode_bytes(const qwen1m_dca_decode&, qwen1m_stream);
+
 // The probe, for the groups of query heads and the chunks that it takes.
 bool takes_probe(const qwen1m_dca_probe&);
 int64_t dca_probe_workspace(const qwen1m_dca_probe&);

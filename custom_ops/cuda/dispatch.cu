@@ -67,11 +67,16 @@ int qwen1m_cuda_dca_sparse_prefill(const qwen1m_dca_sparse_prefill* a, void* wor
 
 int qwen1m_cuda_dca_decode(const qwen1m_dca_decode* a, void* workspace, qwen1m_stream stream) {
   return with_shape(a->activation, a->cache.head_dim, [&](auto type, auto head_dim) -> int {
-    if (qwen1m_is_quantised(a->cache.dtype)) {
-      if (head_dim.value != 128) return cudaErrorInvalidValue;
-      return sm80::dca_decode_bytes<decltype(type)>(*a, workspace, stream);
+    using T = decltype(type);
+    if constexpr (head_dim.value == 128) {
+      if (qwen1m_is_quantised(a->cache.dtype)) {
+        return on_hopper() && sm90::takes_decode_bytes(*a) ? sm90::dca_decode_bytes<T>(*a, stream)
+                                                           : sm80::dca_decode_bytes<T>(*a, workspace, stream);
+      }
+      if (on_hopper() && sm90::takes_decode(*a)) return sm90::dca_decode<T>(*a, stream);
     }
-    return sm80::dca_decode<decltype(type), head_dim.value>(*a, workspace, stream);
+    if (qwen1m_is_quantised(a->cache.dtype)) return cudaErrorInvalidValue;
+    return sm80::dca_decode<T, head_dim.value>(*a, workspace, stream);
   });
 }
 

@@ -33,20 +33,40 @@ inline bool launches_overlap() {
   return is_hopper() && cudaDriverGetVersion(&driver) == cudaSuccess && driver >= 12030;
 }
 
+// That a kernel's blocks form clusters, of so many along x.
+inline cudaLaunchAttribute clusters_of(unsigned blocks) {
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = blocks;
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  return cluster;
+}
+
+// `cluster` blocks along x form a cluster; 1: none.
 template <typename... Parameters, typename... Arguments>
-int launch_overlapping(void (*kernel)(Parameters...), dim3 grid, dim3 threads, size_t shared_bytes, cudaStream_t stream,
-                       Arguments&&... arguments) {
-  cudaLaunchAttribute overlap{};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
+int launch_overlapping_clusters(void (*kernel)(Parameters...), unsigned cluster, dim3 grid, dim3 threads,
+                                size_t shared_bytes, cudaStream_t stream, Arguments&&... arguments) {
+  cudaLaunchAttribute attributes[2]{};
   cudaLaunchConfig_t launch{};
   launch.gridDim = grid;
   launch.blockDim = threads;
   launch.dynamicSmemBytes = shared_bytes;
   launch.stream = stream;
-  launch.attrs = &overlap;
-  launch.numAttrs = launches_overlap() ? 1 : 0;
+  launch.attrs = attributes;
+  if (launches_overlap()) {
+    cudaLaunchAttribute& overlap = attributes[launch.numAttrs++];
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (cluster > 1) attributes[launch.numAttrs++] = clusters_of(cluster);
   return cudaLaunchKernelEx(&launch, kernel, std::forward<Arguments>(arguments)...);
+}
+
+template <typename... Parameters, typename... Arguments>
+int launch_overlapping(void (*kernel)(Parameters...), dim3 grid, dim3 threads, size_t shared_bytes, cudaStream_t stream,
+                       Arguments&&... arguments) {
+  return launch_overlapping_clusters(kernel, 1, grid, threads, shared_bytes, stream,
+                                     std::forward<Arguments>(arguments)...);
 }
 
 }  // namespace cuda

@@ -17,36 +17,51 @@ __device__ inline void widen_bytes(uint32_t bytes, uint32_t (&pairs)[2]);
 
 template <typename Kind, typename T>
 constexpr float kPower = 1.0f;
+#if __CUDA_ARCH__ < 890
 template <>
 constexpr float kPower<E4M3, f16> = 256.0f;
+#endif
 
 // 2^23 + 128 + number is a float32 whose last byte is the number with its highest bit turned.
-template <typename T>
-__device__ inline void widen_int8(uint32_t bytes, uint32_t (&pairs)[2]) {
+template <>
+__device__ inline void widen_bytes<Int8, bf16>(uint32_t bytes, uint32_t (&pairs)[2]) {
   const uint32_t turned = bytes ^ 0x80808080u;
   float numbers[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     numbers[i] = __uint_as_float(__byte_perm(turned, 0x4b000000u, 0x7440 + i)) - 8388736.0f;
   }
-  pairs[0] = pack_pair<T>(numbers[0], numbers[1]);
-  pairs[1] = pack_pair<T>(numbers[2], numbers[3]);
+  pairs[0] = pack_pair<bf16>(numbers[0], numbers[1]);
+  pairs[1] = pack_pair<bf16>(numbers[2], numbers[3]);
 }
 
-template <>
-__device__ inline void widen_bytes<Int8, bf16>(uint32_t bytes, uint32_t (&pairs)[2]) {
-  widen_int8<bf16>(bytes, pairs);
-}
-
+// 1024 + 128 + number is a float16 whose last byte is the same.
 template <>
 __device__ inline void widen_bytes<Int8, f16>(uint32_t bytes, uint32_t (&pairs)[2]) {
-  widen_int8<f16>(bytes, pairs);
+  const uint32_t turned = bytes ^ 0x80808080u, origin = 0x64806480u;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t pair = __byte_perm(turned, 0x64646464u, i ? 0x4342 : 0x4140);
+    const __half2 number = __hsub2(reinterpret_cast<const __half2&>(pair), reinterpret_cast<const __half2&>(origin));
+    pairs[i] = reinterpret_cast<const uint32_t&>(number);
+  }
 }
 
 template <>
 __device__ inline void widen_bytes<E4M3, f16>(uint32_t bytes, uint32_t (&pairs)[2]) {
+#if __CUDA_ARCH__ >= 890
+  asm("{\n"
+      ".reg .b16 low, high;\n"
+      "mov.b32 {low, high}, %2;\n"
+      "cvt.rn.f16x2.e4m3x2 %0, low;\n"
+      "cvt.rn.f16x2.e4m3x2 %1, high;\n"
+      "}"
+      : "=r"(pairs[0]), "=r"(pairs[1])
+      : "r"(bytes));
+#else
 #pragma unroll
   for (int i = 0; i < 2; ++i) pairs[i] = spread_fp8_pair(bytes, i);
+#endif
 }
 
 // Four bits more of exponent: a bfloat16 whose exponent is 120 too small, which a product makes up for.

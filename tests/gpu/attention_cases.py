@@ -228,10 +228,12 @@ def run_dense(
     return out, lse
 
 
-def run_decode(cuda: Any, contexts: Sequence[Context]) -> Tensor:
-    """out [B, H, D] of the decode kernel: the last row of each context, all in one batch over one pool."""
+def run_decode(cuda: Any, contexts: Sequence[Context], *, width: int = 1) -> Tensor:
+    """out [B, H, D] of the decode kernel: the last row of each context, all in one batch over one pool, their tables
+    `width` pages long at least.
+    """
     heads, head_dim = contexts[0].q.shape[2:]
-    width = max(len(context.table) for context in contexts)
+    width = max(width, *(len(context.table) for context in contexts))
     tables = torch.zeros(len(contexts), width, dtype=torch.int32, device="cuda")
     offset = 0
     for table, context in zip(tables, contexts):

@@ -88,11 +88,13 @@ def context8(
     return Context8(real, torch.stack([keys, values]), torch.stack([key_scales, value_scales]), frame)
 
 
-def decode(cuda: Any, contexts: Sequence[Context8], empty_rows: int = 0) -> Tensor:
-    """out [B, H, D]: the last row of each context, all in one batch over one pool, and rows without a sequence."""
+def decode(cuda: Any, contexts: Sequence[Context8], empty_rows: int = 0, *, width: int = 1) -> Tensor:
+    """out [B, H, D]: the last row of each context, all in one batch over one pool, and rows without a sequence; tables
+    are `width` pages long at least.
+    """
     batch = len(contexts) + empty_rows
     heads, head_dim = contexts[0].real.q.shape[2:]
-    width = max(len(context.real.table) for context in contexts)
+    width = max(width, *(len(context.real.table) for context in contexts))
     tables = torch.zeros(batch, width, dtype=torch.int32, device="cuda")
     q = torch.full((3, batch, heads, head_dim), float("nan"), dtype=contexts[0].real.q.dtype, device="cuda")
     offset = 0
@@ -132,7 +134,8 @@ def test_decode_is_attention_over_what_the_numbers_stand_for(
 ) -> None:
     context = context8(rng, length, kind=kind, heads=heads, kv_heads=kv_heads, dtype=dtype)
     assert context.scales.isnan().any()
-    assert cases.worst(decode(cuda, [context]), cases.reference(context.real, [0])) <= BOUND
+    for width in (1, 1000):  # of a table that holds no more keys, and of one that could hold many
+        assert cases.worst(decode(cuda, [context], width=width), cases.reference(context.real, [0])) <= BOUND, width
 
 
 @each_half

@@ -306,6 +306,18 @@ def test_decode_batch_of_different_lengths(
         assert cases.worst(out[number : number + 1], cases.reference(context, [0])) <= BOUND, lengths[number]
 
 
+@pytest.mark.parametrize("heads, kv_heads", [(40, 8), (28, 4), (8, 1), (3, 3), (12, 1)])
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 1000, 1025, 4095, 4096, 4097, 8192])
+def test_decode_of_few_keys(cuda: Any, rng: np.random.Generator, length: int, heads: int, kv_heads: int) -> None:
+    """In a table that holds no more, and in one that could hold many: by a cluster of blocks and without, on Hopper."""
+    context = cases.random_context(rng, length, 1, heads=heads, kv_heads=kv_heads, chunk_len=2048, sharpness=2.0)
+    expected = cases.reference(context, [0])
+    for width in (1, 1000):
+        out = cases.run_decode(cuda, [context], width=width)
+        assert cases.worst(out, expected) <= BOUND, width
+        assert torch.equal(out, cases.run_decode(cuda, [context], width=width))
+
+
 @pytest.mark.parametrize("length", [16385, 131071, 300001])
 def test_decode_of_long_contexts(cuda: Any, rng: np.random.Generator, length: int) -> None:
     context = cases.random_context(rng, length, 1, heads=10, kv_heads=2, chunk_len=65536, page_size=256, sharpness=4.0)

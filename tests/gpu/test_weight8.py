@@ -107,6 +107,16 @@ def test_rows_behind_those_of_x_have_no_part_in_it(cuda: Any, rng: np.random.Gen
     check(run_linear8(cuda, x[:tokens], weight), oracle.linear(exact(x[:tokens]), weight.exact), 2e-5 * 30)
 
 
+@each_kind
+@pytest.mark.parametrize("size", [1e-30, 1e-6, 1.0, 1e5, 1e30])
+def test_one_row_of_any_size(cuda: Any, rng: np.random.Generator, size: float, kind: str) -> None:
+    """Values a thousand times smaller among the large ones, and a block of zeros."""
+    values = rng.standard_normal((1, 896)) * 10.0 ** rng.uniform(-3, 0, (1, 896)) * size
+    values[:, 128:256] = 0
+    x, weight = stored(values, torch.bfloat16), Weight(rng, kind, 100, 896, 1)
+    check(run_linear8(cuda, x, weight), oracle.linear(exact(x), weight.exact), 2e-5 * 30 * size)
+
+
 @pytest.mark.parametrize("depth, columns", [(96, 32), (64, 32), (48, 16)])
 def test_blocks_that_are_too_narrow_are_refused(cuda: Any, rng: np.random.Generator, depth: int, columns: int) -> None:
     x = torch.zeros(1, depth, dtype=torch.bfloat16, device=DEVICE)

@@ -7,6 +7,7 @@
 // which makes the queries and the newest key, still runs. The grid does not depend on the lengths, which stay on the
 // device.
 #include "attention.cuh"
+#include "decode_rows.cuh"
 #include "decode_shares.cuh"
 #include "overlap.cuh"
 #include "qwen1m/dca_stages.h"
@@ -24,74 +25,6 @@ template <int D>
 constexpr int decode_shared_bytes() {
   return (kStages * kGroupRows + kDecodeRing * 2 * kTileKeys) * SharedRows<D>::kRowBytes;
 }
-
-// The running softmax of one warp: 16 query rows, 16 keys a tile.
-template <typename T, int D>
-struct DecodeRows {
-  uint32_t query[D / 16][4];
-  float out[D / 8][4];
-  float maximum[2], sum[2];
-
-  __device__ void start() {
-#pragma unroll
-    for (int n = 0; n < D / 8; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) out[n][i] = 0;
-    }
-    maximum[0] = maximum[1] = kNegativeInfinity;
-    sum[0] = sum[1] = 0;
-  }
-
-  // The warp's keys, a transposed operand, and values, an operand, are rows [row, row + 16) of a tile of `count` keys.
-  __device__ void attend(uint32_t keys, uint32_t values, int row, int count, float scale, int lane) {
-    float scores[2][4] = {};
-#pragma unroll
-    for (int step = 0; step < D / 16; ++step) {
-      uint32_t b[4];
-      load_transposed(b, at<D>(keys, 0, step));
-      multiply_add<T>(scores[0], query[step], b[0], b[1]);
-      multiply_add<T>(scores[1], query[step], b[2], b[3]);
-    }
-    float shrink[2];
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      float top = maximum[h];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        float& score = scores[i / 2][2 * h + i % 2];
-        score = row + 8 * (i / 2) + 2 * (lane % 4) + i % 2 < count ? score * scale : kNegativeInfinity;
-        top = fmaxf(top, score);
-      }
-      top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 1));
-      top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 2));
-      const float origin = top == kNegativeInfinity ? 0.0f : top;
-      shrink[h] = exp2_fast(maximum[h] - origin);
-      maximum[h] = top;
-      float total = 0;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        float& score = scores[i / 2][2 * h + i % 2];
-        score = exp2_fast(score - origin);
-        total += score;
-      }
-      sum[h] = sum[h] * shrink[h] + total;
-    }
-    const uint32_t weights[4] = {pack_pair<T>(scores[0][0], scores[0][1]), pack_pair<T>(scores[0][2], scores[0][3]),
-                                 pack_pair<T>(scores[1][0], scores[1][1]), pack_pair<T>(scores[1][2], scores[1][3])};
-#pragma unroll
-    for (int n = 0; n < D / 16; ++n) {
-      uint32_t b[4];
-      load_right(b, at<D>(values, 0, n));
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        out[2 * n][i] *= shrink[i / 2];
-        out[2 * n + 1][i] *= shrink[i / 2];
-      }
-      multiply_add<T>(out[2 * n], weights, b[0], b[1]);
-      multiply_add<T>(out[2 * n + 1], weights, b[2], b[3]);
-    }
-  }
-};
 
 template <typename T, int D>
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)

@@ -8,6 +8,7 @@
 #include "mma.cuh"
 #include "overlap.cuh"
 #include "qwen1m/weight8.h"
+#include "sm90/linear8_row.h"
 #include "step/few_rows.cuh"
 #include "vectors.cuh"
 #include "weight8.cuh"
@@ -179,6 +180,10 @@ int qwen1m_cuda_linear8(const qwen1m_linear8* a, qwen1m_stream stream) {
     return cudaErrorInvalidValue;
   }
   if (a->out_features == 0) return cudaSuccess;
+  if (a->tokens == 1 && a->weight.columns == kStep && is_hopper()) {
+    return with_half_type(a->activation,
+                          [&](auto type) { return sm90::linear8_row<decltype(type)>(*a, as_stream(stream)); });
+  }
   bool at_once;
   if (const int error = all_at_once(a->out_features, at_once)) return error;
   return with_weight8(a->weight.kind, a->activation, [&](auto kind, auto type) -> int {
