@@ -9,6 +9,7 @@
 
 #include "block_scan.cuh"
 #include "common.cuh"
+#include "overlap.cuh"
 #include "qwen1m/keys.h"
 
 namespace qwen1m {
@@ -459,10 +460,7 @@ int qwen1m_cuda_select_critical(const qwen1m_select_critical* a, qwen1m_stream s
   const cudaError_t status =
       cudaFuncSetAttribute(select_rows, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
   if (status != cudaSuccess) return status;
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = static_cast<unsigned>(blocks);
-  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  cudaLaunchAttribute cluster = clusters_of(static_cast<unsigned>(blocks));
   cudaLaunchConfig_t launch{};
   launch.gridDim = static_cast<unsigned>(lines * blocks);
   launch.blockDim = kThreads;
