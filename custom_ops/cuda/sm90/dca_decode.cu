@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) decode_kernel(const __grid_
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const EarlyPages pages(a);
   const ClusterShare share(a);
-  plan.inbox.open(share);
+  plan.inbox.open();
   const int64_t cache_row = static_cast<int64_t>(a.cache.kv_heads) * kDim;
   const T* keys = static_cast<const T*>(a.cache.key) + share.kv_head * kDim;
   const T* values = static_cast<const T*>(a.cache.value) + share.kv_head * kDim;

@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) decode_bytes_kernel(const _
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const EarlyPages pages(a);
   const ClusterShare share(a);
-  plan.inbox.open(share);
+  plan.inbox.open();
   const uint32_t own_ring = shared_address(plan.rings[warp]);
   sm80::ByteRing<Number, EarlyPages> ring(a.cache, pages, share.kv_head, own_ring, share.first, share.last);
 

@@ -107,15 +107,18 @@ struct Inbox {
   static constexpr int kResultBytes = kDim * sizeof(float) + sizeof(float2);
 
   // Blocks may send to each other once all have opened theirs and cluster_wait() has returned.
-  __device__ void open(const ClusterShare& share) {
+  __device__ void open() {
     if (threadIdx.x == 0) {
-      const uint32_t at = shared_address(&barrier);
-      barrier_init(at, 1);
+      barrier_init(shared_address(&barrier), 1);
       barrier_init_fence();
-      barrier_arrive_expecting(at, share.count * kResultBytes);
     }
     __syncwarp();
     cluster_arrive();
+  }
+
+  // One thread says what is to come, some of which may be there already.
+  __device__ void expect(const ClusterShare& share) {
+    barrier_arrive_expecting(shared_address(&barrier), share.count * kResultBytes);
   }
 
   // Sends a row's result, four values a lane.
@@ -153,6 +156,8 @@ template <typename T>
 __device__ void finish_in_cluster(const qwen1m_dca_decode& a, const ClusterShare& share, char* shared, Inbox& inbox) {
   const int lane = threadIdx.x % kWarp;
   __syncthreads();
+  if (threadIdx.x == 0) inbox.expect(share);
+  __syncwarp();
   cluster_wait();
   if (share.rank < share.count) {
     for (int row = threadIdx.x / kWarp; row < share.rows; row += kWarps) {

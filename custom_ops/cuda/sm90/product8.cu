@@ -142,11 +142,10 @@ struct Consumer {
       const int following = min(step + 1, a.steps - 1);
       const float next[kHalves] = {__ldg(weight_scales[0] + following), __ldg(weight_scales[1] + following)};
       barrier_wait(shared_address(&shared.full[place.index]), place.parity);
-      float row_scale[2];
+      float own[2] = {}, row_scale[2];
 #pragma unroll
       for (int below = 0; below < 2; ++below) {
-        const float scale = reads ? shared.scales[place.index][line + below * 8] : 0.0f;
-        row_scale[below] = __shfl_sync(kAllLanes, scale, lane / kLanesARow * kLanesARow);
+        if (reads) own[below] = shared.scales[place.index][line + below * 8];
       }
       const uint32_t rows = rows_begin + place.index * (kTileRows * kDepth >> 4);
 #pragma unroll
@@ -159,6 +158,12 @@ struct Consumer {
           multiply_bytes(part, rows + chunk, features + chunk, chunk > 0);
         }
         products_commit();
+        if (half == 0) {
+#pragma unroll
+          for (int below = 0; below < 2; ++below) {
+            row_scale[below] = __shfl_sync(kAllLanes, own[below], lane / kLanesARow * kLanesARow);
+          }
+        }
         const float scale[2] = {row_scale[0] * weight_scale[half], row_scale[1] * weight_scale[half]};
         products_wait<0>();
         settle(part);
