@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) decode_kernel(const __grid_
   int use = 0;
   const int32_t chunk_begin = (share.length - 1) / a.chunk_len * a.chunk_len;
   for (int tile = share.first; tile < share.last; ++tile) {
-    if (tile == share.first) {
+    if (tile == share.first) {  // the whole ring is under way
       copy_wait<kRing - 1>();
     } else {
       copy_wait<kRing - 2>();
