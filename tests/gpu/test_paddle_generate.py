@@ -220,6 +220,21 @@ def test_a_replayed_graph_gives_what_eager_steps_give(engine: Engine, prompt: An
     assert all(map(close, replayed, eager))
 
 
+@pytest.mark.parametrize("graph", [True, False], ids=["replayed", "eager"])
+def test_short_tables_give_the_answers_of_long_ones(engine: Engine, prompt: Any, graph: bool) -> None:
+    """Where no sequence may be longer than 8,192 tokens decode has kernels of its own on Hopper; one and three at once."""
+    prompts = [prompt(1024), prompt(4096, 1), prompt(6000, 2)]
+    long_options = engine.options
+    expected = engine.generate(prompts, GREEDY)
+    engine.configure(replace(long_options, max_model_len=8192, cuda_graph=graph), engine.budgets)
+    try:
+        together, alone = engine.generate(prompts, GREEDY), engine.generate(prompts[1:2], GREEDY)
+    finally:
+        engine.configure(long_options, engine.budgets)
+    assert [one.token_ids for one in together] == [one.token_ids for one in expected]
+    assert alone[0].token_ids == expected[1].token_ids
+
+
 @pytest.mark.parametrize("rows", [3, ops.FEW_ROWS + 1])
 def test_rows_of_a_batch_answer_as_they_do_alone(engine: Engine, prompt: Any, rows: int) -> None:
     """Prompts of different lengths; above FEW_ROWS of them the linears of a decode step are cuBLAS's."""
