@@ -222,7 +222,7 @@ def test_a_replayed_graph_gives_what_eager_steps_give(engine: Engine, prompt: An
 
 @pytest.mark.parametrize("graph", [True, False], ids=["replayed", "eager"])
 def test_short_tables_give_the_answers_of_long_ones(engine: Engine, prompt: Any, graph: bool) -> None:
-    """Where no sequence may be longer than 8,192 tokens decode has kernels of its own on Hopper; one and three at once."""
+    """On Hopper decode has kernels of its own where no sequence may be longer than 8,192 tokens: one, three at once."""
     prompts = [prompt(1024), prompt(4096, 1), prompt(6000, 2)]
     long_options = engine.options
     expected = engine.generate(prompts, GREEDY)
