@@ -47,6 +47,13 @@ __device__ inline uint32_t spread_fp8_pair(uint32_t bytes, int upper) {
   const uint32_t pair = spread_pair(bytes, upper);
   return (pair & 0x80008000u) | (pair & 0x7f007f00u) >> 1;
 }
+// The same of int8 numbers as float16: 1024 + 128 + number is one whose last byte is the number with its highest bit
+// turned.
+__device__ inline uint32_t widen_int8_pair(uint32_t bytes, int upper) {
+  const uint32_t pair = __byte_perm(bytes ^ 0x80808080u, 0x64646464u, upper ? 0x4342 : 0x4140), origin = 0x64806480u;
+  const __half2 number = __hsub2(reinterpret_cast<const __half2&>(pair), reinterpret_cast<const __half2&>(origin));
+  return reinterpret_cast<const uint32_t&>(number);
+}
 
 template <typename T>
 __device__ inline T narrow(float x);
@@ -126,6 +133,14 @@ inline bool is_hopper() {
          cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
          cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess && major == 9 &&
          minor == 0;
+}
+
+// Of the current device.
+inline int32_t processors() {
+  int device = 0, count = 1;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count;
 }
 
 inline cudaStream_t as_stream(qwen1m_stream stream) { return static_cast<cudaStream_t>(stream); }

@@ -8,6 +8,7 @@
 
 #include <utility>
 
+#include "clusters.cuh"
 #include "common.cuh"
 
 namespace qwen1m {
@@ -31,15 +32,6 @@ __device__ inline void admit_next() {
 inline bool launches_overlap() {
   int driver = 0;
   return is_hopper() && cudaDriverGetVersion(&driver) == cudaSuccess && driver >= 12030;
-}
-
-// That a kernel's blocks form clusters, of so many along x.
-inline cudaLaunchAttribute clusters_of(unsigned blocks) {
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = blocks;
-  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-  return cluster;
 }
 
 // `cluster` blocks along x form a cluster; 1: none.

@@ -31,13 +31,6 @@ inline int64_t shares_bytes(int64_t lines, int head_dim, int32_t count) {
   return count == 1 ? 0 : lines * count * static_cast<int64_t>(head_dim * sizeof(float) + sizeof(float2));
 }
 
-inline int32_t processors() {
-  int device = 0, count = 1;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  return count;
-}
-
 // How many steps make a share, where `items` walk `steps` steps each and `at_once` of them run at a time: what ends
 // soonest, if beginning and ending a share costs as much as kShareCost steps, in `most` shares at most. `steps` unless
 // sharing saves a tenth.

@@ -35,16 +35,10 @@ __device__ inline void widen_bytes<Int8, bf16>(uint32_t bytes, uint32_t (&pairs)
   pairs[1] = pack_pair<bf16>(numbers[2], numbers[3]);
 }
 
-// 1024 + 128 + number is a float16 whose last byte is the same.
 template <>
 __device__ inline void widen_bytes<Int8, f16>(uint32_t bytes, uint32_t (&pairs)[2]) {
-  const uint32_t turned = bytes ^ 0x80808080u, origin = 0x64806480u;
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const uint32_t pair = __byte_perm(turned, 0x64646464u, i ? 0x4342 : 0x4140);
-    const __half2 number = __hsub2(reinterpret_cast<const __half2&>(pair), reinterpret_cast<const __half2&>(origin));
-    pairs[i] = reinterpret_cast<const uint32_t&>(number);
-  }
+  for (int i = 0; i < 2; ++i) pairs[i] = widen_int8_pair(bytes, i);
 }
 
 template <>

@@ -8,8 +8,8 @@
 #include <climits>
 
 #include "block_scan.cuh"
+#include "clusters.cuh"
 #include "common.cuh"
-#include "overlap.cuh"
 #include "qwen1m/keys.h"
 
 namespace qwen1m {
@@ -78,11 +78,8 @@ struct Cluster {
 
   // What all have written to shared memory is visible to all.
   __device__ static void sync() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-#else
-    __syncthreads();
-#endif
+    cluster_arrive();
+    cluster_wait();
   }
 
   // Where `other` block has what this one has at `own`, in shared memory.
@@ -435,16 +432,15 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
 
 int qwen1m_cuda_select_critical(const qwen1m_select_critical* a, qwen1m_stream stream) {
   using namespace qwen1m::cuda;
-  int device = 0, processors = 1, of_processor = 0, of_block = 0, reserved = 0;
+  int device = 0, of_processor = 0, of_block = 0, reserved = 0;
   cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   cudaDeviceGetAttribute(&of_processor, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
   cudaDeviceGetAttribute(&of_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   cudaDeviceGetAttribute(&reserved, cudaDevAttrReservedSharedMemoryPerBlock, device);
   // The first tile may begin three entries before its row. Of clusters a processor group holds whole ones: an eighth of
   // the places may stay empty.
   const int64_t tiles = ceil_div(int64_t{a->keys} + Keys::kSize - 1, kTile), lines = 2 * a->heads;
-  const int64_t fitting = std::min(kBlocksPerProcessor * processors * 7 / 8 / lines, tiles / kFewestTiles);
+  const int64_t fitting = std::min(kBlocksPerProcessor * processors() * 7 / 8 / lines, tiles / kFewestTiles);
   const auto blocks = static_cast<int32_t>(is_hopper() ? std::clamp<int64_t>(fitting, 1, kMostBlocks) : 1);
   const auto places = static_cast<int32_t>(ceil_div(tiles, blocks));
   const int64_t bytes_of_places = places * List::kBytesOfPlace;

@@ -10,6 +10,7 @@
 
 #include "decode_shares.cuh"
 #include "mma.cuh"
+#include "qwen1m/dca_stages.h"
 #include "row_loads.cuh"
 #include "vectors.cuh"
 
@@ -30,24 +31,13 @@ __device__ inline uint32_t chunk_address(uint32_t part, int row, int chunk) {
   return part + row * kDim + ((chunk ^ (row & 7)) << 4);
 }
 
-__device__ inline uint4 load_chunk(uint32_t address) {
-  uint4 words;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
-               : "r"(address));
-  return words;
-}
-
 // Two bytes of a word, the lower pair or the upper one, as a pair of f16.
 template <typename Number>
 __device__ uint32_t widen_pair(uint32_t bytes, int upper);
 
-// 1024 + the byte above -128, less 1152.
 template <>
 __device__ inline uint32_t widen_pair<int8_t>(uint32_t bytes, int upper) {
-  const uint32_t pair = __byte_perm(bytes ^ 0x80808080u, 0x64646464u, upper ? 0x4342 : 0x4140), origin = 0x64806480u;
-  const __half2 number = __hsub2(reinterpret_cast<const __half2&>(pair), reinterpret_cast<const __half2&>(origin));
-  return reinterpret_cast<const uint32_t&>(number);
+  return widen_int8_pair(bytes, upper);
 }
 
 template <>
@@ -151,8 +141,8 @@ struct ByteRows {
     float scores[kHalves][4] = {};  // [.][2k + i] of key g + 8k, row 2p + i
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const uint4 upper = load_chunk(chunk_address(keys, g, 2 * p + half)),
-                  lower = load_chunk(chunk_address(keys, 8 + g, 2 * p + half));
+      const uint4 upper = load_shared(chunk_address(keys, g, 2 * p + half)),
+                  lower = load_shared(chunk_address(keys, 8 + g, 2 * p + half));
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const uint32_t one = word(upper, i), other = word(lower, i);
@@ -196,7 +186,7 @@ struct ByteRows {
     }
     uint4 rows[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) rows[i] = load_chunk(chunk_address(values, 8 * (i / 2) + 2 * p + i % 2, g));
+    for (int i = 0; i < 4; ++i) rows[i] = load_shared(chunk_address(values, 8 * (i / 2) + 2 * p + i % 2, g));
 #pragma unroll
     for (int t = 0; t < kDim / 16; ++t) {
       uint32_t pairs[2];  // of keys 2p and 2p + 1, then of those 8 further: dims 2t, then 2t + 1
@@ -286,9 +276,8 @@ struct ByteRows {
 };
 
 // A warp's part of tiles [first, last) of a KV head's keys on their way into its ring. Eight lanes a row: rows lane /
-// 8,
-// + 4, ... Nothing here waits for what it loads: a tile's page was asked for with the tile before, and its scales are
-// widened where they are used.
+// 8, + 4, ... Nothing here waits for what it loads: a tile's page was asked for with the tile before, and its scales
+// are widened where they are used.
 template <typename Number, typename PageTable>
 class ByteRing {
  public:
@@ -340,6 +329,43 @@ class ByteRing {
   int32_t page_;
   int kv_heads_, last_, fill_ = 0;
 };
+
+// Attends with a warp to its part of a share's tiles, which come through `ring` at own_ring; `waiting` are the scales
+// of those that are under way. q: the share's first row, of one rotation of the batch after the other.
+template <typename T, typename Number, bool kUpper, typename Share, typename PageTable>
+__device__ void attend_tiles(ByteRows<T, Number, kUpper>& state, const qwen1m_dca_decode& a, const Share& share,
+                             const T* q, ByteRing<Number, PageTable>& ring, uint32_t own_ring,
+                             f16 (&waiting)[kRing - 1]) {
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int64_t variant = static_cast<int64_t>(a.batch) * a.heads * kDim;
+  const float* power = a.cache.frame.power + share.kv_head * kDim;
+  const float* centre = a.cache.frame.centre + share.kv_head * kDim;
+  const float scale = a.scale[share.sequence] * kLog2E;
+
+  Stage current = kStages;
+  int use = 0;
+  const int32_t chunk = (share.length - 1) / a.chunk_len * a.chunk_len;
+  for (int tile = share.first; tile < share.last; ++tile) {
+    const int32_t key = tile * kTileKeys;
+    const Stage stage = key >= chunk ? kIntra : key >= chunk - a.chunk_len ? kSucc : kInter;
+    if (stage != current) {
+      current = stage;
+      state.set_query(q + stage * variant, share.rows, power, centre, scale, lane);
+    }
+    copy_wait<kRing - 2>();
+    __syncwarp();
+    const uint32_t part = own_ring + use * 2 * kPartBytes;
+    const f16 own = waiting[0];
+#pragma unroll
+    for (int i = 0; i + 1 < kRing - 1; ++i) waiting[i] = waiting[i + 1];
+    waiting[kRing - 2] = ring.load(tile + kRing - 1);
+    const int count = share.length - key - warp * kWarpKeys;
+    if (count > 0) state.attend(part, part + kPartBytes, count, widen(own), lane);
+    use = use == kRing - 1 ? 0 : use + 1;
+  }
+  copy_wait<0>();
+  __syncthreads();
+}
 
 }  // namespace
 }  // namespace sm80

@@ -37,38 +37,9 @@ __global__ void __launch_bounds__(kThreads, kUpper ? kBlocksPerProcessor : kMost
   if (!share.has_newest()) await_previous();
 
   const T* q = static_cast<const T*>(a.q) + (static_cast<int64_t>(share.sequence) * a.heads + share.first_head) * kDim;
-  const int64_t variant = static_cast<int64_t>(a.batch) * a.heads * kDim;
-  const float* power = a.cache.frame.power + share.kv_head * kDim;
-  const float* centre = a.cache.frame.centre + share.kv_head * kDim;
-  const float scale = a.scale[share.sequence] * kLog2E;
-
-  using Rows = ByteRows<T, Number, kUpper>;
-  Rows state;
+  ByteRows<T, Number, kUpper> state;
   state.start();
-  Stage current = kStages;
-  int use = 0;
-  const int32_t chunk = (share.length - 1) / a.chunk_len * a.chunk_len;
-  for (int tile = share.first; tile < share.last; ++tile) {
-    copy_wait<kRing - 2>();
-    __syncwarp();
-    const int32_t key = tile * kTileKeys;
-    const Stage stage = key >= chunk ? kIntra : key >= chunk - a.chunk_len ? kSucc : kInter;
-    if (stage != current) {
-      current = stage;
-      state.set_query(q + stage * variant, share.rows, power, centre, scale, lane);
-    }
-    const uint32_t part = own_ring + use * 2 * kPartBytes;
-    const f16 own = waiting[0];
-#pragma unroll
-    for (int i = 0; i + 1 < kRing - 1; ++i) waiting[i] = waiting[i + 1];
-    waiting[kRing - 2] = ring.load(tile + kRing - 1);
-    const int count = share.length - key - warp * kWarpKeys;
-    if (count > 0) state.attend(part, part + kPartBytes, count, widen(own), lane);
-    use = use == kRing - 1 ? 0 : use + 1;
-  }
-  copy_wait<0>();
-  __syncthreads();
-
+  attend_tiles(state, a, share, q, ring, own_ring, waiting);
   state.finish(WarpResult<kDim>(shared, warp), lane);
   finish_share<T, kDim>(a, share, shared);
 }

@@ -232,13 +232,10 @@ inline bool has_room_for_most(const qwen1m_dca_decode& a) {
 
 // Shares a sequence: enough for the whole device, whatever the lengths are.
 inline int32_t decode_splits(const qwen1m_dca_decode& a) {
-  int device = 0, processors = 1;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   const int64_t parts = ceil_div(a.heads / a.cache.kv_heads, kGroupRows);
   const int64_t merged = a.cache.kv_heads * parts * a.batch;
   const int blocks = has_room_for_most(a) ? kMostBlocksPerProcessor : kBlocksPerProcessor;
-  const int64_t fill = merged > kMostMerged ? 1 : processors * blocks / merged;
+  const int64_t fill = merged > kMostMerged ? 1 : processors() * blocks / merged;
   const int64_t most = ceil_div(static_cast<int64_t>(a.table_width) * a.cache.page_size, kTileKeys);
   return static_cast<int32_t>(std::max<int64_t>(1, std::min(fill, most)));
 }

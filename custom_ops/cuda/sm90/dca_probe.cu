@@ -404,13 +404,9 @@ Spans deal(const qwen1m_dca_probe& probe, int shares, int halo, int processors) 
 int group_of(const qwen1m_dca_probe& a) { return a.heads / a.cache.kv_heads; }
 
 ProbeArguments plan(const qwen1m_dca_probe& probe, void* workspace) {
-  int device = 0, processors = 1;
-  if (cudaGetDevice(&device) == cudaSuccess) {
-    cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  }
   const int warpgroups = statistic_warpgroups(group_of(probe));
-  ProbeArguments a{probe, static_cast<float2*>(workspace), nullptr, deal(probe, warpgroups, 0, processors),
-                   deal(probe, kSumWarps, kHalo, processors)};
+  ProbeArguments a{probe, static_cast<float2*>(workspace), nullptr, deal(probe, warpgroups, 0, processors()),
+                   deal(probe, kSumWarps, kHalo, processors())};
   a.log_sum = reinterpret_cast<float*>(a.statistic +
                                        static_cast<int64_t>(a.heads) * a.statistics.count() * warpgroups * kProbeRows);
   return a;

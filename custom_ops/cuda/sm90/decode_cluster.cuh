@@ -2,6 +2,7 @@
 // is merged by one of them, to which all send what they made of it. Nothing goes through global memory.
 #pragma once
 
+#include "clusters.cuh"
 #include "hopper.cuh"
 #include "overlap.cuh"
 #include "qwen1m/attention.h"
@@ -94,9 +95,6 @@ __device__ inline void await_sent(uint32_t barrier) {
       "}" ::"r"(barrier)
       : "memory");
 }
-
-__device__ inline void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
-__device__ inline void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
 // What a block is sent: of the row that has its rank the result of each block, in the shares' order.
 struct Inbox {

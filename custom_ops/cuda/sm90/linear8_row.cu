@@ -10,8 +10,11 @@
 //
 // Lane 4g + p has of a step bytes 32p to 32p + 31 of rows g and g + 8, as they lie in memory, and the same values of x:
 // an mma may add its products over k in any order. x is a column of eight; lanes of the others have zeros.
+#include <algorithm>
+
 #include "hopper.cuh"
 #include "linear8_row.h"
+#include "mma.cuh"
 #include "overlap.cuh"
 #include "tensor_map.h"
 #include "vectors.cuh"
@@ -41,13 +44,7 @@ int shared_bytes(int64_t depth) {
   return static_cast<int>(sizeof(SharedPlan) + depth * sizeof(f16) + depth / kStep * sizeof(float));
 }
 
-__device__ inline uint4 load_shared(uint32_t at) {
-  uint4 v;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at));
-  return v;
-}
-
-// The same where `valid`; else v stays as it is.
+// As load_shared where `valid`; else v stays as it is.
 __device__ inline void load_shared_where(bool valid, uint4& v, uint32_t at) {
   asm volatile(
       "{\n"
@@ -220,14 +217,11 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 template <typename T>
 int linear8_row(const qwen1m_linear8& a, cudaStream_t stream) {
-  int device, processors;
-  if (const int error = cudaGetDevice(&device)) return error;
-  if (const int error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device)) return error;
   CUtensorMap map;
   if (const int error = make_byte_map(map, a.weight.numbers, a.in_features, a.out_features, kFeatures)) return error;
   const int bytes = shared_bytes(a.in_features);
   const int64_t tiles = ceil_div(a.out_features, kFeatures);
-  const auto blocks = static_cast<unsigned>(tiles < processors ? tiles : processors);
+  const auto blocks = static_cast<unsigned>(std::min<int64_t>(tiles, processors()));
   const auto kernel = a.weight.kind == QWEN1M_INT8 ? linear8_row_kernel<Int8, T> : linear8_row_kernel<E4M3, T>;
   if (const int error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)) return error;
   return launch_overlapping(kernel, blocks, kThreads, bytes, stream, a, map);

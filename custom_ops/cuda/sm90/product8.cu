@@ -14,7 +14,6 @@
 #include "mma.cuh"
 #include "product8.h"
 #include "rows8.cuh"
-#include "shares.cuh"
 #include "tensor_map.h"
 
 namespace qwen1m {
