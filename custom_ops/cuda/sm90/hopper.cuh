@@ -104,6 +104,13 @@ __device__ inline void copy_matrix(uint32_t shared, const CUtensorMap& map, uint
       : "memory");
 }
 
+// Bytes that lie one behind the other, in whole 16.
+__device__ inline void copy_bytes(uint32_t shared, const void* from, int bytes, uint32_t barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared),
+               "l"(from), "r"(bytes), "r"(barrier)
+               : "memory");
+}
+
 // ---- registers of a warpgroup ----
 
 template <int kRegisters>

@@ -2,8 +2,7 @@
 // scaled and added up in float32. Or the MLP's first product with what follows it: 128 features of the gate and as many
 // of what goes up, of which SiLU makes 128 values of a row, rounded to FP8.
 //
-//   producer   one thread has the copy engine fill a ring: rows, and two halves of features; a warp brings the rows'
-//              scales
+//   producer   one thread has the copy engine fill a ring: rows, two halves of features, and the rows' scales
 //   consumers  two warpgroups of 64 rows. A step's sums of a half of the features are products of their own, scaled and
 //              added while the other warpgroup has the tensor cores
 //
@@ -28,7 +27,6 @@ constexpr int kHalfFeatures = 128, kHalves = 2;
 constexpr int kRing = 4;
 constexpr int kBand = 8;       // tiles of rows
 constexpr int kLanesARow = 4;  // of a consumer's warp
-constexpr int kScalesALane = kTileRows / kWarp;
 constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
 static_assert(kDepth == kPanelRowBytes && kHalfFeatures == QWEN1M_ROWS8_BLOCK, "");
 
@@ -69,31 +67,18 @@ template <bool kGated>
 __device__ void produce(const Product8Arguments& a, Shared& shared) {
   RingPlace<kRing> place;
   each_tile<kGated>(a, [&](const Tile& tile) {
+    const int scale_bytes = min(kTileRows, a.rows - tile.row) * static_cast<int>(sizeof(float));
     for (int step = 0; step < a.steps; ++step) {
       const uint32_t full = shared_address(&shared.full[place.index]);
       barrier_wait(shared_address(&shared.empty[place.index]), place.parity ^ 1);
-      barrier_arrive_expecting(full, (kTileRows + kHalves * kHalfFeatures) * kDepth);
+      barrier_arrive_expecting(full, (kTileRows + kHalves * kHalfFeatures) * kDepth + scale_bytes);
       copy_matrix(shared_address(shared.rows[place.index]), a.rows_map, full, step * kDepth, tile.row);
       for (int half = 0; half < kHalves; ++half) {
         copy_matrix(shared_address(shared.features[place.index][half]), a.features_map, full, step * kDepth,
                     tile.feature[half]);
       }
-      place.advance();
-    }
-  });
-}
-
-// A warp's part: 16 bytes a lane and step. Whoever reads them would otherwise wait for memory.
-template <bool kGated>
-__device__ void bring_scales(const Product8Arguments& a, Shared& shared) {
-  const int first = threadIdx.x % kWarp * kScalesALane;
-  RingPlace<kRing> place;
-  each_tile<kGated>(a, [&](const Tile& tile) {
-    const float* scales = a.row_scales + min(tile.row + first, a.rows - kScalesALane);
-    for (int step = 0; step < a.steps; ++step) {
-      barrier_wait(shared_address(&shared.empty[place.index]), place.parity ^ 1);
-      copy_async(shared_address(shared.scales[place.index] + first), scales + static_cast<int64_t>(step) * a.rows);
-      copy_arrive(shared_address(&shared.full[place.index]));
+      copy_bytes(shared_address(shared.scales[place.index]),
+                 a.row_scales + static_cast<int64_t>(step) * a.rows + tile.row, scale_bytes, full);
       place.advance();
     }
   });
@@ -120,7 +105,6 @@ struct Consumer {
   Shared& shared;
   const int number = static_cast<int>(threadIdx.x) / kWarpgroup - 1, lane = threadIdx.x % kWarp;
   const int line = number * kConsumerRows + threadIdx.x / kWarp % 4 * 16 + lane / kLanesARow;  // and the one 8 below
-  const bool reads = lane % kLanesARow == 0;  // scales, for its neighbours too, and says that the step's room is free
   RingPlace<kRing> place;
   float sums[kHalves][64], part[64];
 
@@ -141,11 +125,8 @@ struct Consumer {
       const int following = min(step + 1, a.steps - 1);
       const float next[kHalves] = {__ldg(weight_scales[0] + following), __ldg(weight_scales[1] + following)};
       barrier_wait(shared_address(&shared.full[place.index]), place.parity);
-      float own[2] = {}, row_scale[2];
-#pragma unroll
-      for (int below = 0; below < 2; ++below) {
-        if (reads) own[below] = shared.scales[place.index][line + below * 8];
-      }
+      const float row_scale[2] = {shared.scales[place.index][line], shared.scales[place.index][line + 8]};
+      __syncwarp();  // before one lane says for all that the room is free
       const uint32_t rows = rows_begin + place.index * (kTileRows * kDepth >> 4);
 #pragma unroll
       for (int half = 0; half < kHalves; ++half) {
@@ -157,16 +138,10 @@ struct Consumer {
           multiply_bytes(part, rows + chunk, features + chunk, chunk > 0);
         }
         products_commit();
-        if (half == 0) {
-#pragma unroll
-          for (int below = 0; below < 2; ++below) {
-            row_scale[below] = __shfl_sync(kAllLanes, own[below], lane / kLanesARow * kLanesARow);
-          }
-        }
         const float scale[2] = {row_scale[0] * weight_scale[half], row_scale[1] * weight_scale[half]};
         products_wait<0>();
         settle(part);
-        if (half == kHalves - 1 && reads) barrier_arrive(shared_address(&shared.empty[place.index]));
+        if (half == kHalves - 1 && lane == 0) barrier_arrive(shared_address(&shared.empty[place.index]));
 #pragma unroll
         for (int i = 0; i < 64; ++i) sums[half][i] += part[i] * scale[i / 2 % 2];
         weight_scale[half] = next[half];
@@ -242,17 +217,14 @@ __global__ void __launch_bounds__(kThreads, 1) product8_kernel(const __grid_cons
   extern __shared__ char memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   if (threadIdx.x == 0) {
-    for (uint64_t& barrier : shared.full) barrier_init(shared_address(&barrier), 1 + kWarp);
-    for (uint64_t& barrier : shared.empty) {
-      barrier_init(shared_address(&barrier), kConsumers * kWarpgroup / kLanesARow);
-    }
+    for (uint64_t& barrier : shared.full) barrier_init(shared_address(&barrier), 1);
+    for (uint64_t& barrier : shared.empty) barrier_init(shared_address(&barrier), kConsumers * kWarpgroup / kWarp);
     barrier_init_fence();
   }
   __syncthreads();
   if (threadIdx.x < kWarpgroup) {
     give_registers<kProducerRegisters>();
     if (threadIdx.x == 0) produce<kGated>(a, shared);
-    if (threadIdx.x / kWarp == 1) bring_scales<kGated>(a, shared);
   } else {
     take_registers<kConsumerRegisters>();
     Consumer<T, kGated>{a, shared}.run();
