@@ -3,9 +3,9 @@
 // A block takes a share of one sequence's keys for one KV head: tiles of 64 keys, of which each warp scores and attends
 // to 16 with the query heads of the group as the rows of its tile. Every warp keeps a softmax of its own; they are
 // merged at the end of the block, and the blocks' shares by the last blocks of a KV head to end. The time is that of
-// reading K and V once: a ring of tiles keeps the reads under way, the first of them already while the launch before,
-// which makes the queries and the newest key, still runs. The grid does not depend on the lengths, which stay on the
-// device.
+// reading K and V once: a ring of halves of tiles keeps the reads under way, the first of them already while the launch
+// before, which makes the queries and the newest key, still runs. The grid does not depend on the lengths, which stay
+// on the device.
 #include "attention.cuh"
 #include "decode_rows.cuh"
 #include "decode_shares.cuh"
@@ -19,11 +19,11 @@ namespace sm80 {
 
 namespace {
 
-constexpr int kDecodeRing = 3;
+constexpr int kDecodeRing = 5;  // keys or values of a tile
 
 template <int D>
 constexpr int decode_shared_bytes() {
-  return (kStages * kGroupRows + kDecodeRing * 2 * kTileKeys) * SharedRows<D>::kRowBytes;
+  return (kStages * kGroupRows + kDecodeRing * kTileKeys) * SharedRows<D>::kRowBytes;
 }
 
 template <typename T, int D>
@@ -48,17 +48,15 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
   const T* keys = static_cast<const T*>(a.cache.key) + static_cast<int64_t>(share.kv_head) * D;
   const T* values = static_cast<const T*>(a.cache.value) + static_cast<int64_t>(share.kv_head) * D;
 
-  // A tile lies in one page and in one stage: both hold a multiple of its keys.
+  // A tile lies in one page and in one stage: both hold a multiple of its keys. Its keys are loaded, then its values.
   int64_t slot = first < last ? pages.slot(first * kTileKeys) : 0;
   int fill = 0;
-  const auto load = [&](int tile) {
+  const auto load = [&](int half) {
+    const int tile = first + half / 2;
     if (tile < last) {
-      const int count = length - tile * kTileKeys;
-      const int64_t offset = slot * cache_row;
-      const uint32_t place = ring + fill * 2 * kTileBytes;
-      load_rows<T, D, kTileKeys, kThreads>(place, keys + offset, cache_row, 0, count);
-      load_rows<T, D, kTileKeys, kThreads>(place + kTileBytes, values + offset, cache_row, 0, count);
-      if (tile + 1 < last) slot = pages.slot((tile + 1) * kTileKeys);
+      const T* rows = (half % 2 == 0 ? keys : values) + slot * cache_row;
+      load_rows<T, D, kTileKeys, kThreads>(ring + fill * kTileBytes, rows, cache_row, 0, length - tile * kTileKeys);
+      if (half % 2 != 0 && tile + 1 < last) slot = pages.slot((tile + 1) * kTileKeys);
     }
     fill = fill == kDecodeRing - 1 ? 0 : fill + 1;
   };
@@ -67,7 +65,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
   const bool has_newest = share.has_newest();
   if (has_newest) await_previous();
 #pragma unroll
-  for (int i = 0; i < kDecodeRing - 1; ++i) load(first + i);
+  for (int i = 0; i < kDecodeRing - 1; ++i) load(i);
   if (!has_newest) await_previous();
   const T* q = static_cast<const T*>(a.q) + (static_cast<int64_t>(sequence) * a.heads + first_head) * D;
   const int64_t variant = static_cast<int64_t>(a.batch) * a.heads * D;
@@ -77,21 +75,33 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
                                           D, 0, rows);
   }
   copy_commit();
-  load(first + kDecodeRing - 1);
+  load(kDecodeRing - 1);
   copy_commit();
 
   DecodeRows<T, D> state;
   state.start();
   Stage current = kStages;
-  int use = 0;
-  const int32_t chunk = (length - 1) / a.chunk_len * a.chunk_len;
-  for (int tile = first; tile < last; ++tile) {
-    copy_wait<kDecodeRing - 2>();
+  int half = 0, use = 0;
+  // Where the warp's keys of the next half are, once they are there.
+  const auto await_half = [&] {
+    if (half == 0) {  // the whole ring is under way, all but its end in one group
+      copy_wait<1>();
+    } else {
+      copy_wait<kDecodeRing - 2>();
+    }
     __syncthreads();
-    if (tile > first) {
-      load(tile + kDecodeRing - 1);
+    if (half > 0) {
+      load(half + kDecodeRing - 1);
       copy_commit();
     }
+    ++half;
+    const uint32_t place = at<D>(ring + use * kTileBytes, 16 * warp, 0);
+    use = use == kDecodeRing - 1 ? 0 : use + 1;
+    return place;
+  };
+  const int32_t chunk = (length - 1) / a.chunk_len * a.chunk_len;
+  for (int tile = first; tile < last; ++tile) {
+    const uint32_t key_place = await_half() + transposed_place;
     const int32_t key = tile * kTileKeys;
     const Stage stage = key >= chunk ? kIntra : key >= chunk - a.chunk_len ? kSucc : kInter;
     if (stage != current) {
@@ -101,9 +111,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
         load_left(state.query[step], at<D>(queries + rows_place, stage * kGroupRows, step));
       }
     }
-    const uint32_t place = at<D>(ring + use * 2 * kTileBytes, 16 * warp, 0);
-    state.attend(place + transposed_place, place + kTileBytes + rows_place, 16 * warp, length - key, scale, lane);
-    use = use == kDecodeRing - 1 ? 0 : use + 1;
+    state.score(key_place, 16 * warp, length - key, scale, lane);
+    state.add(await_half() + rows_place);
   }
   copy_wait<0>();
   __syncthreads();

@@ -14,7 +14,8 @@ template <typename T, int D>
 struct DecodeRows {
   uint32_t query[D / 16][4];
   float out[D / 8][4];
-  float maximum[2], sum[2];
+  float maximum[2], sum[2], shrink[2];
+  uint32_t weights[4];
 
   __device__ void start() {
 #pragma unroll
@@ -26,8 +27,9 @@ struct DecodeRows {
     sum[0] = sum[1] = 0;
   }
 
-  // The warp's keys, a transposed operand, and values, an operand, are rows [row, row + 16) of a tile of `count` keys.
-  __device__ void attend(uint32_t keys, uint32_t values, int row, int count, float scale, int lane) {
+  // The warp's keys, a transposed operand, are rows [row, row + 16) of a tile of `count` keys: their scores become
+  // weights.
+  __device__ void score(uint32_t keys, int row, int count, float scale, int lane) {
     float scores[2][4] = {};
 #pragma unroll
     for (int step = 0; step < D / 16; ++step) {
@@ -36,7 +38,6 @@ struct DecodeRows {
       multiply_add<T>(scores[0], query[step], b[0], b[1]);
       multiply_add<T>(scores[1], query[step], b[2], b[3]);
     }
-    float shrink[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       float top = maximum[h];
@@ -60,8 +61,12 @@ struct DecodeRows {
       }
       sum[h] = sum[h] * shrink[h] + total;
     }
-    const uint32_t weights[4] = {pack_pair<T>(scores[0][0], scores[0][1]), pack_pair<T>(scores[0][2], scores[0][3]),
-                                 pack_pair<T>(scores[1][0], scores[1][1]), pack_pair<T>(scores[1][2], scores[1][3])};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) weights[i] = pack_pair<T>(scores[i / 2][i % 2 * 2], scores[i / 2][i % 2 * 2 + 1]);
+  }
+
+  // Adds the same keys' values, an operand, by their weights.
+  __device__ void add(uint32_t values) {
 #pragma unroll
     for (int n = 0; n < D / 16; ++n) {
       uint32_t b[4];
@@ -74,6 +79,11 @@ struct DecodeRows {
       multiply_add<T>(out[2 * n], weights, b[0], b[1]);
       multiply_add<T>(out[2 * n + 1], weights, b[2], b[3]);
     }
+  }
+
+  __device__ void attend(uint32_t keys, uint32_t values, int row, int count, float scale, int lane) {
+    score(keys, row, count, scale, lane);
+    add(values);
   }
 };
 

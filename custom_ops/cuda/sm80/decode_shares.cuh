@@ -19,8 +19,9 @@ constexpr int kWarps = 4, kThreads = kWarps * kWarp;
 constexpr int kGroupRows = 16;  // query heads of one KV head that share a block
 constexpr int kBlocksPerProcessor = 2, kMostBlocksPerProcessor = 3;
 constexpr int kFewestTiles = 4;    // of a share
-constexpr int kMergedAtOnce = 16;  // shares whose values a warp reads together
-constexpr int kSharesAMerger = 4;  // at least, where there are more
+constexpr int kMergedAtOnce = 16;  // shares whose values a lane reads together
+constexpr int kRowParts = 4;       // that blocks merge, where there are more shares
+constexpr int kSharesAMerger = 2;  // at least
 
 // How many shares of a (sequence, part of a KV head's group) are done, then also how many blocks have merged them: 0
 // between launches. There are fewer of these than a device has processors wherever there are shares to merge. Launches
@@ -70,32 +71,42 @@ __device__ inline int32_t look_and_synchronize(const int32_t* at) {
   return seen;
 }
 
-// What a warp has merged of a row's shares: per lane D / kWarp values, not normalised.
-template <int D>
+// What lanes have merged of a row's shares: a warp of one share at a time, or 1 / kParts of it, and as many shares
+// together, of each of which it has the same part of the values. Per lane D / kWarp values, not normalised.
+template <int D, int kParts>
 struct MergedShares {
-  static constexpr int kEach = D / kWarp;
+  static constexpr int kEach = D / kWarp, kLanes = kWarp / kParts;
   float out[kEach] = {}, top = kNegativeInfinity, total = 0;
 
-  // Shares [first, end) of the row whose first is number `place` of them all.
-  __device__ void add(const DecodeArguments& a, int64_t place, int first, int end, int lane) {
-    for (; first < end; first += kMergedAtOnce) {
+  // Every `step`-th share from `first` on of the row whose first is number `place` of them all; values from `dim` on.
+  __device__ void add(const DecodeArguments& a, int64_t place, int dim, int first, int end, int step) {
+    const float* const values_of = a.partial + place * D + dim;
+    const float2* const statistic_of = a.statistic + place;
+    for (; first < end; first += kMergedAtOnce * step) {
       Vector<float, kEach> values[kMergedAtOnce];
+      float2 statistics[kMergedAtOnce];
 #pragma unroll
       for (int i = 0; i < kMergedAtOnce; ++i) {
-        values[i] = load_vector<kEach>(a.partial + (place + min(first + i, end - 1)) * D + lane * kEach);
+        statistics[i] = make_float2(kNegativeInfinity, 0);
+        values[i] = {};
+        const int share = first + i * step;
+        if (share >= end) continue;
+        statistics[i] = statistic_of[share];
+        values[i] = load_vector<kEach>(values_of + share * D);
       }
-      const bool valid = lane < kMergedAtOnce && first + lane < end;
-      const float2 own = valid ? a.statistic[place + first + lane] : make_float2(kNegativeInfinity, 0);
-      const float higher = fmaxf(top, warp_largest(own.x)), origin = higher == kNegativeInfinity ? 0.0f : higher;
-      const float shrink = exp2_fast(top - origin), weight = exp2_fast(own.x - origin);
-      total = total * shrink + warp_sum(own.y * weight);
+      float higher = top;
+#pragma unroll
+      for (const float2& statistic : statistics) higher = fmaxf(higher, statistic.x);
+      const float origin = higher == kNegativeInfinity ? 0.0f : higher, shrink = exp2_fast(top - origin);
+      total *= shrink;
 #pragma unroll
       for (float& value : out) value *= shrink;
 #pragma unroll
       for (int i = 0; i < kMergedAtOnce; ++i) {
-        const float share_weight = __shfl_sync(kAllLanes, weight, i);
+        const float weight = exp2_fast(statistics[i].x - origin);
+        total += statistics[i].y * weight;
 #pragma unroll
-        for (int n = 0; n < kEach; ++n) out[n] += values[i].values[n] * share_weight;
+        for (int n = 0; n < kEach; ++n) out[n] += values[i].values[n] * weight;
       }
       top = higher;
     }
@@ -107,11 +118,11 @@ template <typename T, int D>
 __device__ void merge_rows(const DecodeArguments& a, int64_t line, int rows, int count) {
   const int lane = threadIdx.x % kWarp;
   for (int row = threadIdx.x / kWarp; row < rows; row += kWarps) {
-    MergedShares<D> merged;
-    merged.add(a, (line + row) * a.splits, 0, count, lane);
+    MergedShares<D, 1> merged;
+    merged.add(a, (line + row) * a.splits, lane * merged.kEach, 0, count, 1);
     const float inverse = merged.total > 0 ? 1.0f / merged.total : 0.0f;
     for (float& value : merged.out) value *= inverse;
-    store_narrowed(merged.out, static_cast<T*>(a.out) + (line + row) * D + lane * MergedShares<D>::kEach);
+    store_narrowed(merged.out, static_cast<T*>(a.out) + (line + row) * D + lane * merged.kEach);
   }
 }
 
@@ -160,22 +171,35 @@ struct WarpResult {
   }
 };
 
-// Merges what `count` shares made of row `line` of [B, H]: each warp an equal part of them, then the block theirs.
+// Merges what `count` shares made of a part of row `line` of [B, H]: groups of lanes every so manieth of them, then the
+// block theirs.
 template <typename T, int D>
-__device__ void merge_row(const DecodeArguments& a, int64_t line, int count, char* shared) {
-  static_assert(D <= kThreads, "a thread a value");
-  using Part = MergedShares<D>;
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  Part own;
-  own.add(a, line * a.splits, count * warp / kWarps, count * (warp + 1) / kWarps, lane);
-  const WarpResult<D> result(shared, warp);
+__device__ void merge_part(const DecodeArguments& a, int64_t line, int part, int count, char* shared) {
+  using Group = MergedShares<D, kRowParts>;
+  constexpr int kGroups = kWarps * kRowParts, kDims = D / kRowParts;
+  static_assert(kDims <= kWarp, "a lane a value");
+  const int group = threadIdx.x / Group::kLanes, first_dim = part * kDims;
+  const int dim = threadIdx.x % Group::kLanes * Group::kEach;
+  float* const values = reinterpret_cast<float*>(shared);  // [kGroups, kDims]
+  float2* const statistics = reinterpret_cast<float2*>(values + kGroups * kDims);
+  Group own;
+  own.add(a, line * a.splits, first_dim + dim, group, count, kGroups);
 #pragma unroll
-  for (int n = 0; n < Part::kEach; ++n) result.row(0)[lane * Part::kEach + n] = own.out[n];
-  if (lane == 0) result.statistics[0] = make_float2(own.top, own.total);
+  for (int n = 0; n < Group::kEach; ++n) values[group * kDims + dim + n] = own.out[n];
+  if (dim == 0) statistics[group] = make_float2(own.top, own.total);
   __syncthreads();
-  if (threadIdx.x < D) {
-    const float out = WarpResult<D>(shared, 0).over_warps(0, threadIdx.x).normalised();
-    static_cast<T*>(a.out)[line * D + threadIdx.x] = narrow<T>(out);
+  if (threadIdx.x < kDims) {
+    float top = kNegativeInfinity, total = 0, out = 0;
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) top = fmaxf(top, statistics[g].x);
+    const float origin = top == kNegativeInfinity ? 0.0f : top;
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+      const float weight = exp2_fast(statistics[g].x - origin);
+      total += statistics[g].y * weight;
+      out += values[g * kDims + threadIdx.x] * weight;
+    }
+    static_cast<T*>(a.out)[line * D + first_dim + threadIdx.x] = narrow<T>(total > 0 ? out / total : 0.0f);
   }
   __syncthreads();
 }
@@ -204,7 +228,8 @@ __device__ void finish_share(const DecodeArguments& a, const Share& share, char*
   // The blocks that are done last merge the rows once all are, in the shares' order: one alone, unless the shares are
   // few, would take as long as a processor takes to read everything. Those that wait are so few that whoever they wait
   // for finds room.
-  const int merging = share.count <= kMergedAtOnce ? 1 : min(rows, share.count / kSharesAMerger);
+  const int parts = rows * kRowParts;
+  const int merging = share.count <= kMergedAtOnce ? 1 : min(parts, share.count / kSharesAMerger);
   const int before = share.count - merging;
   int32_t* done = shares_done + share.sequence * gridDim.y + blockIdx.y;
   __syncthreads();
@@ -219,7 +244,9 @@ __device__ void finish_share(const DecodeArguments& a, const Share& share, char*
   if (merging == 1) {
     merge_rows<T, D>(a, line, rows, share.count);
   } else {
-    for (int row = first; row < rows; row += merging) merge_row<T, D>(a, line + row, share.count, shared);
+    for (int i = first; i < parts; i += merging) {
+      merge_part<T, D>(a, line + i / kRowParts, i % kRowParts, share.count, shared);
+    }
   }
   if (threadIdx.x == 0 && (merging == 1 || add_and_synchronize(done) == share.count + merging - 1)) *done = 0;
 }
