@@ -11,7 +11,7 @@ import paddle
 from paddle import nn
 
 from paddle_qwen1m import ops
-from paddle_qwen1m.attention.attend import attend, keep
+from paddle_qwen1m.attention.attend import attend, decode, keep
 from paddle_qwen1m.attention.selector import Projected, Selector
 from paddle_qwen1m.attention.step import Step
 from paddle_qwen1m.cache import LayerCache
@@ -115,20 +115,18 @@ class DecoderLayer(nn.Layer):
         return self._multiply(x, self._held(name))
 
     def product(self, name: str, times: int) -> Product:
-        """`linear` by the weight of that name, for so many calls. What is widened for several is widened once."""
-        held = self._held(name)
-        if times > 1 and isinstance(held, ops.Weight8):
-            held = ops.WidenedOnce(*held)
+        """`linear` by the weight of that name, for so many calls."""
+        held = self._held_for(name, times)
         return lambda x: self._multiply(x, held)
 
     def gated_product(self, times: int) -> Product:
         """The MLP's first product and SiLU, for so many calls: what its second product takes."""
-        multiply = self.product("gate_up_weight", times)
+        held = self._held_for("gate_up_weight", times)
 
         def gated(x: Activations) -> Activations:
-            rows8, held = self._rows8(x), self._held("gate_up_weight")
+            rows8 = self._rows8(x)
             if rows8 is None:
-                return ops.silu_mul(multiply(x))
+                return ops.gated_linear(x, held)
             assert isinstance(rows8, ops.Rows8) and isinstance(held, ops.Weight8), "a lane's rows are in one part"
             return ops.gated_product8(rows8, held)
 
@@ -139,6 +137,11 @@ class DecoderLayer(nn.Layer):
         if self.quantization is not None:
             held = ops.Weight8(held, getattr(self, f"{name}{SCALES}"), self.quantization)
         return held
+
+    def _held_for(self, name: str, times: int) -> paddle.Tensor | ops.Weight8:
+        """For so many products. What is widened for several is widened once."""
+        held = self._held(name)
+        return ops.WidenedOnce(*held) if times > 1 and isinstance(held, ops.Weight8) else held
 
     def _multiply(self, x: Activations, held: paddle.Tensor | ops.Weight8) -> paddle.Tensor:
         rows8 = self._rows8(x)
@@ -163,19 +166,32 @@ class DecoderLayer(nn.Layer):
 
     def attention(
         self,
-        projected: Projected,
+        hidden: Activations,
         step: Step,
         cache: LayerCache,
         selector: Selector | None,
         rows: paddle.Tensor | None = None,
     ) -> Generator[None, None, paddle.Tensor]:
-        """What the rank's heads make of `rows` int64 [n] of the step, by default of all: [n, H D], to be projected by
-        "output_weight". Rows that another rank with the same heads attends for are zeros. Keys and values of all rows
-        go to the cache.
+        """What the rank's heads make of `rows` int64 [n] of the step, by default of all, from its rows [T, hidden]: [n,
+        H D], to be projected by "output_weight". Rows that another rank with the same heads attends for are zeros. Keys
+        and values of all rows go to the cache.
         """
-        heads = (yield from attend(projected, cache, step, selector)).reshape([projected.qkv.shape[0], -1])
+        if self._rotates_at_once(hidden, step, cache):
+            weights, where = (self.qkv_weight, self.qkv_bias), (step.rotary, step.slots, cache.keys, cache.values)
+            heads = decode(ops.rotating_linear(hidden, *weights, *where), cache, step)
+        else:
+            projected = self.project(hidden)
+            del hidden  # the memory of what is not needed is free again while the next is computed
+            heads = yield from attend(projected, cache, step, selector)
+        heads = heads.reshape([heads.shape[0], -1])
         own = rows if step.attended is None else step.attended
         return heads if own is None else ops.gather_rows(heads, own)
+
+    def _rotates_at_once(self, hidden: Activations, step: Step, cache: LayerCache) -> bool:
+        """Whether a decode step's projections are rotated, and its keys cached, as they are made."""
+        if step.lengths is None or self.quantization is not None or cache.quantised is not None:
+            return False
+        return isinstance(hidden, paddle.Tensor) and hidden.shape[0] <= ops.FEW_ROWS
 
 
 AttentionObserver = Callable[[DecoderLayer, paddle.Tensor, paddle.Tensor], None]
@@ -267,9 +283,9 @@ class Qwen2OneM(nn.Layer):
                 step, rows = step.of_last_layer(), step.logit_rows
                 lanes = lanes.of_rows(rows)
             following = self.norm if is_last else self.layers[number + 1].input_norm
-            attention = layer.attention(layer.project(normed), step, caches[number], selector, rows)
+            attention = layer.attention(normed, step, caches[number], selector, rows)
             if observe is None:
-                del normed  # the memory of what is not needed is free again while the next is computed
+                del normed  # the layer's alone
             heads = yield from attention
             if observe is not None:
                 observe(layer, normed, heads)

@@ -43,7 +43,7 @@ C_TYPES: dict[str, Any] = {
 }
 
 
-STRUCTS = {"index_chains": "sparse_index"}
+STRUCTS = {"index_chains": "sparse_index", "gated_linear": "linear"}
 """Of ops that take another's."""
 
 

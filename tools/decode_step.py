@@ -78,9 +78,9 @@ class DecodeStep:
         self._rotary, self._scale = single(3, batch, HEAD_DIM), single(batch)
         self._residual, self.logits = single(batch, model.hidden), single(batch, model.vocabulary)
         self._normed, self._delta = half(batch, model.hidden), half(batch, model.hidden)
-        self._qkv, self._q = half(batch, model.qkv), half(3, batch, model.heads, HEAD_DIM)
+        self._q = half(3, batch, model.heads, HEAD_DIM)
         self._attended = half(batch, model.heads, HEAD_DIM)
-        self._gate_up, self._inner = half(batch, 2 * model.intermediate), half(batch, model.intermediate)
+        self._inner = half(batch, model.intermediate)
         size = cuda.workspace_bytes("dca_decode", **self._attention(self._layers[0]))
         self._workspace = torch.empty(size, dtype=torch.uint8, device="cuda")
 
@@ -131,33 +131,27 @@ class DecodeStep:
         )
         self._rms_norm(None, self._layers[0]["norm"])
         for layer, following in zip(self._layers, [*(layer["norm"] for layer in self._layers[1:]), self._norm]):
-            self._linear(self._normed, layer["qkv"], self._qkv)
             self._launch(
-                "rotate_and_cache",
-                qkv=self._qkv,
-                bias=layer["bias"],
-                table=self._rotary,
-                slots=self._slots,
-                q=self._q,
-                cache=self._cache(layer),
-                activation="bfloat16",
-                bias_dtype="bfloat16",
-                variants=3,
-                tokens=self._batch,
-                heads=model.heads,
+                "rotating_linear",
+                linear=self._linear_fields(self._normed, layer["qkv"], None),
+                rotation={
+                    "qkv": None,
+                    "bias": layer["bias"],
+                    "table": self._rotary,
+                    "slots": self._slots,
+                    "q": self._q,
+                    "cache": self._cache(layer),
+                    "activation": "bfloat16",
+                    "bias_dtype": "bfloat16",
+                    "variants": 3,
+                    "tokens": self._batch,
+                    "heads": model.heads,
+                },
             )
             self._launch("dca_decode", self._workspace, **self._attention(layer))
             self._linear(self._attended, layer["o"], self._delta)
             self._rms_norm(self._delta, layer["post_norm"])
-            self._linear(self._normed, layer["gate_up"], self._gate_up)
-            self._launch(
-                "silu_mul",
-                gate_up=self._gate_up,
-                out=self._inner,
-                tokens=self._batch,
-                width=model.intermediate,
-                activation="bfloat16",
-            )
+            self._launch("gated_linear", **self._linear_fields(self._normed, layer["gate_up"], self._inner))
             self._linear(self._inner, layer["down"], self._delta)
             self._rms_norm(self._delta, following)
         self._linear(self._normed, self._head, self.logits)
@@ -193,20 +187,22 @@ class DecodeStep:
         }
 
     def _linear(self, x: Any, weight: Any, y: Any) -> None:
+        self._launch("linear", **self._linear_fields(x, weight, y))
+
+    def _linear_fields(self, x: Any, weight: Any, y: Any | None) -> dict[str, Any]:
         features, depth = weight.shape
-        self._launch(
-            "linear",
-            x=x,
-            weight=weight,
-            bias=None,
-            y=y,
-            tokens=self._batch,
-            in_features=depth,
-            out_features=features,
-            activation="bfloat16",
-            out_dtype=str(y.dtype),
-            dtype="bfloat16",
-        )
+        return {
+            "x": x,
+            "weight": weight,
+            "bias": None,
+            "y": y,
+            "tokens": self._batch,
+            "in_features": depth,
+            "out_features": features,
+            "activation": "bfloat16",
+            "out_dtype": "bfloat16" if y is None else str(y.dtype),
+            "dtype": "bfloat16",
+        }
 
     def _rms_norm(self, delta: Any, weight: Any) -> None:
         self._launch(

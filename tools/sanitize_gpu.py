@@ -426,6 +426,39 @@ class Kernels:
                 dtype=half,
             )
 
+            self.linears_and_more(few, width, pages)
+
+    def linears_and_more(self, tokens: int, width: int, pages: int) -> None:
+        """A product and SiLU; projections, rotated and cached."""
+        half, heads, kv_heads, d = "bfloat16", self.heads, self.kv_heads, self.head_dim
+        features = (heads + 2 * kv_heads) * d
+        linear = {
+            "x": self.normal(tokens, width),
+            "bias": None,
+            "tokens": tokens,
+            "in_features": width,
+            "activation": half,
+            "out_dtype": half,
+            "dtype": half,
+        }
+        gated = {"weight": self.normal(2 * 39, width), "y": self.normal(tokens, 39), "out_features": 2 * 39}
+        self.cuda("gated_linear", **linear, **gated)
+        projections = {"weight": self.normal(features, width), "y": None, "out_features": features}
+        rotation = {
+            "qkv": None,
+            "bias": self.normal(features),
+            "table": self.floats(3, tokens, d),
+            "slots": self.array(self.rng.permutation(pages * PAGE)[:tokens].astype(np.int64)),
+            "q": self.normal(3, tokens, heads, d),
+            "cache": self.cache(pages),
+            "activation": half,
+            "bias_dtype": half,
+            "variants": 3,
+            "tokens": tokens,
+            "heads": heads,
+        }
+        self.cuda("rotating_linear", linear={**linear, **projections}, rotation=rotation)
+
     def weights_of_8_bits(self, tokens: int, width: int, features: int) -> None:
         """Products with them and, on Hopper, rows in FP8; width: a multiple of 128."""
         half = "bfloat16"

@@ -28,6 +28,38 @@ Tensors rotary_table(const Tensor& positions, const Tensor& inv_freq) {
   return {table};
 }
 
+// Where rotations of rows of `width` come from and go to, all but q and qkv.
+qwen1m_rotate_and_cache expect_rotation(Call& call, int64_t tokens, int64_t width, const Tensor& bias,
+                                        const Tensor& table, const Tensor& slots, const qwen1m_cache& cache,
+                                        int64_t pages) {
+  const int64_t d = cache.head_dim, heads = width / d - 2 * cache.kv_heads;
+  QWEN1M_REQUIRE(width % d == 0 && heads > 0 && heads % cache.kv_heads == 0,
+                 "qkv's width must be (H + 2 * " + text(cache.kv_heads) + ") * " + text(d) +
+                     " with H a multiple of the KV heads, got " + text(width));
+  const qwen1m_dtype bias_type = call.expect_stored(bias, "bias", {width});
+  call.expect(table, "table", DataType::FLOAT32, {-1, tokens, d});
+  call.expect(slots, "slots", DataType::INT64, {tokens});
+  const int64_t places = pages * cache.page_size;
+  const int64_t* slot = slots.data<int64_t>();
+  for (int64_t t = 0; !call.on_gpu() && t < tokens; ++t) {
+    QWEN1M_REQUIRE(slot[t] >= -1 && slot[t] < places,
+                   "slot " + text(slot[t]) + " is outside the cache of " + text(places) + " tokens");
+  }
+  return {
+      .qkv = nullptr,
+      .bias = bias.data(),
+      .table = table.data<float>(),
+      .slots = slot,
+      .q = nullptr,
+      .cache = cache,
+      .activation = QWEN1M_FLOAT32,
+      .bias_dtype = bias_type,
+      .variants = static_cast<int32_t>(table.shape()[0]),
+      .tokens = static_cast<int32_t>(tokens),
+      .heads = static_cast<int32_t>(heads),
+  };
+}
+
 // Keys and values go to the cache; returns the queries where they are `wanted`.
 Tensors rotate(bool wanted, const Tensor& qkv, const Tensor& bias, const Tensor& table, const Tensor& slots,
                const Tensor& key_cache, const Tensor& value_cache, const OptionalTensor& scales,
@@ -35,37 +67,16 @@ Tensors rotate(bool wanted, const Tensor& qkv, const Tensor& bias, const Tensor&
   Call call(qkv);
   const qwen1m_cache cache = call.expect_cache(key_cache, value_cache, scales, frame);
   const qwen1m_dtype activation = call.expect_activation(qkv, "qkv", {-1, -1});
-  const int64_t tokens = qkv.shape()[0], width = qkv.shape()[1], d = cache.head_dim;
-  const int64_t heads = width / d - 2 * cache.kv_heads;
-  QWEN1M_REQUIRE(width % d == 0 && heads > 0 && heads % cache.kv_heads == 0,
-                 "qkv's width must be (H + 2 * " + text(cache.kv_heads) + ") * " + text(d) +
-                     " with H a multiple of the KV heads, got " + text(width));
-  const qwen1m_dtype bias_type = call.expect_stored(bias, "bias", {width});
-  call.expect(table, "table", DataType::FLOAT32, {-1, tokens, d});
-  call.expect(slots, "slots", DataType::INT64, {tokens});
-  const int64_t variants = table.shape()[0], places = key_cache.shape()[0] * cache.page_size;
-  const int64_t* slot = slots.data<int64_t>();
-  for (int64_t t = 0; !call.on_gpu() && t < tokens; ++t) {
-    QWEN1M_REQUIRE(slot[t] >= -1 && slot[t] < places,
-                   "slot " + text(slot[t]) + " is outside the cache of " + text(places) + " tokens");
-  }
+  const int64_t tokens = qkv.shape()[0], pages = key_cache.shape()[0];
+  auto rotation = expect_rotation(call, tokens, qkv.shape()[1], bias, table, slots, cache, pages);
+  rotation.qkv = qkv.data();
+  rotation.activation = activation;
   Tensors queries;
-  if (wanted) queries.push_back(call.make_activation({variants, tokens, heads, d}));
-  call.run(
-      qwen1m_rotate_and_cache{
-          .qkv = qkv.data(),
-          .bias = bias.data(),
-          .table = table.data<float>(),
-          .slots = slot,
-          .q = wanted ? memory(queries[0]) : nullptr,
-          .cache = cache,
-          .activation = activation,
-          .bias_dtype = bias_type,
-          .variants = static_cast<int32_t>(variants),
-          .tokens = static_cast<int32_t>(tokens),
-          .heads = static_cast<int32_t>(heads),
-      },
-      QWEN1M_KERNEL(rotate_and_cache));
+  if (wanted) {
+    queries.push_back(call.make_activation({rotation.variants, tokens, rotation.heads, cache.head_dim}));
+    rotation.q = memory(queries[0]);
+  }
+  call.run(rotation, QWEN1M_KERNEL(rotate_and_cache));
   return queries;
 }
 
@@ -326,31 +337,66 @@ void parts_rms_norm(const Tensor& delta, Tensor& residual, const Tensor& weight,
   normalise(&delta, residual, weight, eps, run, &out);
 }
 
-Tensors linear(const Tensor& x, const Tensor& weight, const paddle::optional<Tensor>& bias, bool float32_out) {
-  Call call(x);
+// A product of rows with a weight, all but its bias and where it goes: activations.
+qwen1m_linear expect_linear(Call& call, const Tensor& x, const Tensor& weight) {
   const qwen1m_dtype activation = call.expect_activation(x, "x", {-1, -1});
-  const int64_t tokens = x.shape()[0], depth = x.shape()[1];
+  const int64_t depth = x.shape()[1];
   const qwen1m_dtype type = call.expect_stored(weight, "weight", {-1, depth});
   call.expect_width(depth);
-  const int64_t features = weight.shape()[0];
-  if (bias) call.expect(*bias, "bias", weight.dtype(), {features});
-  const Tensor y =
-      float32_out ? call.make({tokens, features}, DataType::FLOAT32) : call.make_activation({tokens, features});
-  call.run(
-      qwen1m_linear{
-          .x = x.data(),
-          .weight = weight.data(),
-          .bias = bias ? bias->data() : nullptr,
-          .y = memory(y),
-          .tokens = tokens,
-          .in_features = depth,
-          .out_features = features,
-          .activation = activation,
-          .out_dtype = storage_type(y, "y"),
-          .dtype = type,
-      },
-      QWEN1M_KERNEL(linear));
+  return {
+      .x = x.data(),
+      .weight = weight.data(),
+      .bias = nullptr,
+      .y = nullptr,
+      .tokens = x.shape()[0],
+      .in_features = depth,
+      .out_features = weight.shape()[0],
+      .activation = activation,
+      .out_dtype = activation,
+      .dtype = type,
+  };
+}
+
+Tensors linear(const Tensor& x, const Tensor& weight, const paddle::optional<Tensor>& bias, bool float32_out) {
+  Call call(x);
+  qwen1m_linear product = expect_linear(call, x, weight);
+  const Shape shape{product.tokens, product.out_features};
+  if (bias) {
+    call.expect(*bias, "bias", weight.dtype(), {product.out_features});
+    product.bias = bias->data();
+  }
+  const Tensor y = float32_out ? call.make(shape, DataType::FLOAT32) : call.make_activation(shape);
+  product.y = memory(y);
+  product.out_dtype = storage_type(y, "y");
+  call.run(product, QWEN1M_KERNEL(linear));
   return {y};
+}
+
+Tensors gated_linear(const Tensor& x, const Tensor& weight) {
+  Call call(x);
+  qwen1m_linear product = expect_linear(call, x, weight);
+  QWEN1M_REQUIRE(product.out_features % 2 == 0,
+                 "gate and up must have as many features each, got " + text(product.out_features) + " together");
+  const Tensor y = call.make_activation({product.tokens, product.out_features / 2});
+  product.y = memory(y);
+  call.run(product, QWEN1M_KERNEL(gated_linear));
+  return {y};
+}
+
+Tensors rotating_linear(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& table,
+                        const Tensor& slots, Tensor& key_cache, Tensor& value_cache) {
+  Call call(x);
+  const qwen1m_linear product = expect_linear(call, x, weight);
+  QWEN1M_REQUIRE(!call.on_gpu() || product.tokens <= QWEN1M_FEW_ROWS,
+                 "x must have at most " + text(QWEN1M_FEW_ROWS) + " rows on a GPU, got " + text(product.tokens));
+  const qwen1m_cache cache = call.expect_cache(key_cache, value_cache, {}, {});
+  auto rotation =
+      expect_rotation(call, product.tokens, product.out_features, bias, table, slots, cache, key_cache.shape()[0]);
+  const Tensor q = call.make_activation({rotation.variants, product.tokens, rotation.heads, cache.head_dim});
+  rotation.activation = product.activation;
+  rotation.q = memory(q);
+  call.run(qwen1m_rotating_linear{product, rotation}, QWEN1M_KERNEL(rotating_linear));
+  return {q};
 }
 
 Tensors silu_mul(const Tensor& gate_up) {
@@ -477,6 +523,14 @@ PD_BUILD_OP(qwen1m_linear)
     .Outputs({"y"})
     .Attrs({"float32_out: bool"})
     .SetKernelFn(PD_KERNEL(qwen1m::linear));
+
+PD_BUILD_OP(qwen1m_gated_linear).Inputs({"x", "weight"}).Outputs({"y"}).SetKernelFn(PD_KERNEL(qwen1m::gated_linear));
+
+PD_BUILD_OP(qwen1m_rotating_linear)
+    .Inputs({"x", "weight", "bias", "table", "slots", "key_cache", "value_cache"})
+    .Outputs({"written_keys", "written_values", "q"})
+    .SetInplaceMap({{"key_cache", "written_keys"}, {"value_cache", "written_values"}})
+    .SetKernelFn(PD_KERNEL(qwen1m::rotating_linear));
 
 PD_BUILD_OP(qwen1m_silu_mul).Inputs({"gate_up"}).Outputs({"out"}).SetKernelFn(PD_KERNEL(qwen1m::silu_mul));
 

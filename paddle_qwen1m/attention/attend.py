@@ -19,6 +19,20 @@ def keep(projected: Projected, cache: LayerCache, step: Step, *, queries: bool =
     return ops.rotate_and_cache(projected.qkv, projected.bias, *where, queries=queries)
 
 
+def decode(q: paddle.Tensor, cache: LayerCache, step: Step) -> paddle.Tensor:
+    """Attention output [B, H, D] of a decode step, whose keys and values are in the cache; q: [3, B, H, D]."""
+    return ops.dca_decode(
+        q,
+        cache.keys,
+        cache.values,
+        step.block_tables,
+        step.lengths,
+        step.scale,
+        cache.chunk_len,
+        cache.quantised,
+    )
+
+
 def attend(
     projected: Projected, cache: LayerCache, step: Step, selector: Selector | None
 ) -> Generator[None, None, paddle.Tensor]:
@@ -30,16 +44,8 @@ def attend(
     rows = projected.qkv.shape[0]
     q = keep(projected, cache, step, queries=not step.sparse_pieces and rows <= ROWS_AT_ONCE)
     if step.lengths is not None:
-        return ops.dca_decode(
-            q,
-            cache.keys,
-            cache.values,
-            step.block_tables,
-            step.lengths,
-            step.scale,
-            cache.chunk_len,
-            cache.quantised,
-        )
+        assert q is not None
+        return decode(q, cache, step)
     out = paddle.empty([rows, projected.heads, cache.keys.shape[3]], projected.qkv.dtype)
     yield from _attend_densely(projected, cache, step, out, q)
     yield from _attend_sparsely(projected, cache, step, selector, out)

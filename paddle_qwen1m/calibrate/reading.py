@@ -106,13 +106,13 @@ class Layer:
                 residual = ops.tensor(text.residual[rows])
                 normed = ops.rms_norm(residual, layer.input_norm, eps)
                 normed = ops.add_rms_norm(self._attention(normed, step), residual, layer.post_attention_norm, eps)
-                inner = ops.silu_mul(layer.linear(normed, "gate_up_weight"))
+                inner = layer.gated_product(1)(normed)
                 ops.add_rms_norm(layer.linear(inner, "down_weight"), residual, layer.post_attention_norm, eps)
                 text.residual[rows] = residual.numpy()
                 yield len(text.residual[rows])
 
     def _attention(self, normed: paddle.Tensor, step: Step) -> paddle.Tensor:
-        running = self._layer.attention(self._layer.project(normed), step, self._cache.layers[0], None)
+        running = self._layer.attention(normed, step, self._cache.layers[0], None)
         while True:
             try:
                 next(running)

@@ -57,7 +57,7 @@ def output_errors(model: Qwen2OneM, dtype: str, scales: KVScales | None, token_i
 
     def compare(step: Step) -> AttentionObserver:
         def of_layer(layer: DecoderLayer, normed: paddle.Tensor, heads: paddle.Tensor) -> None:
-            others = _end_of(layer.attention(layer.project(normed), step, rounded.layers[layer.number], None))
+            others = _end_of(layer.attention(normed, step, rounded.layers[layer.number], None))
             outputs = (model.group.all_reduce(layer.linear(one, "output_weight")) for one in (heads, others))
             expected, got = (ops.cast(one, "float32").numpy().astype(np.float64) for one in outputs)
             moved[layer.number] += np.square(got - expected).sum()

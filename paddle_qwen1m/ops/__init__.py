@@ -49,6 +49,7 @@ from paddle_qwen1m.ops.step import (
     cast,
     decode_inputs,
     embedding,
+    gated_linear,
     gather_rows,
     join_columns,
     linear,
@@ -56,6 +57,7 @@ from paddle_qwen1m.ops.step import (
     rotary_table,
     rotate_and_cache,
     rotate_queries,
+    rotating_linear,
     silu_mul,
 )
 from paddle_qwen1m.ops.weight8 import FEW_ROWS as FEW_ROWS_OF_8_BITS
@@ -105,6 +107,7 @@ __all__ = [
     "decode_inputs",
     "dequantize_pages",
     "embedding",
+    "gated_linear",
     "gated_product8",
     "gather_rows",
     "gpu_obstacle",
@@ -127,6 +130,7 @@ __all__ = [
     "rotary_table",
     "rotate_and_cache",
     "rotate_queries",
+    "rotating_linear",
     "round_rows",
     "round_weight",
     "sample",

@@ -9,7 +9,9 @@ from paddle_qwen1m.ops.pages import NOT_QUANTISED, Quantised
 from paddle_qwen1m.ops.weight8 import Weight8, linear8
 
 FEW_ROWS = 16
-"""Up to so many rows a linear layer on a GPU is a custom op, which reads the weights once; above, a GEMM of cuBLAS."""
+"""Up to so many rows a linear layer on a GPU is a custom op, which reads the weights once; above, a GEMM of cuBLAS.
+(QWEN1M_FEW_ROWS of custom_ops/include/qwen1m/step.h)
+"""
 
 
 def embedding(
@@ -60,11 +62,40 @@ def linear(
         if bias is not None or float32:
             raise ValueError("linear: a weight of 8 bits takes no bias and gives activations, not float32")
         return linear8(x, weight)
-    if float32 or x.shape[0] <= FEW_ROWS or not x.place.is_gpu_place():
+    if float32 or not _is_gemm(x):
         return call("linear", x, weight, bias, float32)[0]
     if bias is not None:
         raise ValueError(f"linear: bias must be None for more than {FEW_ROWS} rows on a GPU, got {x.shape[0]} rows")
     return paddle.matmul(x, weight, transpose_y=True)
+
+
+def gated_linear(x: paddle.Tensor, weight: paddle.Tensor | Weight8) -> paddle.Tensor:
+    """`silu_mul` of `linear` by a weight of gate and up [2I, K]: [T, I]. The product of few rows with a weight that has
+    not 8 bits is never in memory on a GPU.
+    """
+    if isinstance(weight, Weight8) or _is_gemm(x):
+        return silu_mul(linear(x, weight))
+    return call("gated_linear", x, weight)[0]
+
+
+def rotating_linear(
+    x: paddle.Tensor,
+    weight: paddle.Tensor,
+    bias: paddle.Tensor,
+    table: paddle.Tensor,
+    slots: paddle.Tensor,
+    key_cache: paddle.Tensor,
+    value_cache: paddle.Tensor,
+) -> paddle.Tensor:
+    """`rotate_and_cache` of `linear` by the weight of q, k and v [(H + 2G) D, K], into caches that have not 8 bits: q
+    [V, T, H, D]. On a GPU of up to FEW_ROWS rows (ValueError), whose product is never in memory.
+    """
+    return call("rotating_linear", x, weight, bias, table, slots, key_cache, value_cache)[2]
+
+
+def _is_gemm(x: paddle.Tensor) -> bool:
+    """Whether so many rows are multiplied by Paddle's matmul."""
+    return x.shape[0] > FEW_ROWS and x.place.is_gpu_place()
 
 
 def cast(values: paddle.Tensor, dtype: str) -> paddle.Tensor:

@@ -74,6 +74,9 @@ class OpFace:
     def linear(self, x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:
         return array(ops.linear(tensor(x), self._stored(weight), None if bias is None else self._stored(bias)))
 
+    def gated_linear(self, x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+        return array(ops.gated_linear(tensor(x), self._stored(weight)))
+
     def cast(self, values: np.ndarray, dtype: str) -> np.ndarray:
         return array(ops.cast(self._stored(values), dtype))
 
@@ -100,6 +103,22 @@ class OpFace:
     ) -> np.ndarray:
         keys, values = self._stored(key_cache), self._stored(value_cache)
         queries = ops.rotate_and_cache(tensor(qkv), self._stored(bias), tensor(table), tensor(slots), keys, values)
+        key_cache[:], value_cache[:] = array(keys), array(values)
+        return array(queries)
+
+    def rotating_linear(
+        self,
+        x: np.ndarray,
+        weight: np.ndarray,
+        bias: np.ndarray,
+        table: np.ndarray,
+        slots: np.ndarray,
+        key_cache: np.ndarray,
+        value_cache: np.ndarray,
+    ) -> np.ndarray:
+        weights = self._stored(weight), self._stored(bias)
+        keys, values = self._stored(key_cache), self._stored(value_cache)
+        queries = ops.rotating_linear(tensor(x), *weights, tensor(table), tensor(slots), keys, values)
         key_cache[:], value_cache[:] = array(keys), array(values)
         return array(queries)
 

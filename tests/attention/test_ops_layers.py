@@ -124,6 +124,21 @@ def test_silu_mul(rng: np.random.Generator, rows: int, width: int) -> None:
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-30)
 
 
+@each_storage
+@pytest.mark.parametrize("rows, depth, width", [(1, 64, 1), (3, 33, 20), (40, 96, 129)])
+def test_gated_linear(rng: np.random.Generator, rows: int, depth: int, width: int, storage: str) -> None:
+    """SiLU of one half of a product's features times the other half."""
+    x = stored(rng.standard_normal((rows, depth)), "float32")
+    weight = stored(rng.standard_normal((2 * width, depth)), storage)
+    expected = ORACLE.silu_mul(ORACLE.linear(x, weight))
+    assert error(OpFace(storage).gated_linear(x, weight), expected) < 1e-5
+
+
+def test_gated_linear_refuses_halves_of_unequal_width() -> None:
+    with pytest.raises(ValueError, match="gated_linear: gate and up must have as many features each, got 5 together"):
+        OpFace().gated_linear(np.zeros((3, 16)), np.zeros((5, 16)))
+
+
 def test_gather_rows_copies_rows(rng: np.random.Generator) -> None:
     """Rows in any order, repeated ones too, bit for bit."""
     hidden = stored(rng.standard_normal((20, 37)), "float32")
@@ -226,6 +241,30 @@ def test_rotate_and_cache(
         inside = ~np.isnan(exact)
         low, high = stored(exact[inside] - 2e-6, storage), stored(exact[inside] + 2e-6, storage)
         assert ((written[inside] >= low) & (written[inside] <= high)).all()
+
+
+@each_storage
+@pytest.mark.parametrize("heads, kv_heads, head_dim", [(4, 2, 64), (7, 1, 128)])
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_rotating_linear(
+    rng: np.random.Generator, tokens: int, heads: int, kv_heads: int, head_dim: int, storage: str
+) -> None:
+    """The projections of rows, rotated and cached as those of a product in memory; other slots stay."""
+    depth, features = 96, (heads + 2 * kv_heads) * head_dim
+    x = stored(rng.standard_normal((tokens, depth)), "float32")
+    weight, bias = (stored(rng.standard_normal(shape), storage) for shape in ((features, depth), (features,)))
+    positions = rng.integers(0, 262145, (3, tokens)).astype(np.int32)
+    table = ORACLE.rotary_table(positions, oracle.inverse_frequencies(head_dim, 1e7))
+    slots = rng.permutation(16)[:tokens]
+    slots[1:2] = -1
+    pages = (2, 8, kv_heads, head_dim)
+    exact, written = np.full((2, 2, *pages), np.nan)
+    expected = ORACLE.rotate_and_cache(ORACLE.linear(x, weight), bias, table, slots, *exact)
+    got = OpFace(storage).rotating_linear(x, weight, bias, table, slots, *written)
+    assert error(got, expected) < 1e-5
+    rounding = {"float32": 1e-6, "bfloat16": 2.0**-8, "float16": 2.0**-11}[storage]
+    np.testing.assert_array_equal(np.isnan(written), np.isnan(exact))
+    np.testing.assert_allclose(written, exact, rtol=rounding, atol=1e-5)
 
 
 @each_storage

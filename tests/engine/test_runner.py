@@ -154,17 +154,17 @@ def test_the_last_layer_ends_early(
     expected = np.concatenate([head(whole, row, 1) for row in wanted]) if wanted else None
 
     computed, attended = list[int](), list[int]()
-    silu_mul, attend = ops.silu_mul, (ops.dca_prefill, ops.dca_sparse_prefill)
+    gated_linear, attend = ops.gated_linear, (ops.dca_prefill, ops.dca_sparse_prefill)
 
-    def note_mlp(gate_up: paddle.Tensor) -> paddle.Tensor:
-        computed.append(len(gate_up))
-        return silu_mul(gate_up)
+    def note_mlp(x: paddle.Tensor, weight: paddle.Tensor) -> paddle.Tensor:
+        computed.append(len(x))
+        return gated_linear(x, weight)
 
     def note_attend(which: int, *arguments: Any, **options: Any) -> None:
         attended.append(len(computed))
         attend[which](*arguments, **options)
 
-    monkeypatch.setattr(ops, "silu_mul", note_mlp)
+    monkeypatch.setattr(ops, "gated_linear", note_mlp)
     monkeypatch.setattr(ops, "dca_prefill", partial(note_attend, 0))
     monkeypatch.setattr(ops, "dca_sparse_prefill", partial(note_attend, 1))
     runner, cache = make(model)
@@ -233,7 +233,7 @@ def test_a_chunk_that_fails_is_gone(
     runner, _ = make(model)
     runner.run(Prefill((rows(prompt, range(10)),)))
     with monkeypatch.context() as patched:
-        patched.setattr(ops, "silu_mul", lambda *_: 1 // 0)
+        patched.setattr(ops, "gated_linear", lambda *_: 1 // 0)
         with pytest.raises(ZeroDivisionError):
             runner.run(Advance())
     assert not runner.in_flight

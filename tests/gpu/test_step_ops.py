@@ -397,6 +397,21 @@ def test_decode_inputs_advance_in_a_graph(cuda: Any, rng: np.random.Generator) -
 # Linear layers
 
 
+def linear_fields(x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor | None) -> dict[str, Any]:
+    return {
+        "x": x,
+        "weight": weight,
+        "bias": None,
+        "y": y,
+        "tokens": x.shape[0],
+        "in_features": x.shape[1],
+        "out_features": weight.shape[0],
+        "activation": x.dtype,
+        "out_dtype": x.dtype,
+        "dtype": x.dtype,
+    }
+
+
 def run_linear(
     cuda: Any,
     x: torch.Tensor,
@@ -407,19 +422,7 @@ def run_linear(
 ) -> torch.Tensor:
     """y, with poisoned rows after its own."""
     y = poisoned(x.shape[0] + spare_rows, weight.shape[0], dtype=out_dtype)
-    cuda(
-        "linear",
-        x=x,
-        weight=weight,
-        bias=bias,
-        y=y,
-        tokens=x.shape[0],
-        in_features=x.shape[1],
-        out_features=weight.shape[0],
-        activation=x.dtype,
-        out_dtype=out_dtype,
-        dtype=weight.dtype,
-    )
+    cuda("linear", **{**linear_fields(x, weight, y), "bias": bias, "out_dtype": out_dtype})
     return y
 
 
@@ -444,6 +447,73 @@ def test_linear(
     expected = oracle.linear(exact(x), exact(weight), None if bias is None else exact(bias))
     for out_dtype in (dtype, torch.float32):
         check(run_linear(cuda, x, weight, bias, out_dtype), expected, linear_slack(depth))
+
+
+@each_half
+@pytest.mark.parametrize("depth, width", [(8, 1), (72, 17), (520, 2150), (3584, 9472), (5120, 772), (896, 4864)])
+@pytest.mark.parametrize("tokens", [1, 3, 9, 16, 37])
+def test_gated_linear(
+    cuda: Any, rng: np.random.Generator, tokens: int, depth: int, width: int, dtype: torch.dtype
+) -> None:
+    """Bit for bit what SiLU makes of the product in memory; nothing behind its rows is written."""
+    x = stored(rng.standard_normal((tokens, depth)), dtype)
+    weight = stored(depth**-0.5 * rng.standard_normal((2 * width, depth)), dtype)
+    product = run_linear(cuda, x, weight, None, dtype)
+    apart = poisoned(tokens, width, dtype=dtype)
+    cuda("silu_mul", gate_up=product, out=apart, tokens=tokens, width=width, activation=dtype)
+    y = poisoned(tokens + 16, width, dtype=dtype)
+    cuda("gated_linear", **linear_fields(x, weight, y))
+    assert same_bits(y[:tokens], apart)
+    assert same_bits(y[tokens:], poisoned(16, width, dtype=dtype))
+    expected = oracle.silu_mul(exact(product))
+    check(y[:tokens], expected, 2e-6 * largest(expected))
+
+
+@each_half
+@pytest.mark.parametrize("shape", HEADS)
+@pytest.mark.parametrize("tokens, variants", [(1, 3), (3, 1), (8, 3), (9, 2), (16, 3)])
+def test_rotating_linear(
+    cuda: Any,
+    rng: np.random.Generator,
+    tokens: int,
+    variants: int,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+) -> None:
+    """Bit for bit what the rotations make of the product in memory, some rows in no slot; no other slot is touched."""
+    heads, kv_heads, head_dim = shape
+    depth, page_size = 328, 64
+    qkv, bias, table = rotation_inputs(rng, tokens, tokens, variants, shape, dtype)
+    x = stored(rng.standard_normal((tokens, depth)), dtype)
+    weight = stored(depth**-0.5 * rng.standard_normal((qkv.shape[1], depth)), dtype)
+    slots = rng.permutation(2 * page_size)[:tokens]
+    slots[1::4] = -1
+    results = []
+    for product in (run_linear(cuda, x, weight, None, dtype), None):
+        q = poisoned(variants, tokens, heads, head_dim, dtype=dtype)
+        key, value = (poisoned(2, page_size, kv_heads, head_dim, dtype=dtype) for _ in range(2))
+        cache = {"key": key, "value": value, "dtype": dtype}
+        rotation = {
+            "qkv": product,
+            "bias": bias,
+            "table": table,
+            "slots": stored(slots, torch.int64),
+            "q": q,
+            "cache": {**cache, "page_size": page_size, "kv_heads": kv_heads, "head_dim": head_dim},
+            "activation": dtype,
+            "bias_dtype": dtype,
+            "variants": variants,
+            "tokens": tokens,
+            "heads": heads,
+        }
+        if product is None:
+            cuda("rotating_linear", linear=linear_fields(x, weight, None), rotation=rotation)
+        else:
+            cuda("rotate_and_cache", **rotation)
+        results.append((q, key, value))
+    for apart, at_once in zip(*results):
+        assert same_bits(at_once, apart)
+    assert exact(results[1][0]).std() > 0.5, "queries of projections and biases that vary"
 
 
 @pytest.mark.parametrize("tokens", range(1, 17))

@@ -3,13 +3,15 @@
 
 #include "common.cuh"
 #include "overlap.cuh"
+#include "qwen1m/step.h"
 
 namespace qwen1m {
 namespace cuda {
 
 constexpr int kFeatures = 16;   // of a block: rows of one mma
 constexpr int kTokenGroup = 8;  // columns of one mma
-constexpr int kMaxTokens = 2 * kTokenGroup;
+constexpr int kMaxTokens = QWEN1M_FEW_ROWS;
+static_assert(kMaxTokens == 2 * kTokenGroup, "groups of a launch");
 constexpr int kProcessorWarps = 16;  // as many as the registers of a processor hold
 
 // 16 bytes, zeros where not `valid`.
@@ -93,40 +95,33 @@ struct WarpSums {
     }
   }
 
-  // finish(token, sum on top of `start`) for this thread's feature, threadIdx.x % kFeatures, and its share of the
-  // tokens.
-  template <typename Finish>
-  __device__ __forceinline__ void each_token(int tokens, float start, Finish&& finish) const {
-    for (int t = threadIdx.x / kFeatures; t < tokens; t += WARPS * kWarp / kFeatures) {
-      float sum = start;
+  // Of all warps, once they have put theirs.
+  __device__ __forceinline__ float total(int token, int feature) const {
+    float sum = 0;
 #pragma unroll
-      for (int w = 0; w < WARPS; ++w) sum += sums[w][t][threadIdx.x % kFeatures];
-      finish(t, sum);
-    }
+    for (int w = 0; w < WARPS; ++w) sum += sums[w][token][feature];
+    return sum;
   }
 };
 
-// launch(a of few tokens, stream) for all of a's tokens, one after the other; x is of type T, y of type Out.
+// launch(a of few tokens, stream) for all of a's tokens, one after the other; x is of type T, y [tokens, width] of type
+// Out.
 template <typename T, typename Out, typename Linear>
-int few_at_a_time(const Linear& a, int (*launch)(const Linear&, cudaStream_t), cudaStream_t stream) {
+int few_at_a_time(const Linear& a, int64_t width, int (*launch)(const Linear&, cudaStream_t), cudaStream_t stream) {
   for (int64_t first = 0; first < a.tokens; first += kMaxTokens) {
     Linear few = a;
     few.tokens = a.tokens - first < kMaxTokens ? a.tokens - first : kMaxTokens;
     few.x = static_cast<const T*>(a.x) + first * a.in_features;
-    few.y = static_cast<Out*>(a.y) + first * a.out_features;
+    few.y = static_cast<Out*>(a.y) + first * width;
     if (const int error = launch(few, stream)) return error;
   }
   return cudaSuccess;
 }
 
-// Whether all blocks of eight warps run at once: then they keep more of the weights under way than blocks of four;
-// where they do not, smaller blocks leave less of the last round unfilled.
-inline int all_at_once(int64_t out_features, bool& at_once) {
-  int device, processors;
-  if (const int error = cudaGetDevice(&device)) return error;
-  if (const int error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device)) return error;
-  at_once = ceil_div(out_features, kFeatures) <= kProcessorWarps / 8 * processors;
-  return cudaSuccess;
+// Whether blocks have eight warps, not four, twice as many of which run at once: where they fill their rounds better,
+// whose number is odd then. Of one round they keep more of the weights under way; of an even number they fill no more.
+inline bool takes_eight_warps(int64_t out_features) {
+  return ceil_div(ceil_div(out_features, kFeatures), kProcessorWarps / 8 * processors()) % 2 == 1;
 }
 
 }  // namespace cuda

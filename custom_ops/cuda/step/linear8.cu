@@ -120,9 +120,10 @@ __global__ void __launch_bounds__(WARPS* kWarp, kProcessorWarps / WARPS) linear8
   // A thread finishes one feature, of one token or more.
   const int64_t feature = first + threadIdx.x % kFeatures;
   if (feature >= a.out_features) return;
-  of_warps.each_token(tokens, 0.0f, [&](int t, float sum) {
+  for (int t = threadIdx.x / kFeatures; t < tokens; t += WARPS * kWarp / kFeatures) {
+    const float sum = of_warps.total(t, threadIdx.x % kFeatures);
     static_cast<T*>(a.y)[t * a.out_features + feature] = narrow<T>(sum * kPower<Kind, T>);
-  });
+  }
 }
 
 template <typename Kind, typename T, int WARPS>
@@ -184,12 +185,11 @@ int qwen1m_cuda_linear8(const qwen1m_linear8* a, qwen1m_stream stream) {
     return with_half_type(a->activation,
                           [&](auto type) { return sm90::linear8_row<decltype(type)>(*a, as_stream(stream)); });
   }
-  bool at_once;
-  if (const int error = all_at_once(a->out_features, at_once)) return error;
+  const bool eight = takes_eight_warps(a->out_features);
   return with_weight8(a->weight.kind, a->activation, [&](auto kind, auto type) -> int {
     using Kind = decltype(kind);
     using T = decltype(type);
-    return few_at_a_time<T, T>(*a, at_once ? launch_linear8<Kind, T, 8> : launch_linear8<Kind, T, 4>,
+    return few_at_a_time<T, T>(*a, a->out_features, eight ? launch_linear8<Kind, T, 8> : launch_linear8<Kind, T, 4>,
                                as_stream(stream));
   });
 }

@@ -66,6 +66,18 @@ typedef struct {
   qwen1m_dtype activation, out_dtype, dtype;  // of x, of y, of the weight and bias
 } qwen1m_linear;
 
+// qwen1m_gated_linear is one by a weight of gate and up without a bias, and then qwen1m_silu_mul: its y is [tokens,
+// out_features / 2] activations.
+
+enum { QWEN1M_FEW_ROWS = 16 };  // that read a weight once on a GPU
+
+// One without a bias, and then qwen1m_rotate_and_cache, for queries too, into a cache that is not of 8 bits: y and qkv
+// are not there. On a GPU of few rows.
+typedef struct {
+  qwen1m_linear linear;
+  qwen1m_rotate_and_cache rotation;
+} qwen1m_rotating_linear;
+
 // residual += delta (when delta is not null); out = residual / rms(residual) * weight. The weight must not be what the
 // launch right before writes.
 typedef struct {
@@ -106,6 +118,8 @@ QWEN1M_API void qwen1m_cpu_rotate_queries(const qwen1m_rotate_queries*);
 QWEN1M_API void qwen1m_cpu_decode_inputs(const qwen1m_decode_inputs*);
 QWEN1M_API void qwen1m_cpu_embedding(const qwen1m_embedding*);
 QWEN1M_API void qwen1m_cpu_linear(const qwen1m_linear*);
+QWEN1M_API void qwen1m_cpu_gated_linear(const qwen1m_linear*);
+QWEN1M_API void qwen1m_cpu_rotating_linear(const qwen1m_rotating_linear*);
 QWEN1M_API void qwen1m_cpu_rms_norm(const qwen1m_rms_norm*);
 QWEN1M_API void qwen1m_cpu_silu_mul(const qwen1m_silu_mul*);
 QWEN1M_API void qwen1m_cpu_cast(const qwen1m_cast*);
@@ -117,6 +131,8 @@ QWEN1M_API int qwen1m_cuda_rotate_queries(const qwen1m_rotate_queries*, qwen1m_s
 QWEN1M_API int qwen1m_cuda_decode_inputs(const qwen1m_decode_inputs*, qwen1m_stream);
 QWEN1M_API int qwen1m_cuda_embedding(const qwen1m_embedding*, qwen1m_stream);
 QWEN1M_API int qwen1m_cuda_linear(const qwen1m_linear*, qwen1m_stream);  // few rows: others belong to cuBLAS
+QWEN1M_API int qwen1m_cuda_gated_linear(const qwen1m_linear*, qwen1m_stream);
+QWEN1M_API int qwen1m_cuda_rotating_linear(const qwen1m_rotating_linear*, qwen1m_stream);
 QWEN1M_API int qwen1m_cuda_rms_norm(const qwen1m_rms_norm*, qwen1m_stream);
 QWEN1M_API int qwen1m_cuda_silu_mul(const qwen1m_silu_mul*, qwen1m_stream);
 QWEN1M_API int qwen1m_cuda_cast(const qwen1m_cast*, qwen1m_stream);
