@@ -126,7 +126,6 @@ struct Consumer {
       const float next[kHalves] = {__ldg(weight_scales[0] + following), __ldg(weight_scales[1] + following)};
       barrier_wait(shared_address(&shared.full[place.index]), place.parity);
       const float row_scale[2] = {shared.scales[place.index][line], shared.scales[place.index][line + 8]};
-      __syncwarp();  // before one lane says for all that the room is free
       const uint32_t rows = rows_begin + place.index * (kTileRows * kDepth >> 4);
 #pragma unroll
       for (int half = 0; half < kHalves; ++half) {
@@ -141,7 +140,10 @@ struct Consumer {
         const float scale[2] = {row_scale[0] * weight_scale[half], row_scale[1] * weight_scale[half]};
         products_wait<0>();
         settle(part);
-        if (half == kHalves - 1 && lane == 0) barrier_arrive(shared_address(&shared.empty[place.index]));
+        if (half == kHalves - 1) {
+          __syncwarp();  // all have read their rows' scales
+          if (lane == 0) barrier_arrive(shared_address(&shared.empty[place.index]));
+        }
 #pragma unroll
         for (int i = 0; i < 64; ++i) sums[half][i] += part[i] * scale[i / 2 % 2];
         weight_scale[half] = next[half];

@@ -8,10 +8,8 @@
 namespace qwen1m {
 namespace cuda {
 
-constexpr int kFeatures = 16;   // of a block: rows of one mma
-constexpr int kTokenGroup = 8;  // columns of one mma
+constexpr int kFeatures = 16;  // of a block
 constexpr int kMaxTokens = QWEN1M_FEW_ROWS;
-static_assert(kMaxTokens == 2 * kTokenGroup, "groups of a launch");
 constexpr int kProcessorWarps = 16;  // as many as the registers of a processor hold
 
 // 16 bytes, zeros where not `valid`.
@@ -44,62 +42,15 @@ __device__ inline uint4 load_cached(const void* at, bool valid) {
 }
 #undef QWEN1M_LOAD
 
-// f(half, values ahead of k, whether they are in the row) for the halves of the step of STEP values that is so many of
-// a warp's steps ahead of k.
-template <int WARPS, int STEP, typename F>
-__device__ __forceinline__ void each_half(int k, int depth, int steps_ahead, F&& f) {
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int ahead = steps_ahead * WARPS * STEP + half * (STEP / 2);
-    f(half, ahead, k + ahead < depth);
-  }
-}
+// The sums of a block, of which each warp has one part or more, in shared memory.
+template <int PARTS, int TOKENS>
+struct PartialSums {
+  float parts[PARTS][TOKENS][kFeatures];
 
-// A warp's steps along K: STAGES of them are under way, each loaded where the one before it has been multiplied.
-// Weights come while the launch before, which makes x, still runs. next_steps() goes STAGES steps on; in_row() says
-// whether there is one left.
-template <int STAGES, typename Operands, typename InRow, typename LoadWeight, typename LoadX, typename Multiply,
-          typename NextSteps>
-__device__ __forceinline__ void walk_row(Operands (&stages)[STAGES], InRow&& in_row, LoadWeight&& load_weight,
-                                         LoadX&& load_x, Multiply&& multiply, NextSteps&& next_steps) {
-#pragma unroll
-  for (int s = 0; s < STAGES; ++s) load_weight(stages[s], s);
-  await_previous();
-#pragma unroll
-  for (int s = 0; s < STAGES; ++s) load_x(stages[s], s);
-  while (in_row()) {
-#pragma unroll
-    for (int s = 0; s < STAGES; ++s) {
-      multiply(stages[s]);
-      load_weight(stages[s], s + STAGES);
-      load_x(stages[s], s + STAGES);
-    }
-    next_steps();
-  }
-}
-
-// What each warp of a block has of the block's features and tokens, in shared memory.
-template <int WARPS, int GROUPS>
-struct WarpSums {
-  float sums[WARPS][GROUPS * kTokenGroup][kFeatures];
-
-  // An accumulator of each group of tokens: (features g and g + 8, tokens 2p and 2p + 1) in lane 4g + p.
-  __device__ __forceinline__ void put(const float (&accumulators)[GROUPS][4]) {
-    const int lane = threadIdx.x % kWarp, group = lane / 4, part = lane % 4;
-#pragma unroll
-    for (int t = 0; t < GROUPS; ++t) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        sums[threadIdx.x / kWarp][t * kTokenGroup + part * 2 + i % 2][group + i / 2 * 8] = accumulators[t][i];
-      }
-    }
-  }
-
-  // Of all warps, once they have put theirs.
   __device__ __forceinline__ float total(int token, int feature) const {
     float sum = 0;
 #pragma unroll
-    for (int w = 0; w < WARPS; ++w) sum += sums[w][token][feature];
+    for (int part = 0; part < PARTS; ++part) sum += parts[part][token][feature];
     return sum;
   }
 };

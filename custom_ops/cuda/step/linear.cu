@@ -1,14 +1,21 @@
 // A few rows times a weight matrix: the weights stream once from memory straight into tensor core operands.
 //
 // A block owns 16 output features; its warps take turns at steps of 64 values along K and their sums are added up at
-// the end. An mma adds its products over k in any order as long as both operands agree on it. So lane 4g + p, which
-// should hold pairs of k from all over a row, holds 8p to 8p + 7 of it: 16 bytes as they lie in memory, of two of the
-// weight's rows and of x's row g. Nothing passes through shared memory, and what is under way is kept in registers.
-// The first weights are already under way while the launch before, which makes x, still runs.
+// the end. Nothing passes through shared memory, and what is under way is kept in registers. The first weights are
+// already under way while the launch before, which makes x, still runs.
+//
+// Loads go by whole lines of 128 bytes, a load of a warp by four of them: lane l has 16 bytes, chunk l % 8, of the
+// weight's row l / 8 of four. An mma wants lanes 4g to 4g + 3 to have its row g: so it has each weight row twice, as
+// rows 2j and 2j + 1, once with the first four chunks and once with the last. Of its eight columns four are tokens with
+// the first chunks of x and four the same tokens with the last: rows 2j at the former and 2j + 1 at the latter are sums
+// that count. It adds its products over k in any order as long as both operands agree on it, here as they lie in
+// memory.
 //
 // What follows the product in a step may be done where its sums are: of the MLP's first product SiLU, whose block has
 // 8 features of the gate and the same ones of what goes up; of the projections of q, k and v their rotations and the
 // write to the cache, whose block has 8 pairs of a head.
+#include <cstdint>
+
 #include "mma.cuh"
 #include "overlap.cuh"
 #include "qwen1m/step.h"
@@ -20,18 +27,12 @@ namespace cuda {
 
 namespace {
 
-constexpr int kStep = 8 * kPack;  // whole lines of 128 bytes
-
-// What a lane loads for one step.
-template <int GROUPS>
-struct Operands {
-  uint4 weight[2][2];  // rows g and g + 8; two halves of the step
-  uint4 x[GROUPS][2];
-};
+constexpr int kChunks = 8, kStep = kChunks * kPack;  // of a line
+constexpr int kLoadRows = kWarp / kChunks, kLoads = kFeatures / kLoadRows;
+constexpr int kTokenGroup = 4;  // half of the columns of an mma
 
 // What becomes of a block's sums. weight_row(a, n): which row of the weight its feature n of kFeatures is. finish(a,
-// token, total) has the number threadIdx.x % kValues of the values that it makes of a token; total(n) is feature n's
-// sum.
+// token, n, total) makes number n, threadIdx.x % kValues, of the values of a token; total(n) is feature n's sum.
 
 template <typename T, typename Out>
 struct Features {
@@ -40,18 +41,19 @@ struct Features {
   static __host__ __device__ const qwen1m_linear& linear(const Arguments& a) { return a; }
   static __device__ int64_t number(int n) { return static_cast<int64_t>(blockIdx.x) * kFeatures + n; }
 
-  const int64_t own = number(threadIdx.x % kValues);
-  const float bias;
+  float bias = 0;
 
-  __device__ explicit Features(const Arguments& a)
-      : bias(a.bias && own < a.out_features ? widen(static_cast<const T*>(a.bias)[own]) : 0.0f) {}
+  __device__ explicit Features(const Arguments& a) {
+    const int64_t own = number(threadIdx.x % kValues);
+    if (a.bias && own < a.out_features) bias = widen(static_cast<const T*>(a.bias)[own]);
+  }
 
   static __device__ int64_t weight_row(const Arguments& a, int n) { return min(number(n), a.out_features - 1); }
 
   template <typename Total>
-  __device__ void finish(const Arguments& a, int token, Total&& total) const {
-    if (own >= a.out_features) return;
-    static_cast<Out*>(a.y)[token * a.out_features + own] = narrow<Out>(bias + total(threadIdx.x % kValues));
+  __device__ void finish(const Arguments& a, int token, int n, Total&& total) const {
+    if (number(n) >= a.out_features) return;
+    static_cast<Out*>(a.y)[token * a.out_features + number(n)] = narrow<Out>(bias + total(n));
   }
 };
 
@@ -70,8 +72,7 @@ struct Gated {
   }
 
   template <typename Total>
-  __device__ void finish(const Arguments& a, int token, Total&& total) const {
-    const int n = threadIdx.x % kValues;
+  __device__ void finish(const Arguments& a, int token, int n, Total&& total) const {
     const int64_t width = a.out_features / 2, value = static_cast<int64_t>(blockIdx.x) * kValues + n;
     if (value >= width) return;
     const float gate = widen(narrow<T>(total(n))), up = widen(narrow<T>(total(n + kValues)));
@@ -101,9 +102,9 @@ struct Rotated {
   static __device__ int64_t weight_row(const Arguments&, int n) { return head() * D + dim(n); }
 
   template <typename Total>
-  __device__ void finish(const Arguments& a, int token, Total&& total) const {
+  __device__ void finish(const Arguments& a, int token, int n, Total&& total) const {
     const qwen1m_rotate_and_cache& to = a.rotation;
-    const int n = threadIdx.x % kValues, kv_heads = to.cache.kv_heads;
+    const int kv_heads = to.cache.kv_heads;
     const float low = widen(narrow<T>(total(n))) + bias[0], high = widen(narrow<T>(total(n + kValues))) + bias[1];
     const auto put = [&](void* rows, int64_t row, float first, float second) {
       T* const at = static_cast<T*>(rows) + row * D + dim(n);
@@ -137,72 +138,92 @@ struct Rotated {
 template <typename T, typename Result, int WARPS, int GROUPS, int STAGES>
 __global__ void __launch_bounds__(WARPS* kWarp, kProcessorWarps / WARPS)
     linear_kernel(const __grid_constant__ typename Result::Arguments arguments) {
-  __shared__ WarpSums<WARPS, GROUPS> of_warps;
+  __shared__ PartialSums<2 * WARPS, GROUPS * kTokenGroup> of_warps;
   const qwen1m_linear& a = Result::linear(arguments);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int group = lane / 4, part = lane % 4;
   const int depth = static_cast<int>(a.in_features), tokens = static_cast<int>(a.tokens);
   const Result result(arguments);
 
-  // Where this lane's operands of its warp's next step are.
-  int k = warp * kStep + part * kPack;
-  const T* weight[2];
-  const T* x[GROUPS];
+  // Where this lane's operands of its warp's next steps are. kRun of them lie one behind the other: that is sooner with
+  // eight warps, and with four it is not.
+  constexpr int kRun = WARPS == 8 ? STAGES : 1, kAdvance = STAGES * WARPS * kStep;
+  int step = warp * kRun * kStep;
+  const int chunk = lane % kChunks * kPack, x_chunk = (group / 4 * 4 + part) * kPack;
+  const auto row_of = [&](int load) { return Result::weight_row(arguments, load * kLoadRows + lane / kChunks); };
+  const T* weight = static_cast<const T*>(a.weight) + row_of(0) * depth + step + chunk;
+  int rows_on[kLoads];  // from the first load's row to the others'
 #pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const int64_t row = Result::weight_row(arguments, r * (kFeatures / 2) + group);
-    weight[r] = static_cast<const T*>(a.weight) + row * depth + k;
-  }
-#pragma unroll
-  for (int t = 0; t < GROUPS; ++t) {
-    x[t] = static_cast<const T*>(a.x) + static_cast<int64_t>(t * kTokenGroup + group) * depth + k;
-  }
+  for (int r = 0; r < kLoads; ++r) rows_on[r] = static_cast<int>((row_of(r) - row_of(0)) * depth);
+  const T* x = static_cast<const T*>(a.x) + static_cast<int64_t>(group % kTokenGroup) * depth + step + x_chunk;
 
-  const auto load_weight = [&](Operands<GROUPS>& to, int steps_ahead) {
-    each_half<WARPS, kStep>(k, depth, steps_ahead, [&](int half, int ahead, bool in_row) {
+  const auto ahead_of = [](int steps) { return (steps / kRun * kRun * WARPS + steps % kRun) * kStep; };
+  const auto load_weight = [&](uint4(&to)[kLoads], int steps) {
+    const int ahead = ahead_of(steps);
+    const bool in_row = step + chunk + ahead < depth;
 #pragma unroll
-      for (int r = 0; r < 2; ++r) to.weight[r][half] = load_once(weight[r] + ahead, in_row);
-    });
+    for (int r = 0; r < kLoads; ++r) to[r] = load_once(weight + ahead + rows_on[r], in_row);
   };
-  const auto load_x = [&](Operands<GROUPS>& to, int steps_ahead) {
-    each_half<WARPS, kStep>(k, depth, steps_ahead, [&](int half, int ahead, bool in_row) {
+  const auto load_x = [&](uint4(&to)[GROUPS], int steps) {
+    const int ahead = ahead_of(steps);
+    const bool in_row = step + x_chunk + ahead < depth;
+#pragma unroll
+    for (int t = 0; t < GROUPS; ++t) {
+      const int token = t * kTokenGroup;
+      to[t] = load_cached(x + ahead + token * depth, in_row && token + group % kTokenGroup < tokens);
+    }
+  };
+  float sums[GROUPS][kLoads / 2][4] = {};
+  const auto multiply = [&](const uint4(&w)[kLoads], const uint4(&of_x)[GROUPS]) {
+#pragma unroll
+    for (int r = 0; r < kLoads; r += 2) {
+      const uint32_t left[2][4] = {{w[r].x, w[r + 1].x, w[r].y, w[r + 1].y}, {w[r].z, w[r + 1].z, w[r].w, w[r + 1].w}};
 #pragma unroll
       for (int t = 0; t < GROUPS; ++t) {
-        to.x[t][half] = load_cached(x[t] + ahead, in_row && t * kTokenGroup + group < tokens);
-      }
-    });
-  };
-  float sums[GROUPS][4] = {};
-  const auto multiply = [&](const Operands<GROUPS>& from) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const uint4 w0 = from.weight[0][half], w1 = from.weight[1][half];
-      const uint32_t left[2][4] = {{w0.x, w1.x, w0.y, w1.y}, {w0.z, w1.z, w0.w, w1.w}};
-#pragma unroll
-      for (int t = 0; t < GROUPS; ++t) {
-        multiply_add<T>(sums[t], left[0], from.x[t][half].x, from.x[t][half].y);
-        multiply_add<T>(sums[t], left[1], from.x[t][half].z, from.x[t][half].w);
+        multiply_add<T>(sums[t][r / 2], left[0], of_x[t].x, of_x[t].y);
+        multiply_add<T>(sums[t][r / 2], left[1], of_x[t].z, of_x[t].w);
       }
     }
   };
 
-  Operands<GROUPS> stages[STAGES];
-  walk_row(
-      stages, [&] { return k - part * kPack < depth; }, load_weight, load_x, multiply,
-      [&] {
-        constexpr int kAdvance = STAGES * WARPS * kStep;
-        k += kAdvance;
+  // Each step is loaded where the one STAGES before it has been multiplied.
+  uint4 weights[STAGES][kLoads], xs[STAGES][GROUPS];
 #pragma unroll
-        for (int r = 0; r < 2; ++r) weight[r] += kAdvance;
+  for (int s = 0; s < STAGES; ++s) load_weight(weights[s], s);
+  await_previous();
 #pragma unroll
-        for (int t = 0; t < GROUPS; ++t) x[t] += kAdvance;
-      });
+  for (int s = 0; s < STAGES; ++s) load_x(xs[s], s);
+  while (step < depth) {
+#pragma unroll
+    for (int s = 0; s < STAGES; ++s) {
+      multiply(weights[s], xs[s]);
+      load_weight(weights[s], s + STAGES);
+      load_x(xs[s], s + STAGES);
+    }
+    step += kAdvance;
+    weight += kAdvance;
+    x += kAdvance;
+  }
 
-  of_warps.put(sums);
+  // Of the accumulator of loads 2n and 2n + 1 this lane has rows g and g + 8 at columns 2p and 2p + 1.
+  const int half = group % 2;
+  if (part / 2 == half) {
+#pragma unroll
+    for (int t = 0; t < GROUPS; ++t) {
+#pragma unroll
+      for (int n = 0; n < kLoads / 2; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int token = t * kTokenGroup + part % 2 * 2 + i % 2, feature = (2 * n + i / 2) * kLoadRows + group / 2;
+          of_warps.parts[2 * warp + half][token][feature] = sums[t][n][i];
+        }
+      }
+    }
+  }
   admit_next();  // blocks that began among these would crowd the processors whose blocks end first
   __syncthreads();
   for (int t = threadIdx.x / Result::kValues; t < tokens; t += WARPS * kWarp / Result::kValues) {
-    result.finish(arguments, t, [&](int n) { return of_warps.total(t, n); });
+    result.finish(arguments, t, threadIdx.x % Result::kValues, [&](int n) { return of_warps.total(t, n); });
   }
 }
 
@@ -210,8 +231,9 @@ template <typename T, typename Result, int WARPS>
 int launch_linear(const typename Result::Arguments& arguments, cudaStream_t stream) {
   const qwen1m_linear& a = Result::linear(arguments);
   const auto blocks = static_cast<unsigned>(ceil_div(a.out_features, kFeatures));
-  const auto kernel =
-      a.tokens <= kTokenGroup ? linear_kernel<T, Result, WARPS, 1, 4> : linear_kernel<T, Result, WARPS, 2, 2>;
+  const auto kernel = a.tokens <= kTokenGroup       ? linear_kernel<T, Result, WARPS, 1, 4>
+                      : a.tokens <= 2 * kTokenGroup ? linear_kernel<T, Result, WARPS, 2, 3>
+                                                    : linear_kernel<T, Result, WARPS, 4, 2>;
   return launch_overlapping(kernel, blocks, WARPS * kWarp, 0, stream, arguments);
 }
 
@@ -221,9 +243,10 @@ int choose_linear(const typename Result::Arguments& a, cudaStream_t stream) {
                                                            : launch_linear<T, Result, 4>(a, stream);
 }
 
-// K in whole packs of eight; x and weight are of one type.
+// K in whole packs of eight; x and weight are of one type; 32 bits number the weight's values.
 bool takes(const qwen1m_linear& a) {
-  return a.in_features % kPack == 0 && a.dtype == a.activation && aligned(a.x, a.weight);
+  return a.in_features % kPack == 0 && a.dtype == a.activation && aligned(a.x, a.weight) &&
+         a.in_features * a.out_features <= INT32_MAX;
 }
 
 }  // namespace

@@ -18,7 +18,8 @@ namespace cuda {
 
 namespace {
 
-constexpr int kBytes = 16;  // of a lane's load
+constexpr int kTokenGroup = 8;  // columns of one mma
+constexpr int kBytes = 16;      // of a lane's load
 constexpr int kHalfStep = 4 * kBytes;
 constexpr int kStep = 2 * kHalfStep;
 
@@ -30,10 +31,44 @@ struct Operands {
   uint4 x[GROUPS][2][2];  // two packs a half
 };
 
+// f(half, values ahead of k, whether they are in the row) for the halves of the step of STEP values that is so many of
+// a warp's steps ahead of k.
+template <int WARPS, int STEP, typename F>
+__device__ __forceinline__ void each_half(int k, int depth, int steps_ahead, F&& f) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int ahead = steps_ahead * WARPS * STEP + half * (STEP / 2);
+    f(half, ahead, k + ahead < depth);
+  }
+}
+
+// A warp's steps along K: STAGES of them are under way, each loaded where the one before it has been multiplied.
+// Weights come while the launch before, which makes x, still runs. next_steps() goes STAGES steps on; in_row() says
+// whether there is one left.
+template <int STAGES, typename Operands, typename InRow, typename LoadWeight, typename LoadX, typename Multiply,
+          typename NextSteps>
+__device__ __forceinline__ void walk_row(Operands (&stages)[STAGES], InRow&& in_row, LoadWeight&& load_weight,
+                                         LoadX&& load_x, Multiply&& multiply, NextSteps&& next_steps) {
+#pragma unroll
+  for (int s = 0; s < STAGES; ++s) load_weight(stages[s], s);
+  await_previous();
+#pragma unroll
+  for (int s = 0; s < STAGES; ++s) load_x(stages[s], s);
+  while (in_row()) {
+#pragma unroll
+    for (int s = 0; s < STAGES; ++s) {
+      multiply(stages[s]);
+      load_weight(stages[s], s + STAGES);
+      load_x(stages[s], s + STAGES);
+    }
+    next_steps();
+  }
+}
+
 // GROUPS groups of kTokenGroup tokens; STAGES steps of every warp are under way.
 template <typename Kind, typename T, int WARPS, int GROUPS, int STAGES>
 __global__ void __launch_bounds__(WARPS* kWarp, kProcessorWarps / WARPS) linear8_kernel(const qwen1m_linear8 a) {
-  __shared__ WarpSums<WARPS, GROUPS> of_warps;
+  __shared__ PartialSums<WARPS, GROUPS * kTokenGroup> of_warps;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int group = lane / 4, part = lane % 4;
   const int depth = static_cast<int>(a.in_features), tokens = static_cast<int>(a.tokens);
@@ -114,7 +149,13 @@ __global__ void __launch_bounds__(WARPS* kWarp, kProcessorWarps / WARPS) linear8
         for (int t = 0; t < GROUPS; ++t) x[t] += kAdvance;
       });
 
-  of_warps.put(sums);
+#pragma unroll
+  for (int t = 0; t < GROUPS; ++t) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      of_warps.parts[warp][t * kTokenGroup + part * 2 + i % 2][group + i / 2 * 8] = sums[t][i];
+    }
+  }
   admit_next();
   __syncthreads();
   // A thread finishes one feature, of one token or more.
