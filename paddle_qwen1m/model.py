@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Generator, Sequence
+from functools import partial
 from typing import Callable
 
 import numpy as np
@@ -19,6 +20,7 @@ from paddle_qwen1m.config import ModelConfig
 from paddle_qwen1m.dtypes import FP8, dtype_name, itemsize
 from paddle_qwen1m.parallel.group import ALONE, Group
 from paddle_qwen1m.parallel.lanes import Activations, Lanes, Product
+from paddle_qwen1m.parallel.mailboxes import Mailboxes
 from paddle_qwen1m.parallel.placement import Placement
 from paddle_qwen1m.parallel.split import local_config
 from paddle_qwen1m.weights import Slot
@@ -114,9 +116,13 @@ class DecoderLayer(nn.Layer):
         """x [T, K] times the transpose of the weight of that name [N, K]: activations [T, N]."""
         return self._multiply(x, self._held(name))
 
-    def product(self, name: str, times: int) -> Product:
-        """`linear` by the weight of that name, for so many calls."""
+    def product(self, name: str, times: int, mailboxes: Mailboxes | None = None) -> Product:
+        """`linear` by the weight of that name, for so many calls, whose results are summed over the ranks. mailboxes:
+        by which they may be sent.
+        """
         held = self._held_for(name, times)
+        if mailboxes is not None and self.quantization is None:
+            return partial(mailboxes.product, weight=held)
         return lambda x: self._multiply(x, held)
 
     def gated_product(self, times: int) -> Product:
@@ -290,9 +296,10 @@ class Qwen2OneM(nn.Layer):
             if observe is not None:
                 observe(layer, normed, heads)
                 del normed
-            lanes.add(heads, [layer.product("output_weight", lanes.count)], layer.post_attention_norm, takes_rows8)
+            output = layer.product("output_weight", lanes.count, lanes.mailboxes)
+            lanes.add(heads, [output], layer.post_attention_norm, takes_rows8)
             del heads
-            mlp = [layer.gated_product(lanes.count), layer.product("down_weight", lanes.count)]
+            mlp = [layer.gated_product(lanes.count), layer.product("down_weight", lanes.count, lanes.mailboxes)]
             lanes.add(None, mlp, following, None if is_last else takes_rows8)
             normed = lanes.all_rows()
             whole = normed[-1] if isinstance(normed, list) else normed

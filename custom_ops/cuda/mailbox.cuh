@@ -34,6 +34,9 @@ struct Mailboxes {
   // The turn of a row's last sum, in this rank's mailbox.
   __device__ uint32_t* turn(int row) const { return reinterpret_cast<uint32_t*>(of[rank]) + row; }
 
+  // The ranks but this one, ascending.
+  __device__ int other(int number) const { return number + (number >= rank); }
+
   // In the mailbox of `to`, the lines of a row that `from` sends.
   __device__ Line* lines(int to, int from, uint32_t turn, int row) const {
     const int64_t sender = static_cast<int64_t>(turn % 2) * degree + from;
@@ -41,6 +44,18 @@ struct Mailboxes {
            (sender * QWEN1M_MAILBOX_ROWS + row) * (QWEN1M_MAILBOX_WIDTH / kLineValues);
   }
 };
+
+inline bool takes_mailboxes(int32_t rank, int32_t degree) {
+  return degree >= 2 && degree <= QWEN1M_PEER_RANKS && rank >= 0 && rank < degree;
+}
+
+inline Mailboxes mailboxes_of(const int64_t* boxes, int32_t rank, int32_t degree) {
+  Mailboxes mailboxes{};
+  for (int32_t of = 0; of < degree; ++of) mailboxes.of[of] = reinterpret_cast<char*>(boxes[of]);
+  mailboxes.rank = rank;
+  mailboxes.degree = degree;
+  return mailboxes;
+}
 
 // Behind the largest, which is odd, comes an even one, and never the zero that a new mailbox is full of.
 __device__ inline uint32_t turn_after(uint32_t turn) { return turn == ~0u ? 2 : turn + 1; }

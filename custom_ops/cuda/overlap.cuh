@@ -1,9 +1,10 @@
 // Launches that overlap: on Hopper the blocks of a kernel may start while the launch before it in the stream still runs
 // (programmatic dependent launch), so that a decode step of some 500 short kernels does not wait for each to drain.
 //
-// A kernel launched so may, before await_previous(), only read what was written before the launch that precedes it;
-// every block calls that, and writes nothing before. After it, where blocks of the next launch may share the
-// processors, all call admit_next(). So two launches at most are under way at a time.
+// A kernel launched so may, before await_previous(), only read what was written before the two launches that precede
+// it; every block calls that, and writes nothing before. After it, where blocks of the next launch may share the
+// processors, all call admit_next(); norms, of a block a row, do so before. So three launches at most are under way at
+// a time.
 #pragma once
 
 #include <utility>

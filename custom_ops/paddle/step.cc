@@ -290,12 +290,18 @@ void rms_norm_into(const OptionalTensor& delta, Tensor& residual, const Tensor& 
   normalise(delta ? &*delta : nullptr, residual, weight, eps, run_norm, &out);
 }
 
-Tensors sum_rms_norm(const Tensor& delta, Tensor& residual, const Tensor& weight, float eps,
-                     const std::vector<int64_t>& boxes, int64_t rank) {
+// How many ranks there are.
+int32_t expect_mailboxes(const std::vector<int64_t>& boxes, int64_t rank) {
   const auto degree = static_cast<int64_t>(boxes.size());
   QWEN1M_REQUIRE(degree >= 2 && degree <= QWEN1M_PEER_RANKS && rank >= 0 && rank < degree,
                  "boxes must be those of 2 to " + text(QWEN1M_PEER_RANKS) + " ranks and rank one of them, got " +
                      text(degree) + " and rank " + text(rank));
+  return static_cast<int32_t>(degree);
+}
+
+Tensors sum_rms_norm(const Tensor& delta, Tensor& residual, const Tensor& weight, float eps,
+                     const std::vector<int64_t>& boxes, int64_t rank, bool sent) {
+  const int32_t degree = expect_mailboxes(boxes, rank);
   return normalise(&delta, residual, weight, eps, [&](const Call& call, const qwen1m_rms_norm& norm) {
     QWEN1M_REQUIRE(call.on_gpu(), "delta must lie on a GPU, where mailboxes are");
     QWEN1M_REQUIRE(norm.tokens <= QWEN1M_MAILBOX_ROWS && norm.width <= QWEN1M_MAILBOX_WIDTH,
@@ -307,7 +313,8 @@ Tensors sum_rms_norm(const Tensor& delta, Tensor& residual, const Tensor& weight
             .norm = norm,
             .boxes = boxes.data(),
             .rank = static_cast<int32_t>(rank),
-            .degree = static_cast<int32_t>(degree),
+            .degree = degree,
+            .sent = sent ? 1 : 0,
         },
         no_mailboxes, QWEN1M_CUDA(qwen1m_cuda_sum_rms_norm));
   });
@@ -369,6 +376,23 @@ Tensors linear(const Tensor& x, const Tensor& weight, const paddle::optional<Ten
   product.y = memory(y);
   product.out_dtype = storage_type(y, "y");
   call.run(product, QWEN1M_KERNEL(linear));
+  return {y};
+}
+
+Tensors sending_linear(const Tensor& x, const Tensor& weight, const std::vector<int64_t>& boxes, int64_t rank) {
+  Call call(x);
+  const int32_t degree = expect_mailboxes(boxes, rank);
+  qwen1m_linear product = expect_linear(call, x, weight);
+  QWEN1M_REQUIRE(call.on_gpu(), "x must lie on a GPU, where mailboxes are");
+  QWEN1M_REQUIRE(product.tokens <= QWEN1M_FEW_ROWS && product.out_features <= QWEN1M_MAILBOX_WIDTH,
+                 "the product must have at most " + text(QWEN1M_FEW_ROWS) + " rows of " + text(QWEN1M_MAILBOX_WIDTH) +
+                     " values, got " + text(Shape{product.tokens, product.out_features}));
+  call.expect_width(product.out_features);
+  const Tensor y = call.make_activation({product.tokens, product.out_features});
+  product.y = memory(y);
+  const auto no_mailboxes = [](const qwen1m_sending_linear*) {};
+  call.run(qwen1m_sending_linear{product, boxes.data(), static_cast<int32_t>(rank), degree}, no_mailboxes,
+           QWEN1M_CUDA(qwen1m_cuda_sending_linear));
   return {y};
 }
 
@@ -507,7 +531,7 @@ PD_BUILD_OP(qwen1m_rms_norm_into)
 PD_BUILD_OP(qwen1m_sum_rms_norm)
     .Inputs({"delta", "residual", "weight"})
     .Outputs({"sum", "out"})
-    .Attrs({"eps: float", "boxes: std::vector<int64_t>", "rank: int64_t"})
+    .Attrs({"eps: float", "boxes: std::vector<int64_t>", "rank: int64_t", "sent: bool"})
     .SetInplaceMap({{"residual", "sum"}})
     .SetKernelFn(PD_KERNEL(qwen1m::sum_rms_norm));
 
@@ -523,6 +547,12 @@ PD_BUILD_OP(qwen1m_linear)
     .Outputs({"y"})
     .Attrs({"float32_out: bool"})
     .SetKernelFn(PD_KERNEL(qwen1m::linear));
+
+PD_BUILD_OP(qwen1m_sending_linear)
+    .Inputs({"x", "weight"})
+    .Outputs({"y"})
+    .Attrs({"boxes: std::vector<int64_t>", "rank: int64_t"})
+    .SetKernelFn(PD_KERNEL(qwen1m::sending_linear));
 
 PD_BUILD_OP(qwen1m_gated_linear).Inputs({"x", "weight"}).Outputs({"y"}).SetKernelFn(PD_KERNEL(qwen1m::gated_linear));
 

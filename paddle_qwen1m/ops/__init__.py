@@ -27,7 +27,7 @@ from paddle_qwen1m.ops.attention import Stage, dca_decode, dca_prefill, dca_spar
 from paddle_qwen1m.ops.files import read_rows
 from paddle_qwen1m.ops.keys import PROBE_ROWS, SparseIndex, dca_probe, index_chains, select_critical, sparse_index
 from paddle_qwen1m.ops.library import LIBRARY, cpu_isa, gpu_obstacle, load, on_gpu, set_num_threads
-from paddle_qwen1m.ops.mailbox import MAILBOX_ROWS, MAILBOX_WIDTH, make_mailbox, sum_rms_norm
+from paddle_qwen1m.ops.mailbox import MAILBOX_ROWS, MAILBOX_WIDTH, make_mailbox, sending_linear, sum_rms_norm
 from paddle_qwen1m.ops.pages import Quantised, copy_page, dequantize_pages
 from paddle_qwen1m.ops.peers import (
     PEER_NUMBERS,
@@ -136,6 +136,7 @@ __all__ = [
     "sample",
     "select_critical",
     "send_rows",
+    "sending_linear",
     "set_num_threads",
     "silu_mul",
     "sparse_index",

@@ -16,14 +16,28 @@ MAILBOX_WIDTH = 6144
 
 
 def sum_rms_norm(
-    delta: paddle.Tensor, residual: paddle.Tensor, weight: paddle.Tensor, eps: float, boxes: Sequence[int], rank: int
+    delta: paddle.Tensor,
+    residual: paddle.Tensor,
+    weight: paddle.Tensor,
+    eps: float,
+    boxes: Sequence[int],
+    rank: int,
+    *,
+    sent: bool = False,
 ) -> paddle.Tensor:
     """`add_rms_norm` of the sum over all ranks of their `delta` [T, N], bit by bit the same on each. On a GPU alone.
 
     boxes: the address of every rank's mailbox in this process, the own one at `rank`. All ranks call it as often, and
-    for as many rows.
+    for as many rows. sent: whether `sending_linear` made the delta.
     """
-    return call("sum_rms_norm", delta, residual, weight, eps, list(boxes), rank)[1]
+    return call("sum_rms_norm", delta, residual, weight, eps, list(boxes), rank, sent)[1]
+
+
+def sending_linear(x: paddle.Tensor, weight: paddle.Tensor, boxes: Sequence[int], rank: int) -> paddle.Tensor:
+    """`linear` of up to FEW_ROWS rows [T, K], which sends this rank's delta of the sum that comes next as it is made:
+    [T, N]. On a GPU alone.
+    """
+    return call("sending_linear", x, weight, list(boxes), rank)[0]
 
 
 def make_mailbox(degree: int) -> int:

@@ -33,7 +33,7 @@ from paddle_qwen1m.parallel.job import (
     launched_rank,
     launched_ranks,
 )
-from paddle_qwen1m.parallel.mailboxes import open_mailboxes
+from paddle_qwen1m.parallel.mailboxes import Mailboxes, Sent, open_mailboxes
 from paddle_qwen1m.parallel.peers import Peers
 from paddle_qwen1m.parallel.pending import Pending
 from paddle_qwen1m.parallel.room import MOST_LANES
@@ -60,10 +60,17 @@ class Group:
         return values
 
     def add_rms_norm(
-        self, values: paddle.Tensor, residual: paddle.Tensor, weight: paddle.Tensor, eps: float
+        self, values: paddle.Tensor | Sent, residual: paddle.Tensor, weight: paddle.Tensor, eps: float
     ) -> paddle.Tensor:
         """`ops.add_rms_norm` of the sum over all ranks of `values` [T, N], contiguous, which may be overwritten."""
+        assert not isinstance(values, Sent), "nobody sends where there are no mailboxes"
         return ops.add_rms_norm(self.all_reduce(values), residual, weight, eps)
+
+    def mailboxes(self, rows: int, width: int) -> Mailboxes | None:
+        """By which products of so many rows of `width` values may send what they make, for `add_rms_norm`; None: by
+        none.
+        """
+        return None
 
     def lanes(self, rows: int) -> int:
         """In how many lanes so many rows of a step go (lanes.py): one where they are few or do not divide by degree."""
@@ -166,12 +173,16 @@ class ProcessGroup(Group):
         return values
 
     def add_rms_norm(
-        self, values: paddle.Tensor, residual: paddle.Tensor, weight: paddle.Tensor, eps: float
+        self, values: paddle.Tensor | Sent, residual: paddle.Tensor, weight: paddle.Tensor, eps: float
     ) -> paddle.Tensor:
-        if self._mailboxes is None or not self._mailboxes.take(*values.shape):
+        if self._mailboxes is None or not self._mailboxes.take(*residual.shape):
             return super().add_rms_norm(values, residual, weight, eps)
         with self._collective():
-            return ops.sum_rms_norm(values, residual, weight, eps, self._mailboxes.boxes, self._mailboxes.rank)
+            return self._mailboxes.add_rms_norm(values, residual, weight, eps)
+
+    def mailboxes(self, rows: int, width: int) -> Mailboxes | None:
+        fits = self._mailboxes is not None and self._mailboxes.take(rows, width) and rows <= ops.FEW_ROWS
+        return self._mailboxes if fits else None
 
     def lanes(self, rows: int) -> int:
         return 1 if rows % self.degree else max(1, min(MOST_LANES, rows // self._lane_rows))

@@ -22,12 +22,13 @@ from paddle_qwen1m import ops
 from paddle_qwen1m.config import BLOCK
 from paddle_qwen1m.parallel.copies import Copies
 from paddle_qwen1m.parallel.group import Group
+from paddle_qwen1m.parallel.mailboxes import Mailboxes
 from paddle_qwen1m.parallel.pending import Pending
 
 Activations = Union[paddle.Tensor, ops.Rows8, "list[ops.Rows8]"]
 """Of T rows: [T, N] in the activations' type, or in FP8, in parts one below the other where there are several."""
 Product = Callable[[Any], Any]
-"""Of rows [n, K] as many new ones, the last of several products a tensor."""
+"""Of rows [n, K] as many new ones, the last of several products a tensor, or one that was sent."""
 TakesRows8 = Callable[[int], bool]
 """Whether so many rows behind a norm are wanted in FP8."""
 
@@ -63,6 +64,8 @@ class Lanes:
         self._is_split = count > 1 and group.adds_up
         """Between ranks: each norms a share of a lane's rows, which are gathered."""
         self._copies: Copies | None = group.lend_copies(rows, width) if self._is_split else None
+        self.mailboxes: Mailboxes | None = group.mailboxes(rows, width) if count == 1 else None
+        """By which the last product of an `add` may send what it makes."""
         self._late: tuple[Lane, paddle.Tensor, TakesRows8 | None] | None = None
         self._gathered: paddle.Tensor | None = None if self._copies is None else self._copies.rows(0, rows)
 
@@ -156,7 +159,7 @@ class Lanes:
             lane.normed = self._copies.add_rms_norm(values, lane.number, lane.first, lane.residual, weight, self._eps)
             return
         own: Any
-        in_fp8 = takes_rows8 is not None and not self._is_split and takes_rows8(values.shape[0])
+        in_fp8 = takes_rows8 is not None and not self._is_split and takes_rows8(lane.last - lane.first)
         if not self._is_split and (in_fp8 or lane.residual is None):
             values = self._group.all_reduce(values)
         # Where lanes are local, rows are normed into the place of those of the norm before, which have been used.

@@ -11,7 +11,18 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
-from test_step_ops import DEVICE, check, each_half, exact, largest, poisoned, same_bits, stored  # noqa: E402
+from test_step_ops import (  # noqa: E402
+    DEVICE,
+    check,
+    each_half,
+    exact,
+    largest,
+    linear_fields,
+    poisoned,
+    run_linear,
+    same_bits,
+    stored,
+)
 
 EPS = 1e-6
 
@@ -28,11 +39,20 @@ class Ranks:
         self._addresses = np.array([box.data_ptr() for box in self.boxes])
         torch.cuda.synchronize()
 
-    def add(self, rank: int, delta: torch.Tensor, weight: torch.Tensor) -> None:
+    def add(self, rank: int, delta: torch.Tensor, weight: torch.Tensor, *, sent: bool = False) -> None:
         """Launches a rank's part of a sum of as many rows as delta has, on the current stream."""
         norm = {"delta": delta, "residual": self.residuals[rank], "weight": weight, "out": self.outs[rank], "eps": EPS}
         norm |= {"tokens": len(delta), "width": self.width, "activation": self.dtype, "dtype": self.dtype}
-        self.cuda("sum_rms_norm", norm=norm, boxes=self._addresses, rank=rank, degree=self.degree)
+        self.cuda("sum_rms_norm", norm=norm, **self._at(rank), sent=int(sent))
+
+    def multiply(self, rank: int, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Launches a product whose result is sent as the rank's part of the next sum."""
+        delta = poisoned(len(x), self.width, dtype=self.dtype)
+        self.cuda("sending_linear", linear=linear_fields(x, weight, delta), **self._at(rank))
+        return delta
+
+    def _at(self, rank: int) -> dict[str, Any]:
+        return {"boxes": self._addresses, "rank": rank, "degree": self.degree}
 
     def add_all(self, deltas: list[torch.Tensor], weight: torch.Tensor) -> None:
         for rank, (stream, delta) in enumerate(zip(self.streams, deltas)):
@@ -66,6 +86,35 @@ def test_every_rank_has_the_sum_of_all_in_their_order(
             assert same_bits(residual, expected) and same_bits(out, ranks.outs[0])
         normed = oracle.rms_norm(exact(expected[:rows]), exact(weight), EPS)
         check(ranks.outs[0][:rows], normed, 1e-6 * largest(normed))
+
+
+@each_half
+@pytest.mark.parametrize("degree, depth, width", [(2, 1792, 3584), (3, 520, 104), (4, 328, 5120), (8, 72, 6144)])
+def test_products_are_sent_as_they_are_made(
+    cuda: Any, rng: np.random.Generator, degree: int, depth: int, width: int, dtype: torch.dtype
+) -> None:
+    """Turn after turn, of one row and of more, beside sums whose parts are not: bit by bit the sums of the products."""
+    norm, ranks = drawn(rng, 1, width, dtype)[0], Ranks(cuda, degree, 16, width, dtype)
+    weights = [stored(depth**-0.5 * rng.standard_normal((width, depth)), dtype) for _ in range(degree)]
+    expected = torch.zeros(16, width, dtype=torch.float32, device=DEVICE)
+    for number, rows in enumerate([1, 16, 1, 3, 9, 1, 1, 4]):
+        given = [drawn(rng, rows, depth, dtype) for _ in range(degree)]
+        products = [run_linear(cuda, x, weight, None, dtype) for x, weight in zip(given, weights)]
+        torch.cuda.synchronize()
+        deltas = []
+        for rank, stream in enumerate(ranks.streams):
+            with torch.cuda.stream(stream):
+                sent = number % 3 < 2
+                deltas.append(ranks.multiply(rank, given[rank], weights[rank]) if sent else products[rank])
+                ranks.add(rank, deltas[-1], norm, sent=sent)
+        torch.cuda.synchronize()
+        total = torch.zeros(rows, width, dtype=torch.float32, device=DEVICE)
+        for delta, product in zip(deltas, products):
+            assert same_bits(delta, product)
+            total += product.float()
+        expected[:rows] += total
+        for residual, out in zip(ranks.residuals, ranks.outs):
+            assert same_bits(residual, expected) and same_bits(out, ranks.outs[0])
 
 
 def test_a_rank_waits_for_those_that_come_late(cuda: Any, rng: np.random.Generator) -> None:
@@ -126,4 +175,15 @@ def test_what_a_mailbox_does_not_take_is_refused(cuda: Any, change: dict[str, in
     norm |= {"tokens": given["tokens"], "width": given["width"], "activation": row.dtype, "dtype": row.dtype}
     boxes = np.array([box.data_ptr() for box in ranks.boxes] * 5)
     with pytest.raises(RuntimeError, match="CUDA error"):
-        cuda("sum_rms_norm", norm=norm, boxes=boxes, rank=given["rank"], degree=given["degree"])
+        cuda("sum_rms_norm", norm=norm, boxes=boxes, rank=given["rank"], degree=given["degree"], sent=0)
+
+
+@pytest.mark.parametrize("change", [{"degree": 1}, {"rank": -1}, {"tokens": 17}, {"width": 6152}, {"width": 60}])
+def test_a_product_that_cannot_be_sent_is_refused(cuda: Any, change: dict[str, int]) -> None:
+    ranks, given = Ranks(cuda, 2, 1, 64, torch.bfloat16), {"degree": 2, "rank": 0, "tokens": 1, "width": 64} | change
+    row = poisoned(given["tokens"], 64, dtype=torch.bfloat16)
+    weight = poisoned(given["width"], 64, dtype=torch.bfloat16)
+    boxes = np.array([box.data_ptr() for box in ranks.boxes])
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        linear = linear_fields(row, weight, poisoned(given["tokens"], given["width"], dtype=torch.bfloat16))
+        cuda("sending_linear", linear=linear, boxes=boxes, rank=given["rank"], degree=given["degree"])

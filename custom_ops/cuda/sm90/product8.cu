@@ -140,10 +140,7 @@ struct Consumer {
         const float scale[2] = {row_scale[0] * weight_scale[half], row_scale[1] * weight_scale[half]};
         products_wait<0>();
         settle(part);
-        if (half == kHalves - 1) {
-          __syncwarp();  // all have read their rows' scales
-          if (lane == 0) barrier_arrive(shared_address(&shared.empty[place.index]));
-        }
+        if (half == kHalves - 1) barrier_arrive(shared_address(&shared.empty[place.index]));
 #pragma unroll
         for (int i = 0; i < 64; ++i) sums[half][i] += part[i] * scale[i / 2 % 2];
         weight_scale[half] = next[half];
@@ -220,7 +217,8 @@ __global__ void __launch_bounds__(kThreads, 1) product8_kernel(const __grid_cons
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   if (threadIdx.x == 0) {
     for (uint64_t& barrier : shared.full) barrier_init(shared_address(&barrier), 1);
-    for (uint64_t& barrier : shared.empty) barrier_init(shared_address(&barrier), kConsumers * kWarpgroup / kWarp);
+    // All threads, since all read scales.
+    for (uint64_t& barrier : shared.empty) barrier_init(shared_address(&barrier), kConsumers * kWarpgroup);
     barrier_init_fence();
   }
   __syncthreads();

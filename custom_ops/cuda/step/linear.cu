@@ -13,9 +13,11 @@
 //
 // What follows the product in a step may be done where its sums are: of the MLP's first product SiLU, whose block has
 // 8 features of the gate and the same ones of what goes up; of the projections of q, k and v their rotations and the
-// write to the cache, whose block has 8 pairs of a head.
+// write to the cache, whose block has 8 pairs of a head; of several ranks' products, which are summed, the way to the
+// others' mailboxes.
 #include <cstdint>
 
+#include "mailbox.cuh"
 #include "mma.cuh"
 #include "overlap.cuh"
 #include "qwen1m/step.h"
@@ -31,8 +33,9 @@ constexpr int kChunks = 8, kStep = kChunks * kPack;  // of a line
 constexpr int kLoadRows = kWarp / kChunks, kLoads = kFeatures / kLoadRows;
 constexpr int kTokenGroup = 4;  // half of the columns of an mma
 
-// What becomes of a block's sums. weight_row(a, n): which row of the weight its feature n of kFeatures is. finish(a,
-// token, n, total) makes number n, threadIdx.x % kValues, of the values of a token; total(n) is feature n's sum.
+// What becomes of a block's sums. weight_row(a, n): which row of the weight its feature n of kFeatures is. look(a)
+// reads what finish() takes besides them. finish(a, token, n, total) makes number n, threadIdx.x % kValues, of the
+// values of a token, of which a thread has one or more; total(n) is feature n's sum.
 
 template <typename T, typename Out>
 struct Features {
@@ -43,7 +46,7 @@ struct Features {
 
   float bias = 0;
 
-  __device__ explicit Features(const Arguments& a) {
+  __device__ void look(const Arguments& a) {
     const int64_t own = number(threadIdx.x % kValues);
     if (a.bias && own < a.out_features) bias = widen(static_cast<const T*>(a.bias)[own]);
   }
@@ -64,7 +67,7 @@ struct Gated {
   static constexpr int kValues = kFeatures / 2;
   static __host__ __device__ const qwen1m_linear& linear(const Arguments& a) { return a; }
 
-  __device__ explicit Gated(const Arguments&) {}
+  __device__ void look(const Arguments&) {}
 
   static __device__ int64_t weight_row(const Arguments& a, int n) {
     const int64_t width = a.out_features / 2, value = static_cast<int64_t>(blockIdx.x) * kValues + n % kValues;
@@ -91,7 +94,7 @@ struct Rotated {
 
   float bias[2];
 
-  __device__ explicit Rotated(const Arguments& a) {
+  __device__ void look(const Arguments& a) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int n = threadIdx.x % kValues + half * kValues;
@@ -134,6 +137,42 @@ struct Rotated {
   }
 };
 
+struct SendingArguments {
+  qwen1m_linear linear;
+  Mailboxes boxes;
+};
+
+// Lines of neighbouring values, to y and to the other ranks.
+template <typename T>
+struct Sent {
+  using Arguments = SendingArguments;
+  static constexpr int kValues = kFeatures / kLineValues;
+  static __host__ __device__ const qwen1m_linear& linear(const Arguments& a) { return a.linear; }
+
+  uint32_t turn = 0;  // of the thread's token: it has no other
+
+  __device__ void look(const Arguments& a) {
+    const int token = threadIdx.x / kValues;
+    if (token < a.linear.tokens) turn = turn_after(*a.boxes.turn(token));
+  }
+
+  static __device__ int64_t weight_row(const Arguments& a, int n) { return Features<T, T>::weight_row(a.linear, n); }
+
+  template <typename Total>
+  __device__ void finish(const Arguments& a, int token, int n, Total&& total) const {
+    const int64_t first = Features<T, T>::number(n * kLineValues), width = a.linear.out_features;
+    if (first >= width) return;
+    Vector<T, kLineValues> line;
+#pragma unroll
+    for (int i = 0; i < kLineValues; ++i) line.values[i] = narrow<T>(total(n * kLineValues + i));
+    store_vector(line, static_cast<T*>(a.linear.y) + token * width + first);
+    for (int other = 0; other + 1 < a.boxes.degree; ++other) {
+      Line* const lines = a.boxes.lines(a.boxes.other(other), a.boxes.rank, turn, token);
+      send_line(lines + first / kLineValues, *reinterpret_cast<const uint2*>(line.values), turn);
+    }
+  }
+};
+
 // GROUPS groups of kTokenGroup tokens; STAGES steps of every warp are under way.
 template <typename T, typename Result, int WARPS, int GROUPS, int STAGES>
 __global__ void __launch_bounds__(WARPS* kWarp, kProcessorWarps / WARPS)
@@ -143,7 +182,7 @@ __global__ void __launch_bounds__(WARPS* kWarp, kProcessorWarps / WARPS)
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int group = lane / 4, part = lane % 4;
   const int depth = static_cast<int>(a.in_features), tokens = static_cast<int>(a.tokens);
-  const Result result(arguments);
+  static_assert(WARPS * kWarp / (kFeatures / kLineValues) >= GROUPS * kTokenGroup, "a thread sends of one token");
 
   // Where this lane's operands of its warp's next steps are. kRun of them lie one behind the other: that is sooner with
   // eight warps, and with four it is not.
@@ -193,6 +232,8 @@ __global__ void __launch_bounds__(WARPS* kWarp, kProcessorWarps / WARPS)
   await_previous();
 #pragma unroll
   for (int s = 0; s < STAGES; ++s) load_x(xs[s], s);
+  Result result;
+  result.look(arguments);
   while (step < depth) {
 #pragma unroll
     for (int s = 0; s < STAGES; ++s) {
@@ -298,5 +339,20 @@ int qwen1m_cuda_rotating_linear(const qwen1m_rotating_linear* a, qwen1m_stream s
       case 128: return choose_linear<T, Rotated<T, 128>>(*a, as_stream(stream));
       default: return cudaErrorInvalidValue;
     }
+  });
+}
+
+int qwen1m_cuda_sending_linear(const qwen1m_sending_linear* a, qwen1m_stream stream) {
+  const qwen1m_linear& linear = a->linear;
+  if (!takes(linear) || !takes_mailboxes(a->rank, a->degree) || linear.tokens > kMaxTokens || linear.bias != nullptr ||
+      linear.out_dtype != linear.activation || linear.out_features % kPack != 0 ||
+      linear.out_features > QWEN1M_MAILBOX_WIDTH) {
+    return cudaErrorInvalidValue;
+  }
+  if (linear.tokens == 0 || linear.out_features == 0) return cudaSuccess;
+  const SendingArguments arguments{linear, mailboxes_of(a->boxes, a->rank, a->degree)};
+  return with_half_type(linear.activation, [&](auto type) -> int {
+    using T = decltype(type);
+    return choose_linear<T, Sent<T>>(arguments, as_stream(stream));
   });
 }

@@ -59,8 +59,8 @@ __device__ inline void normalise_row(const qwen1m_rms_norm& a, const Add& add, c
   for (int j = 0; j < kVectors; ++j) {
     if (own.has(j)) weight[j] = load_vector<N>(static_cast<const T*>(a.weight) + own.column(j));
   }
+  admit_next();  // a product's first weights come while its rows are made, and while ranks wait for each other's
   await_previous();
-  admit_next();
 #pragma unroll
   for (int j = 0; j < kVectors; ++j) {
     if (own.has(j)) load_widened(residual + own.column(j), values[j]);

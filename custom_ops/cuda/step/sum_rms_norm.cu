@@ -1,5 +1,5 @@
 // RMSNorm of the residual stream and what all ranks add to it. A block a row: it sends its rank's part into the
-// mailboxes of the others, and has their parts from its own.
+// mailboxes of the others, unless the product that made it did, and has their parts from its own.
 #include "mailbox.cuh"
 #include "overlap.cuh"
 #include "step/rms_norm.cuh"
@@ -21,6 +21,7 @@ template <typename T, int kAtOnce>
 struct AddParts {
   using Part = Vector<T, kNormVector>[kNormVectors];
   const Mailboxes& boxes;
+  bool sent;
   uint32_t& turn;
 
   __device__ void operator()(const T* delta, const NormColumns& own, Values& values) const {
@@ -31,7 +32,9 @@ struct AddParts {
     for (int j = 0; j < kNormVectors; ++j) {
       if (own.has(j)) mine[j] = load_vector<kNormVector>(delta + own.column(j));
     }
-    for (int other = 0; other < others; ++other) send(mine, own, boxes.lines(rank_of(other), boxes.rank, turn, row));
+    for (int other = 0; !sent && other < others; ++other) {
+      send(mine, own, boxes.lines(boxes.other(other), boxes.rank, turn, row));
+    }
 
     Values sums = {};
 #pragma unroll 1
@@ -54,9 +57,6 @@ struct AddParts {
   }
 
  private:
-  // The ranks but this one, ascending.
-  __device__ int rank_of(int other) const { return other + (other >= boxes.rank); }
-
   __device__ void send(const Part& mine, const NormColumns& own, Line* lines) const {
 #pragma unroll
     for (int j = 0; j < kNormVectors; ++j) {
@@ -71,7 +71,7 @@ struct AddParts {
 #pragma unroll
     for (int k = 0; k < kAtOnce; ++k) {
       if (first + k + 1 >= boxes.degree) continue;
-      const Line* lines = boxes.lines(boxes.rank, rank_of(first + k), turn, row);
+      const Line* lines = boxes.lines(boxes.rank, boxes.other(first + k), turn, row);
 #pragma unroll
       for (int j = 0; j < kNormVectors; ++j) {
         if (!own.has(j)) continue;
@@ -94,9 +94,9 @@ struct AddParts {
 
 template <typename T, int kAtOnce>
 __global__ void __launch_bounds__(kSumThreads)
-    sum_rms_norm_kernel(const qwen1m_rms_norm a, const __grid_constant__ Mailboxes boxes) {
+    sum_rms_norm_kernel(const qwen1m_rms_norm a, const __grid_constant__ Mailboxes boxes, bool sent) {
   uint32_t turn = 0;
-  write_normalised_row<T>(a, AddParts<T, kAtOnce>{boxes, turn});
+  write_normalised_row<T>(a, AddParts<T, kAtOnce>{boxes, sent, turn});
   // All threads have read the last one, or the row's sum of squares would not be there.
   if (threadIdx.x == 0) *boxes.turn(blockIdx.x) = turn;
 }
@@ -110,20 +110,17 @@ using namespace qwen1m::cuda;
 int qwen1m_cuda_sum_rms_norm(const qwen1m_sum_rms_norm* a, qwen1m_stream stream) {
   const qwen1m_rms_norm& norm = a->norm;
   if (norm.width % kPack != 0 || norm.width > QWEN1M_MAILBOX_WIDTH || norm.tokens > QWEN1M_MAILBOX_ROWS ||
-      norm.dtype != norm.activation || norm.delta == nullptr || a->degree < 2 || a->degree > QWEN1M_PEER_RANKS ||
-      a->rank < 0 || a->rank >= a->degree || !aligned(norm.delta, norm.residual, norm.weight, norm.out)) {
+      norm.dtype != norm.activation || norm.delta == nullptr || !takes_mailboxes(a->rank, a->degree) ||
+      !aligned(norm.delta, norm.residual, norm.weight, norm.out)) {
     return cudaErrorInvalidValue;
   }
   if (norm.tokens == 0 || norm.width == 0) return cudaSuccess;
-  Mailboxes boxes{};
-  for (int rank = 0; rank < a->degree; ++rank) boxes.of[rank] = reinterpret_cast<char*>(a->boxes[rank]);
-  boxes.rank = a->rank;
-  boxes.degree = a->degree;
+  const Mailboxes boxes = mailboxes_of(a->boxes, a->rank, a->degree);
   return with_half_type(norm.activation, [&](auto type) -> int {
     using T = decltype(type);
     const auto launch = [&](auto kernel) {
       return launch_overlapping(kernel, static_cast<unsigned>(norm.tokens), norm_threads(norm.width), 0,
-                                as_stream(stream), norm, boxes);
+                                as_stream(stream), norm, boxes, a->sent != 0);
     };
     if (a->degree == 2) return launch(sum_rms_norm_kernel<T, 1>);
     return launch(sum_rms_norm_kernel<T, 3>);

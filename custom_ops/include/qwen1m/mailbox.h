@@ -14,9 +14,18 @@ typedef struct {
   qwen1m_rms_norm norm;  // delta: this rank's
   const int64_t* boxes;  // [degree], in host memory: where this process has each rank's mailbox
   int32_t rank, degree;
+  int32_t sent;  // 1: qwen1m_sending_linear has made delta; 0: it is still to be sent
 } qwen1m_sum_rms_norm;
 
+// qwen1m_linear of few rows, without a bias, that sends y, this rank's delta of the sum that comes next, as it is made.
+typedef struct {
+  qwen1m_linear linear;
+  const int64_t* boxes;
+  int32_t rank, degree;
+} qwen1m_sending_linear;
+
 QWEN1M_API int qwen1m_cuda_sum_rms_norm(const qwen1m_sum_rms_norm*, qwen1m_stream);
+QWEN1M_API int qwen1m_cuda_sending_linear(const qwen1m_sending_linear*, qwen1m_stream);
 
 // Bytes of a mailbox, all zero before the first sum.
 QWEN1M_API int64_t qwen1m_cuda_mailbox_bytes(int32_t degree);
