@@ -3,8 +3,8 @@
 //
 // A kernel launched so may, before await_previous(), only read what was written before the two launches that precede
 // it; every block calls that, and writes nothing before. After it, where blocks of the next launch may share the
-// processors, all call admit_next(); norms, of a block a row, do so before. So three launches at most are under way at
-// a time.
+// processors, all call admit_next(); norms do so before. So three launches at most are under way at a time, unless
+// norms follow each other.
 #pragma once
 
 #include <utility>

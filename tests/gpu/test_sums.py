@@ -146,8 +146,12 @@ def test_turns_go_on_behind_the_largest_number(cuda: Any, rng: np.random.Generat
 
 
 def test_replayed_from_graphs_the_ranks_stay_in_turn(cuda: Any, rng: np.random.Generator) -> None:
-    """Two thousand sums behind each other: lines of an earlier turn would be those of other rows."""
-    degree, rows, width, captured, replays = 4, 4, 1024, 50, 40
+    """Two thousand sums behind each other: lines of an earlier turn would be those of other rows.
+
+    Norms let the next launch begin before they wait: a graph's sums are all under way at once, and those of all ranks
+    must have room on the one GPU.
+    """
+    degree, rows, width, captured, replays = 4, 4, 1024, 20, 100
     ranks, weight = Ranks(cuda, degree, rows, width, torch.bfloat16), drawn(rng, 1, width, torch.bfloat16)[0]
     deltas = [[drawn(rng, rows, width, torch.bfloat16) for _ in range(degree)] for _ in range(captured)]
     graphs = [torch.cuda.CUDAGraph() for _ in range(degree)]
