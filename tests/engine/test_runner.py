@@ -31,6 +31,7 @@ from paddle_qwen1m.engine.orders import (
 from paddle_qwen1m.engine.runner import Runner
 from paddle_qwen1m.model import Qwen2OneM
 from paddle_qwen1m.parallel import group
+from paddle_qwen1m.parallel.mailboxes import Sent
 
 PAGE, PAGES, SLOTS = 32, 64, 6
 
@@ -89,6 +90,26 @@ def answer(model: Qwen2OneM, prompt: np.ndarray, tokens: int) -> list[int]:
         answer.append(int(result(runner, Decode(1, joins))[0][0]))
         joins = ()
     return answer
+
+
+class Sending(group.Group):
+    """One rank whose products of few rows are sent; it notes how many rows each had."""
+
+    def __init__(self) -> None:
+        self.sent: list[int] = []
+
+    def mailboxes(self, rows: int, width: int) -> Any:
+        assert width == CONFIG.hidden_size
+        return self if rows <= ops.FEW_ROWS else None
+
+    def product(self, x: paddle.Tensor, weight: paddle.Tensor) -> Sent:
+        self.sent.append(len(x))
+        return Sent(ops.linear(x, weight))
+
+    def add_rms_norm(
+        self, values: paddle.Tensor | Sent, residual: paddle.Tensor, weight: paddle.Tensor, eps: float
+    ) -> paddle.Tensor:
+        return ops.add_rms_norm(values.values if isinstance(values, Sent) else values, residual, weight, eps)
 
 
 def advance(runner: Runner, order: Prefill) -> Iterator[None]:
@@ -273,6 +294,17 @@ def test_sequences_that_join_and_leave_get_what_they_get_alone(model: Qwen2OneM,
             if number is not None:
                 answers[number].append(int(ids[slot]))
     assert answers == expected
+
+
+def test_products_that_are_summed_send_few_rows_where_there_are_mailboxes(
+    model: Qwen2OneM, rng: np.random.Generator
+) -> None:
+    """Both of a layer, step after step; many rows go another way, and the answer is the same."""
+    prompt = rng.integers(0, CONFIG.vocab_size, 40)
+    expected = answer(model, prompt, 6)
+    model.group = sending = Sending()
+    assert answer(model, prompt, 6) == expected
+    assert sending.sent == [1] * (5 * 2 * CONFIG.num_layers)
 
 
 def test_a_step_writes_one_token_of_each_sequence_and_nothing_else(model: Qwen2OneM, rng: np.random.Generator) -> None:
