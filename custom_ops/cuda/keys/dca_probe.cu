@@ -124,7 +124,7 @@ __device__ void walk_keys(const ProbeArguments& a, uint32_t shared, int32_t begi
     load(first + kWarpKeys);
     copy_wait<kProbeRing - 1>();
     __syncwarp();
-    const Stage stage = first >= chunk ? kIntra : first >= chunk - a.chunk_len ? kSucc : kInter;
+    const Stage stage = key_stage(first, chunk, a.chunk_len);
     ProbeScores scores;
     scores.score<T, D>(ring + (first / kWarpKeys % kProbeRing) * kTileBytes + rows_place,
                        at<D>(shared + transposed_place, stage * kProbeRows, 0));

@@ -347,7 +347,7 @@ __device__ void attend_tiles(ByteRows<T, Number, kUpper>& state, const qwen1m_dc
   const int32_t chunk = (share.length - 1) / a.chunk_len * a.chunk_len;
   for (int tile = share.first; tile < share.last; ++tile) {
     const int32_t key = tile * kTileKeys;
-    const Stage stage = key >= chunk ? kIntra : key >= chunk - a.chunk_len ? kSucc : kInter;
+    const Stage stage = key_stage(key, chunk, a.chunk_len);
     if (stage != current) {
       current = stage;
       state.set_query(q + stage * variant, share.rows, power, centre, scale, lane);

@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
   for (int tile = first; tile < last; ++tile) {
     const uint32_t key_place = await_half() + transposed_place;
     const int32_t key = tile * kTileKeys;
-    const Stage stage = key >= chunk ? kIntra : key >= chunk - a.chunk_len ? kSucc : kInter;
+    const Stage stage = key_stage(key, chunk, a.chunk_len);
     if (stage != current) {
       current = stage;
 #pragma unroll

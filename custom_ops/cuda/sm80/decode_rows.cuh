@@ -81,6 +81,7 @@ struct DecodeRows {
     }
   }
 
+  // Both, of a tile whose keys and values are there.
   __device__ void attend(uint32_t keys, uint32_t values, int row, int count, float scale, int lane) {
     score(keys, row, count, scale, lane);
     add(values);

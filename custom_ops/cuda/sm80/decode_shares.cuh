@@ -126,6 +126,29 @@ __device__ void merge_rows(const DecodeArguments& a, int64_t line, int rows, int
   }
 }
 
+// A value of a row, of several softmaxes.
+struct MergedValue {
+  float out, top, total;
+  __device__ float normalised() const { return total > 0 ? out / total : 0.0f; }
+};
+
+// Of N: statistic(i) is the maximum in units of log2 and the sum of one, value(i) its value, not normalised.
+template <int N, typename Statistic, typename Value>
+__device__ MergedValue merge_value(Statistic&& statistic, Value&& value) {
+  MergedValue merged{0, kNegativeInfinity, 0};
+#pragma unroll
+  for (int i = 0; i < N; ++i) merged.top = fmaxf(merged.top, statistic(i).x);
+  const float origin = merged.top == kNegativeInfinity ? 0.0f : merged.top;
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    const float2 part = statistic(i);
+    const float weight = exp2_fast(part.x - origin);
+    merged.total += part.y * weight;
+    merged.out += value(i) * weight;
+  }
+  return merged;
+}
+
 // Where a warp leaves its softmax, at the start of the block's shared memory: values [kWarps, kGroupRows, D], then
 // statistics [kWarps, kGroupRows].
 template <int D>
@@ -149,25 +172,10 @@ struct WarpResult {
     if (lane % 4 == 0) statistics[row] = make_float2(maximum, sum);
   }
 
-  struct Merged {
-    float out, top, total;
-    __device__ float normalised() const { return total > 0 ? out / total : 0.0f; }
-  };
-
   // A value of a row, of the first warp's result and those of all others.
-  __device__ Merged over_warps(int row, int dim) const {
-    Merged merged{0, kNegativeInfinity, 0};
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) merged.top = fmaxf(merged.top, statistics[w * kGroupRows + row].x);
-    const float origin = merged.top == kNegativeInfinity ? 0.0f : merged.top;
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) {
-      const float2 part = statistics[w * kGroupRows + row];
-      const float weight = exp2_fast(part.x - origin);
-      merged.total += part.y * weight;
-      merged.out += values[(w * kGroupRows + row) * D + dim] * weight;
-    }
-    return merged;
+  __device__ MergedValue over_warps(int row, int dim) const {
+    return merge_value<kWarps>([&](int w) { return statistics[w * kGroupRows + row]; },
+                               [&](int w) { return values[(w * kGroupRows + row) * D + dim]; });
   }
 };
 
@@ -189,17 +197,9 @@ __device__ void merge_part(const DecodeArguments& a, int64_t line, int part, int
   if (dim == 0) statistics[group] = make_float2(own.top, own.total);
   __syncthreads();
   if (threadIdx.x < kDims) {
-    float top = kNegativeInfinity, total = 0, out = 0;
-#pragma unroll
-    for (int g = 0; g < kGroups; ++g) top = fmaxf(top, statistics[g].x);
-    const float origin = top == kNegativeInfinity ? 0.0f : top;
-#pragma unroll
-    for (int g = 0; g < kGroups; ++g) {
-      const float weight = exp2_fast(statistics[g].x - origin);
-      total += statistics[g].y * weight;
-      out += values[g * kDims + threadIdx.x] * weight;
-    }
-    static_cast<T*>(a.out)[line * D + first_dim + threadIdx.x] = narrow<T>(total > 0 ? out / total : 0.0f);
+    const MergedValue merged = merge_value<kGroups>([&](int g) { return statistics[g]; },
+                                                    [&](int g) { return values[g * kDims + threadIdx.x]; });
+    static_cast<T*>(a.out)[line * D + first_dim + threadIdx.x] = narrow<T>(merged.normalised());
   }
   __syncthreads();
 }

@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) decode_kernel(const __grid_
     __syncthreads();
     if (tile > share.first) load_before(min(tile + kRing, share.last));
     const int32_t key = tile * kTileKeys;
-    const Stage stage = key >= chunk_begin ? kIntra : key >= chunk_begin - a.chunk_len ? kSucc : kInter;
+    const Stage stage = key_stage(key, chunk_begin, a.chunk_len);
     if (stage != current) {
       current = stage;
 #pragma unroll

@@ -31,40 +31,6 @@ struct Operands {
   uint4 x[GROUPS][2][2];  // two packs a half
 };
 
-// f(half, values ahead of k, whether they are in the row) for the halves of the step of STEP values that is so many of
-// a warp's steps ahead of k.
-template <int WARPS, int STEP, typename F>
-__device__ __forceinline__ void each_half(int k, int depth, int steps_ahead, F&& f) {
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int ahead = steps_ahead * WARPS * STEP + half * (STEP / 2);
-    f(half, ahead, k + ahead < depth);
-  }
-}
-
-// A warp's steps along K: STAGES of them are under way, each loaded where the one before it has been multiplied.
-// Weights come while the launch before, which makes x, still runs. next_steps() goes STAGES steps on; in_row() says
-// whether there is one left.
-template <int STAGES, typename Operands, typename InRow, typename LoadWeight, typename LoadX, typename Multiply,
-          typename NextSteps>
-__device__ __forceinline__ void walk_row(Operands (&stages)[STAGES], InRow&& in_row, LoadWeight&& load_weight,
-                                         LoadX&& load_x, Multiply&& multiply, NextSteps&& next_steps) {
-#pragma unroll
-  for (int s = 0; s < STAGES; ++s) load_weight(stages[s], s);
-  await_previous();
-#pragma unroll
-  for (int s = 0; s < STAGES; ++s) load_x(stages[s], s);
-  while (in_row()) {
-#pragma unroll
-    for (int s = 0; s < STAGES; ++s) {
-      multiply(stages[s]);
-      load_weight(stages[s], s + STAGES);
-      load_x(stages[s], s + STAGES);
-    }
-    next_steps();
-  }
-}
-
 // GROUPS groups of kTokenGroup tokens; STAGES steps of every warp are under way.
 template <typename Kind, typename T, int WARPS, int GROUPS, int STAGES>
 __global__ void __launch_bounds__(WARPS* kWarp, kProcessorWarps / WARPS) linear8_kernel(const qwen1m_linear8 a) {
@@ -91,8 +57,17 @@ __global__ void __launch_bounds__(WARPS* kWarp, kProcessorWarps / WARPS) linear8
     x[t] = static_cast<const T*>(a.x) + static_cast<int64_t>(t * kTokenGroup + group) * depth + k + part * kBytes;
   }
 
-  const auto load_weight = [&](Operands<GROUPS>& to, int steps_ahead) {
-    each_half<WARPS, kStep>(k, depth, steps_ahead, [&](int half, int ahead, bool in_row) {
+  // f(half, values ahead of k, whether they are in the row) for the halves of the step that is so many of the warp's
+  // ahead.
+  const auto each_half = [&](int steps, auto&& f) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int ahead = steps * WARPS * kStep + half * kHalfStep;
+      f(half, ahead, k + ahead < depth);
+    }
+  };
+  const auto load_weight = [&](Operands<GROUPS>& to, int steps) {
+    each_half(steps, [&](int half, int ahead, bool in_row) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         to.weight[r][half] = load_once(weight[r] + ahead, in_row);
@@ -100,8 +75,8 @@ __global__ void __launch_bounds__(WARPS* kWarp, kProcessorWarps / WARPS) linear8
       }
     });
   };
-  const auto load_x = [&](Operands<GROUPS>& to, int steps_ahead) {
-    each_half<WARPS, kStep>(k, depth, steps_ahead, [&](int half, int ahead, bool in_row) {
+  const auto load_x = [&](Operands<GROUPS>& to, int steps) {
+    each_half(steps, [&](int half, int ahead, bool in_row) {
 #pragma unroll
       for (int t = 0; t < GROUPS; ++t) {
         const bool valid = in_row && t * kTokenGroup + group < tokens;
@@ -137,17 +112,28 @@ __global__ void __launch_bounds__(WARPS* kWarp, kProcessorWarps / WARPS) linear8
     }
   };
 
+  // Each step is loaded where the one STAGES before it has been multiplied; weights come while the launch before, which
+  // makes x, still runs.
+  constexpr int kAdvance = STAGES * WARPS * kStep;
   Operands<GROUPS> stages[STAGES];
-  walk_row(
-      stages, [&] { return k < depth; }, load_weight, load_x, multiply,
-      [&] {
-        constexpr int kAdvance = STAGES * WARPS * kStep;
-        k += kAdvance;
 #pragma unroll
-        for (int r = 0; r < 2; ++r) weight[r] += kAdvance;
+  for (int s = 0; s < STAGES; ++s) load_weight(stages[s], s);
+  await_previous();
 #pragma unroll
-        for (int t = 0; t < GROUPS; ++t) x[t] += kAdvance;
-      });
+  for (int s = 0; s < STAGES; ++s) load_x(stages[s], s);
+  while (k < depth) {
+#pragma unroll
+    for (int s = 0; s < STAGES; ++s) {
+      multiply(stages[s]);
+      load_weight(stages[s], s + STAGES);
+      load_x(stages[s], s + STAGES);
+    }
+    k += kAdvance;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) weight[r] += kAdvance;
+#pragma unroll
+    for (int t = 0; t < GROUPS; ++t) x[t] += kAdvance;
+  }
 
 #pragma unroll
   for (int t = 0; t < GROUPS; ++t) {

@@ -25,4 +25,9 @@ QWEN1M_HOST_DEVICE static inline Span stage_keys(Stage stage, int32_t position, 
   }
 }
 
+// The stage of a key for rows of the chunk that begins at `chunk`.
+QWEN1M_HOST_DEVICE static inline Stage key_stage(int32_t key, int32_t chunk, int32_t chunk_len) {
+  return key >= chunk ? kIntra : key >= chunk - chunk_len ? kSucc : kInter;
+}
+
 }  // namespace qwen1m
