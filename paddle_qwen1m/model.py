@@ -120,14 +120,14 @@ class DecoderLayer(nn.Layer):
         """`linear` by the weight of that name, for so many calls, whose results are summed over the ranks. mailboxes:
         by which they may be sent.
         """
-        held = self._held_for(name, times)
+        held = self._held(name, times)
         if mailboxes is not None and self.quantization is None:
             return partial(mailboxes.product, weight=held)
         return lambda x: self._multiply(x, held)
 
     def gated_product(self, times: int) -> Product:
         """The MLP's first product and SiLU, for so many calls: what its second product takes."""
-        held = self._held_for("gate_up_weight", times)
+        held = self._held("gate_up_weight", times)
 
         def gated(x: Activations) -> Activations:
             rows8 = self._rows8(x)
@@ -138,16 +138,13 @@ class DecoderLayer(nn.Layer):
 
         return gated
 
-    def _held(self, name: str) -> paddle.Tensor | ops.Weight8:
+    def _held(self, name: str, times: int = 1) -> paddle.Tensor | ops.Weight8:
+        """A weight for so many products. What is widened for several is widened once."""
         held = getattr(self, name)
-        if self.quantization is not None:
-            held = ops.Weight8(held, getattr(self, f"{name}{SCALES}"), self.quantization)
-        return held
-
-    def _held_for(self, name: str, times: int) -> paddle.Tensor | ops.Weight8:
-        """For so many products. What is widened for several is widened once."""
-        held = self._held(name)
-        return ops.WidenedOnce(*held) if times > 1 and isinstance(held, ops.Weight8) else held
+        if self.quantization is None:
+            return held
+        kind = ops.WidenedOnce if times > 1 else ops.Weight8
+        return kind(held, getattr(self, f"{name}{SCALES}"), self.quantization)
 
     def _multiply(self, x: Activations, held: paddle.Tensor | ops.Weight8) -> paddle.Tensor:
         rows8 = self._rows8(x)

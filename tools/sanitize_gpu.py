@@ -315,9 +315,7 @@ class Kernels:
         norm = self.norm(tokens, width, residual)
         sent = tokens <= 16
         if sent:
-            linear = {"x": self.normal(tokens, 64), "weight": self.normal(width, 64), "bias": None, "y": norm["delta"]}
-            linear |= {"tokens": tokens, "in_features": 64, "out_features": width}
-            linear |= {"activation": "bfloat16", "out_dtype": "bfloat16", "dtype": "bfloat16"}
+            linear = {**self.linear(tokens, 64, width), "y": norm["delta"]}
             self.cuda("sending_linear", linear=linear, **ranks)
         self.cuda("sum_rms_norm", norm=norm, **ranks, sent=int(sent))
 
@@ -420,38 +418,15 @@ class Kernels:
             head_dim=d,
         )
         for few in (1, min(tokens, 16)):
-            self.cuda(
-                "linear",
-                x=self.normal(few, width),
-                weight=self.normal(77, width),
-                bias=self.normal(77),
-                y=self.floats(few, 77),
-                tokens=few,
-                in_features=width,
-                out_features=77,
-                activation=half,
-                out_dtype="float32",
-                dtype=half,
-            )
-
+            given = {"bias": self.normal(77), "y": self.floats(few, 77), "out_dtype": "float32"}
+            self.cuda("linear", **{**self.linear(few, width, 77), **given})
             self.linears_and_more(few, width, pages)
 
     def linears_and_more(self, tokens: int, width: int, pages: int) -> None:
         """A product and SiLU; projections, rotated and cached."""
-        half, heads, kv_heads, d = "bfloat16", self.heads, self.kv_heads, self.head_dim
-        features = (heads + 2 * kv_heads) * d
-        linear = {
-            "x": self.normal(tokens, width),
-            "bias": None,
-            "tokens": tokens,
-            "in_features": width,
-            "activation": half,
-            "out_dtype": half,
-            "dtype": half,
-        }
-        gated = {"weight": self.normal(2 * 39, width), "y": self.normal(tokens, 39), "out_features": 2 * 39}
-        self.cuda("gated_linear", **linear, **gated)
-        projections = {"weight": self.normal(features, width), "y": None, "out_features": features}
+        half, heads, d = "bfloat16", self.heads, self.head_dim
+        features = (heads + 2 * self.kv_heads) * d
+        self.cuda("gated_linear", **{**self.linear(tokens, width, 2 * 39), "y": self.normal(tokens, 39)})
         rotation = {
             "qkv": None,
             "bias": self.normal(features),
@@ -465,7 +440,22 @@ class Kernels:
             "tokens": tokens,
             "heads": heads,
         }
-        self.cuda("rotating_linear", linear={**linear, **projections}, rotation=rotation)
+        self.cuda("rotating_linear", linear=self.linear(tokens, width, features), rotation=rotation)
+
+    def linear(self, tokens: int, width: int, features: int) -> dict[str, Any]:
+        """A product's fields, all but where it goes."""
+        return {
+            "x": self.normal(tokens, width),
+            "weight": self.normal(features, width),
+            "bias": None,
+            "y": None,
+            "tokens": tokens,
+            "in_features": width,
+            "out_features": features,
+            "activation": "bfloat16",
+            "out_dtype": "bfloat16",
+            "dtype": "bfloat16",
+        }
 
     def weights_of_8_bits(self, tokens: int, width: int, features: int) -> None:
         """Products with them and, on Hopper, rows in FP8; width: a multiple of 128."""

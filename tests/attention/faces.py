@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Union
+from typing import Any, Callable, Union
 
 import numpy as np
 import oracle
@@ -101,10 +101,8 @@ class OpFace:
         key_cache: np.ndarray,
         value_cache: np.ndarray,
     ) -> np.ndarray:
-        keys, values = self._stored(key_cache), self._stored(value_cache)
-        queries = ops.rotate_and_cache(tensor(qkv), self._stored(bias), tensor(table), tensor(slots), keys, values)
-        key_cache[:], value_cache[:] = array(keys), array(values)
-        return array(queries)
+        inputs = tensor(qkv), self._stored(bias), tensor(table), tensor(slots)
+        return self._caching(lambda *cache: ops.rotate_and_cache(*inputs, *cache), key_cache, value_cache)
 
     def rotating_linear(
         self,
@@ -116,11 +114,17 @@ class OpFace:
         key_cache: np.ndarray,
         value_cache: np.ndarray,
     ) -> np.ndarray:
-        weights = self._stored(weight), self._stored(bias)
-        keys, values = self._stored(key_cache), self._stored(value_cache)
-        queries = ops.rotating_linear(tensor(x), *weights, tensor(table), tensor(slots), keys, values)
-        key_cache[:], value_cache[:] = array(keys), array(values)
-        return array(queries)
+        inputs = tensor(x), self._stored(weight), self._stored(bias), tensor(table), tensor(slots)
+        return self._caching(lambda *cache: ops.rotating_linear(*inputs, *cache), key_cache, value_cache)
+
+    def _caching(
+        self, queries: Callable[..., paddle.Tensor], key_cache: np.ndarray, value_cache: np.ndarray
+    ) -> np.ndarray:
+        """What an op makes of caches like these, which take on what it writes."""
+        caches = self._stored(key_cache), self._stored(value_cache)
+        made = queries(*caches)
+        key_cache[:], value_cache[:] = map(array, caches)
+        return array(made)
 
     def rotate_queries(self, qkv: np.ndarray, bias: np.ndarray, table: np.ndarray, row: int, heads: int) -> np.ndarray:
         return array(ops.rotate_queries(tensor(qkv), self._stored(bias), tensor(table), heads, row=row))
