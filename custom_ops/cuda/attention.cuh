@@ -10,8 +10,8 @@ namespace cuda {
 
 // The head of a thread block of a sparse prefill. What takes longest is best begun first: little is idle at the end
 // then.
-__device__ inline int ordered_head(const qwen1m_dca_sparse_prefill& a) {
-  return a.order == nullptr ? static_cast<int>(blockIdx.y) : a.order[blockIdx.y];
+__device__ inline int ordered_head(const qwen1m_dca_sparse_prefill& a, int number) {
+  return a.order == nullptr ? number : a.order[number];
 }
 
 template <typename T, int D>

@@ -18,42 +18,46 @@ struct DenseArguments : qwen1m_dca_prefill {
 struct DenseWalk {
   static constexpr int kWarps = 4, kRing = 3, kBlocks = 2, kTileRows = kWarps * kWarpRows;
   using Arguments = DenseArguments;
-  struct Shared {};
+  struct alignas(256) Shared {
+    int64_t first_row;
+  };
 
   const Arguments& a;
-  int head;
-  int rows;
+  Shared& shared;
+  int count;
   int32_t begin;
-  int64_t first_row;
   float scale;
   Pages pages;
 
-  __device__ DenseWalk(const Arguments& arguments, Shared&)
-      : a(arguments), head(blockIdx.y), rows(0), scale(0), pages(nullptr, arguments.cache.page_size) {
+  __device__ DenseWalk(const Arguments& arguments, Shared& shared_memory)
+      : a(arguments), shared(shared_memory), count(0), scale(0), pages(nullptr, arguments.cache.page_size) {
     // The last rows see the most keys: they go first.
     int tile = gridDim.x - 1 - blockIdx.x;
     for (int p = 0; p < a.num_pieces; ++p) {
       const qwen1m_piece& piece = a.piece_at(p);
       const int tiles = (piece.rows + kTileRows - 1) / kTileRows;
       if (tile < tiles) {
-        rows = min(piece.rows - tile * kTileRows, kTileRows);
+        count = min(piece.rows - tile * kTileRows, kTileRows);
         begin = piece.begin + tile * kTileRows;
-        first_row = piece.row + tile * kTileRows;
+        if (threadIdx.x == 0) shared.first_row = piece.row + tile * kTileRows;
         scale = a.scale[piece.sequence];
         pages.table = a.block_tables + static_cast<int64_t>(piece.sequence) * a.table_width;
+        __syncthreads();
         return;
       }
       tile -= tiles;
     }
   }
 
-  Stage current;
+  __device__ int head() const { return block_y(); }
+  __device__ int rows() const { return count; }
+  __device__ int64_t first_row() const { return shared.first_row; }
+
   Span span;
   int64_t even_slot, odd_slot;  // where the even and the odd tile that are loaded next begin
 
   __device__ int stage(Stage stage) {
-    current = stage;
-    span = stage_keys(stage, begin + rows - 1, a.chunk_len);
+    span = stage_keys(stage, anew(begin + count - 1), a.chunk_len);
     const int tiles = (span.end - span.begin + kTileKeys - 1) / kTileKeys;
     prefetch(0, tiles);
     prefetch(1, tiles);
@@ -68,7 +72,9 @@ struct DenseWalk {
     load_rows<T, D, kTileKeys, kWarps * kWarp>(shared, first, cache_row, 0, span.end - position(tile, 0));
   }
   __device__ int32_t position(int tile, int column) const { return span.begin + tile * kTileKeys + column; }
-  __device__ bool needs_mask(int tile) const { return current == kIntra && position(tile, kTileKeys - 1) > begin; }
+  __device__ bool needs_mask(Stage stage, int tile) const {
+    return stage == kIntra && position(tile, kTileKeys - 1) > begin;
+  }
 
   __device__ void prefetch(int tile, int tiles) {
     if (tile < tiles) (tile % 2 ? odd_slot : even_slot) = pages.slot(span.begin + tile * kTileKeys);

@@ -21,41 +21,45 @@ struct SparseWalk {
 
   const Arguments& a;
   Shared& shared;
-  int head;
-  int rows;
   int32_t begin;
-  int64_t first_row;
   float scale;
   Pages pages;
 
-  const int32_t *blocks, *columns, *counts;
+  const int32_t *blocks, *columns;
 
   __device__ SparseWalk(const Arguments& arguments, Shared& shared_memory)
       : a(arguments),
         shared(shared_memory),
-        head(ordered_head(arguments)),
         scale(arguments.scale),
         pages(arguments.block_table, arguments.cache.page_size) {
-    const int row_block = a.first_block + static_cast<int>(blockIdx.x), skipped = row_block * kTileRows;
-    rows = min(a.rows - skipped, kTileRows);
-    begin = a.begin + skipped;
-    first_row = a.row + static_cast<int64_t>(skipped);
-    const int64_t entry = static_cast<int64_t>(head) * ((a.rows + kTileRows - 1) / kTileRows) + row_block;
-    blocks = a.tables.blocks + entry * a.tables.block_width;
-    columns = a.tables.columns + entry * a.tables.column_width;
-    counts = a.tables.counts + entry * 2 * kStages;
+    begin = a.begin + skipped();
   }
+
+  // Kept by nobody: registers are scarce.
+  __device__ int head() const { return ordered_head(a, block_y()); }
+  __device__ int skipped() const { return (a.first_block + static_cast<int>(blockIdx.x)) * kTileRows; }
+  __device__ int rows() const { return min(a.rows - skipped(), kTileRows); }
+  __device__ int64_t entry() const {
+    return static_cast<int64_t>(head()) * ((a.rows + kTileRows - 1) / kTileRows) + skipped() / kTileRows;
+  }
+  __device__ int64_t first_row() const { return a.row + static_cast<int64_t>(skipped()); }
 
   int num_blocks = 0, num_columns = 0;  // of the stage
   int32_t limit;                        // the stage's keys, and those that a row of this block sees, end here
   int32_t following;                    // key of this thread's row, two tiles after the one being multiplied
 
   __device__ int stage(Stage stage) {
-    blocks += num_blocks;
-    columns += num_columns;
+    const int64_t own = entry();
+    const int32_t* counts = a.tables.counts + own * 2 * kStages;
+    blocks = a.tables.blocks + own * a.tables.block_width;
+    columns = a.tables.columns + own * a.tables.column_width;
+    for (int before = kInter; before > stage; --before) {
+      blocks += counts[before];
+      columns += counts[kStages + before];
+    }
     num_blocks = counts[stage];
     num_columns = counts[kStages + stage];
-    limit = stage == kIntra ? begin + rows : stage_keys(stage, begin, a.chunk_len).end;
+    limit = stage == kIntra ? anew(begin) + rows() : stage_keys(stage, begin, a.chunk_len).end;
     const int tiles = num_blocks + (num_columns + kTileKeys - 1) / kTileKeys;
     __syncthreads();
     prefetch(0, tiles);
@@ -72,7 +76,7 @@ struct SparseWalk {
   }
   __device__ int32_t position(int tile, int column) const { return shared.position[tile % kLookahead][column]; }
   // Keys ascend within a tile, and kNoKey stands last.
-  __device__ bool needs_mask(int tile) const { return position(tile, kTileKeys - 1) > begin; }
+  __device__ bool needs_mask(Stage, int tile) const { return position(tile, kTileKeys - 1) > begin; }
 
   __device__ void prefetch(int tile, int tiles) {
     if (tile >= tiles) return;

@@ -6,11 +6,11 @@
 //
 // Which keys a tile holds is the Walk's affair:
 //   kWarps, kRing, kBlocks             warps of a block, buffers of the ring, blocks that share a processor
-//   Walk(arguments, shared)            finds its rows; `head`, `rows`, `begin` (position of the first), `first_row`
+//   Walk(arguments, shared)            finds its rows; head(), rows(), `begin` (position of the first), first_row()
 //   stage(s)                           enters stage s and returns its number of tiles
 //   load(tile, pool, shared)           starts the copies of a tile's rows; a row that is no key must be finite
 //   position(tile, column)             of a key, for the mask; kNoKey for none
-//   needs_mask(tile)                   whether some row must not see some key of the tile
+//   needs_mask(stage, tile)            whether some row must not see some key of the tile
 //   prefetch(tile), publish(tile)      called around the products of tile - 2: time to look up the tile's slots
 #pragma once
 
@@ -26,6 +26,19 @@ namespace sm80 {
 constexpr int kRowTiles = 2;
 constexpr int kWarpRows = 16 * kRowTiles;
 constexpr int kNoKey = 0x7fffffff;
+
+// Registers are scarce, and what stands outside of the walk over tiles is cheap: of x, and of the block's number, the
+// compiler keeps nothing that it has computed elsewhere.
+__device__ inline int32_t anew(int32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
+__device__ inline int block_y() {
+  int y;
+  asm volatile("mov.u32 %0, %%ctaid.y;" : "=r"(y));
+  return y;
+}
 
 // Running softmax of the rows of one warp: maximum[t][h] and sum[t][h] belong to row 16t + 8h + lane / 4.
 template <typename T, int D>
@@ -207,14 +220,13 @@ __global__ void __launch_bounds__(Walk::kWarps* kWarp, Walk::kBlocks)
   const uint32_t rows_place = operand<D>(lane), transposed_place = transposed_operand<D>(lane);
   const uint32_t warp_queries = at<D>(queries + rows_place, warp_row, 0);
 
+  static_assert(sizeof(typename Walk::Shared) % SharedRows<D>::kRowBytes == 0, "`shared` lies behind it");
   __shared__ typename Walk::Shared walk_shared;
   Walk walk(a, walk_shared);
-  if (walk.rows <= 0) return;
+  if (walk.rows() <= 0) return;
   const float scale = walk.scale * kLog2E;
   const int64_t row_values = static_cast<int64_t>(a.heads) * D;
-  const int64_t kv_offset = static_cast<int64_t>(walk.head / (a.heads / a.cache.kv_heads)) * D;
-  const T* keys = static_cast<const T*>(a.cache.key) + kv_offset;
-  const T* values = static_cast<const T*>(a.cache.value) + kv_offset;
+  const int kv_offset = walk.head() / (a.heads / a.cache.kv_heads) * D;
 
   WarpRows<T, D> rows;
   rows.start();
@@ -223,14 +235,17 @@ __global__ void __launch_bounds__(Walk::kWarps* kWarp, Walk::kBlocks)
     const Stage stage = static_cast<Stage>(s);
     const int tiles = walk.stage(stage);
     if (tiles == 0) continue;
-    const T* q = static_cast<const T*>(a.q) + (static_cast<int64_t>(stage) * a.tokens + walk.first_row) * row_values +
-                 static_cast<int64_t>(walk.head) * D;
-    load_rows<T, D, kRows, Walk::kWarps * kWarp>(queries, q, row_values, 0, walk.rows);
+    const T* q = static_cast<const T*>(a.q) + (static_cast<int64_t>(stage) * a.tokens + walk.first_row()) * row_values +
+                 static_cast<int64_t>(walk.head()) * D;
+    load_rows<T, D, kRows, Walk::kWarps * kWarp>(queries, q, row_values, 0, walk.rows());
 
     // Load 2t is that of the keys of tile t, load 2t + 1 that of its values; phase p multiplies by what load p brought.
     int fill = 0, use = 0;
     const auto load = [&](int number, bool is_key) {
-      if (number / 2 < tiles) walk.template load<T, D>(number / 2, is_key ? keys : values, ring + fill * kTileBytes);
+      if (number / 2 < tiles) {
+        const T* pool = static_cast<const T*>(is_key ? a.cache.key : a.cache.value) + kv_offset;
+        walk.template load<T, D>(number / 2, pool, ring + fill * kTileBytes);
+      }
       copy_commit();
       fill = fill == kRing - 1 ? 0 : fill + 1;
     };
@@ -251,7 +266,7 @@ __global__ void __launch_bounds__(Walk::kWarps* kWarp, Walk::kBlocks)
       const uint32_t value_tile = next();
       load(2 * tile + kRing, kRing % 2 == 0);
       walk.prefetch(tile + 2, tiles);
-      if (walk.needs_mask(tile)) {
+      if (walk.needs_mask(stage, tile)) {
         rows.mask(walk.begin + warp_row, lane, [&](int column) { return walk.position(tile, column); });
       }
       rows.soften(scale);
@@ -264,8 +279,8 @@ __global__ void __launch_bounds__(Walk::kWarps* kWarp, Walk::kBlocks)
 
   rows.finish(scale, lane, [&](int r, const auto& packed, float lse) {
     const int row = warp_row + r;
-    if (row >= walk.rows) return;
-    const int64_t place = (walk.first_row + row) * a.heads + walk.head;
+    if (row >= walk.rows()) return;
+    const int64_t place = (walk.first_row() + row) * a.heads + walk.head();
     uint32_t* out = reinterpret_cast<uint32_t*>(static_cast<T*>(a.out) + place * D);
 #pragma unroll
     for (int n = 0; n < D / 8; ++n) out[4 * n + lane % 4] = packed[n];

@@ -122,7 +122,7 @@ struct Item {
 
   __device__ explicit Item(const SparseArguments& arguments)
       : a(arguments),
-        head(ordered_head(arguments)),
+        head(ordered_head(arguments, blockIdx.y)),
         row_block(kConsumers * (a.first_block / kConsumers + static_cast<int>(blockIdx.x))) {}
   __device__ int share() const { return blockIdx.z; }
   __device__ int32_t begin() const { return a.begin + row_block * kRows; }    // position of the first row
