@@ -8,7 +8,7 @@ from typing import Callable
 
 from paddle_qwen1m.config import BLOCK, QUESTION_ROWS, ROWS_AT_ONCE, ModelConfig, SparseBudgets
 from paddle_qwen1m.dtypes import QUANTIZATIONS, itemsize
-from paddle_qwen1m.parallel.room import FEW_LANES
+from paddle_qwen1m.parallel.room import MOST_LANES
 from paddle_qwen1m.weights.eight_bit import choose_blocks, linears
 from paddle_qwen1m.weights.tensors import published_shapes
 
@@ -99,7 +99,7 @@ def sparse_bytes(config: ModelConfig, rows: int, length: int, budgets: SparseBud
 
 def lane_rows(rows: int) -> int:
     """How many of so many rows of a chunk go through the MLP at once, at most."""
-    return min(rows, max(ROWS_AT_ONCE, -(-rows // FEW_LANES)))
+    return min(rows, max(ROWS_AT_ONCE, -(-rows // MOST_LANES)))
 
 
 def activation_bytes(

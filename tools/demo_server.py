@@ -21,7 +21,10 @@ START_SECONDS = 120
 
 @contextmanager
 def serving(checkpoint: Path | str, *flags: str) -> Iterator[str]:
-    """Runs `paddle-qwen1m serve` on a free port; yields where, once it is ready. RuntimeError if it does not start."""
+    """Runs `paddle-qwen1m serve` on a free port; yields where, once it is ready. RuntimeError if it does not start.
+
+    What it has said goes to stderr where something fails.
+    """
     command = [sys.executable, "-W", "ignore", "-m", "paddle_qwen1m", "serve", str(checkpoint), "--port", "0", *flags]
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(command, stderr=log)
@@ -31,6 +34,10 @@ def serving(checkpoint: Path | str, *flags: str) -> Iterator[str]:
             status = process.wait(60)
             if status:
                 raise RuntimeError(f"the server ended with exit status {status}")
+        except BaseException:
+            log.seek(0)
+            sys.stderr.write(log.read())
+            raise
         finally:
             process.kill()
             process.wait()
@@ -48,8 +55,7 @@ def _when_ready(process: subprocess.Popen[bytes], log: Any) -> str:
                     return found[1]
             except OSError:  # it is loading
                 pass
-    log.seek(0)
-    raise RuntimeError(f"the server did not start:\n{log.read()}")
+    raise RuntimeError("the server did not start")
 
 
 def ask(url: str, document: Document, number: int) -> tuple[str, dict[str, Any]]:
