@@ -299,12 +299,16 @@ class Qwen2OneM(nn.Layer):
             mlp = [layer.gated_product(lanes.count), layer.product("down_weight", lanes.count, lanes.mailboxes)]
             lanes.add(None, mlp, following, None if is_last else takes_rows8)
             normed = lanes.all_rows()
-            whole = normed[-1] if isinstance(normed, list) else normed
-            self.group.mark(whole.numbers if isinstance(whole, ops.Rows8) else whole)
+            self._mark(normed)
             yield
         if step.lengths is not None:
             return normed
         return None if step.logit_rows is None else normed[: step.num_logits]
+
+    def _mark(self, rows: Activations) -> None:
+        """For other ranks to see that this one has come so far."""
+        last = rows[-1] if isinstance(rows, list) else rows
+        self.group.mark(last.numbers if isinstance(last, ops.Rows8) else last)
 
     def _embed(self, ids: paddle.Tensor) -> paddle.Tensor:
         """The rank's part of the residual stream before the first layer."""
