@@ -265,6 +265,7 @@ def _memory(checkpoint: Checkpoint, options: CheckOptions) -> Iterator[Finding]:
             budgets=budgets,
             dtype=compute,
             quantization=quantization,
+            degree=ranks,
         )
 
     most = config.max_position_embeddings

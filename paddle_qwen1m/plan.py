@@ -8,7 +8,7 @@ from typing import Callable
 
 from paddle_qwen1m.config import BLOCK, QUESTION_ROWS, ROWS_AT_ONCE, ModelConfig, SparseBudgets
 from paddle_qwen1m.dtypes import QUANTIZATIONS, itemsize
-from paddle_qwen1m.parallel.room import MOST_LANES
+from paddle_qwen1m.parallel.room import MOST_LANES, Room
 from paddle_qwen1m.weights.eight_bit import choose_blocks, linears
 from paddle_qwen1m.weights.tensors import published_shapes
 
@@ -103,13 +103,20 @@ def lane_rows(rows: int) -> int:
 
 
 def activation_bytes(
-    config: ModelConfig, rows: int, length: int, budgets: SparseBudgets | None = None, dtype: str = "float32"
+    config: ModelConfig,
+    rows: int,
+    length: int,
+    budgets: SparseBudgets | None = None,
+    dtype: str = "float32",
+    degree: int = 1,
 ) -> int:
     """Peak bytes of a layer over a chunk of `rows` tokens of a context of `length`, logits of the last one included.
 
-    Counts the residual, then the largest of attention (qkv, output, and of ROWS_AT_ONCE their rotations and with
-    `budgets` what choosing the keys takes), the projection of what it gives, and MLP (its input, and of a lane gate and
-    up, their product). The residual, rotary tables and logits are float32, the rest is of `dtype`.
+    Counts the residual and rotary tables, then the largest of attention (qkv, output, and of ROWS_AT_ONCE their
+    rotations and with `budgets` what choosing the keys takes), the projection of what it gives, and MLP (its input, and
+    of a lane gate and up, their product). The residual, rotary tables and logits are float32, the rest is of `dtype`.
+    degree: of ranks of which `config` is one's share, and whose lanes go in rooms: a rank has a share of the residual,
+    and before the first layer its part of all embeddings, float32, until a collective has added them up.
     """
     attention, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     chunk_len = config.dual_chunk.chunk_len
@@ -117,24 +124,34 @@ def activation_bytes(
     size = itemsize(dtype)
     of_rows, of_lane, of_span = size * rows, size * lane_rows(rows), min(rows, ROWS_AT_ONCE)
     choosing = 0 if budgets is None else sparse_bytes(config, of_span, length, budgets)
-    rotated = variants * (size * of_span * attention + 4 * rows * config.head_dim)
-    in_attention = of_rows * (2 * attention + 2 * kv) + rotated + choosing
-    behind_it = of_rows * (attention + config.hidden_size) + of_lane * config.hidden_size
-    in_mlp = of_rows * config.hidden_size + of_lane * (3 * config.intermediate_size + config.hidden_size)
-    return rows * 4 * config.hidden_size + max(in_attention, behind_it, in_mlp) + 4 * config.vocab_size
+    residual, embedded, room, normed = 4 * rows * config.hidden_size, 0, 0, of_rows * config.hidden_size
+    if degree > 1:
+        lent = Room(-(-rows // degree) * degree, config.hidden_size, degree, size)
+        embedded, residual = residual, 4 * lent.share * config.hidden_size
+        room, normed = lent.height * lent.row_bytes, 0
+    in_attention = of_rows * (2 * attention + 2 * kv) + variants * size * of_span * attention + choosing
+    behind_it = normed + of_rows * attention + of_lane * config.hidden_size
+    in_mlp = normed + of_lane * (3 * config.intermediate_size + config.hidden_size)
+    tables = 4 * variants * rows * config.head_dim
+    return residual + tables + room + max(embedded, in_attention, behind_it, in_mlp) + 4 * config.vocab_size
 
 
 def prefill_bytes(
-    config: ModelConfig, rows: int, length: int, budgets: SparseBudgets | None = None, dtype: str = "float32"
+    config: ModelConfig,
+    rows: int,
+    length: int,
+    budgets: SparseBudgets | None = None,
+    dtype: str = "float32",
+    degree: int = 1,
 ) -> int:
     """Peak bytes of a layer over chunks of up to `rows` tokens of a context of `length`.
 
     In 16 bits, on a GPU, a chunk of few rows may share its keys out: what each share made of a row, in float32, is kept
-    with its largest logit and sum until the shares are merged.
+    with its largest logit and sum until the shares are merged. There ranks have rooms for each other's lanes, too.
     """
-    whole = activation_bytes(config, rows, length, budgets, dtype)
     if itemsize(dtype) != 2:
-        return whole
+        return activation_bytes(config, rows, length, budgets, dtype)
+    whole = activation_bytes(config, rows, length, budgets, dtype, degree)
     shares = SHARED_ROWS * config.num_heads * 4 * (config.head_dim + 2)
     return max(whole, activation_bytes(config, min(rows, FEW_ROWS), length, budgets, dtype) + shares)
 
@@ -158,6 +175,7 @@ def workspace_bytes(
     budgets: SparseBudgets | None = None,
     dtype: str = "float32",
     quantization: str | None = None,
+    degree: int = 1,
 ) -> int:
     """Peak bytes of all that may be under way at once while contexts of up to `length` tokens are served.
 
@@ -167,7 +185,8 @@ def workspace_bytes(
     tensors lie between, one as large as a lane's gated product may not fit into what is free.
     """
     rows = min(length, max_num_batched_tokens)
-    chunk = prefill_bytes(config, rows, length, budgets, dtype) + widened_weight_bytes(config, quantization, dtype)
+    chunk = prefill_bytes(config, rows, length, budgets, dtype, degree)
+    chunk += widened_weight_bytes(config, quantization, dtype)
     if itemsize(dtype) == 2:
         chunk += 2 * lane_rows(rows) * config.intermediate_size
         chunk += activation_bytes(config, sum(QUESTION_ROWS), length, None, dtype)
@@ -188,10 +207,12 @@ def plan_memory(
     budgets: SparseBudgets | None = None,
     dtype: str = "float32",
     quantization: str | None = None,
+    degree: int = 1,
 ) -> MemoryPlan:
     """What one request of `length` tokens, prompt and answer together, needs beside the process itself.
 
-    budgets: of a sparse prefill; None when it is dense. dtype: what is computed in, float32 on a CPU.
+    budgets: of a sparse prefill; None when it is dense. dtype: what is computed in, float32 on a CPU. degree: of ranks
+    of which `config` is one's share.
     """
     if length < 1 or max_num_batched_tokens < 1:
         raise ValueError(
@@ -201,7 +222,7 @@ def plan_memory(
         length=length,
         weights=weight_bytes,
         cache=length * cache_bytes_per_token(config, cache_dtype),
-        activations=prefill_bytes(config, min(length, max_num_batched_tokens), length, budgets, dtype)
+        activations=prefill_bytes(config, min(length, max_num_batched_tokens), length, budgets, dtype, degree)
         + widened_bytes(config, length, cache_dtype, dtype)
         + widened_weight_bytes(config, quantization, dtype),
     )

@@ -26,9 +26,9 @@ CONFIG = ModelConfig(
 BUDGETS = SparseBudgets.uniform(40, 110, CONFIG.num_layers, CONFIG.num_heads)
 
 
-def random_model(rng: np.random.Generator) -> Qwen2OneM:
+def random_model(rng: np.random.Generator, config: ModelConfig = CONFIG) -> Qwen2OneM:
     """Random weights, scaled so that attention is far from uniform."""
-    model = Qwen2OneM(CONFIG, "float32")
+    model = Qwen2OneM(config, "float32")
     for name, buffer in model.named_buffers():
         numbers = rng.standard_normal(buffer.shape) * (1.0 if "embedding" in name or "norm" in name else 0.25)
         buffer.copy_(paddle.to_tensor(numbers.astype(np.float32)), False)

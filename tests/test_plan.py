@@ -50,10 +50,13 @@ def test_activations_grow_with_the_chunk_not_with_the_context_when_dense() -> No
     assert activation_bytes(MODEL_14B, 8192, 1_000_000) > 1.9 * short
 
 
-@pytest.mark.parametrize(("config", "of_row"), [(MODEL_7B, 21_504), (MODEL_14B, 46_592)], ids=["7B", "14B"])
+@pytest.mark.parametrize(("config", "of_row"), [(MODEL_7B, 23_040), (MODEL_14B, 46_592)], ids=["7B", "14B"])
 def test_beyond_the_rows_that_are_there_at_once_a_row_takes_little(config: ModelConfig, of_row: int) -> None:
-    """Its residual, 4 bytes a number, and what the MLP takes, or the projections and what attention makes of them."""
-    assert of_row == {28: 6 * 3584, 48: 4 * 5120 + 2 * (5120 + 2 * 1024 + 5120) + 4 * 3 * 128}[config.num_layers]
+    """Its residual and rotary tables, 4 bytes a number, and what the MLP takes, or the projections and what attention
+    makes of them.
+    """
+    taken = {28: 6 * 3584, 48: 4 * 5120 + 2 * (5120 + 2 * 1024 + 5120)}[config.num_layers]
+    assert of_row == taken + 4 * 3 * 128
     budgets = published_budgets(config)
     large, larger = (activation_bytes(config, rows, 1_000_000, budgets, "bfloat16") for rows in (40_000, 50_000))
     assert larger - large == 10_000 * of_row
@@ -98,6 +101,26 @@ def test_in_16_bits_residual_rotary_tables_and_logits_keep_32() -> None:
     assert wide - narrow == 2 * 2048 * (3584 + 3 * 18_944 + 3584)
 
 
+@pytest.mark.parametrize(
+    ("config", "degree", "rows", "measured"),
+    [(MODEL_7B, 2, 126_976, 41.23), (MODEL_7B, 4, 126_976, 22.32), (MODEL_14B, 4, 126_976, 62.69)],
+)
+def test_ranks_take_what_was_measured(config: ModelConfig, degree: int, rows: int, measured: float) -> None:
+    """Peak GB of 1,009,936 tokens and 64 more on a GPU (docs/performance.md, "Several GPUs")."""
+    local = local_config(config, degree)
+    plan = plan_memory(
+        local,
+        1_010_000,
+        max_num_batched_tokens=rows,
+        cache_dtype="bfloat16",
+        weight_bytes=2 * parameters(local),
+        budgets=published_budgets(config),
+        dtype="bfloat16",
+        degree=degree,
+    )
+    assert plan.total / 1e9 == pytest.approx(measured, rel=0.01)
+
+
 def test_a_plan_adds_up_and_counts_no_more_rows_than_there_are_tokens() -> None:
     plan = plan_memory(MODEL_7B, 1000, max_num_batched_tokens=4096, cache_dtype="bfloat16", weight_bytes=10**9)
     assert plan.cache == 57_344_000
@@ -140,6 +163,7 @@ def test_the_readme_states_what_a_rank_needs(name: str, config: ModelConfig) -> 
             weight_bytes=2 * parameters(local),
             budgets=published_budgets(config),
             dtype="bfloat16",
+            degree=degree,
         )
         short = 131_072 * cache_bytes_per_token(local, "bfloat16")
         sizes = [f"{n / 1e9:.1f} GB" for n in (plan.weights, short, plan.cache, plan.activations, plan.total)]

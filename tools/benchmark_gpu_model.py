@@ -194,6 +194,7 @@ def prefill(
         budgets=budgets,
         dtype="bfloat16",
         quantization=options.quantization,
+        degree=group.degree,
     )
     ranks = "" if group.degree == 1 else f" (rank {group.rank} of {group.degree})"
     print(f"{name}, random weights, {kept_as(options)}{ranks}: the plan takes {plan.total / 1e9:.2f} GB", flush=True)

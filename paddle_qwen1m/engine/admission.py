@@ -139,6 +139,7 @@ class Need:
                 budgets=budgets if length > options.sparse_threshold else None,
                 dtype=computed,
                 quantization=options.quantization,
+                degree=degree,
             )
 
         return cls(

@@ -643,6 +643,7 @@ class Engine:
             budgets=self.budgets if self.is_sparse(longest) else None,
             dtype=self.model.compute_dtype,
             quantization=self.model.quantization,
+            degree=self.model.group.degree,
         )
 
     def _make_cache(self, pages: int) -> None:
