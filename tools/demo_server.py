@@ -9,14 +9,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
 
 from needle_documents import Document, is_answer, messages
 
-START_SECONDS = 120
+START_SECONDS, END_SECONDS = 120, 60
 
 
 @contextmanager
@@ -31,10 +31,13 @@ def serving(checkpoint: Path | str, *flags: str) -> Iterator[str]:
         try:
             yield _when_ready(process, log)
             process.terminate()
-            status = process.wait(60)
+            status = process.wait(END_SECONDS)
             if status:
                 raise RuntimeError(f"the server ended with exit status {status}")
         except BaseException:
+            process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(END_SECONDS)
             log.seek(0)
             sys.stderr.write(log.read())
             raise
