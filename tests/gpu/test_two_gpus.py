@@ -1,4 +1,7 @@
-"""Two ranks on two GPUs, one of which fails: all end in time, the rank is named, and the GPUs' memory is free again."""
+"""Two ranks on two GPUs, one of which fails: all end in time, the rank is named, and the GPUs' memory is free again.
+
+What they send each other; and what ranks answer, on four GPUs where there are as many.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,7 @@ if not paddle.device.is_compiled_with_cuda() or paddle.device.cuda.device_count(
 sys.path.append(str(Path(__file__).parents[1] / "parallel"))
 
 from parallel_ranks import NEEDLE, Process, is_running  # noqa: E402
+from short_prompts import wrong_answers  # noqa: E402
 
 FAILING = Path(__file__).parents[1] / "parallel" / "failing_rank.py"
 START = 120.0
@@ -153,6 +157,16 @@ def test_sums_of_few_rows_go_through_mailboxes_where_that_is_not_switched_off(tm
     for opened, found in found_by_both(tmp_path, SUMS, PADDLE_QWEN1M_MAILBOXES=mailboxes):
         assert opened == (mailboxes == "1")
         assert all(off <= 2.0**-8 * largest for off, largest in found)
+
+
+@pytest.mark.parametrize("degree", [2, 4])
+def test_short_prompts_are_answered_together_alone_and_beside_a_long_one(
+    monkeypatch: pytest.MonkeyPatch, degree: int
+) -> None:
+    if paddle.device.cuda.device_count() < degree:
+        pytest.skip(f"this machine has no {degree} GPUs")
+    monkeypatch.setenv("PADDLE_QWEN1M_STALL_SECONDS", str(STALL))
+    assert wrong_answers(degree, long_tokens=60_000) == []
 
 
 LANES = """
