@@ -41,6 +41,8 @@ TOOLS = Path(__file__).resolve().parent
 NEEDLE = TOOLS.parent / "checkpoints" / "needle"
 NOT_SHARED = ("embedding", "gather_rows")
 """Ops that every rank does for all rows and the whole width."""
+DECODE_LAYER_MS = 0.0205
+"""What ranks do not share of a layer of a decode step, however many they are: launches, norms, merges."""
 NEW_TOKENS = 64
 DOCUMENTS = (2_000, 16_000, 60_000)
 
@@ -144,7 +146,8 @@ def predicted(base: Run, model: str, measured: Run, chunks: float) -> tuple[floa
     shared = base["first_token_s"] - of_all - attention - bare * chunk_before
     uneven = imbalance_of_layers(model, degree) / imbalance_of_layers(model, base.degree)
     first = shared * share + attention * share * uneven + of_all
-    step = (base["decode_ms"] - 1e3 * one_before) * share + 1e3 * one
+    of_each = layers * DECODE_LAYER_MS
+    step = (base["decode_ms"] - 1e3 * one_before - of_each) * share + of_each + 1e3 * one
     return first + bare * chunk, step
 
 
