@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import paddle
 from paddle.base import core
 
@@ -44,6 +43,8 @@ GPU_LANE_ROWS, CPU_LANE_ROWS = 4096, 64
 """Least rows of a lane of several: on a GPU the host takes longer to queue a layer's lanes than products of fewer rows
 take. On a CPU lanes gain nothing, and are the same code.
 """
+FIRST_VALUES = (1, 1 << 14, 1 << 18, 1 << 22)
+"""Float32 numbers of each rank in the first collectives."""
 LAUNCH = "python -m paddle.distributed.launch"
 
 
@@ -156,13 +157,24 @@ class ProcessGroup(Group):
         # Paddle wants a number that no other group of this process ever had, the same on all ranks, and fleet's count
         # from 0.
         self._group = kind.create(self._store, self.rank, self.degree, port)
-        if self._on_gpu:  # NCCL takes its buffers now, before anybody asks how much memory is free
-            self.all_reduce(ops.tensor(np.zeros(1, np.float32)))
+        if self._on_gpu:
+            self._take_buffers()
+            paddle.device.cuda.synchronize()
+            paddle.device.cuda.empty_cache()
         self._mailboxes = open_mailboxes(self._store, self.rank, self.degree) if self._on_gpu and job else None
         self._copies: dict[int, Copies | None] = {}
         self._copied_rows: dict[int, int] = {}
         keep = weakref.WeakMethod(self._keep)
         os.register_at_fork(after_in_child=lambda: (call := keep()) is not None and call())
+
+    def _take_buffers(self) -> None:
+        """Every kind of collective once, of few values and of many. NCCL takes buffers where it first goes a way, which
+        depends on both: so that is before anybody asks how much memory is free.
+        """
+        for values in FIRST_VALUES:
+            of_all = paddle.empty([self.degree * values, 1], "float32")
+            own = self.reduce_scatter(self.all_reduce(of_all)).wait()
+            self.all_gather(own, of_all).wait()
 
     def all_reduce(self, values: paddle.Tensor) -> paddle.Tensor:
         with self._collective():

@@ -37,6 +37,7 @@ class Rank(Group):
         self.under_way = 0
 
     adds_up, lanes, padded = True, ProcessGroup.lanes, ProcessGroup.padded
+    take_buffers = ProcessGroup._take_buffers
 
     def all_reduce(self, values: paddle.Tensor) -> paddle.Tensor:
         self.log.append("all_reduce")
@@ -221,6 +222,18 @@ def test_a_decode_step_is_one_lane_however_many_rows_it_has(rng: np.random.Gener
         lanes.add(paddle.to_tensor(rng.standard_normal((8, WIDTH)).astype(np.float32)), [lambda rows: rows + 0], weight)
         lanes.all_rows()
     assert group.log == ["all_reduce"] * 3
+
+
+def test_every_kind_of_collective_comes_first_with_few_values_and_with_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In which NCCL takes its buffers; nothing is under way afterwards."""
+    monkeypatch.setattr(group_module, "FIRST_VALUES", (1, 1000))
+    job = Job(2)
+    ranks = [Rank(job, rank, least=4) for rank in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(Rank.take_buffers, ranks))
+    scatter, gather = "reduce_scatter", "all_gather"
+    assert ranks[0].log == ranks[1].log == ["all_reduce", scatter, f"wait {scatter}", gather, f"wait {gather}"] * 2
+    assert all(rank.under_way == 0 for rank in ranks)
 
 
 def test_an_alone_rank_sends_nothing(rng: np.random.Generator) -> None:
