@@ -124,11 +124,12 @@ def activation_bytes(
     size = itemsize(dtype)
     of_rows, of_lane, of_span = size * rows, size * lane_rows(rows), min(rows, ROWS_AT_ONCE)
     choosing = 0 if budgets is None else sparse_bytes(config, of_span, length, budgets)
-    residual, embedded, room, normed = 4 * rows * config.hidden_size, 0, 0, of_rows * config.hidden_size
-    if degree > 1:
-        lent = Room(-(-rows // degree) * degree, config.hidden_size, degree, size)
-        embedded, residual = residual, 4 * lent.share * config.hidden_size
-        room, normed = lent.height * lent.row_bytes, 0
+    if degree == 1:
+        residual, embedded, room, normed = 4 * rows * config.hidden_size, 0, 0, of_rows * config.hidden_size
+    else:
+        lent = Room.of(rows, config.hidden_size, degree, size)
+        residual, embedded = 4 * lent.share * config.hidden_size, 4 * rows * config.hidden_size
+        room, normed = lent.height * lent.row_bytes, 0  # normed rows lie in the room
     in_attention = of_rows * (2 * attention + 2 * kv) + variants * size * of_span * attention + choosing
     behind_it = normed + of_rows * attention + of_lane * config.hidden_size
     in_mlp = normed + of_lane * (3 * config.intermediate_size + config.hidden_size)

@@ -14,6 +14,7 @@ from paddle_qwen1m.parallel.split import degrees, local_config
 from paddle_qwen1m.plan import (
     FEW_ROWS,
     SHARED_ROWS,
+    MemoryPlan,
     activation_bytes,
     cache_bytes_per_token,
     longest_context,
@@ -101,14 +102,10 @@ def test_in_16_bits_residual_rotary_tables_and_logits_keep_32() -> None:
     assert wide - narrow == 2 * 2048 * (3584 + 3 * 18_944 + 3584)
 
 
-@pytest.mark.parametrize(
-    ("config", "degree", "rows", "measured"),
-    [(MODEL_7B, 2, 126_976, 41.23), (MODEL_7B, 4, 126_976, 22.32), (MODEL_14B, 4, 126_976, 62.69)],
-)
-def test_ranks_take_what_was_measured(config: ModelConfig, degree: int, rows: int, measured: float) -> None:
-    """Peak GB of 1,009,936 tokens and 64 more on a GPU (docs/performance.md, "Several GPUs")."""
+def plan_of_rank(config: ModelConfig, degree: int, rows: int) -> MemoryPlan:
+    """1,010,000 tokens on a GPU of several, all in bfloat16, in chunks of so many rows, published budgets."""
     local = local_config(config, degree)
-    plan = plan_memory(
+    return plan_memory(
         local,
         1_010_000,
         max_num_batched_tokens=rows,
@@ -118,6 +115,15 @@ def test_ranks_take_what_was_measured(config: ModelConfig, degree: int, rows: in
         dtype="bfloat16",
         degree=degree,
     )
+
+
+@pytest.mark.parametrize(
+    ("config", "degree", "rows", "measured"),
+    [(MODEL_7B, 2, 126_976, 41.23), (MODEL_7B, 4, 126_976, 22.32), (MODEL_14B, 4, 126_976, 62.69)],
+)
+def test_ranks_take_what_was_measured(config: ModelConfig, degree: int, rows: int, measured: float) -> None:
+    """Peak GB of 1,009,936 tokens and 64 more on a GPU (docs/performance.md, "Several GPUs")."""
+    plan = plan_of_rank(config, degree, rows)
     assert plan.total / 1e9 == pytest.approx(measured, rel=0.01)
 
 
@@ -155,16 +161,7 @@ def test_an_unknown_dtype_or_an_empty_context_is_refused() -> None:
 def test_the_readme_states_what_a_rank_needs(name: str, config: ModelConfig) -> None:
     for degree in degrees(config)[1:]:
         local = local_config(config, degree)
-        plan = plan_memory(
-            local,
-            1_010_000,
-            max_num_batched_tokens=32_768,
-            cache_dtype="bfloat16",
-            weight_bytes=2 * parameters(local),
-            budgets=published_budgets(config),
-            dtype="bfloat16",
-            degree=degree,
-        )
+        plan = plan_of_rank(config, degree, 32_768)
         short = 131_072 * cache_bytes_per_token(local, "bfloat16")
         sizes = [f"{n / 1e9:.1f} GB" for n in (plan.weights, short, plan.cache, plan.activations, plan.total)]
         assert f"| {' | '.join([name, str(degree), *sizes])} |" in (ROOT / "README.md").read_text(encoding="utf-8")

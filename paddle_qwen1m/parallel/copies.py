@@ -143,7 +143,7 @@ def open_copies(peers: Peers, rows: int, width: int, dtype: str, collective: Col
     """For steps of up to `rows` rows of `width` activations of `dtype`; None on all ranks where one cannot bring rows
     to another's GPU.
     """
-    room = Room(-(-rows // peers.degree) * peers.degree, width, peers.degree, paddle.empty([1], dtype).element_size())
+    room = Room.of(rows, width, peers.degree, paddle.empty([1], dtype).element_size())
     copier = _make_copier() if peers.degree <= ops.PEER_RANKS and os.environ.get(COPIES) != "0" else 0
     memory = paddle.empty([room.height if copier else 1, width], dtype)
     flags = ops.tensor(np.zeros(room.flags, np.int32))

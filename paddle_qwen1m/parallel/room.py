@@ -22,6 +22,11 @@ class Room(NamedTuple):
     degree: int
     itemsize: int
 
+    @classmethod
+    def of(cls, rows: int, width: int, degree: int, itemsize: int) -> Room:
+        """For so many rows, and as many more as let the ranks divide them."""
+        return cls(-(-rows // degree) * degree, width, degree, itemsize)
+
     @property
     def row_bytes(self) -> int:
         return self.width * self.itemsize

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
-sys.path.append(str(ROOT / "tools"))
+from needle_documents import Document, DocumentMaker, is_answer, prompt
+from parallel_ranks import NEEDLE
 
-from needle_documents import Document, DocumentMaker, is_answer, prompt  # noqa: E402
-
-from paddle_qwen1m import LLM, SamplingParams  # noqa: E402
+from paddle_qwen1m import LLM, SamplingParams
 
 SHORT_TOKENS, SHORT = 80, 8
 """Some 60 tokens without the answer: as many as are read by one question."""
@@ -25,7 +21,7 @@ def wrong_answers(degree: int, long_tokens: int) -> list[str]:
     """
     greedy = SamplingParams(temperature=0.0, max_tokens=24)
     wrong: list[str] = []
-    with LLM(str(ROOT / "checkpoints" / "needle"), tensor_parallel_size=degree, max_model_len=long_tokens) as llm:
+    with LLM(str(NEEDLE), tensor_parallel_size=degree, max_model_len=long_tokens) as llm:
         tokenizer = llm.get_tokenizer()
 
         def encode(text: str) -> list[int]:
