@@ -44,7 +44,7 @@ async def ask(client: httpx.AsyncClient, case: Case, chance: random.Random) -> t
             raw = await response.aread()
         if response.status_code != 200:
             return response.status_code, []
-        return 200, _gathered(raw.decode()) if stream else json.loads(raw)["choices"]
+        return _gathered(raw.decode()) if stream else (200, json.loads(raw)["choices"])
 
     if case.abort_after is None:
         return await answer()
@@ -54,22 +54,27 @@ async def ask(client: httpx.AsyncClient, case: Case, chance: random.Random) -> t
         return None
 
 
-def _gathered(stream: str) -> list[dict[str, Any]]:
-    """The choices of a stream, put together."""
+def _gathered(stream: str) -> tuple[int, list[dict[str, Any]]]:
+    """Status, and the choices of a stream, put together. A busy server may have begun one before it refuses: the status
+    is the error's then.
+    """
     lines = [line[6:] for line in stream.splitlines() if line.startswith("data: ")]
     assert lines[-1] == "[DONE]"
     choices: dict[int, dict[str, Any]] = defaultdict(
         lambda: {"text": "", "token_ids": [], "logprobs": {"tokens": [], "token_logprobs": [], "top_logprobs": []}}
     )
     for line in lines[:-1]:
-        for piece in json.loads(line)["choices"]:
+        event = json.loads(line)
+        if "error" in event:
+            return event["error"]["code"], []
+        for piece in event["choices"]:
             one = choices[piece["index"]]
             one["text"] += piece["text"]
             one["token_ids"] += piece["token_ids"]
             for name, values in one["logprobs"].items():
                 values += (piece["logprobs"] or {}).get(name, [])
             one.update({name: piece[name] for name in ("index", "finish_reason", "stop_reason")})
-    return [choices[index] for index in sorted(choices)]
+    return 200, [choices[index] for index in sorted(choices)]
 
 
 def _output(case: Case, choices: list[dict[str, Any]]) -> RequestOutput:
