@@ -59,7 +59,8 @@ class Scheduler:
     `done` what came of it, in the same order.
 
     One long chunk at a time is on the device, and stands there at points. In between, decode steps run as often as the
-    bound on the time between tokens needs, and short prompts, whole and together; without prompts to read every step
+    bound on the time between tokens needs, and short prompts, whole and together; the end of a long prompt, which may
+    take long behind so many keys, goes from point to point as the rest does. Without prompts to read every step
     decodes, and the next is queued behind it. Long prompts take turns where their chunks end, short ones and what is
     admitted come in their order.
     """
@@ -190,8 +191,8 @@ class Scheduler:
             return _Work(pacer.expected("head"), self._head)
         standing = self._chunk
         free = [one for one in self._reading if standing is None or one is not standing.parts[0].sequence]
-        short = [one for one in free if one.remaining <= self._limits.short_tokens]
-        long = [one for one in free if one.remaining > self._limits.short_tokens]
+        short = [one for one in free if one.is_short]
+        long = [one for one in free if not one.is_short]
         if short and not (self._was_short and (standing is not None or long)):
             parts = self._together(short)
             kind = pacer.short(sum(part.end - part.begin for part in parts))

@@ -30,7 +30,8 @@ EMPTY = -1
 @dataclass
 class Speed:
     """Seconds: of the host for an order, of a decode step, of a layer for each row and for each row and key, of a short
-    chunk beside its rows, and by how much anything may be slower. A row of a sparse prompt has at most sparse_keys.
+    chunk beside its rows, and by how much anything may be slower. A row of a sparse prompt has at most sparse_keys, and
+    choosing them takes a layer of a chunk of_choice seconds for each key before it.
     """
 
     host: float = 0.0
@@ -40,6 +41,7 @@ class Speed:
     overhead: float = 0.002
     jitter: float = 0.0
     sparse_keys: float = math.inf
+    of_choice: float = 0.0
 
 
 @dataclass
@@ -107,10 +109,12 @@ class Device:
         speed, pieces = self.speed, []
         linear = sum(len(rows.ids) for rows in order.rows) * speed.of_row
         attention = sum(len(rows.ids) * self._keys(rows) for rows in order.rows) * speed.of_key
+        choosing = sum(rows.begin for rows in order.rows if rows.sparse) * speed.of_choice
         blocks = -(-max(len(rows.ids) for rows in order.rows) // 64)
         groups = -(-blocks // order.row_blocks) if order.row_blocks else 1
         for _ in range(LAYERS):
             pieces += [attention / groups + linear / 2 / groups] * groups + [linear / 2 + speed.overhead / LAYERS]
+            pieces[-1 - groups] += choosing
         return pieces
 
     def _keys(self, rows: Rows) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from simulation import Speed, World
+from simulation import LAYERS, Speed, World
 
 from paddle_qwen1m.engine.core import Finished, TokenChosen
 from paddle_qwen1m.engine.orders import Decode, Prefill
@@ -89,6 +89,20 @@ def test_the_bound_holds_where_a_sparse_prompt_begins_behind_the_end_of_another(
         world.add(name, np.arange(LONG) % 1000, None, sparse=True)
         begin = world.device.now
         while not world.of(name, Finished):
+            world.step()
+        assert max(largest_gaps(world, begin, world.device.now)) <= BOUND + 2 * DECODE
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_the_bound_holds_where_the_few_tokens_at_a_long_prompts_end_take_long(ahead: int) -> None:
+    """As many as a short prompt has, which takes next to nothing; but keys are chosen among all before them."""
+    few, whole = 40, 0.15
+    speed = Speed(host=2e-4, decode=DECODE, of_row=4e-6, of_key=1e-10, sparse_keys=500, of_choice=whole / LAYERS / LONG)
+    for length in range(5 * CHUNK, 6 * CHUNK, CHUNK // 8):
+        world = busy_world(speed, ahead=ahead)
+        world.add("long", np.arange(length + few) % 1000, None, sparse=True)
+        begin = world.device.now
+        while not (ended := world.of("long", Finished)) or world.device.now < ended[0][0] + BOUND:
             world.step()
         assert max(largest_gaps(world, begin, world.device.now)) <= BOUND + 2 * DECODE
 
