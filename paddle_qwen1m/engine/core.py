@@ -255,9 +255,9 @@ class Sequence:
     """A request whose prompt waits, is read, or has been: its first `num_cached` tokens have their keys in `pages`.
 
     made_under, m2, sparse: what else than tokens decides about the prompt's keys. num_reused: tokens that were in the
-    cache when it `started`, num_restored of them from the store; is_short: few had to be computed then. chain: the
-    names of the prompt's prefixes. ends: where its chunks end. spare: pages for answers behind the first. passed: how
-    often one that came later has gone before it. results: those of it that are on their way.
+    cache when it `started`, num_restored of them from the store. chain: the names of the prompt's prefixes. ends: where
+    its chunks end. spare: pages for answers behind the first. passed: how often one that came later has gone before it.
+    results: those of it that are on their way.
     """
 
     request: Request
@@ -269,7 +269,6 @@ class Sequence:
     num_cached: int = 0
     num_reused: int = 0
     num_restored: int = 0
-    is_short: bool = False
     started: float | None = None
     chain: PrefixChain | None = None
     ends: list[int] = field(default_factory=list)
@@ -299,6 +298,11 @@ class Sequence:
     def remaining(self) -> int:
         """Tokens of the prompt that are still to be computed."""
         return len(self.prompt) - self.num_cached
+
+    @property
+    def own_tokens(self) -> int:
+        """Tokens of the prompt that were not in the cache when it started."""
+        return len(self.prompt) - self.num_reused
 
     @property
     def is_prefilled(self) -> bool:

@@ -191,8 +191,8 @@ class Scheduler:
             return _Work(pacer.expected("head"), self._head)
         standing = self._chunk
         free = [one for one in self._reading if standing is None or one is not standing.parts[0].sequence]
-        short = [one for one in free if one.is_short]
-        long = [one for one in free if not one.is_short]
+        short = [one for one in free if one.own_tokens <= self._limits.short_tokens]
+        long = [one for one in free if one.own_tokens > self._limits.short_tokens]
         if short and not (self._was_short and (standing is not None or long)):
             parts = self._together(short)
             kind = pacer.short(sum(part.end - part.begin for part in parts))

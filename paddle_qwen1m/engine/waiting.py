@@ -236,7 +236,6 @@ class WaitingRoom:
             del sequence.pages[brought:]
             sequence.num_cached, sequence.num_reused = cached, 0
             return False
-        sequence.is_short = sequence.remaining <= self._short_tokens
         self._seats -= answers
         return True
 

@@ -17,6 +17,7 @@ from small_model import BUDGETS, CONFIG, random_model
 
 from paddle_qwen1m.cache import PrefixStore, segment_file
 from paddle_qwen1m.engine import Completion, Engine, Finished, PrefillProgress, Request, SamplingParams, TokenChosen
+from paddle_qwen1m.engine.orders import Prefill
 from paddle_qwen1m.model import Qwen2OneM
 from paddle_qwen1m.options import EngineOptions
 
@@ -141,6 +142,26 @@ def test_what_is_restored_goes_on_from_what_is_cached(model: Qwen2OneM, folder: 
     answer, restored = ask(one, 3)
     assert answer == cold(model, 3, sparse=sparse)
     assert restored == 320 - (192 if sparse else 224)
+
+
+def test_few_tokens_behind_what_is_restored_are_a_short_prompt(
+    model: Qwen2OneM, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read whole, where the document's tokens were not."""
+    fill(model, folder)
+    one = engine(model, folder, max_num_batched_tokens=2 * CHUNK)
+    run_order, points = one.runner.run, []
+
+    def watched(order: Any, *rest: Any) -> Any:
+        points.extend([order.points] if isinstance(order, Prefill) else [])
+        return run_order(order, *rest)
+
+    monkeypatch.setattr(one.runner, "run", watched)
+    assert ask(one, 3)[1] == DOCUMENT // SEGMENT * SEGMENT
+    assert points and not any(points)
+    points.clear()
+    one.generate([prompt(4)[1:]], GREEDY)
+    assert points and all(points)
 
 
 def test_a_prompt_below_the_least_length_is_not_kept(model: Qwen2OneM, folder: Path) -> None:
