@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Callable
+from typing import Callable, NamedTuple
 
 from paddle_qwen1m.config import BLOCK, QUESTION_ROWS, ROWS_AT_ONCE, ModelConfig, SparseBudgets
 from paddle_qwen1m.dtypes import QUANTIZATIONS, itemsize
@@ -115,8 +115,9 @@ def activation_bytes(
     Counts the residual and rotary tables, then the largest of attention (qkv, output, and of ROWS_AT_ONCE their
     rotations and with `budgets` what choosing the keys takes), the projection of what it gives, and MLP (its input, and
     of a lane gate and up, their product). The residual, rotary tables and logits are float32, the rest is of `dtype`.
-    degree: of ranks of which `config` is one's share, and whose lanes go in rooms: a rank has a share of the residual,
-    and before the first layer its part of all embeddings, float32, until a collective has added them up.
+    degree: of ranks of which `config` is one's share, and whose lanes go in rooms, where normed rows lie: a rank has a
+    share of the residual, and before the first layer its part of all embeddings, float32, until a collective has added
+    them up.
     """
     attention, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     chunk_len = config.dual_chunk.chunk_len
@@ -125,16 +126,23 @@ def activation_bytes(
     of_rows, of_lane, of_span = size * rows, size * lane_rows(rows), min(rows, ROWS_AT_ONCE)
     choosing = 0 if budgets is None else sparse_bytes(config, of_span, length, budgets)
     if degree == 1:
-        residual, embedded, room, normed = 4 * rows * config.hidden_size, 0, 0, of_rows * config.hidden_size
+        residual, embedded, normed = 4 * rows * config.hidden_size, 0, of_rows * config.hidden_size
     else:
-        lent = Room.of(rows, config.hidden_size, degree, size)
-        residual, embedded = 4 * lent.share * config.hidden_size, 4 * rows * config.hidden_size
-        room, normed = lent.height * lent.row_bytes, 0  # normed rows lie in the room
+        share = Room.of(rows, config.hidden_size, degree, size).share
+        residual, embedded, normed = 4 * share * config.hidden_size, 4 * rows * config.hidden_size, 0
     in_attention = of_rows * (2 * attention + 2 * kv) + variants * size * of_span * attention + choosing
     behind_it = normed + of_rows * attention + of_lane * config.hidden_size
     in_mlp = normed + of_lane * (3 * config.intermediate_size + config.hidden_size)
     tables = 4 * variants * rows * config.head_dim
-    return residual + tables + room + max(embedded, in_attention, behind_it, in_mlp) + 4 * config.vocab_size
+    return residual + tables + max(embedded, in_attention, behind_it, in_mlp) + 4 * config.vocab_size
+
+
+def room_bytes(config: ModelConfig, rows: int, dtype: str, degree: int) -> int:
+    """Bytes of the room that the other ranks bring rows of chunks of up to `rows` tokens into; on a GPU, in 16 bits."""
+    if degree == 1 or itemsize(dtype) != 2:
+        return 0
+    room = Room.of(rows, config.hidden_size, degree, itemsize(dtype))
+    return room.height * room.row_bytes
 
 
 def prefill_bytes(
@@ -148,7 +156,7 @@ def prefill_bytes(
     """Peak bytes of a layer over chunks of up to `rows` tokens of a context of `length`.
 
     In 16 bits, on a GPU, a chunk of few rows may share its keys out: what each share made of a row, in float32, is kept
-    with its largest logit and sum until the shares are merged. There ranks have rooms for each other's lanes, too.
+    with its largest logit and sum until the shares are merged. There the lanes of ranks go in rooms, too.
     """
     if itemsize(dtype) != 2:
         return activation_bytes(config, rows, length, budgets, dtype)
@@ -166,7 +174,21 @@ def sampling_bytes(capacity: int, vocab_size: int) -> int:
     return capacity * (vocab_size * (2 + 4) + 4 * -(-vocab_size // 32) + 6 * 4 + 4 + 2 + 8 + 8)
 
 
-def workspace_bytes(
+class Workspace(NamedTuple):
+    """Bytes of a rank's memory beside weights and cache. steps: of tensors that come and go with steps; beside them
+    what is made with the cache and stays, `kept`, and what captured steps hold, `graphs`.
+    """
+
+    steps: int
+    kept: int
+    graphs: int
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+def plan_workspace(
     config: ModelConfig,
     length: int,
     *,
@@ -177,25 +199,31 @@ def workspace_bytes(
     dtype: str = "float32",
     quantization: str | None = None,
     degree: int = 1,
-) -> int:
-    """Peak bytes of all that may be under way at once while contexts of up to `length` tokens are served.
+) -> Workspace:
+    """Peak of all that may be under way at once while contexts of up to `length` tokens are served.
 
-    A chunk of a long prompt that stands at a pause, short prompts that are read meanwhile, and the decode rows with
-    their logits; graphs of 1, 2, 4, ... rows hold as much again, and those that read questions what their rows need.
-    First tokens are sampled by slots of their own. A GPU's allocator finds room in one piece or none: where smaller
-    tensors lie between, one as large as a lane's gated product may not fit into what is free.
+    Steps: a chunk of a long prompt that stands at a pause, short prompts that are read meanwhile, and the decode rows
+    with their logits. A GPU's allocator finds room in one piece or none: where smaller tensors lie between, one as
+    large as a lane's gated product may not fit into what is free. Kept: the room of several ranks' lanes, and what is
+    sampled by, of first tokens beside that of all others. Graphs: of 1, 2, 4, ... rows, together as much as a step of
+    all, and those that read questions what their rows need; on a GPU, where what is computed has 16 bits.
     """
-    rows = min(length, max_num_batched_tokens)
+    rows, on_gpu = min(length, max_num_batched_tokens), itemsize(dtype) == 2
     chunk = prefill_bytes(config, rows, length, budgets, dtype, degree)
     chunk += widened_weight_bytes(config, quantization, dtype)
-    if itemsize(dtype) == 2:
+    vocab_size = degree * config.vocab_size
+    logits = vocab_size if degree == 1 else vocab_size + config.vocab_size  # gathered beside a rank's own
+    decode = activation_bytes(config, max_num_seqs, length, None, dtype) + 4 * max_num_seqs * logits
+    graphs = 0
+    if on_gpu:
         chunk += 2 * lane_rows(rows) * config.intermediate_size
-        chunk += activation_bytes(config, sum(QUESTION_ROWS), length, None, dtype)
-    step = activation_bytes(config, max_num_seqs, length, None, dtype) + 4 * max_num_seqs * config.vocab_size
-    decode = 2 * (step + sampling_bytes(max_num_seqs, config.vocab_size))
+        graphs = decode + activation_bytes(config, sum(QUESTION_ROWS), length, None, dtype)
     if max_num_seqs == 1:  # nothing is read in the pauses of the one there is
-        return max(chunk, decode)
-    return chunk + prefill_bytes(config, min(length, max_pause_tokens), length, budgets, dtype) + decode
+        steps = max(chunk, decode)
+    else:
+        steps = chunk + prefill_bytes(config, min(length, max_pause_tokens), length, budgets, dtype) + decode
+    sampling = 2 * sampling_bytes(max_num_seqs, vocab_size)
+    return Workspace(steps, room_bytes(config, rows, dtype, degree) + sampling, graphs)
 
 
 def plan_memory(
@@ -219,11 +247,13 @@ def plan_memory(
         raise ValueError(
             f"length and max_num_batched_tokens must be at least 1, got {length} and {max_num_batched_tokens}"
         )
+    rows = min(length, max_num_batched_tokens)
     return MemoryPlan(
         length=length,
         weights=weight_bytes,
         cache=length * cache_bytes_per_token(config, cache_dtype),
-        activations=prefill_bytes(config, min(length, max_num_batched_tokens), length, budgets, dtype, degree)
+        activations=prefill_bytes(config, rows, length, budgets, dtype, degree)
+        + room_bytes(config, rows, dtype, degree)
         + widened_bytes(config, length, cache_dtype, dtype)
         + widened_weight_bytes(config, quantization, dtype),
     )

@@ -15,12 +15,15 @@ from paddle_qwen1m.plan import (
     FEW_ROWS,
     SHARED_ROWS,
     MemoryPlan,
+    Workspace,
     activation_bytes,
     cache_bytes_per_token,
     longest_context,
     parameters,
     plan_memory,
+    plan_workspace,
     prefill_bytes,
+    sampling_bytes,
     sparse_bytes,
 )
 from paddle_qwen1m.planning import PUBLISHED
@@ -125,6 +128,36 @@ def test_ranks_take_what_was_measured(config: ModelConfig, degree: int, rows: in
     """Peak GB of 1,009,936 tokens and 64 more on a GPU (docs/performance.md, "Several GPUs")."""
     plan = plan_of_rank(config, degree, rows)
     assert plan.total / 1e9 == pytest.approx(measured, rel=0.01)
+
+
+def workspace_of_rank(degree: int, dtype: str, max_num_seqs: int) -> Workspace:
+    """Of contexts of 131,072 tokens, the 7B."""
+    return plan_workspace(
+        local_config(MODEL_7B, degree),
+        131_072,
+        max_num_batched_tokens=32_768,
+        max_pause_tokens=2048,
+        max_num_seqs=max_num_seqs,
+        dtype=dtype,
+        degree=degree,
+    )
+
+
+@pytest.mark.parametrize(("degree", "rooms"), [(1, 0.0), (2, 1.5), (4, 1.75)])
+def test_rooms_and_what_is_sampled_by_stay_beside_steps(degree: int, rooms: float) -> None:
+    """A room has a chunk's rows, and each other rank's part of this rank's share of them; on a GPU."""
+    sampling = 2 * sampling_bytes(16, 152_064)
+    assert workspace_of_rank(degree, "bfloat16", 16).kept == rooms * 32_768 * 3584 * 2 + sampling
+    assert workspace_of_rank(degree, "float32", 16).kept == sampling
+
+
+def test_captured_steps_hold_what_a_step_of_all_answers_takes_and_what_questions_do() -> None:
+    """Their logits alone are 4 bytes a token and answer, of ranks with a share beside them. On a CPU nothing is."""
+    for degree, logits in ((1, 152_064), (2, 152_064 + 76_032)):
+        few, many = (workspace_of_rank(degree, "bfloat16", rows) for rows in (16, 64))
+        assert 4 * 48 * logits < many.graphs - few.graphs < 1.5 * 4 * 48 * logits
+        assert few.total == few.steps + few.kept + few.graphs
+    assert workspace_of_rank(1, "float32", 16).graphs == 0
 
 
 def test_a_plan_adds_up_and_counts_no_more_rows_than_there_are_tokens() -> None:

@@ -40,10 +40,11 @@ int64_t qwen1m_cuda_reached_marks(int32_t* pending) {
     return all.reached;
   }
   if (!all.pending.empty()) {
+    // First of all: a thread that has chosen no device makes a context on the first one, 0.5 GB of another rank's card.
+    cudaSetDevice(all.device);
     // Asking is no part of a capture that another thread may be in the middle of, and must not break it.
     cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
     cudaThreadExchangeStreamCaptureMode(&mode);
-    cudaSetDevice(all.device);
     while (!all.pending.empty() && cudaEventQuery(all.pending.front()) == cudaSuccess) {
       all.free.push_back(all.pending.front());
       all.pending.pop_front();

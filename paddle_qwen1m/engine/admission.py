@@ -12,7 +12,7 @@ from paddle_qwen1m.dtypes import INT8
 from paddle_qwen1m.engine.core import Request
 from paddle_qwen1m.options import AUTO, EngineOptions, default_batched_tokens, default_pause_tokens
 from paddle_qwen1m.parallel.split import local_config
-from paddle_qwen1m.plan import cache_bytes_per_token, longest_context, weight_bytes, widened_bytes, workspace_bytes
+from paddle_qwen1m.plan import cache_bytes_per_token, longest_context, plan_workspace, weight_bytes, widened_bytes
 
 LEFT_TO_THE_DRIVER = 1_500_000_000
 """Bytes of a GPU that nobody asked for share of it: libraries' buffers, and what allocators round up."""
@@ -130,7 +130,7 @@ class Need:
         page_size = choose_page_size(shapes.dual_chunk.chunk_len, options.page_size)
 
         def workspace(length: int) -> int:
-            return widened_bytes(local, length, cached, computed) + workspace_bytes(
+            planned = plan_workspace(
                 local,
                 length,
                 max_num_batched_tokens=chunk,
@@ -141,6 +141,7 @@ class Need:
                 quantization=options.quantization,
                 degree=degree,
             )
+            return planned.total + widened_bytes(local, length, cached, computed)
 
         return cls(
             weights=weight_bytes(local, kept, options.quantization),

@@ -65,7 +65,7 @@ from paddle_qwen1m.engine.waiting import WaitingRoom, pages_needed
 from paddle_qwen1m.memory import available_gpu_memory, available_host_memory, kept_in_one_piece
 from paddle_qwen1m.model import Qwen2OneM, unrounded_dtype
 from paddle_qwen1m.options import EngineOptions
-from paddle_qwen1m.plan import cache_bytes_per_token, widened_bytes, workspace_bytes
+from paddle_qwen1m.plan import Workspace, cache_bytes_per_token, plan_workspace, widened_bytes
 
 logger = logging.getLogger(__name__)
 MEGABYTE = 1 << 20
@@ -326,8 +326,8 @@ class Engine:
         """
         if self._cache_pages is None:
             assert self.options.cache_tokens is not None
-            workspace = self._workspace(self.max_model_len)
-            with kept_in_one_piece(workspace) if self.model.on_gpu else nullcontext():
+            steps = self._workspace(self.max_model_len).steps
+            with kept_in_one_piece(steps) if self.model.on_gpu else nullcontext():
                 self._make_cache(self._pages_for(self.options.cache_tokens))
 
     def reset_prefix_cache(self) -> bool:
@@ -630,11 +630,11 @@ class Engine:
         """What a cache for requests of up to `longest` tokens depends on."""
         copied = widened_bytes(self.model.local, self.page_size, self.kv_cache_dtype, self.model.compute_dtype)
         known = None if available == UNKNOWN * MEGABYTE else available
-        return Budget(self._page_bytes + copied, self._workspace(longest), known)
+        return Budget(self._page_bytes + copied, self._workspace(longest).total, known)
 
-    def _workspace(self, longest: int) -> int:
-        """Bytes that computing takes while requests of up to `longest` tokens are served."""
-        return workspace_bytes(
+    def _workspace(self, longest: int) -> Workspace:
+        """What computing takes while requests of up to `longest` tokens are served."""
+        return plan_workspace(
             self.model.local,
             longest,
             max_num_batched_tokens=self.max_num_batched_tokens,

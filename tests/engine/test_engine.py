@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +29,7 @@ from paddle_qwen1m.engine import (
 from paddle_qwen1m.engine.runner import Runner
 from paddle_qwen1m.model import Qwen2OneM
 from paddle_qwen1m.options import EngineOptions
+from paddle_qwen1m.plan import Workspace
 
 GREEDY = SamplingParams(max_tokens=6, temperature=0.0)
 SEEDED = SamplingParams(max_tokens=9, temperature=1.3, seed=5)
@@ -173,10 +176,29 @@ def test_the_rank_with_the_least_memory_decides(
     monkeypatch.setattr(model.group, "smallest", lambda megabytes: min(megabytes, 1), raising=False)
     one = Engine(model, EngineOptions(max_num_batched_tokens=64))
     with monkeypatch.context() as patched:
-        patched.setattr(engine, "workspace_bytes", lambda *_, **__: 0)
+        patched.setattr(engine, "plan_workspace", lambda *_, **__: Workspace(0, 0, 0))
         one.generate(prompts, GREEDY)
     page_bytes = 128 * 2 * 2 * 2 * 64 * 4
     assert one.pool.num_pages == engine.MEGABYTE // page_bytes < 3 + 1 + 2
+
+
+def test_steps_have_a_gpus_memory_in_one_piece_beside_what_the_cache_is_made_with(
+    model: Qwen2OneM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[tuple[str, int]] = []
+
+    @contextmanager
+    def piece(size: int) -> Iterator[None]:
+        taken.append(("begin", size))
+        yield
+        taken.append(("end", size))
+
+    monkeypatch.setattr(engine, "kept_in_one_piece", piece)
+    monkeypatch.setattr(engine, "plan_workspace", lambda *_, **__: Workspace(steps=100, kept=10, graphs=1))
+    monkeypatch.setattr(model.group, "open_copies", lambda *_: taken.append(("room", 10)), raising=False)
+    monkeypatch.setattr(model, "on_gpu", True)
+    Engine(model, EngineOptions(cache_tokens=1024, cuda_graph=False)).reserve()
+    assert taken == [("begin", 100), ("room", 10), ("end", 100)]
 
 
 @pytest.mark.parametrize("sparse", [False, True])

@@ -169,6 +169,35 @@ def test_short_prompts_are_answered_together_alone_and_beside_a_long_one(
     assert wrong_answers(degree, long_tokens=60_000) == []
 
 
+CONTEXTS = """
+import ctypes, json, sys, time
+import numpy as np
+import paddle
+from paddle_qwen1m import ops
+from paddle_qwen1m.parallel.group import start
+
+paddle.device.set_device("gpu")
+group = start(2)
+values = ops.tensor(np.zeros(1, np.float32))
+end = time.monotonic() + 3  # some beats, which ask whether marks are reached
+while time.monotonic() < end:
+    group.mark(values)
+    time.sleep(0.01)
+driver, found = ctypes.CDLL("libcuda.so.1"), []
+for number in range(2):
+    device, flags, active = ctypes.c_int(), ctypes.c_uint(), ctypes.c_int()
+    assert driver.cuDeviceGet(ctypes.byref(device), number) == 0
+    assert driver.cuDevicePrimaryCtxGetState(device, ctypes.byref(flags), ctypes.byref(active)) == 0
+    found.append(active.value)
+open(sys.argv[1] + str(group.rank), "w").write(json.dumps(found))
+"""
+
+
+def test_a_rank_makes_a_context_on_its_own_gpu_alone(tmp_path: Path) -> None:
+    """Each takes some 0.5 GB, which nobody has planned for on the first GPU."""
+    assert found_by_both(tmp_path, CONTEXTS) == [[1, 0], [0, 1]]
+
+
 LANES = """
 import json, sys
 from benchmark_lanes import compared
