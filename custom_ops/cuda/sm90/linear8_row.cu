@@ -1,8 +1,8 @@
 // One row times a weight of 8 bits: its bytes stream once through shared memory, where the copy engine puts them, into
 // operands of the tensor cores.
 //
-//   tile     16 features, whose warps take turns at steps of 128 values along K
-//   box      a warp's step of a tile, 16 lines of 128 bytes; each warp has a ring of its own, and waits for no other
+//   tile     up to 16 features, the launch's `height`, whose warps take turns at steps of 128 values along K
+//   box      a warp's step of a tile, lines of 128 bytes; each warp has a ring of its own, and waits for no other
 //   x        f16 in shared memory, each step of it times a power of two that keeps all digits there: for a pair of
 //            numbers becomes f16 in one instruction, or two, where bf16 takes five
 //   blocks   one a processor, whose loads go on from one tile of features to the next; what is under way is not in the
@@ -27,10 +27,11 @@ namespace sm90 {
 namespace {
 
 constexpr int kWarps = 16, kThreads = kWarps * kWarp, kStages = 3;
-constexpr int kFeatures = 16, kStep = 128;
-constexpr int kBoxBytes = kFeatures * kStep;
-constexpr int kRun = 2 * kPack;                  // of x, of a thread
-constexpr int kStepBytes = kStep * sizeof(f16);  // of x
+constexpr int kFeatures = 16, kFewest = 8, kStep = 128;  // of a tile; of a step
+constexpr int kBoxBytes = kFeatures * kStep;             // of the highest tile
+constexpr int kLongSteps = 4;                            // of a warp
+constexpr int kRun = 2 * kPack;                          // of x, of a thread
+constexpr int kStepBytes = kStep * sizeof(f16);          // of x
 
 struct SharedPlan {
   char boxes[kWarps][kStages][kBoxBytes];
@@ -107,12 +108,12 @@ __device__ void stage_x(const T* x, int depth, char* to, float* powers) {
 
 template <typename Kind, typename T>
 __global__ void __launch_bounds__(kThreads, 1)
-    linear8_row_kernel(const qwen1m_linear8 a, const __grid_constant__ CUtensorMap map) {
+    linear8_row_kernel(const qwen1m_linear8 a, const __grid_constant__ CUtensorMap map, int height) {
   extern __shared__ __align__(1024) char shared[];
   SharedPlan& plan = *reinterpret_cast<SharedPlan*>(shared);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, group = lane / 4, part = lane % 4;
   const int depth = static_cast<int>(a.in_features), features = static_cast<int>(a.out_features);
-  const int steps = depth / kStep, tiles = (features + kFeatures - 1) / kFeatures;
+  const int steps = depth / kStep, tiles = (features + height - 1) / height;
   const int own_steps = (steps - warp + kWarps - 1) / kWarps;
   const int rows_shift = 31 - __clz(a.weight.rows);
   char* const x = shared + sizeof(SharedPlan);
@@ -131,11 +132,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   const auto load = [&](int stage) {
     if (next_tile < tiles) {
       if (lane == 0) {
-        barrier_arrive_expecting(full + 8 * stage, kBoxBytes);
-        copy_matrix(boxes + stage * kBoxBytes, map, full + 8 * stage, next_step * kStep, next_tile * kFeatures);
+        barrier_arrive_expecting(full + 8 * stage, height * kStep);
+        copy_matrix(boxes + stage * kBoxBytes, map, full + 8 * stage, next_step * kStep, next_tile * height);
       }
-      if (lane < kFeatures) {
-        const int block = min(next_tile * kFeatures + lane, features - 1) >> rows_shift;
+      if (lane < height) {
+        const int block = min(next_tile * height + lane, features - 1) >> rows_shift;
         copy_word(&plan.scales[warp][stage][lane], a.weight.scales + (block * steps + next_step));
       }
       next_step += kWarps;
@@ -202,8 +203,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       for (int r = 0; r < 2; ++r) plan.sums[turn][warp][8 * r + group] = sums[r];
     }
     __syncthreads();
-    const int feature = tile * kFeatures + threadIdx.x;
-    if (threadIdx.x < kFeatures && feature < features) {
+    const int feature = tile * height + threadIdx.x;
+    if (threadIdx.x < height && feature < features) {
       float sum = 0;
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) sum += plan.sums[turn][w][threadIdx.x];
@@ -213,18 +214,32 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 }
 
+// Of all heights the largest with which no block has more features than it must. Where a warp has but a few steps of a
+// tile, more tiles cost more than blocks that end together save.
+int choose_height(const qwen1m_linear8& a) {
+  if (a.in_features <= kLongSteps * kWarps * kStep) return kFeatures;
+  const int64_t blocks = processors();
+  const auto of_block = [&](int height) { return ceil_div(ceil_div(a.out_features, height), blocks) * height; };
+  int best = kFeatures;
+  for (int height = kFeatures - 1; height >= kFewest; --height) {
+    if (of_block(height) < of_block(best)) best = height;
+  }
+  return best;
+}
+
 }  // namespace
 
 template <typename T>
 int linear8_row(const qwen1m_linear8& a, cudaStream_t stream) {
+  const int height = choose_height(a);
   CUtensorMap map;
-  if (const int error = make_byte_map(map, a.weight.numbers, a.in_features, a.out_features, kFeatures)) return error;
+  if (const int error = make_byte_map(map, a.weight.numbers, a.in_features, a.out_features, height)) return error;
   const int bytes = shared_bytes(a.in_features);
-  const int64_t tiles = ceil_div(a.out_features, kFeatures);
+  const int64_t tiles = ceil_div(a.out_features, height);
   const auto blocks = static_cast<unsigned>(std::min<int64_t>(tiles, processors()));
   const auto kernel = a.weight.kind == QWEN1M_INT8 ? linear8_row_kernel<Int8, T> : linear8_row_kernel<E4M3, T>;
   if (const int error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)) return error;
-  return launch_overlapping(kernel, blocks, kThreads, bytes, stream, a, map);
+  return launch_overlapping(kernel, blocks, kThreads, bytes, stream, a, map, height);
 }
 
 template int linear8_row<bf16>(const qwen1m_linear8&, cudaStream_t);
