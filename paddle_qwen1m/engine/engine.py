@@ -658,8 +658,8 @@ class Engine:
             scales = self._scales.of_heads(model.placement.layers_kv_heads(model.group.rank))
             most = min(pages, self._pages_for(self.max_model_len))
             widened = (most, model.compute_dtype) if model.on_gpu else None
-        group = model.group
-        group.open_copies(group.padded(self.max_num_batched_tokens), model.config.hidden_size, model.compute_dtype)
+        group, rows = model.group, min(self.max_num_batched_tokens, self.max_model_len)
+        group.open_copies(group.padded(rows), model.config.hidden_size, model.compute_dtype)
         unrounded = unrounded_dtype(model)
         cache = PagedCache(model.local, pages, self.page_size, self.kv_cache_dtype, scales, widened, unrounded)
         if self._leads:

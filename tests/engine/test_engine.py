@@ -182,7 +182,7 @@ def test_the_rank_with_the_least_memory_decides(
     assert one.pool.num_pages == engine.MEGABYTE // page_bytes < 3 + 1 + 2
 
 
-def test_steps_have_a_gpus_memory_in_one_piece_beside_what_the_cache_is_made_with(
+def test_steps_have_a_gpus_memory_in_one_piece_beside_the_room_of_a_chunk(
     model: Qwen2OneM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken: list[tuple[str, int]] = []
@@ -195,10 +195,13 @@ def test_steps_have_a_gpus_memory_in_one_piece_beside_what_the_cache_is_made_wit
 
     monkeypatch.setattr(engine, "kept_in_one_piece", piece)
     monkeypatch.setattr(engine, "plan_workspace", lambda *_, **__: Workspace(steps=100, kept=10, graphs=1))
-    monkeypatch.setattr(model.group, "open_copies", lambda *_: taken.append(("room", 10)), raising=False)
+    monkeypatch.setattr(model.group, "open_copies", lambda rows, *_: taken.append(("room", rows)), raising=False)
     monkeypatch.setattr(model, "on_gpu", True)
-    Engine(model, EngineOptions(cache_tokens=1024, cuda_graph=False)).reserve()
-    assert taken == [("begin", 100), ("room", 10), ("end", 100)]
+    options = EngineOptions(max_num_batched_tokens=128, cache_tokens=1024, cuda_graph=False)
+    Engine(model, options).reserve()
+    Engine(model, replace(options, max_model_len=96)).reserve()
+    rooms = 128, 96
+    assert taken == [step for rows in rooms for step in (("begin", 100), ("room", rows), ("end", 100))]
 
 
 @pytest.mark.parametrize("sparse", [False, True])
