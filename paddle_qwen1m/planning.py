@@ -28,6 +28,12 @@ GPUS = {
     "B200": 192_265_846_784,
 }
 """Bytes that the driver reports of cards."""
+OF_THE_PROCESS = 1_200_000_000
+"""Bytes of them that an engine does not find free at its start, measured on an H200: half is the driver's own, half its
+process's context.
+"""
+OF_THE_COLLECTIVES = 910_000_000
+"""Those that NCCL has taken by then on each of several cards."""
 MEMORIES = (24, 40, 48, 80, 141)
 """Memory of common cards in GB, counted as 10^9 bytes."""
 TABLE_RANKS = (1, 2, 4, 8)
@@ -64,6 +70,11 @@ PUBLISHED_KEYS = {name: {**_BOTH, **shapes} for name, shapes in _SHAPES.items()}
 """What the models' config.json says of their shapes, by size."""
 PUBLISHED = {name: ModelConfig.from_dict(keys) for name, keys in PUBLISHED_KEYS.items()}
 """By size; a hub's name of one is it too."""
+
+
+def usable(gpu: str, ranks: int) -> int:
+    """Bytes that an engine on so many cards takes of each, unless it is told otherwise; gpu: of GPUS."""
+    return GPUS[gpu] - LEFT_TO_THE_DRIVER - OF_THE_PROCESS - (OF_THE_COLLECTIVES if ranks > 1 else 0)
 
 
 def published(name: str) -> ModelConfig | None:

@@ -13,9 +13,9 @@ import pytest
 from paddle_qwen1m import cli
 from paddle_qwen1m.cache.kv_scales import KVScales
 from paddle_qwen1m.config import ModelConfig, published_budgets
-from paddle_qwen1m.engine.admission import LEFT_TO_THE_DRIVER, Allowance, Need, choose_capacity
+from paddle_qwen1m.engine.admission import Allowance, Need, choose_capacity
 from paddle_qwen1m.options import EngineOptions
-from paddle_qwen1m.planning import GPUS, MEMORIES, PUBLISHED, Plan, plan, published
+from paddle_qwen1m.planning import GPUS, MEMORIES, PUBLISHED, Plan, plan, published, usable
 
 NEEDLE = Path(__file__).parents[1] / "checkpoints" / "needle"
 WHOLE = 1_010_000
@@ -160,17 +160,24 @@ def test_a_published_model_is_known_by_its_size_and_its_name() -> None:
     assert published("Qwen/Qwen2.5-7B-Instruct") is None and published("checkpoints/needle") is None
 
 
+@pytest.mark.parametrize(("ranks", "free"), [(1, 142_630), (2, 141_758), (4, 141_758)])
+def test_of_a_card_may_be_used_what_an_engine_finds_on_it(ranks: int, free: int) -> None:
+    """MiB that were free of an H200 at an engine's start (docs/performance.md, "Several GPUs")."""
+    found = Allowance.of_gpu(free << 20, GPUS["H200"], None, None).total
+    assert usable("H200", ranks) == pytest.approx(found, rel=1e-3)
+
+
 def test_the_command_says_what_it_says_in_json_and_by_its_status(capsys: pytest.CaptureFixture[str]) -> None:
     command = ["plan", "--model", "14B", "--gpu", "h200", "--max-num-batched-tokens", "16384"]
     command += ["--kv-cache-dtype", "bfloat16"]
     assert cli.main([*command, "--json"]) == 1
     told = json.loads(capsys.readouterr().out)
     options = EngineOptions(max_num_batched_tokens=16_384, kv_cache_dtype="bfloat16")
-    made = planned("14B", GPUS["H200"] - LEFT_TO_THE_DRIVER, options=options)
+    made = planned("14B", usable("H200", 1), options=options)
     assert told == json.loads(json.dumps(made.as_json()))
     assert cli.main([*command, "--tensor-parallel-size", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "may be used       149.25 GB of each of 2 GPUs"
+    assert lines[0] == "may be used       147.14 GB of each of 2 GPUs"
     assert lines[-1] == "1,010,000 tokens fit; the longest that fits: 1,010,000 tokens"
     assert cli.main(["plan", "--model", "7B", "--gpu-memory", "24GB", "--max-model-len", "20000"]) == 0
     assert "may be used        24.00 GB\n" in capsys.readouterr().out

@@ -49,9 +49,8 @@ def _length(text: str) -> int | None:
 
 def run(arguments: argparse.Namespace) -> int:
     from paddle_qwen1m.config import published_budgets
-    from paddle_qwen1m.engine.admission import LEFT_TO_THE_DRIVER
     from paddle_qwen1m.options import GPU_BATCHED_TOKENS, EngineOptions
-    from paddle_qwen1m.planning import GPUS, plan, published, table
+    from paddle_qwen1m.planning import GPUS, plan, published, table, usable
 
     chunk = arguments.max_num_batched_tokens
     if arguments.table:
@@ -62,7 +61,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise InputError("plan needs --model and --gpu or --gpu-memory, or --table")
     if arguments.gpu is not None and arguments.gpu.upper() not in GPUS:
         raise InputError(f"--gpu {arguments.gpu}: give its --gpu-memory, or one of {', '.join(GPUS)}")
-    memory = arguments.gpu_memory or GPUS[arguments.gpu.upper()] - LEFT_TO_THE_DRIVER
+    ranks = arguments.tensor_parallel_size or 1
+    memory = arguments.gpu_memory or usable(arguments.gpu.upper(), ranks)
     with as_input():
         config, quantization = published(arguments.model), arguments.quantization
         budgets = None if config is None else published_budgets(config)
@@ -80,7 +80,6 @@ def run(arguments: argparse.Namespace) -> int:
             quantization=quantization,
             **given,
         )
-        ranks = arguments.tensor_parallel_size or 1
         length = arguments.max_model_len
         made = plan(config, memory, ranks=ranks, length=length, options=options, budgets=budgets, in_16_bits=in_16_bits)
     if arguments.json:
