@@ -8,9 +8,9 @@
 Prints for each concurrency what `vllm bench serve` prints, under its names, in JSON, for the loop ("engine") and the
 server ("server"), and how much longer the server took. Requests are streamed completions of token ids; as many as the
 concurrency are under way until all are done; a round of as many goes before, for what is made once. Prompts are random,
-so that none finds another's keys. With --long and several ranks, the last one is killed at the end while requests run:
-what their clients get is printed, and how the server ends. Needs nothing but what the server needs. A DIR of a
-published shape, with random weights: tools/random_checkpoint.py.
+so that none finds another's keys. With --long the least free memory of each GPU is printed, too; of several ranks the
+last one is killed at the end while requests run: what their clients get is printed, and how the server ends. Needs
+nothing but what the server needs. A DIR of a published shape, with random weights: tools/random_checkpoint.py.
 """
 
 from __future__ import annotations
@@ -19,11 +19,14 @@ import argparse
 import asyncio
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -170,6 +173,31 @@ async def run_server(url: str, load: Load) -> dict[str, Any]:
 # --- a long prompt ---
 
 
+@contextmanager
+def watched_memory() -> Iterator[dict[int, int]]:
+    """The least free memory of each GPU from now to the end, in MiB, as nvidia-smi tells it; nothing without one."""
+    least: dict[int, int] = {}
+    query = ["nvidia-smi", "--query-gpu=index,memory.free", "--format=csv,noheader,nounits", "--loop-ms=100"]
+    if shutil.which(query[0]) is None:
+        yield least
+        return
+    with subprocess.Popen(query, stdout=subprocess.PIPE, text=True) as process:
+
+        def read() -> None:
+            assert process.stdout is not None
+            for line in process.stdout:
+                number, free = map(int, line.split(","))
+                least[number] = min(free, least.get(number, free))
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        try:
+            yield least
+        finally:
+            process.terminate()
+            reader.join()
+
+
 async def _lines(url: str, body: dict[str, Any]) -> AsyncIterator[bytes]:
     """The lines of a streamed completion that are not empty; when it is closed, so is the connection."""
     raw, place = json.dumps({"temperature": 0, "ignore_eos": True, "stream": True, **body}).encode(), urlsplit(url)
@@ -297,10 +325,11 @@ def main() -> int:
         ranks = _options(flags).get("tensor_parallel_size", 1)
         try:
             with serving(arguments.checkpoint, *flags) as url:
-                told = asyncio.run(
-                    run_long(url, arguments.long, arguments.output, arguments.others, arguments.vocabulary)
-                )
-                print(json.dumps(told, indent=2), flush=True)
+                with watched_memory() as free:
+                    told = asyncio.run(
+                        run_long(url, arguments.long, arguments.output, arguments.others, arguments.vocabulary)
+                    )
+                print(json.dumps({**told, "least_free_mib": free}, indent=2), flush=True)
                 if ranks > 1:
                     told = asyncio.run(run_killed(url, ranks - 1, arguments.long, arguments.vocabulary))
                     print(json.dumps(told, indent=2), flush=True)

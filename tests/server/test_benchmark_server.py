@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import time
+from pathlib import Path
+
 import pytest
-from benchmark_server import Load, Told, summary
+from benchmark_server import Load, Told, summary, watched_memory
 
 KEYS = {
     "duration", "completed", "failed", "total_input_tokens", "total_output_tokens", "request_throughput",
@@ -29,3 +32,19 @@ def test_its_keys_and_what_they_mean() -> None:
     assert found["mean_ttft_ms"] == 2000 and found["median_itl_ms"] == 500
     assert found["mean_tpot_ms"] == pytest.approx((750 + 500) / 2)
     assert found["mean_e2el_ms"] == pytest.approx((2500 + 3500) / 2)
+
+
+def test_the_least_free_memory_of_each_gpu_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two, as a stand-in for nvidia-smi tells it on and on; without one nothing is known."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with watched_memory() as free:
+        pass
+    assert free == {}
+    told = tmp_path / "nvidia-smi"
+    told.write_text("#!/bin/sh\nfor free in 30 10 20; do echo 0, $free; echo 1, 5; done; exec /bin/sleep 60\n")
+    told.chmod(0o755)
+    with watched_memory() as free:
+        end = time.monotonic() + 20
+        while (free.get(0), free.get(1)) != (10, 5) and time.monotonic() < end:
+            time.sleep(0.01)
+    assert free == {0: 10, 1: 5}
