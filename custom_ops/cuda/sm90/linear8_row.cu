@@ -1,7 +1,8 @@
 // One row times a weight of 8 bits: its bytes stream once through shared memory, where the copy engine puts them, into
 // operands of the tensor cores.
 //
-//   tile     up to 16 features, the launch's `height`, whose warps take turns at steps of 128 values along K
+//   tile     up to 16 features, the launch's `height`, whose warps take turns at steps of 128 values along K; of fewer
+//            the rest of 16 is computed from whatever lies there, and is nobody's
 //   box      a warp's step of a tile, lines of 128 bytes; each warp has a ring of its own, and waits for no other
 //   x        f16 in shared memory, each step of it times a power of two that keeps all digits there: for a pair of
 //            numbers becomes f16 in one instruction, or two, where bf16 takes five
