@@ -26,8 +26,8 @@ SINK_COLUMNS = 30  # the first columns and the last diagonals are always kept
 LOCAL_DIAGONALS = 100
 BLOCK = 64  # rows of a row block, keys of a block of keys
 ROWS_AT_ONCE = 17_088
-"""Rows of a chunk whose rotated queries, index tables and MLP are in memory at once: 267 row blocks, a multiple of the
-two or three that a kernel takes together.
+"""Rows of a chunk whose MLP is in memory at once and, of all heads, whose rotated queries and index tables are: 267 row
+blocks, a multiple of the three that a kernel takes together.
 """
 QUESTION_ROWS = 8, 64
 """Rows that a GPU keeps captured steps for: engine/questions.py."""
@@ -129,7 +129,10 @@ class DualChunkConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shapes of a Qwen2 model with dual chunk attention."""
+    """Shapes of a Qwen2 model with dual chunk attention, or of a rank's share of one (parallel/split.py).
+
+    head_parts: in how many parts ranks hold the heads, of which these are one.
+    """
 
     num_layers: int
     num_heads: int
@@ -145,6 +148,7 @@ class ModelConfig:
     dtype: str
     dual_chunk: DualChunkConfig
     initializer_range: float = 0.02
+    head_parts: int = 1
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -156,6 +160,11 @@ class ModelConfig:
             raise ValueError(f"head_dim must be 64 or 128, got {self.head_dim}")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype}")
+
+    @property
+    def rows_at_once(self) -> int:
+        """Rows of a chunk that attention works on at once: the fewer heads, the more rows take as much memory."""
+        return self.head_parts * ROWS_AT_ONCE
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], source: str = "config.json") -> ModelConfig:

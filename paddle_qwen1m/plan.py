@@ -8,7 +8,7 @@ from typing import Callable, NamedTuple
 
 from paddle_qwen1m.config import BLOCK, QUESTION_ROWS, ROWS_AT_ONCE, ModelConfig, SparseBudgets
 from paddle_qwen1m.dtypes import QUANTIZATIONS, itemsize
-from paddle_qwen1m.parallel.room import MOST_LANES, Room
+from paddle_qwen1m.parallel.room import FEW_LANES, Room
 from paddle_qwen1m.weights.eight_bit import choose_blocks, linears
 from paddle_qwen1m.weights.tensors import published_shapes
 
@@ -99,7 +99,7 @@ def sparse_bytes(config: ModelConfig, rows: int, length: int, budgets: SparseBud
 
 def lane_rows(rows: int) -> int:
     """How many of so many rows of a chunk go through the MLP at once, at most."""
-    return min(rows, max(ROWS_AT_ONCE, -(-rows // MOST_LANES)))
+    return min(rows, max(ROWS_AT_ONCE, -(-rows // FEW_LANES)))
 
 
 def activation_bytes(
@@ -112,7 +112,7 @@ def activation_bytes(
 ) -> int:
     """Peak bytes of a layer over a chunk of `rows` tokens of a context of `length`, logits of the last one included.
 
-    Counts the residual and rotary tables, then the largest of attention (qkv, output, and of ROWS_AT_ONCE their
+    Counts the residual and rotary tables, then the largest of attention (qkv, output, and of rows_at_once their
     rotations and with `budgets` what choosing the keys takes), the projection of what it gives, and MLP (its input, and
     of a lane gate and up, their product). The residual, rotary tables and logits are float32, the rest is of `dtype`.
     degree: of ranks of which `config` is one's share, and whose lanes go in rooms, where normed rows lie: a rank has a
@@ -123,7 +123,7 @@ def activation_bytes(
     chunk_len = config.dual_chunk.chunk_len
     variants = min(3, -(-length // chunk_len))
     size = itemsize(dtype)
-    of_rows, of_lane, of_span = size * rows, size * lane_rows(rows), min(rows, ROWS_AT_ONCE)
+    of_rows, of_lane, of_span = size * rows, size * lane_rows(rows), min(rows, config.rows_at_once)
     choosing = 0 if budgets is None else sparse_bytes(config, of_span, length, budgets)
     if degree == 1:
         residual, embedded, normed = 4 * rows * config.hidden_size, 0, of_rows * config.hidden_size

@@ -30,8 +30,9 @@ from benchmark_gpu_model import add_options, kept_as, options_of
 from paddle_qwen1m.config import published_budgets
 from paddle_qwen1m.engine.admission import Allowance, Need, longest_fitting
 from paddle_qwen1m.options import GPU_BATCHED_TOKENS, EngineOptions
+from paddle_qwen1m.parallel.group import GPU_LANE_ROWS
 from paddle_qwen1m.parallel.placement import Placement
-from paddle_qwen1m.parallel.room import MOST_LANES
+from paddle_qwen1m.parallel.room import lanes_of
 from paddle_qwen1m.parallel.split import degrees
 from paddle_qwen1m.planning import PUBLISHED
 from paddle_qwen1m.weights.convert import convert
@@ -132,15 +133,14 @@ def run_model(model: str, degree: int, tokens: int, options: EngineOptions, out:
     return Run([json.loads(path.read_text(encoding="utf-8")) for path in paths])
 
 
-def predicted(base: Run, model: str, measured: Run, chunks: float) -> tuple[float, float]:
+def predicted(base: Run, model: str, measured: Run, bare: float) -> tuple[float, float]:
     """First token in seconds and decode in milliseconds from those of the base, with the collectives that were
-    measured there, of a prefill those of one of its lanes, which lie beside nothing, and the imbalance that the
-    placement has."""
+    measured there, of a prefill those of one lane of each chunk, which lie beside nothing, `bare` chunks' in all, and
+    the imbalance that the placement has."""
     degree, layers = measured.degree, PUBLISHED[model].num_layers
     share = base.degree / degree
     of_all = sum(base.op(name) for name in NOT_SHARED)
     attention = base.op("dca_sparse_prefill")
-    bare = chunks / MOST_LANES
     one, chunk = (2 * layers * 1e-3 * ms for ms in measured.sums_ms())
     one_before, chunk_before = (2 * layers * 1e-3 * ms for ms in base.sums_ms())
     shared = base["first_token_s"] - of_all - attention - bare * chunk_before
@@ -157,15 +157,17 @@ def measure_models(
     print(kept_as(options))
     print("model  tokens     ranks  first token s (predicted)  of the smallest's speed a card  decode ms (predicted)  "
           "peak GB (plan)  busiest rank's sparse attention over the mean: all layers (each, by keys)")  # fmt: skip
+    rows = chunk_rows(options)
     for model in models:
         for tokens in lengths:
+            bare = tokens / rows / lanes_of(rows, GPU_LANE_ROWS)
             base: Run | None = None
             for degree in (one for one in ranks if one in degrees(PUBLISHED[model])):
                 run = run_model(model, degree, tokens, options, out, memory)
                 if run is None:
                     continue
                 base = base or run
-                first, step = predicted(base, model, run, tokens / chunk_rows(options))
+                first, step = predicted(base, model, run, bare)
                 speed = base["first_token_s"] * base.degree / (run["first_token_s"] * degree)
                 print(
                     f"{model:5} {tokens:10,} {degree:6} {run['first_token_s']:10.2f} ({first:.2f})"

@@ -325,8 +325,8 @@ class Kernels:
         parts, norm = self.normal(tokens, width), self.norm(tokens, width, residual)
         places = {"from": norm["delta"], "to": parts, "flags": flag}
         addresses = {name: np.array([place.data_ptr()]) for name, place in places.items()}
-        self.cuda("send_rows", **addresses, copier=copier, bytes=2 * tokens * width, count=1, number=1)
-        self.cuda("await_rows", copier=copier, flags=addresses["flags"], count=1, number=1)
+        self.cuda("send_rows", **addresses, copier=copier, bytes=2 * tokens * width, count=1, number=1, mark=0)
+        self.cuda("await_rows", copier=copier, flags=addresses["flags"], count=1, number=1, mark=0)
         self.cuda("parts_rms_norm", norm=norm, parts=parts, stride=tokens * width, rank=0, degree=2)
 
     def layers(self, tokens: int, width: int) -> None:

@@ -19,7 +19,7 @@ constexpr int kMostOthers = QWEN1M_PEER_RANKS - 1;
 
 struct Copier {
   cudaStream_t stream;
-  cudaEvent_t ready, sent;
+  cudaEvent_t ready, sent[QWEN1M_COPIER_MARKS];
   uint32_t* numbers;  // 0, 1, 2, ...: what comes into a flag is copied, too, so that it is behind the rows
 };
 
@@ -39,6 +39,11 @@ cudaError_t in_turn(Steps... steps) {
   cudaError_t status = cudaSuccess;
   (void)((status = steps(), status == cudaSuccess) && ...);
   return told(status);
+}
+
+bool takes(int32_t count, int32_t number, int32_t mark) {
+  return count >= 1 && count <= kMostOthers && number >= 0 && number < QWEN1M_PEER_NUMBERS && mark >= 0 &&
+         mark < QWEN1M_COPIER_MARKS;
 }
 
 struct Flags {
@@ -62,7 +67,13 @@ int qwen1m_cuda_make_copier(int64_t* copier) {
   const cudaError_t status =
       in_turn([&] { return cudaStreamCreateWithFlags(&made->stream, cudaStreamNonBlocking); },
               [&] { return cudaEventCreateWithFlags(&made->ready, cudaEventDisableTiming); },
-              [&] { return cudaEventCreateWithFlags(&made->sent, cudaEventDisableTiming); },
+              [&] {
+                cudaError_t status = cudaSuccess;
+                for (cudaEvent_t& sent : made->sent) {
+                  if (status == cudaSuccess) status = cudaEventCreateWithFlags(&sent, cudaEventDisableTiming);
+                }
+                return status;
+              },
               [&] { return cudaMalloc(&made->numbers, sizeof numbers); },
               [&] { return cudaMemcpy(made->numbers, numbers, sizeof numbers, cudaMemcpyHostToDevice); });
   if (status == cudaSuccess) *copier = reinterpret_cast<int64_t>(made.release());
@@ -93,9 +104,7 @@ int qwen1m_cuda_open_memory(const char* name, int64_t* address) {
 }
 
 int qwen1m_cuda_send_rows(const qwen1m_send_rows* a, qwen1m_stream stream) {
-  if (a->count < 1 || a->count > kMostOthers || a->number < 0 || a->number >= QWEN1M_PEER_NUMBERS || a->bytes < 0) {
-    return cudaErrorInvalidValue;
-  }
+  if (!takes(a->count, a->number, a->mark) || a->bytes < 0) return cudaErrorInvalidValue;
   const Copier& copier = copier_at(a->copier);
   cudaError_t status = in_turn([&] { return cudaEventRecord(copier.ready, as_stream(stream)); },
                                [&] { return cudaStreamWaitEvent(copier.stream, copier.ready); });
@@ -106,15 +115,13 @@ int qwen1m_cuda_send_rows(const qwen1m_send_rows* a, qwen1m_stream stream) {
     status = in_turn([&] { return copy(a->to[i], memory_at(a->from[i]), a->bytes); },
                      [&] { return copy(a->flags[i], copier.numbers + a->number, sizeof(uint32_t)); });
   }
-  return status == cudaSuccess ? told(cudaEventRecord(copier.sent, copier.stream)) : status;
+  return status == cudaSuccess ? told(cudaEventRecord(copier.sent[a->mark], copier.stream)) : status;
 }
 
 int qwen1m_cuda_await_rows(const qwen1m_await_rows* a, qwen1m_stream stream) {
-  if (a->count < 1 || a->count > kMostOthers || a->number < 0 || a->number >= QWEN1M_PEER_NUMBERS) {
-    return cudaErrorInvalidValue;
-  }
+  if (!takes(a->count, a->number, a->mark)) return cudaErrorInvalidValue;
   if (a->copier != 0) {
-    const cudaError_t status = told(cudaStreamWaitEvent(as_stream(stream), copier_at(a->copier).sent));
+    const cudaError_t status = told(cudaStreamWaitEvent(as_stream(stream), copier_at(a->copier).sent[a->mark]));
     if (status != cudaSuccess) return status;
   }
   Flags flags{};

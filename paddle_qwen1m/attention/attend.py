@@ -10,7 +10,6 @@ from paddle_qwen1m import ops
 from paddle_qwen1m.attention.selector import Projected, Selector
 from paddle_qwen1m.attention.step import Step
 from paddle_qwen1m.cache import LayerCache
-from paddle_qwen1m.config import ROWS_AT_ONCE
 
 
 def keep(projected: Projected, cache: LayerCache, step: Step, *, queries: bool = False) -> paddle.Tensor | None:
@@ -42,7 +41,7 @@ def attend(
     another share hold whatever was in memory.
     """
     rows = projected.qkv.shape[0]
-    q = keep(projected, cache, step, queries=not step.sparse_pieces and rows <= ROWS_AT_ONCE)
+    q = keep(projected, cache, step, queries=not step.sparse_pieces and rows <= step.rows_at_once)
     if step.lengths is not None:
         assert q is not None
         return decode(q, cache, step)
@@ -58,7 +57,7 @@ def _attend_densely(
     """q: the queries of all rows, where these are no more than are there at once."""
     rotated = None if q is None else (0, q)
     for dense in step.dense_pieces:
-        first, last = dense.first, min(dense.first + ROWS_AT_ONCE, out.shape[0])
+        first, last = dense.first, min(dense.first + step.rows_at_once, out.shape[0])
         if dense.pieces.shape[0] > 0:
             if rotated is None or rotated[0] != first:
                 rotated = None  # its memory is free again

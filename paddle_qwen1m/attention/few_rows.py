@@ -54,6 +54,7 @@ class FewRows:
             rotary=self._builder.rotary_table(rotary.reshape([self._variants, self._size])),
             block_tables=table.reshape([1, self._max_pages]),
             scale=self._scale,
+            rows_at_once=self._builder.rows_at_once,
             logit_rows=self._all,
             num_logits=self._size,
             dense_pieces=dense,

@@ -15,7 +15,7 @@ from paddle_qwen1m import ops
 from paddle_qwen1m.attention import positions
 from paddle_qwen1m.attention.positions import Piece
 from paddle_qwen1m.cache import CopiedPages, PagedCache
-from paddle_qwen1m.config import BLOCK, ROWS_AT_ONCE, ModelConfig
+from paddle_qwen1m.config import BLOCK, ModelConfig
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class SparsePiece:
     """A piece that attends to chosen keys only. `critical_rotary` float32 [V, n, D] rotates its n probe rows.
 
     groups: the first and the number of the row blocks that are computed between two pauses, of which `share` has some.
-    block_table: int32 [W]. copied: as of DensePieces, with a table int32 [W].
+    rows_at_once: a multiple of BLOCK. block_table: int32 [W]. copied: as of DensePieces, with a table int32 [W].
     """
 
     piece: Piece
@@ -94,6 +94,7 @@ class SparsePiece:
     scale: float
     critical_rotary: paddle.Tensor
     groups: Sequence[tuple[int, int]]
+    rows_at_once: int
     copied: CopiedPages | None = None
     share: RowShare = ALL_ROWS
 
@@ -103,10 +104,10 @@ class SparsePiece:
         return [self.share.of_blocks(*group) for group in self.groups]
 
     def spans(self) -> Iterator[tuple[Piece, int, list[Run]]]:
-        """What the share has of it in parts of ROWS_AT_ONCE: each as a piece, the number of its first row block, and
+        """What the share has of it in parts of rows_at_once: each as a piece, the number of its first row block, and
         what of it is computed at a time, in its own row blocks.
         """
-        blocks = ROWS_AT_ONCE // BLOCK
+        blocks = self.rows_at_once // BLOCK
         runs = [run for group in self.own_groups for run in cut_at(blocks, *group)]
         last = self.piece.row_blocks - 1  # what is empty may stand behind it
         for number, own in groupby(runs, key=lambda run: min(run.first, last) // blocks):
@@ -127,7 +128,7 @@ class SparsePiece:
 @dataclass(frozen=True)
 class DensePieces:
     """Pieces that are computed together: int32 [P, 4] in host memory, or in that of the device where a graph captures
-    them; P may be 0, and a piece's rows. Their rows count from row `first` of the step on, a multiple of ROWS_AT_ONCE,
+    them; P may be 0, and a piece's rows. Their rows count from row `first` of the step on, a multiple of rows_at_once,
     and are no more than that. pauses: behind them attention does. copied: what layers whose pages are copied for their
     readers are to copy, with tables int32 [S, W].
     """
@@ -144,6 +145,7 @@ class Step:
     (decode), or the rows are prefilled: densely where `dense_pieces` say so, sparsely in `sparse_pieces`; in the last
     layer, from which nothing but logits follows, only where `last_dense_pieces` and `last_sparse_pieces` do.
 
+    rows_at_once: of a prefill, whose rotated queries are in memory, a multiple of BLOCK.
     ids, slots: int64 [T]. rotary: float32 [V, T, D]. block_tables: int32 [S, W]. scale: float32 [S], D^-0.5 m(n)^2.
     lengths: int32 [S].
     logit_rows: int64 [m], the rows that a prefill's last layer computes: the `num_logits` whose logits are wanted, then
@@ -158,6 +160,7 @@ class Step:
     rotary: paddle.Tensor
     block_tables: paddle.Tensor
     scale: paddle.Tensor
+    rows_at_once: int
     logit_rows: paddle.Tensor | None = None
     num_logits: int = 0
     lengths: paddle.Tensor | None = None
@@ -225,12 +228,12 @@ def cut_at(many: int, first: int, count: int) -> Iterator[Run]:
     yield Run(first, end - first, pauses=True)
 
 
-def dense_pieces(group: np.ndarray, copied: CopiedPages | None) -> Iterator[DensePieces]:
+def dense_pieces(group: np.ndarray, rows_at_once: int, copied: CopiedPages | None) -> Iterator[DensePieces]:
     """Pieces int32 [P, 4] of a step's rows, cut where DensePieces do, with a pause behind all of them."""
     parts: list[tuple[int, list[tuple[int, int, int, int]]]] = []
     for number, row, rows, begin in group.tolist():
-        for run in cut_at(ROWS_AT_ONCE, row, rows):
-            first = run.first // ROWS_AT_ONCE * ROWS_AT_ONCE
+        for run in cut_at(rows_at_once, row, rows):
+            first = run.first // rows_at_once * rows_at_once
             if not parts or parts[-1][0] != first:
                 parts.append((first, []))
             parts[-1][1].append((number, run.first - first, run.size, begin + run.first - row))
@@ -254,7 +257,7 @@ def attended_rows(rows: int, dense: Iterable[DensePieces], sparse: Iterable[Spar
 
 
 class StepBuilder:
-    """Makes steps for one model: knows its rotary frequencies and attention scale.
+    """Makes steps for one model, or a rank's share of one: knows its rotary frequencies and attention scale.
 
     padded: how many rows a prefill of so many gets; those behind the sequences' are cached nowhere, attend to nothing
     and hold whatever was in memory. share: which rows are attended for; of a decode step every count-th one.
@@ -266,7 +269,7 @@ class StepBuilder:
         self._padded, self._share = padded, share
         self._attended: dict[int, paddle.Tensor] = {}
         self._dual_chunk = config.dual_chunk
-        self._head_dim = config.head_dim
+        self._head_dim, self.rows_at_once = config.head_dim, config.rows_at_once
         self._inv_freq = ops.tensor(positions.inv_freq(config))
 
     @property
@@ -327,6 +330,7 @@ class StepBuilder:
             rotary=self.rotary_table(ops.tensor(rotary_positions)),
             block_tables=page_tables(pages),
             scale=ops.tensor(np.asarray([self.scale(rows.length) for rows in batch], np.float32)),
+            rows_at_once=self.rows_at_once,
             logit_rows=ops.tensor(np.resize(wanted, computed)) if len(wanted) else None,
             num_logits=len(wanted),
             dense_pieces=dense_pieces,
@@ -352,7 +356,8 @@ class StepBuilder:
             dual_chunk.chunk_size,
             dual_chunk.original_max_position_embeddings,
         )
-        return Step(ids, slots, rotary, block_tables, scale, lengths=lengths, attended=self._decoded(ids.shape[0]))
+        attended = self._decoded(ids.shape[0])
+        return Step(ids, slots, rotary, block_tables, scale, self.rows_at_once, lengths=lengths, attended=attended)
 
     def _decoded(self, count: int) -> paddle.Tensor | None:
         """`attended` of so many decoded rows; made once, since a captured step takes nothing from the host."""
@@ -372,7 +377,7 @@ class StepBuilder:
     ) -> Iterator[DensePieces]:
         if cache.widened is None:
             for group in groups(pieces, row_blocks):
-                yield from dense_pieces(self._share.of_pieces(group), None)
+                yield from dense_pieces(self._share.of_pieces(group), self.rows_at_once, None)
             return
         for together in copied_together(pieces, [len(held) for held in pages], cache.widened.num_pages):
             copied = [page for number in together for page in pages[number]]
@@ -380,7 +385,7 @@ class StepBuilder:
             own = [range(firsts[n], firsts[n] + len(held)) if n in firsts else [0] for n, held in enumerate(pages)]
             where = CopiedPages(ops.tensor(np.asarray(copied, np.int32)), page_tables(own))
             for group in groups([piece for piece in pieces if piece[0] in firsts], row_blocks):
-                yield from dense_pieces(self._share.of_pieces(group), where)
+                yield from dense_pieces(self._share.of_pieces(group), self.rows_at_once, where)
 
     def _sparse_piece(self, piece: Piece, rows: SequenceRows, cache: PagedCache, row_blocks: int) -> SparsePiece:
         table = ops.tensor(np.asarray(rows.pages[: -(-piece.end // cache.page_size)], np.int32))
@@ -397,5 +402,6 @@ class StepBuilder:
             groups=[
                 (first, min(row_blocks, piece.row_blocks - first)) for first in range(0, piece.row_blocks, row_blocks)
             ],
+            rows_at_once=self.rows_at_once,
             share=self._share,
         )

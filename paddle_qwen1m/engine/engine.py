@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 import time
@@ -32,7 +33,7 @@ from paddle_qwen1m.cache import (
 )
 from paddle_qwen1m.cache.kv_scales import KVScales
 from paddle_qwen1m.cache.transfers import UNFINISHED
-from paddle_qwen1m.config import ModelConfig, SparseBudgets
+from paddle_qwen1m.config import BLOCK, ModelConfig, SparseBudgets
 from paddle_qwen1m.dtypes import FP8, QUANTIZATIONS
 from paddle_qwen1m.engine.admission import Budget, Limits, cache_pages
 from paddle_qwen1m.engine.borders import Chunking
@@ -692,7 +693,8 @@ class Engine:
             )
         waiting = WaitingRoom(pool, self.chunking, seats, short, self._m2, prefixes, keeper)
         limits = SchedulerLimits(seats, short, ahead=1 if on_gpu else 0)
-        pacer = Pacer(self.max_inter_token_ms / 1000, layer_work(layers), layers.num_layers, time.perf_counter)
+        work = layer_work(layers, self.budgets)
+        pacer = Pacer(self.max_inter_token_ms / 1000, work, layers.num_layers, time.perf_counter)
         chooser = Chooser(seats, self.model.config.vocab_size)
         return Lead(pool, prefixes, keeper, chooser, Scheduler(waiting, pool, limits, pacer))
 
@@ -718,8 +720,12 @@ class Engine:
         self.runner.run(order)
 
 
-def layer_work(config: ModelConfig) -> LayerWork:
-    """Operations of a rank's share of one layer."""
+def layer_work(config: ModelConfig, budgets: SparseBudgets | None) -> LayerWork:
+    """Operations of a rank's share of one layer.
+
+    A row block's diagonals are blocks of keys: about two keys a row for each of them where neighbours are chosen.
+    """
     attention, hidden = config.num_heads * config.head_dim, config.hidden_size
     weights = hidden * (config.qkv_width + attention + 3 * config.intermediate_size)
-    return LayerWork(2.0 * weights, 4.0 * attention)
+    chosen = math.inf if budgets is None else float(np.mean(budgets.vertical + 2 * budgets.slash))
+    return LayerWork(2.0 * weights, 4.0 * attention, chosen, config.rows_at_once // BLOCK)

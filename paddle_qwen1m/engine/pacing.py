@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Callable
@@ -14,6 +14,10 @@ PLANNED = 0.9
 """Of the bound on the time between tokens so much is planned with: an estimate is no promise."""
 PART_OF_BOUND = 0.25
 """Of the bound on the time between tokens, one advance of a chunk takes this part."""
+COMPARABLE = 0.5
+"""What a chunk took says how long others take, unless it had less than this part of the work of the last that did: the
+end of a prompt, where much does not depend on its rows.
+"""
 ROW_BLOCK = 64
 ABREAST = 6
 """Row blocks: a multiple of those that a kernel's thread block takes together, two densely and three sparsely."""
@@ -21,14 +25,46 @@ ABREAST = 6
 
 @dataclass(frozen=True)
 class LayerWork:
-    """Operations of one layer: for each row, and for each pair of a row and a key before it."""
+    """Operations of one layer: for each row, and for each pair of a row and a key that it attends to. chosen: how many
+    keys a row of a sparse prompt has, at most. row_blocks: that attention works on at once.
+    """
 
     of_row: float
     of_key: float
+    chosen: float = math.inf
+    row_blocks: int = ABREAST
 
-    def of(self, rows: int, begin: int) -> float:
-        """Of `rows` tokens that stand behind `begin` others, densely."""
-        return rows * (self.of_row + self.of_key * (begin + rows / 2))
+    def of(self, rows: int, begin: int, sparse: bool) -> float:
+        """Of `rows` tokens that stand behind `begin` others."""
+        return rows * (self.of_row + self.of_key * self.keys(begin + rows / 2, sparse))
+
+    def keys(self, before: float, sparse: bool) -> float:
+        """That a row attends to of those before it."""
+        return min(before, self.chosen) if sparse else before
+
+    def whole(self, row_blocks: int) -> int:
+        """As many or fewer row blocks, so that what is computed together is not parted."""
+        for together in (self.row_blocks, ABREAST):
+            if row_blocks >= together:
+                return row_blocks - row_blocks % together
+        return row_blocks
+
+
+@dataclass
+class Rate:
+    """Seconds a unit of work, as the last comparable chunk took it."""
+
+    seconds: float = 0.0
+    work: float = 0.0
+
+    def __call__(self) -> float:
+        return self.seconds / self.work if self.work else 0.0
+
+    def learn(self, seconds: float, work: float) -> None:
+        if work >= COMPARABLE * self.work:
+            self.seconds, self.work = seconds, work
+        else:  # one that is so small again and again is what there is
+            self.seconds, self.work = self.seconds / 2, self.work / 2
 
 
 @dataclass(eq=False)
@@ -63,7 +99,8 @@ class Pacer:
         self.bound, self.clock = bound, clock
         self._work, self._layers = work, layers
         self._seconds: dict[str, float] = {}
-        self._rates: dict[bool, float] = {}
+        self._rates: defaultdict[bool, Rate] = defaultdict(Rate)
+        """Of dense and of sparse prompts."""
         self._queue: deque[Queued] = deque()
         self._idle_since = -math.inf
 
@@ -87,8 +124,7 @@ class Pacer:
         chunk.seconds += seconds
         chunk.seconds_a_point = max(seconds / one.points, FORGET * chunk.seconds_a_point)
         if at_end:
-            rate, known = chunk.seconds / (self._layers * chunk.work), self._rates.get(chunk.sparse, 0.0)
-            self._rates[chunk.sparse] = max(rate, (rate + known) / 2)
+            self._rates[chunk.sparse].learn(chunk.seconds, self._layers * chunk.work)
 
     def forget(self) -> None:
         """Nothing is queued any more: what was has failed."""
@@ -119,15 +155,13 @@ class Pacer:
 
     def begin(self, rows: int, begin: int, sparse: bool) -> ChunkPace:
         """The pace of a new chunk: layers that would take too long are cut between row blocks of their attention."""
-        work = self._work.of(rows, begin)
-        rate = self._rates.get(sparse, self._rates.get(False, 0.0))
+        work = self._work.of(rows, begin, sparse)
+        rate = self._rates[sparse]() or self._rates[False]()
         layer, most = rate * work, self.bound * PART_OF_BOUND
         row_blocks = 0
         if layer / 2 > most:
-            a_block = rate * ROW_BLOCK * self._work.of_key * (begin + rows)
-            fitting = max(1, int(most / a_block)) if a_block else 0
-            if fitting > ABREAST:
-                fitting -= fitting % ABREAST
+            a_block = rate * ROW_BLOCK * self._work.of_key * self._work.keys(begin + rows, sparse)
+            fitting = self._work.whole(max(1, int(most / a_block))) if a_block else 0
             row_blocks = fitting if fitting * ROW_BLOCK < rows else 0
         return ChunkPace(work, sparse, row_blocks, min(most, layer / 2) if row_blocks else layer / 2)
 

@@ -63,7 +63,7 @@ class Runner:
         placement = model.placement
         share = RowShare(placement.row_share(model.group.rank), placement.row_shares)
         self._attends_for_all = share.count == 1
-        self._builder = StepBuilder(model.config, model.group.padded, share)
+        self._builder = StepBuilder(model.local, model.group.padded, share)
         self._selectors = None if budgets is None else selectors(model, budgets)
         self._cache: PagedCache | None = None
         self._slots: DecodeSlots | None = None

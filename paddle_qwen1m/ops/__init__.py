@@ -30,6 +30,7 @@ from paddle_qwen1m.ops.library import LIBRARY, cpu_isa, gpu_obstacle, load, on_g
 from paddle_qwen1m.ops.mailbox import MAILBOX_ROWS, MAILBOX_WIDTH, make_mailbox, sending_linear, sum_rms_norm
 from paddle_qwen1m.ops.pages import Quantised, copy_page, dequantize_pages
 from paddle_qwen1m.ops.peers import (
+    COPIER_MARKS,
     PEER_NUMBERS,
     PEER_RANKS,
     await_rows,
@@ -76,6 +77,7 @@ from paddle_qwen1m.ops.weight8 import (
 )
 
 __all__ = [
+    "COPIER_MARKS",
     "FEW_ROWS",
     "FEW_ROWS_OF_8_BITS",
     "IN_PROMPT",

@@ -13,6 +13,8 @@ PEER_RANKS = 8
 """The most ranks that find each other's memory."""
 PEER_NUMBERS = 256
 """That flags can hold (custom_ops/include/qwen1m/peers.h)."""
+COPIER_MARKS = 8
+"""Of a copier."""
 NAME_BYTES = 64
 
 
@@ -24,20 +26,22 @@ def send_rows(
     flags: Sequence[int],
     size: int,
     number: int,
+    mark: int,
 ) -> None:
     """Copies `size` bytes from each source to its target, an address in another rank's memory, and then `number` to its
     flag, uint32: on the copier's stream, behind what is queued on the computation's. On a CPU at once.
 
-    values: whose device this is; the sources must stay as they are until they have been copied.
+    values: whose device this is; the sources must stay as they are until they have been copied. That is the copier's
+    `mark`, below COPIER_MARKS, until something else is sent under it.
     """
-    call("send_rows", values, copier, list(sources), list(targets), list(flags), size, number)
+    call("send_rows", values, copier, list(sources), list(targets), list(flags), size, number, mark)
 
 
-def await_rows(values: paddle.Tensor, copier: int, flags: Sequence[int], number: int) -> None:
+def await_rows(values: paddle.Tensor, copier: int, flags: Sequence[int], number: int, mark: int) -> None:
     """What is queued from now on comes behind what others copy here, when `number` is in all of this rank's flags; with
-    a copier that is not 0 also behind what that has been asked to send. A host that computes on a GPU does not wait.
+    a copier that is not 0 also behind its `mark`. A host that computes on a GPU does not wait.
     """
-    call("await_rows", values, copier, list(flags), number)
+    call("await_rows", values, copier, list(flags), number, mark)
 
 
 def parts_rms_norm(

@@ -124,19 +124,19 @@ class Copies:
         places = [self._rooms[other] + target for other, target in zip(self._others, targets)]
         raised = [self._all_flags[other] + room.flag(what, lane, self._rank) for other in self._others]
         with self._collective():
-            ops.send_rows(values, self._copier, sources, places, raised, rows * room.row_bytes, number)
+            ops.send_rows(values, self._copier, sources, places, raised, rows * room.row_bytes, number, lane)
         own = [self._all_flags[self._rank] + room.flag(what, lane, other) for other in self._others]
-        return _Arrival(self._flags, self._copier if what == SUMS else 0, own, number)
+        return _Arrival(self._flags, self._copier if what == SUMS else 0, own, number, lane)
 
 
 class _Arrival:
     """What others send to this rank as it sends to them."""
 
-    def __init__(self, flags: paddle.Tensor, copier: int, own: list[int], number: int) -> None:
-        self._flags, self._copier, self._own, self._number = flags, copier, own, number
+    def __init__(self, flags: paddle.Tensor, copier: int, own: list[int], number: int, lane: int) -> None:
+        self._flags, self._copier, self._own, self._number, self._lane = flags, copier, own, number, lane
 
     def wait(self) -> None:
-        ops.await_rows(self._flags, self._copier, self._own, self._number)
+        ops.await_rows(self._flags, self._copier, self._own, self._number, self._lane)
 
 
 def open_copies(peers: Peers, rows: int, width: int, dtype: str, collective: Collective) -> Copies | None:

@@ -2,9 +2,9 @@
 over all of them waits for nobody.
 
 Few rows, of a decode step above all, are one lane: behind each product their sum over all ranks, and its norm. Many
-rows are two to four lanes. A rank keeps the residual stream of one share of a lane's rows: a product's sums come to it
+rows are two to eight lanes. A rank keeps the residual stream of one share of a lane's rows: a product's sums come to it
 by a reduce-scatter, it norms its share, and an all-gather gives all ranks the lane's rows. While those of one lane are
-under way, copied by the cards or on the library's stream, the computation goes on with the next one's. Lanes are of the
+under way, copied by the cards or on the library's stream, the computation goes on with the next ones'. Lanes are of the
 rows alone: attention has all of them, its keys are cached before any are chosen, and nothing is under way at its
 beginning, nor where a prefill stands still.
 
@@ -13,6 +13,7 @@ One rank alone has lanes of ROWS_AT_ONCE, so that no more of the MLP is in memor
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from typing import Any, Callable, Union
 
@@ -66,7 +67,8 @@ class Lanes:
         self._copies: Copies | None = group.lend_copies(rows, width) if self._is_split else None
         self.mailboxes: Mailboxes | None = group.mailboxes(rows, width) if count == 1 else None
         """By which the last product of an `add` may send what it makes."""
-        self._late: tuple[Lane, paddle.Tensor, TakesRows8 | None] | None = None
+        self._late: deque[tuple[Lane, paddle.Tensor, TakesRows8 | None]] = deque()
+        """Lanes whose sums are to be normed, and how."""
         self._gathered: paddle.Tensor | None = None if self._copies is None else self._copies.rows(0, rows)
 
     def __enter__(self) -> Lanes:
@@ -92,16 +94,19 @@ class Lanes:
         the other, adds what comes out over the ranks and to the residual stream, and norms that by `norm` [N]: in FP8
         where that is wanted, and the rows need not be gathered.
 
-        What the lane before has added is normed behind the first product, which its sums' way is beside.
+        What a lane before has added is normed behind a product, which its sums' way is beside. A product alone may be
+        shorter than that way: between ranks some lanes are left to later ones.
         """
+        spare = max(0, self.count // 2 - 1) if self._is_split and len(products) == 1 else 0
         for lane in self._lanes:
-            values = products[0](self._normed(lane) if rows is None else lane.of(rows))
-            self._norm_late()
-            for product in products[1:]:
+            values = self._normed(lane) if rows is None else lane.of(rows)
+            for product in products:
                 values = product(values)
+                if len(self._late) > spare:
+                    self._norm_next()
             lane.sums = self._on_its_way(lane, values)
             del values
-            self._late = lane, norm, takes_rows8
+            self._late.append((lane, norm, takes_rows8))
 
     def all_rows(self) -> Activations:
         """All rows behind the last norm, activations [T, N]. No collective is under way then."""
@@ -123,7 +128,7 @@ class Lanes:
 
     def _residual(self) -> paddle.Tensor:
         """The residual stream of all rows, float32 [T, N], on every rank."""
-        assert self._late is None
+        assert not self._late
         shares: list[paddle.Tensor] = [lane.residual for lane in self._lanes]
         if len(shares) == 1 and not self._is_split:
             return shares[0]
@@ -134,8 +139,8 @@ class Lanes:
 
     def _normed(self, lane: Lane) -> Activations:
         """A lane's rows behind the last norm, activations [n, N]."""
-        if self._late is not None and self._late[0] is lane:
-            self._norm_late()
+        while lane.sums is not None:
+            self._norm_next()
         assert lane.normed is not None, "nothing has been added since all rows were given"
         return lane.normed.wait()
 
@@ -147,11 +152,9 @@ class Lanes:
             return self._group.reduce_scatter(values)
         return self._copies.scatter(values, lane.number, lane.first)
 
-    def _norm_late(self) -> None:
-        """Norms the sums that came last, a rank its share of them, and sends that on its way to all."""
-        if self._late is None:
-            return
-        (lane, weight, takes_rows8), self._late = self._late, None
+    def _norm_next(self) -> None:
+        """Norms the sums that have been under way for longest, a rank its share of them, and sends that to all."""
+        lane, weight, takes_rows8 = self._late.popleft()
         assert lane.sums is not None
         values, lane.sums = lane.sums.wait(), None
         lane.normed = None

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-MOST_LANES = 4
-"""What the last of a layer's lanes sends lies beside nothing: with four it is a quarter."""
+FEW_LANES, MOST_LANES = 4, 8
+"""What the last of a layer's lanes sends lies beside nothing: with eight it is an eighth."""
 SUMS, ROWS = 0, 1
 """What comes: parts of a lane's sums, and its normed rows."""
 FLAG_BYTES = 4
+
+
+def lanes_of(rows: int, least: int) -> int:
+    """In how many lanes several ranks have so many rows: of `least` rows or more, beyond FEW_LANES of twice as many. A
+    lane costs the host as much however many rows it has.
+    """
+    return max(1, min(FEW_LANES, rows // least), min(MOST_LANES, rows // (2 * least)))
 
 
 class Room(NamedTuple):

@@ -88,6 +88,7 @@ def local_config(config: ModelConfig, degree: int) -> ModelConfig:
         config,
         num_heads=config.num_heads // parts,
         num_kv_heads=max(1, config.num_kv_heads // parts),
+        head_parts=parts,
         intermediate_size=config.intermediate_size // degree,
         vocab_size=equal_part(ROWS, config.vocab_size, degree, 0).size,
     )

@@ -10,8 +10,7 @@ from paddle.base import core
 from runner_setup import fill_with_nan, make_runner, rows
 from small_model import CONFIG, random_model
 
-from paddle_qwen1m import plan
-from paddle_qwen1m.attention import attend, step
+from paddle_qwen1m import config, plan
 from paddle_qwen1m.config import DualChunkConfig, SparseBudgets
 from paddle_qwen1m.engine.orders import Prefill
 from paddle_qwen1m.parallel import group
@@ -33,7 +32,7 @@ def test_a_chunk_takes_what_the_plan_counts(
     rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, is_sparse: bool
 ) -> None:
     """In parts, of several layers: whatever a layer leaves behind would show in the next one."""
-    for module in (attend, step, group, plan):
+    for module in (config, group, plan):
         monkeypatch.setattr(module, "ROWS_AT_ONCE", AT_ONCE)
     budgets = SparseBudgets.uniform(64, 256, WIDE.num_layers, WIDE.num_heads) if is_sparse else None
     pages = TOKENS // PAGE

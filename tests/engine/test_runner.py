@@ -12,8 +12,7 @@ import pytest
 from runner_setup import Made, fill_with_nan, head, make_runner, rows
 from small_model import BUDGETS, CONFIG, random_model
 
-from paddle_qwen1m import ops
-from paddle_qwen1m.attention import attend, step
+from paddle_qwen1m import config, ops
 from paddle_qwen1m.cache import PagedCache
 from paddle_qwen1m.engine.orders import (
     HEAD_ROWS,
@@ -367,7 +366,7 @@ def test_a_large_chunk_goes_through_in_parts(
     )
 
     def read(at_once: int | None) -> tuple[np.ndarray, np.ndarray]:
-        for module in (attend, step, group):
+        for module in (config, group):
             if at_once is not None:
                 monkeypatch.setattr(module, "ROWS_AT_ONCE", at_once)
         runner, cache = make(model)

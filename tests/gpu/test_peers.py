@@ -40,12 +40,12 @@ class Copying:
         size = values.numel() * values.element_size()
         fields = dict(zip(("from", "to", "flags"), addresses)) | {"copier": self.copier, "bytes": size}
         with torch.cuda.stream(self.stream):
-            self.cuda("send_rows", **fields, count=len(others), number=number)
+            self.cuda("send_rows", **fields, count=len(others), number=number, mark=0)
 
     def wait(self, number: int, *, sent: bool = False) -> None:
         flags = np.array([self.flags.data_ptr()])
         with torch.cuda.stream(self.stream):
-            self.cuda("await_rows", copier=self.copier if sent else 0, flags=flags, count=1, number=number)
+            self.cuda("await_rows", copier=self.copier if sent else 0, flags=flags, count=1, number=number, mark=0)
 
 
 def test_rows_come_before_the_number_that_says_so(cuda: Any, rng: np.random.Generator) -> None:

@@ -77,7 +77,7 @@ class CopyingRank(Rank):
 def test_ranks_that_are_late_give_what_one_does_step_after_step(
     monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator, degree: int
 ) -> None:
-    """Of as many rows as there is room for and of fewer, in two to four lanes: nothing is overwritten before it is
+    """Of as many rows as there is room for and of fewer, in two to eight lanes: nothing is overwritten before it is
     read. The first sums of a step alone, of float32, are collectives.
     """
 

@@ -136,9 +136,9 @@ class Layers:
 
 
 @pytest.mark.parametrize("degree", [2, 4])
-@pytest.mark.parametrize("rows", [1, 2, 3, 8, 9, 10, 11, 13, 18, 67])
+@pytest.mark.parametrize("rows", [1, 2, 3, 8, 9, 10, 11, 13, 18, 43, 50, 67])
 def test_ranks_give_what_one_does_with_any_number_of_rows(rng: np.random.Generator, degree: int, rows: int) -> None:
-    """In two lanes from 8 rows on, from 16 on in four."""
+    """In two lanes from 8 rows on, from 16 on in four, from 40 on in more of twice as many rows, up to eight."""
     layers, given = Layers(rng), rng.standard_normal((rows, WIDTH)).astype(np.float32)
     expected, job = layers.alone(given), Job(degree)
     ranks = [Rank(job, rank, least=4) for rank in range(degree)]
@@ -151,13 +151,13 @@ def test_ranks_give_what_one_does_with_any_number_of_rows(rng: np.random.Generat
             np.testing.assert_array_equal(one, other)
     assert all(rank.log == ranks[0].log for rank in ranks)
     padded = -(-rows // degree) * degree
-    lanes = min(4, padded // 4) if padded >= 8 else 0
+    lanes = min(8, padded // 8) if padded >= 40 else min(4, padded // 4) if padded >= 8 else 0
     assert ranks[0].log.count("all_gather") == (2 * LAYERS + 1) * lanes
     assert ("all_reduce" in ranks[0].log) == (lanes == 0) != ("reduce_scatter" in ranks[0].log)
 
 
-def test_a_lane_computes_while_the_others_sums_are_under_way(rng: np.random.Generator) -> None:
-    """Between two points: the way of a lane's sums, and of its normed rows, lies beside a product of the other one."""
+def order(rng: np.random.Generator, rows: int) -> list[str]:
+    """Of so many rows in lanes of two or three, between two points: products with their rows, and collectives."""
     log: list[str] = []
     job = Job(1)
     group = Rank(job, 0, least=2)
@@ -170,20 +170,39 @@ def test_a_lane_computes_while_the_others_sums_are_under_way(rng: np.random.Gene
 
         return compute
 
-    weight, lanes = paddle.ones([WIDTH]), Lanes(group, 5, WIDTH, EPS)  # of 2 and 3 rows
-    lanes.add(paddle.to_tensor(rng.standard_normal((5, WIDTH)).astype(np.float32)), [product("embed")], weight)
-    rows = lanes.all_rows()
+    weight, lanes = paddle.ones([WIDTH]), Lanes(group, rows, WIDTH, EPS)
+    lanes.add(paddle.to_tensor(rng.standard_normal((rows, WIDTH)).astype(np.float32)), [product("embed")], weight)
+    whole = lanes.all_rows()
     log.clear()
-    lanes.add(rows, [product("output")], weight)
+    lanes.add(whole, [product("output")], weight)
     lanes.add(None, [product("up"), product("down")], weight)
     lanes.all_rows()
+    return log
+
+
+def test_a_lane_computes_while_the_others_sums_are_under_way(rng: np.random.Generator) -> None:
+    """The way of a lane's sums, and of its normed rows, lies beside a product of the other one."""
     scatter, gather = "reduce_scatter", "all_gather"
-    assert log == [
+    assert order(rng, 5) == [
         "output2", scatter, "output3", f"wait {scatter}", gather, scatter,
         f"wait {gather}", "up2", f"wait {scatter}", gather, "down2", scatter,
         f"wait {gather}", "up3", f"wait {scatter}", gather, "down3", scatter,
         f"wait {gather}", f"wait {scatter}", gather, f"wait {gather}",
     ]  # fmt: skip
+
+
+def test_behind_each_product_a_lane_is_normed_and_behind_one_alone_others_may_wait(rng: np.random.Generator) -> None:
+    """Behind attention, where the way of a lane's sums may be longer than the next one's product."""
+    scatter, gather = "reduce_scatter", "all_gather"
+    log = order(rng, 8)
+    begin = log.index("up2")
+    assert log[: begin + 7] == [
+        "output2", scatter, "output2", scatter,
+        "output2", f"wait {scatter}", gather, scatter,
+        "output2", f"wait {scatter}", gather, scatter,
+        f"wait {gather}", "up2", f"wait {scatter}", gather, "down2", f"wait {scatter}", gather, scatter,
+    ]  # fmt: skip
+    assert [one for one in log[begin:] if one in ("up2", "down2")] == ["up2", "down2"] * 4
 
 
 @pytest.mark.parametrize("rows", [3, 18])

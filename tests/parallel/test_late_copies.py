@@ -44,7 +44,7 @@ class Machine:
     def __init__(self, degree: int, seed: int) -> None:
         self.degree, self.rank = degree, 0
         self.streams: list[list[deque[Queued]]] = [[deque() for _ in range(3)] for _ in range(degree)]
-        self.sent = [Event() for _ in range(degree)]
+        self.sent = [[Event() for _ in range(ops.COPIER_MARKS)] for _ in range(degree)]
         self._draw = np.random.default_rng(seed)
         self._speeds = self._draw.choice([1, 1, 0.02], (degree, 3))
         """Of the streams: some are far behind the others."""
@@ -85,18 +85,18 @@ class Device:
             monkeypatch.setattr(ops, name, getattr(self, name))
 
     def send_rows(
-        self, _values: Any, _copier: int, sources: Any, targets: Any, flags: Any, size: int, number: int
+        self, _values: Any, _copier: int, sources: Any, targets: Any, flags: Any, size: int, number: int, mark: int
     ) -> None:
         machine = self._machine
         machine.wait(COPIES, machine.record(COMPUTES))
         for source, target, flag in zip(sources, targets, flags):
             machine.queue(COPIES, lambda source=source, target=target: ctypes.memmove(target, source, size))
             machine.queue(COPIES, lambda flag=flag: setattr(ctypes.c_uint32.from_address(flag), "value", number))
-        machine.sent[machine.rank] = machine.record(COPIES)
+        machine.sent[machine.rank][mark] = machine.record(COPIES)
 
-    def await_rows(self, _values: Any, copier: int, flags: Sequence[int], number: int) -> None:
+    def await_rows(self, _values: Any, copier: int, flags: Sequence[int], number: int, mark: int) -> None:
         if copier:
-            self._machine.wait(COMPUTES, self._machine.sent[self._machine.rank])
+            self._machine.wait(COMPUTES, self._machine.sent[self._machine.rank][mark])
         seen = [ctypes.c_uint32.from_address(flag) for flag in flags]
         self._machine.queue(COMPUTES, lambda: None, lambda: all(flag.value == number for flag in seen))
 
@@ -196,8 +196,10 @@ def layers_on(device: Device, group: LateRank, layers: Layers, rows: np.ndarray)
 def test_no_row_is_written_before_it_has_been_read_however_far_streams_are_apart(
     monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator, degree: int, seed: int
 ) -> None:
-    """Steps of as many rows as there is room for and of fewer, one behind the other, all queued before any runs."""
-    layers, machine, room = Layers(rng), Machine(degree, seed), Room(32, WIDTH, degree, 4)
+    """Steps of as many rows as there is room for and of fewer, in four to eight lanes, one behind the other, all queued
+    before any runs.
+    """
+    layers, machine, room = Layers(rng), Machine(degree, seed), Room(64, WIDTH, degree, 4)
     memories = [paddle.full([room.height, WIDTH], float("nan")) for _ in range(degree)]
     flags = [paddle.zeros(room.flags, "int32") for _ in range(degree)]
     addresses = tuple([tensor.data_ptr() for tensor in tensors] for tensors in (memories, flags))
@@ -206,7 +208,7 @@ def test_no_row_is_written_before_it_has_been_read_however_far_streams_are_apart
         LateRank(machine, rank, Copies(room, memories[rank], flags[rank], addresses, rank, COPIER, nullcontext), board)
         for rank in range(degree)
     ]
-    steps = [rng.standard_normal((rows, WIDTH)).astype(np.float32) for rows in (32, 16, 24, 32)]
+    steps = [rng.standard_normal((rows, WIDTH)).astype(np.float32) for rows in (64, 16, 24, 56, 64)]
     queued: list[list[list[np.ndarray]]] = []
     for group in ranks:
         machine.rank = group.rank

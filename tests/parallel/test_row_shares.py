@@ -12,7 +12,6 @@ import pytest
 from parallel_ranks import NEEDLE, write_checkpoint
 from test_parallel import DUAL_CHUNK, MODES, SHORT, check, loads, on_ranks
 
-from paddle_qwen1m.attention import step
 from paddle_qwen1m.attention.positions import Piece
 from paddle_qwen1m.attention.step import RowShare, SparsePiece, dense_pieces
 
@@ -80,18 +79,15 @@ def test_a_share_may_have_no_row() -> None:
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize("row_blocks", [1, 5, 8, 38])
-def test_parts_of_a_sparse_piece_hold_every_row_block_of_one_share(
-    monkeypatch: pytest.MonkeyPatch, count: int, row_blocks: int
-) -> None:
+def test_parts_of_a_sparse_piece_hold_every_row_block_of_one_share(count: int, row_blocks: int) -> None:
     """Whatever the pauses, of which each share has as many. A part is no more than is there at once."""
-    monkeypatch.setattr(step, "ROWS_AT_ONCE", 8 * 64)
     piece, nothing = Piece(70, 1000, 37 * 64 + 5), paddle.empty([0])
     groups = [(first, min(row_blocks, 38 - first)) for first in range(0, 38, row_blocks)]
     blocks = []
     for number in range(count):
         share = RowShare(number, count)
         pauses = 0
-        for span, first, runs in SparsePiece(piece, nothing, 1.0, nothing, groups, share=share).spans():
+        for span, first, runs in SparsePiece(piece, nothing, 1.0, nothing, groups, 8 * 64, share=share).spans():
             assert span == piece.blocks(first, 8)
             for run in runs:
                 assert 0 <= run.first <= run.first + run.size <= max(span.row_blocks, run.first)
@@ -101,10 +97,9 @@ def test_parts_of_a_sparse_piece_hold_every_row_block_of_one_share(
     assert sorted(blocks) == list(range(38))
 
 
-def test_parts_of_dense_pieces_hold_every_row_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step, "ROWS_AT_ONCE", 512)
+def test_parts_of_dense_pieces_hold_every_row_once() -> None:
     given = [(0, 3, 40, 5), (1, 43, 1200, 64), (2, 1243, 293, 0), (3, 1536, 7, 900)]
-    parts = list(dense_pieces(np.asarray(given, np.int32), None))
+    parts = list(dense_pieces(np.asarray(given, np.int32), 512, None))
     assert [(part.first, part.pauses) for part in parts] == [(0, False), (512, False), (1024, False), (1536, True)]
     rows = []
     for part in parts:
@@ -112,5 +107,5 @@ def test_parts_of_dense_pieces_hold_every_row_once(monkeypatch: pytest.MonkeyPat
             assert 0 <= row < row + count <= 512
             rows += [(number, part.first + row + one, begin + one) for one in range(count)]
     assert rows == [(number, row + one, begin + one) for number, row, count, begin in given for one in range(count)]
-    (none,) = dense_pieces(np.empty((0, 4), np.int32), None)
+    (none,) = dense_pieces(np.empty((0, 4), np.int32), 512, None)
     assert none.pauses and none.pieces.shape == [0, 4]

@@ -6,26 +6,28 @@
 enum {
   QWEN1M_PEER_RANKS = 8,      // at most
   QWEN1M_PEER_NUMBERS = 256,  // that flags can hold
+  QWEN1M_COPIER_MARKS = 8,
   QWEN1M_MEMORY_NAME_BYTES = 64,
 };
 
 // Copies for `count` other ranks, one behind the other, each followed by `number` in the flag, uint32, of that rank's
-// that stands for it. They are behind what is queued, and what is queued from now on is not behind them.
+// that stands for it. They are behind what is queued, and what is queued from now on is not behind them. Their end is
+// the copier's mark of this number, until others are sent under it.
 typedef struct {
   int64_t copier;
   const int64_t* from;   // [count] addresses, in host memory as the two others
   const int64_t* to;     // [count]
   const int64_t* flags;  // [count]
   int64_t bytes;         // of each
-  int32_t count, number;
+  int32_t count, number, mark;
 } qwen1m_send_rows;
 
 // What is queued from now on is behind the copies that others make here, whose `number` comes into this rank's flags,
-// and behind those that this rank's copier, where it is not 0, has made for others.
+// and behind those that this rank's copier, where it is not 0, has made for others under the mark.
 typedef struct {
   int64_t copier;
   const int64_t* flags;  // [count] addresses, in host memory
-  int32_t count, number;
+  int32_t count, number, mark;
 } qwen1m_await_rows;
 
 // residual += the ranks' deltas, added up in float32 in the order of the ranks; then as qwen1m_rms_norm.
