@@ -227,6 +227,52 @@ def test_row_blocks_that_a_kernel_takes_together_are_not_parted(pacer: Pacer, cl
     assert cut == {whole, 1, 2, 3, 4, 5, 6, 12, 18}
 
 
+def read(pacer: Pacer, clock: Clock, rows: int, begin: int, seconds: float, *, sparse: bool = False) -> int:
+    """Reads a chunk; the row blocks between two points of a layer, 0: it is not cut."""
+    pace = pacer.begin(rows, begin, sparse)
+    pacer.queue_points(pace, 20)
+    clock.now += seconds
+    pacer.finished(at_end=True)
+    return pace.row_blocks
+
+
+def test_sparse_chunks_that_take_as_long_as_each_other_are_not_cut_however_many_keys_lie_before(clock: Clock) -> None:
+    """A layer takes 80 ms, half of it no more than an advance may. By all keys it would seem to take 40 times as long."""
+    pacer = Pacer(BOUND, LayerWork(1.0, 0.001, chosen=2000), 10, clock)
+    cut = [read(pacer, clock, 8192, begin, 0.8, sparse=True) for begin in range(0, 1_000_000, 8192)]
+    assert set(cut) == {0}
+
+
+def test_a_chunk_that_was_slow_once_has_none_cut_but_the_next(pacer: Pacer, clock: Clock) -> None:
+    """As the first one is, while libraries are loaded."""
+    cut = [read(pacer, clock, 8192, 0, seconds) for seconds in (8.0, 0.8, 0.8, 0.8)]
+    assert cut[1] > 0 and cut == [0, cut[1], 0, 0]
+
+
+def test_the_few_tokens_of_a_prompts_end_say_nothing_of_a_chunk(pacer: Pacer, clock: Clock) -> None:
+    """A hundredth of a chunk's rows that take a tenth of its time; a chunk of which others are not told anew."""
+    for _ in range(3):
+        assert read(pacer, clock, 8192, 0, 0.8) == 0
+        read(pacer, clock, 80, 8192, 0.08)
+
+
+def test_chunks_that_stay_small_are_what_there_is(pacer: Pacer, clock: Clock) -> None:
+    """Behind large ones, and ten times slower a row."""
+    read(pacer, clock, 8192, 0, 0.8)
+    for _ in range(10):
+        read(pacer, clock, 100, 0, 0.1)
+    assert pacer.begin(100, 0, sparse=False).seconds_a_point == pytest.approx(0.1 / 10 / 2)
+
+
+def test_what_attention_works_on_at_once_is_not_parted_where_that_is_soon_enough(clock: Clock) -> None:
+    pacer = Pacer(BOUND, LayerWork(1.0, 0.001, row_blocks=100), 10, clock)
+    read(pacer, clock, 1000, 0, 0.0015)
+    rows = 10_000, 50_000
+    cut = {pacer.begin(n, begin, sparse=False).row_blocks for n in rows for begin in range(0, 50_000, 50)}
+    large = {one for one in cut if one >= 100}
+    assert large and all(one % 100 == 0 for one in large) and all(one % 6 == 0 for one in cut - large if one > 6)
+
+
 def test_what_has_failed_is_forgotten(pacer: Pacer, clock: Clock) -> None:
     pacer.queue("head", 5.0)
     pacer.forget()
