@@ -237,7 +237,7 @@ def read(pacer: Pacer, clock: Clock, rows: int, begin: int, seconds: float, *, s
 
 
 def test_sparse_chunks_that_take_as_long_as_each_other_are_not_cut_however_many_keys_lie_before(clock: Clock) -> None:
-    """A layer takes 80 ms, half of it no more than an advance may. By all keys it would seem to take 40 times as long."""
+    """A layer takes 80 ms, half of it no more than an advance may. By all keys it would seem to take 40 times that."""
     pacer = Pacer(BOUND, LayerWork(1.0, 0.001, chosen=2000), 10, clock)
     cut = [read(pacer, clock, 8192, begin, 0.8, sparse=True) for begin in range(0, 1_000_000, 8192)]
     assert set(cut) == {0}
