@@ -214,7 +214,7 @@ def test_the_readme_states_these_figures(name: str, config: ModelConfig) -> None
 def test_a_rank_with_a_part_of_the_heads_takes_as_many_more_rows_at_once(
     config: ModelConfig, degree: int, parts: int
 ) -> None:
-    """Of the 7B's eight ranks two have the same heads. Tables of what row blocks visit take no more memory than one card's."""
+    """Of the 7B's eight ranks two have the same heads. What row blocks visit takes no more memory than on one card."""
     local, budgets = local_config(config, degree), SparseBudgets.uniform(1000, 6096, 1, 1)
     assert local.rows_at_once == parts * config.rows_at_once == parts * ROWS_AT_ONCE
     whole, part = (sparse_bytes(one, one.rows_at_once, 1_000_000, budgets) for one in (config, local))
