@@ -76,7 +76,7 @@ def _attend_sparsely(
         assert selector is not None
         pages = sparse.block_table, sparse.copied
         lines = selector.choose(sparse, projected, *cache.readable(*pages))
-        for span, first, runs in sparse.spans():
+        for span, first, runs in sparse.spans(step.rows_at_once):
             q = projected.queries(step.rotary, span.row, span.rows, table_row=span.row)
             index = lines.visits(first, span.row_blocks)
             for run in runs:

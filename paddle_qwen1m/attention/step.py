@@ -86,7 +86,7 @@ class SparsePiece:
     """A piece that attends to chosen keys only. `critical_rotary` float32 [V, n, D] rotates its n probe rows.
 
     groups: the first and the number of the row blocks that are computed between two pauses, of which `share` has some.
-    rows_at_once: a multiple of BLOCK. block_table: int32 [W]. copied: as of DensePieces, with a table int32 [W].
+    block_table: int32 [W]. copied: as of DensePieces, with a table int32 [W].
     """
 
     piece: Piece
@@ -94,7 +94,6 @@ class SparsePiece:
     scale: float
     critical_rotary: paddle.Tensor
     groups: Sequence[tuple[int, int]]
-    rows_at_once: int
     copied: CopiedPages | None = None
     share: RowShare = ALL_ROWS
 
@@ -103,11 +102,11 @@ class SparsePiece:
         """What the share has of each group."""
         return [self.share.of_blocks(*group) for group in self.groups]
 
-    def spans(self) -> Iterator[tuple[Piece, int, list[Run]]]:
+    def spans(self, rows_at_once: int) -> Iterator[tuple[Piece, int, list[Run]]]:
         """What the share has of it in parts of rows_at_once: each as a piece, the number of its first row block, and
         what of it is computed at a time, in its own row blocks.
         """
-        blocks = self.rows_at_once // BLOCK
+        blocks = rows_at_once // BLOCK
         runs = [run for group in self.own_groups for run in cut_at(blocks, *group)]
         last = self.piece.row_blocks - 1  # what is empty may stand behind it
         for number, own in groupby(runs, key=lambda run: min(run.first, last) // blocks):
@@ -145,7 +144,7 @@ class Step:
     (decode), or the rows are prefilled: densely where `dense_pieces` say so, sparsely in `sparse_pieces`; in the last
     layer, from which nothing but logits follows, only where `last_dense_pieces` and `last_sparse_pieces` do.
 
-    rows_at_once: of a prefill, whose rotated queries are in memory, a multiple of BLOCK.
+    rows_at_once: how many rows of a prefill attention works on at once, a multiple of BLOCK.
     ids, slots: int64 [T]. rotary: float32 [V, T, D]. block_tables: int32 [S, W]. scale: float32 [S], D^-0.5 m(n)^2.
     lengths: int32 [S].
     logit_rows: int64 [m], the rows that a prefill's last layer computes: the `num_logits` whose logits are wanted, then
@@ -402,6 +401,5 @@ class StepBuilder:
             groups=[
                 (first, min(row_blocks, piece.row_blocks - first)) for first in range(0, piece.row_blocks, row_blocks)
             ],
-            rows_at_once=self.rows_at_once,
             share=self._share,
         )

@@ -87,7 +87,7 @@ def test_parts_of_a_sparse_piece_hold_every_row_block_of_one_share(count: int, r
     for number in range(count):
         share = RowShare(number, count)
         pauses = 0
-        for span, first, runs in SparsePiece(piece, nothing, 1.0, nothing, groups, 8 * 64, share=share).spans():
+        for span, first, runs in SparsePiece(piece, nothing, 1.0, nothing, groups, share=share).spans(8 * 64):
             assert span == piece.blocks(first, 8)
             for run in runs:
                 assert 0 <= run.first <= run.first + run.size <= max(span.row_blocks, run.first)
