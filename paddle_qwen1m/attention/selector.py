@@ -41,6 +41,13 @@ class Lines:
         return ops.sparse_index(*self._piece, first_block=first_block, num_blocks=num_blocks, chains=self._chains)
 
 
+def visited_keys(vertical: np.ndarray, slash: np.ndarray) -> np.ndarray:
+    """How many keys a row of heads with these budgets is expected to visit, in their shape: a row block's diagonals are
+    blocks of keys, about two keys a row for each of them where neighbours are chosen.
+    """
+    return vertical + 2 * slash
+
+
 class LayerBudgets:
     """How many columns and diagonals the heads of one layer keep, from int32 [H] each. order: int32 [H], of the heads,
     first those that visit most.
@@ -49,7 +56,7 @@ class LayerBudgets:
     def __init__(self, vertical: np.ndarray, slash: np.ndarray) -> None:
         self.vertical = paddle.to_tensor(vertical)
         self.slash = paddle.to_tensor(slash)
-        self.order = paddle.to_tensor(np.argsort(-2 * slash - vertical, kind="stable").astype(np.int32))
+        self.order = paddle.to_tensor(np.argsort(-visited_keys(vertical, slash), kind="stable").astype(np.int32))
         self.max_vertical = int(vertical.max())
         self.max_slash = int(slash.max())
 

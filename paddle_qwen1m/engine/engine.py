@@ -18,7 +18,7 @@ from typing import Callable
 import numpy as np
 import paddle
 
-from paddle_qwen1m.attention.selector import Observer
+from paddle_qwen1m.attention.selector import Observer, visited_keys
 from paddle_qwen1m.cache import (
     MadeUnder,
     PagedCache,
@@ -721,11 +721,8 @@ class Engine:
 
 
 def layer_work(config: ModelConfig, budgets: SparseBudgets | None) -> LayerWork:
-    """Operations of a rank's share of one layer.
-
-    A row block's diagonals are blocks of keys: about two keys a row for each of them where neighbours are chosen.
-    """
+    """Operations of a rank's share of one layer."""
     attention, hidden = config.num_heads * config.head_dim, config.hidden_size
     weights = hidden * (config.qkv_width + attention + 3 * config.intermediate_size)
-    chosen = math.inf if budgets is None else float(np.mean(budgets.vertical + 2 * budgets.slash))
+    chosen = math.inf if budgets is None else float(visited_keys(budgets.vertical, budgets.slash).mean())
     return LayerWork(2.0 * weights, 4.0 * attention, chosen, config.rows_at_once // BLOCK)

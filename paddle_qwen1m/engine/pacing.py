@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Callable
 
+from paddle_qwen1m.config import BLOCK
+
 FORGET = 0.95
 """An estimate is the longest time seen; by this factor it shrinks where things take less."""
 PLANNED = 0.9
@@ -18,7 +20,6 @@ COMPARABLE = 0.5
 """What a chunk took says how long others take, unless it had less than this part of the work of the last that did: the
 end of a prompt, where much does not depend on its rows.
 """
-ROW_BLOCK = 64
 ABREAST = 6
 """Row blocks: a multiple of those that a kernel's thread block takes together, two densely and three sparsely."""
 
@@ -160,9 +161,9 @@ class Pacer:
         layer, most = rate * work, self.bound * PART_OF_BOUND
         row_blocks = 0
         if layer / 2 > most:
-            a_block = rate * ROW_BLOCK * self._work.of_key * self._work.keys(begin + rows, sparse)
+            a_block = rate * BLOCK * self._work.of_key * self._work.keys(begin + rows, sparse)
             fitting = self._work.whole(max(1, int(most / a_block))) if a_block else 0
-            row_blocks = fitting if fitting * ROW_BLOCK < rows else 0
+            row_blocks = fitting if fitting * BLOCK < rows else 0
         return ChunkPace(work, sparse, row_blocks, min(most, layer / 2) if row_blocks else layer / 2)
 
     def points(self, chunk: ChunkPace, room: float) -> int:
