@@ -25,6 +25,7 @@ PUBLISHED_SOURCE = "those published for this shape, which the package carries"
 SINK_COLUMNS = 30  # the first columns and the last diagonals are always kept
 LOCAL_DIAGONALS = 100
 BLOCK = 64  # rows of a row block, keys of a block of keys
+COLUMN_GROUP = 64  # a stage's columns in an index begin at a multiple of it
 ROWS_AT_ONCE = 17_088
 """Rows of a chunk whose MLP is in memory at once and, of all heads, whose rotated queries and index tables are: 267 row
 blocks, a multiple of the three that a kernel takes together.
@@ -230,6 +231,13 @@ class ModelConfig:
     @property
     def qkv_width(self) -> int:
         return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+
+
+def column_widths(selected: np.ndarray) -> np.ndarray:
+    """How wide the columns of an index are at most, of which so many are selected: QWEN1M_COLUMN_WIDTH in
+    custom_ops/include/qwen1m/keys.h, five more for each stage, and each filled up to whole groups.
+    """
+    return (selected + 3 * (5 + COLUMN_GROUP - 1)) // COLUMN_GROUP * COLUMN_GROUP
 
 
 @dataclass(frozen=True)

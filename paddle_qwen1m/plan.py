@@ -6,7 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Callable, NamedTuple
 
-from paddle_qwen1m.config import BLOCK, QUESTION_ROWS, ROWS_AT_ONCE, ModelConfig, SparseBudgets
+import numpy as np
+
+from paddle_qwen1m.config import BLOCK, QUESTION_ROWS, ROWS_AT_ONCE, ModelConfig, SparseBudgets, column_widths
 from paddle_qwen1m.dtypes import QUANTIZATIONS, itemsize
 from paddle_qwen1m.parallel.room import FEW_LANES, Room
 from paddle_qwen1m.weights.eight_bit import choose_blocks, linears
@@ -85,16 +87,22 @@ def widened_bytes(config: ModelConfig, length: int, cache_dtype: str, dtype: str
     return 2 * length * config.num_kv_heads * config.head_dim * itemsize(dtype)
 
 
-def sparse_bytes(config: ModelConfig, rows: int, length: int, budgets: SparseBudgets) -> int:
+def sparse_bytes(config: ModelConfig, rows: int, length: int, budgets: SparseBudgets, dtype: str = "float32") -> int:
     """Bytes that choosing keys for `rows` tokens takes in the layer that takes most.
 
-    The float32 sums of every head's columns and diagonals over all keys; then, without these, what each block of rows
-    visits: int32 tables as wide as the largest budget of the layer, blocks no more than the keys hold, made from a
-    chain of blocks for each of the three stages. With either the columns and diagonals that were chosen.
+    The float32 sums of every head's columns and diagonals over all keys; then, without these, what is visited: int32
+    columns of every head, as wide as the largest budget of the layer, and for each block of rows a bit for each of them
+    and int32 blocks, no more than the keys hold, made from a chain of blocks for each of the three stages. In 16 bits,
+    on a GPU, the keys and values of the columns are copied together. With either the columns and diagonals that were
+    chosen.
     """
     columns, diagonals = (min(int(sizes.max()), length) for sizes in (budgets.vertical, budgets.slash))
-    entries = -(-rows // BLOCK) * (min(diagonals, length // BLOCK) + columns)
-    return 4 * config.num_heads * (columns + diagonals + max(2 * length, entries + 3 * diagonals))
+    widths = np.sort(column_widths(np.minimum(budgets.vertical, length)))[:, -config.num_heads :]
+    width, row_blocks = int(widths.max()), -(-rows // BLOCK)
+    copied = 2 * int(widths.sum(axis=1).max()) * config.head_dim * 2 if itemsize(dtype) == 2 else 0
+    visited = row_blocks * (4 * min(diagonals, length // BLOCK) + width // 8) + 4 * width
+    choosing = max(8 * config.num_heads * length, config.num_heads * (visited + 12 * diagonals) + copied)
+    return 4 * config.num_heads * (columns + diagonals) + choosing
 
 
 def lane_rows(rows: int) -> int:
@@ -124,7 +132,7 @@ def activation_bytes(
     variants = min(3, -(-length // chunk_len))
     size = itemsize(dtype)
     of_rows, of_lane, of_span = size * rows, size * lane_rows(rows), min(rows, config.rows_at_once)
-    choosing = 0 if budgets is None else sparse_bytes(config, of_span, length, budgets)
+    choosing = 0 if budgets is None else sparse_bytes(config, of_span, length, budgets, dtype)
     if degree == 1:
         residual, embedded, normed = 4 * rows * config.hidden_size, 0, of_rows * config.hidden_size
     else:

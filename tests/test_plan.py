@@ -67,13 +67,27 @@ def test_beyond_the_rows_that_are_there_at_once_a_row_takes_little(config: Model
 
 
 def test_choosing_keys_takes_sums_over_all_of_them_and_a_table_for_each_block_of_rows() -> None:
+    """1,000 columns: 1,204 with up to five more a stage, and each stage filled up to groups of 64, which is 18."""
     budgets = SparseBudgets.uniform(1000, 6096, 48, 40)
-    lines, chains = 1000 + 6096, 3 * 6096
+    lines, chains, width = 1000 + 6096, 3 * 6096, 18 * 64
     assert sparse_bytes(MODEL_14B, 4096, 1_000_000, budgets) == 4 * 40 * (lines + 2_000_000)
     assert sparse_bytes(MODEL_14B, 16_384, 1_000_000, budgets) == 2 * 40 * 2 * (lines + 2_000_000)
-    assert sparse_bytes(MODEL_14B, 32_768, 500_000, budgets) == 4 * 40 * (lines + 512 * (1000 + 6096) + chains)
+    tables = 512 * (4 * 6096 + width // 8) + 4 * width
+    assert sparse_bytes(MODEL_14B, 32_768, 500_000, budgets) == 40 * (4 * lines + tables + 4 * chains)
     blocks = 64_000 // 64
-    assert sparse_bytes(MODEL_14B, 8192, 64_000, budgets) == 4 * 40 * (lines + 128 * (1000 + blocks) + chains)
+    tables = 128 * (4 * blocks + width // 8) + 4 * width
+    assert sparse_bytes(MODEL_14B, 8192, 64_000, budgets) == 40 * (4 * lines + tables + 4 * chains)
+
+
+def test_keys_and_values_of_columns_are_copied_once_in_16_bits() -> None:
+    budgets = SparseBudgets.uniform(1000, 6096, 48, 40)
+    wide, *narrow = (sparse_bytes(MODEL_14B, 32_768, 500_000, budgets, d) for d in ("float32", "bfloat16", "float16"))
+    assert [size - wide for size in narrow] == [40 * 2 * 1152 * 128 * 2] * 2
+    budgets.vertical[7, 3] = 13_000  # of one head alone: 13,204 with what is filled up, whole groups of 64
+    uneven = [sparse_bytes(MODEL_14B, 32_768, 500_000, budgets, d) for d in ("float32", "bfloat16")]
+    assert uneven[1] - uneven[0] == (39 * 1152 + 206 * 64) * 2 * 128 * 2
+    budgets.vertical[7, 3] = 1000
+    assert sparse_bytes(MODEL_14B, 64, 1_000_000, budgets, "bfloat16") == 4 * 40 * (1000 + 6096 + 2_000_000)
 
 
 def test_choosing_keys_counts_where_attention_takes_more_than_the_mlp() -> None:
@@ -215,7 +229,7 @@ def test_a_rank_with_a_part_of_the_heads_takes_as_many_more_rows_at_once(
     config: ModelConfig, degree: int, parts: int
 ) -> None:
     """Of the 7B's eight ranks two have the same heads. What row blocks visit takes no more memory than on one card."""
-    local, budgets = local_config(config, degree), SparseBudgets.uniform(1000, 6096, 1, 1)
+    local, budgets = local_config(config, degree), SparseBudgets.uniform(1000, 6096, 1, config.num_heads)
     assert local.rows_at_once == parts * config.rows_at_once == parts * ROWS_AT_ONCE
-    whole, part = (sparse_bytes(one, one.rows_at_once, 1_000_000, budgets) for one in (config, local))
+    whole, part = (sparse_bytes(one, one.rows_at_once, 1_000_000, budgets, "bfloat16") for one in (config, local))
     assert part <= whole

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import oracle
 import pytest
 from needle_documents import Document, DocumentMaker, Encode, Needle, messages, prompt, prompt_head, prompt_tail
 from needle_reading import READS_ONCE, Answer, Visits, visited_pairs
@@ -122,7 +123,8 @@ def test_visited_pairs_counts_every_unmasked_cell_once() -> None:
     blocks = np.array([[[0, 100, 180]]], np.int32)
     columns = np.array([[[70, 150, 250]]], np.int32)
     counts = np.array([[[1, 2, 0, 2, 1, 0]]], np.int32)
-    index = ops.SparseIndex(*(paddle.to_tensor(table) for table in (blocks, columns, counts)))
+    tables = oracle.index_tables(oracle.SparseIndex(blocks, columns, counts))
+    index = ops.SparseIndex(*map(paddle.to_tensor, tables))
     cells = 0
     for row in range(200, 256):
         succ = set(range(0, 64)) | {key for key in range(100, 164) if key < 128} | {70}

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import sparse_workload
-from cuda_library import REFERENCE, CudaLibrary
+from cuda_library import REFERENCE, CudaLibrary, index_shapes
 
 CHUNK_LEN = 253952
 PAGE = 256
@@ -258,20 +258,13 @@ class Piece:
 
         self.sequence, self.row, self.rows, self.begin = sequence, row, rows, begin
         end = begin + rows
-        heads, row_blocks = sequence.heads, -(-rows // 64)
         self.columns = torch.from_numpy(lines.columns).cuda()
         self.slashes = torch.from_numpy(lines.slashes(end)).cuda()
         work = 2 * lines.offset_counts + lines.column_counts
         self.order = torch.from_numpy(np.argsort(-work, kind="stable").astype(np.int32)).cuda()
-        block_width = min(self.slashes.shape[1] + 12, end // 64 + 3)
-        column_width = self.columns.shape[1] + 15
-        self.tables = {
-            "blocks": torch.empty(heads, row_blocks, block_width, dtype=torch.int32, device="cuda"),
-            "columns": torch.empty(heads, row_blocks, column_width, dtype=torch.int32, device="cuda"),
-            "counts": torch.empty(heads, row_blocks, 6, dtype=torch.int32, device="cuda"),
-            "block_width": block_width,
-            "column_width": column_width,
-        }
+        shapes = index_shapes(sequence.heads, -(-rows // 64), self.columns.shape[1], self.slashes.shape[1], end)
+        tables = {name: torch.empty(shape, dtype=torch.int32, device="cuda") for name, shape in shapes.items()}
+        self.tables = {**tables, "block_width": shapes["blocks"][2], "column_width": shapes["columns"][1]}
 
     def convert(self, cuda: CudaLibrary) -> Callable[[], None]:
         fields = {
@@ -305,6 +298,7 @@ class Piece:
             "scale": HEAD_DIM**-0.5,
             "tokens": sequence.rows,
             "heads": sequence.heads,
+            "all_columns": self.tables["columns"].numel(),
             "row": self.row,
             "begin": self.begin,
             "rows": self.rows,

@@ -19,6 +19,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 HEADERS = ROOT / "custom_ops" / "include" / "qwen1m"
+COLUMN_GROUP = 64
 FAMILIES = (
     "pages",
     "keys",
@@ -41,6 +42,22 @@ C_TYPES: dict[str, Any] = {
     "float": ctypes.c_float,
     "qwen1m_dtype": ctypes.c_int,
 }
+
+
+def index_shapes(
+    heads: int, row_blocks: int, columns: int, slashes: int, end: int, block: int = 64
+) -> dict[str, tuple[int, ...]]:
+    """Of qwen1m_index_tables, for row blocks of a piece that ends at `end`, of so many selected columns and slashes a
+    head.
+    """
+    width = (columns + 3 * (5 + COLUMN_GROUP - 1)) // COLUMN_GROUP * COLUMN_GROUP
+    return {
+        "blocks": (heads, row_blocks, min(slashes + 12, end // block + 3)),
+        "counts": (heads, row_blocks, 6),
+        "listed": (heads, row_blocks, width // 32),
+        "columns": (heads, width),
+        "column_counts": (heads, 3),
+    }
 
 
 STRUCTS = {"index_chains": "sparse_index", "gated_linear": "linear"}

@@ -18,7 +18,7 @@ from needle_documents import Document, DocumentMaker, Encode
 from paddle_qwen1m import ops
 from paddle_qwen1m.attention.positions import Piece
 from paddle_qwen1m.attention.selector import Observer
-from paddle_qwen1m.config import BLOCK
+from paddle_qwen1m.config import BLOCK, COLUMN_GROUP
 
 READS_ONCE = {"enable_prefix_caching": True, "prefix_temperature_tolerance": 1e-3}
 """Options of an engine that reads a document once for all its questions, whose lengths differ by a few tokens."""
@@ -57,8 +57,12 @@ class Visits:
 
 
 def visited_pairs(index: ops.SparseIndex, begin: int, rows: int, chunk_len: int) -> int:
-    """Unmasked (row, key) pairs of the blocks and columns of one piece, all heads."""
-    blocks, columns, counts = (np.asarray(table.numpy(), np.int64) for table in index)
+    """Unmasked (row, key) pairs of the blocks and listed columns of one piece, all heads."""
+    blocks, counts, columns, column_counts = (
+        np.asarray(table.numpy(), np.int64)
+        for table in (index.blocks, index.counts, index.columns, index.column_counts)
+    )
+    listed = np.unpackbits(index.listed.numpy().view(np.uint8), axis=-1, bitorder="little").astype(bool)
     chunk_start = begin // chunk_len * chunk_len
     visited = 0
     for row_block in range(counts.shape[1]):
@@ -67,15 +71,13 @@ def visited_pairs(index: ops.SparseIndex, begin: int, rows: int, chunk_len: int)
         # keys of a stage end here, for each row: intra, succ, inter
         ends = [positions + 1, np.full_like(positions, chunk_start), np.full_like(positions, chunk_start - chunk_len)]
         for head in range(counts.shape[0]):
-            for table, width, stage_counts in (
-                (blocks, BLOCK, counts[head, row_block, :3]),
-                (columns, 1, counts[head, row_block, 3:]),
-            ):
-                taken = 0
-                for stage in (ops.Stage.INTER, ops.Stage.SUCC, ops.Stage.INTRA):
-                    keys = table[head, row_block, taken : taken + stage_counts[stage]]
-                    taken += stage_counts[stage]
+            block = column = 0
+            for stage in (ops.Stage.INTER, ops.Stage.SUCC, ops.Stage.INTRA):
+                end, last = block + counts[head, row_block, stage], column + column_counts[head, stage]
+                singles = columns[head, column:last][listed[head, row_block, column:last]]
+                for keys, width in ((blocks[head, row_block, block:end], BLOCK), (singles, 1)):
                     visited += int((ends[stage][:, None] - keys[None, :]).clip(0, width).sum())
+                block, column = end, -(-last // COLUMN_GROUP) * COLUMN_GROUP
     return visited
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from cuda_library import CudaLibrary
+from cuda_library import CudaLibrary, index_shapes
 
 TOOLS = ("memcheck", "racecheck", "synccheck")
 CHUNK_LEN, PAGE = 256, 64
@@ -230,14 +230,10 @@ class Kernels:
             forced_columns=30,
             forced_diagonals=100,
         )
-        row_blocks, block_width = -(-rows // 64), min(widths[1] + 12, length // 64 + 3)
-        tables = {
-            "blocks": self.integers(np.int32, 1, self.heads, row_blocks, block_width),
-            "columns": self.integers(np.int32, 1, self.heads, row_blocks, widths[0] + 15),
-            "counts": self.integers(np.int32, 1, self.heads, row_blocks, 6),
-            "block_width": block_width,
-            "column_width": widths[0] + 15,
-        }
+        row_blocks = -(-rows // 64)
+        shapes = index_shapes(self.heads, row_blocks, *widths, length)
+        tables: dict[str, Any] = {name: self.integers(np.int32, 1, *shape) for name, shape in shapes.items()}
+        tables |= {"block_width": shapes["blocks"][2], "column_width": shapes["columns"][1]}
         ranges = (0, row_blocks // 2), (row_blocks // 2, row_blocks), (0, row_blocks)
         index = {"columns": chosen[0], "slashes": chosen[1], "tables": tables, "heads": self.heads, "block": 64}
         index |= {"selected_columns": widths[0], "selected_slashes": widths[1], "chunk_len": CHUNK_LEN}
@@ -249,7 +245,7 @@ class Kernels:
         order = self.array(np.arange(self.heads, dtype=np.int32)[::-1].copy())
         for first, end in ranges:
             piece = {"row": row, "begin": begin, "rows": rows, "first_block": first, "num_blocks": end - first}
-            piece |= {"tables": tables, "order": order}
+            piece |= {"tables": tables, "order": order, "all_columns": self.heads * tables["column_width"]}
             self.cuda("dca_sparse_prefill", **common, block_table=table, scale=scale, **piece)
 
     def decode(self, lengths: list[int]) -> None:

@@ -247,7 +247,7 @@ void dca_probe(const qwen1m_dca_probe& a) {
   }
 }
 
-// Keys of one (row block, head) in walking order: the blocks of a stage, then its columns.
+// Keys of one (row block, head) in walking order: the blocks of a stage, then the columns that are listed there.
 template <int D>
 void sparse_tile(const qwen1m_dca_sparse_prefill& a, int block, int head, float* arena) {
   const int group = a.heads / a.cache.kv_heads;
@@ -255,8 +255,10 @@ void sparse_tile(const qwen1m_dca_sparse_prefill& a, int block, int head, float*
   const int row_blocks = (a.rows + kBlock - 1) / kBlock;
   const int64_t entry = static_cast<int64_t>(head) * row_blocks + block;
   const int32_t* blocks = a.tables.blocks + entry * a.tables.block_width;
-  const int32_t* columns = a.tables.columns + entry * a.tables.column_width;
   const int32_t* counts = a.tables.counts + entry * 2 * kStages;
+  const uint32_t* listed = a.tables.listed + entry * (a.tables.column_width / 32);
+  const int32_t* columns = a.tables.columns + static_cast<int64_t>(head) * a.tables.column_width;
+  const int32_t* column_counts = a.tables.column_counts + static_cast<int64_t>(head) * kStages;
   const int first = block * kBlock;
   const int rows = a.rows - first < kBlock ? a.rows - first : kBlock;
   const int32_t begin = a.begin + first;
@@ -291,9 +293,13 @@ void sparse_tile(const qwen1m_dca_sparse_prefill& a, int block, int head, float*
       for (int32_t p = *blocks; p < *blocks + kBlock && p < limit; ++p) pages.put(&tile, p);
       if (tile.count > kTileKeys - kBlock) flush(stage);
     }
-    for (int32_t n = counts[kStages + stage]; n > 0; --n, ++columns) {
-      if (*columns < limit) pages.put(&tile, *columns);
-      if (tile.count == kTileKeys) flush(stage);
+    const int32_t first_of_stage = first_column(column_counts, stage);
+    for (int32_t c = first_of_stage; c < first_of_stage + column_counts[stage]; c += 32) {
+      for (uint32_t word = listed[c / 32]; word != 0; word &= word - 1) {
+        const int32_t column = columns[c + __builtin_ctz(word)];
+        if (column < limit) pages.put(&tile, column);
+        if (tile.count == kTileKeys) flush(stage);
+      }
     }
     flush(stage);
   }

@@ -1,4 +1,4 @@
-// From selected columns and diagonals to what each row block visits: blocks of keys and single columns, per stage.
+// From selected columns and diagonals to what each row block visits: blocks of keys, and bits of the head's columns.
 #include <algorithm>
 #include <climits>
 #include <cstdint>
@@ -49,13 +49,26 @@ StageLines split(Stage stage, const int32_t* columns, const int32_t* columns_end
   return lines;
 }
 
-struct Lists {
-  int32_t *blocks, *columns;
+// Into a head's columns; `counts` are its column_counts.
+void lay_out(const StageLines (&stages)[kStages], int32_t* columns, int32_t* counts) {
+  for (const Stage stage : {kInter, kSucc, kIntra}) {
+    const StageLines& lines = stages[stage];
+    counts[stage] = static_cast<int32_t>(lines.columns.size());
+    int32_t* out = columns + first_column(counts, stage);
+    for (const int32_t column : lines.columns) *out++ = lines.first_key + column;
+    std::fill(out, columns + first_column(counts, stage - 1), INT32_MAX);
+  }
+}
+
+// What a row block visits in a stage. listed: bits of the stage's columns, zero at first.
+struct Visits {
+  int32_t* blocks;
+  uint32_t* listed;
   int32_t num_blocks = 0, num_columns = 0;
 };
 
 // Two-way merge of points and ranges in ascending key order (spec section 6) for the row block starting at `start`.
-void convert(const StageLines& lines, int32_t start, int32_t rows, bool causal, int32_t block, Lists* out) {
+void convert(const StageLines& lines, int32_t start, int32_t rows, bool causal, int32_t block, Visits* out) {
   const std::vector<int32_t>&V = lines.columns, &S = lines.offsets;
   const int32_t kv = lines.keys;
   const int32_t E = start + block + kv - (causal ? rows : 0);
@@ -70,7 +83,10 @@ void convert(const StageLines& lines, int32_t start, int32_t rows, bool causal, 
       out->blocks[out->num_blocks++] = lines.first_key + key;
     }
   };
-  const auto emit = [&](int32_t key) { out->columns[out->num_columns++] = lines.first_key + key; };
+  const auto emit = [&](size_t index) {
+    out->listed[index / 32] |= uint32_t{1} << index % 32;
+    ++out->num_columns;
+  };
 
   int32_t offset = S[s++];
   while (offset >= E && s < S.size()) offset = S[s++];
@@ -79,7 +95,7 @@ void convert(const StageLines& lines, int32_t start, int32_t rows, bool causal, 
 
   for (;;) {
     if (column < range_end) {
-      if (column < range_begin) emit(column);
+      if (column < range_begin) emit(v);
       ++v;
       column = v < V.size() ? V[v] : sentinel;
     } else if (offsets_left && s < S.size() && (causal || S[s] >= start)) {
@@ -92,7 +108,7 @@ void convert(const StageLines& lines, int32_t start, int32_t rows, bool causal, 
         range_end += block;
       }
     } else if (causal || v + 1 >= V.size()) {
-      if (!causal && column < kv) emit(column);
+      if (!causal && column < kv) emit(v);
       flush();
       return;
     } else {
@@ -118,16 +134,21 @@ void qwen1m_cpu_sparse_index(const qwen1m_sparse_index* a) {
     for (const Stage stage : {kIntra, kSucc, kInter}) {
       lines[stage] = split(stage, columns, columns_end, slashes, slashes_end, a->begin, a->rows, a->chunk_len);
     }
+    int32_t* column_counts = a->tables.column_counts + static_cast<int64_t>(head) * kStages;
+    lay_out(lines, a->tables.columns + static_cast<int64_t>(head) * a->tables.column_width, column_counts);
     for (int32_t r = 0; r < a->num_blocks; ++r) {
       const int32_t start = (a->first_block + r) * a->block;
       const int64_t entry = static_cast<int64_t>(head) * a->num_blocks + r;
-      Lists out{a->tables.blocks + entry * a->tables.block_width, a->tables.columns + entry * a->tables.column_width};
+      int32_t* blocks = a->tables.blocks + entry * a->tables.block_width;
+      uint32_t* listed = a->tables.listed + entry * (a->tables.column_width / 32);
       int32_t* counts = a->tables.counts + entry * 2 * kStages;
+      std::fill_n(listed, columns_width(column_counts) / 32, 0);
       for (const Stage stage : {kInter, kSucc, kIntra}) {
-        const int32_t blocks_before = out.num_blocks, columns_before = out.num_columns;
+        Visits out{blocks, listed + first_column(column_counts, stage) / 32};
         if (lines[stage].keys > 0) convert(lines[stage], start, a->rows, stage == kIntra, a->block, &out);
-        counts[stage] = out.num_blocks - blocks_before;
-        counts[kStages + stage] = out.num_columns - columns_before;
+        counts[stage] = out.num_blocks;
+        counts[kStages + stage] = out.num_columns;
+        blocks += out.num_blocks;
       }
       advance();
     }

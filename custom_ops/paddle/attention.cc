@@ -67,9 +67,10 @@ void dca_prefill(const Tensor& q, Tensor& out, const Tensor& key_cache, const Te
 
 void dca_sparse_prefill(const Tensor& q, Tensor& out, const Tensor& key_cache, const Tensor& value_cache,
                         const OptionalTensor& scales, const OptionalTensor& frame, const Tensor& block_table,
-                        const Tensor& blocks, const Tensor& columns, const Tensor& counts, const OptionalTensor& order,
-                        const OptionalTensor& lse, int64_t row, int64_t begin, int64_t rows, int64_t first_block,
-                        int64_t num_blocks, int64_t chunk_len, float scale) {
+                        const Tensor& blocks, const Tensor& counts, const Tensor& listed, const Tensor& columns,
+                        const Tensor& column_counts, const OptionalTensor& order, const OptionalTensor& lse,
+                        int64_t row, int64_t begin, int64_t rows, int64_t first_block, int64_t num_blocks,
+                        int64_t all_columns, int64_t chunk_len, float scale) {
   Call call(q);
   const qwen1m_cache cache = call.expect_readable_cache(key_cache, value_cache, scales, frame);
   expect_chunk(chunk_len, cache.page_size);
@@ -84,8 +85,16 @@ void dca_sparse_prefill(const Tensor& q, Tensor& out, const Tensor& key_cache, c
   expect_row_blocks(first_block, num_blocks, rows, QWEN1M_ROW_BLOCK);
   const qwen1m_dtype activation = call.expect_activation(out, "out", {tokens, heads, cache.head_dim});
   call.expect(blocks, "blocks", DataType::INT32, {heads, row_blocks, -1});
-  call.expect(columns, "columns", DataType::INT32, {heads, row_blocks, -1});
   call.expect(counts, "counts", DataType::INT32, {heads, row_blocks, 6});
+  call.expect(columns, "columns", DataType::INT32, {heads, -1});
+  const int64_t column_width = columns.shape()[1];
+  QWEN1M_REQUIRE(column_width % QWEN1M_COLUMN_GROUP == 0,
+                 "columns must be a multiple of " + text(QWEN1M_COLUMN_GROUP) + " wide, got " + text(column_width));
+  call.expect(listed, "listed", DataType::INT32, {heads, row_blocks, column_width / 32});
+  call.expect(column_counts, "column_counts", DataType::INT32, {heads, 3});
+  QWEN1M_REQUIRE(all_columns >= 1 && all_columns <= heads * column_width,
+                 "all_columns must be 1 to the " + text(heads * column_width) + " of the heads' rows of columns, got " +
+                     text(all_columns));
   if (order) call.expect(*order, "order", DataType::INT32, {heads});
   call.run(
       qwen1m_dca_sparse_prefill{
@@ -94,13 +103,22 @@ void dca_sparse_prefill(const Tensor& q, Tensor& out, const Tensor& key_cache, c
           .lse = optional_lse(call, lse, tokens, heads),
           .cache = cache,
           .block_table = block_table.data<int32_t>(),
-          .tables = {pointer<int32_t>(blocks), pointer<int32_t>(columns), pointer<int32_t>(counts),
-                     static_cast<int32_t>(blocks.shape()[2]), static_cast<int32_t>(columns.shape()[2])},
+          .tables =
+              {
+                  .blocks = pointer<int32_t>(blocks),
+                  .counts = pointer<int32_t>(counts),
+                  .listed = reinterpret_cast<uint32_t*>(pointer<int32_t>(listed)),
+                  .columns = pointer<int32_t>(columns),
+                  .column_counts = pointer<int32_t>(column_counts),
+                  .block_width = static_cast<int32_t>(blocks.shape()[2]),
+                  .column_width = static_cast<int32_t>(column_width),
+              },
           .order = order ? order->data<int32_t>() : nullptr,
           .activation = activation,
           .scale = scale,
           .tokens = static_cast<int32_t>(tokens),
           .heads = heads,
+          .all_columns = static_cast<int32_t>(all_columns),
           .row = static_cast<int32_t>(row),
           .begin = static_cast<int32_t>(begin),
           .rows = static_cast<int32_t>(rows),
@@ -161,10 +179,11 @@ PD_BUILD_OP(qwen1m_dca_prefill)
 
 PD_BUILD_OP(qwen1m_dca_sparse_prefill)
     .Inputs({"q", "out", "key_cache", "value_cache", paddle::Optional("scales"), paddle::Optional("frame"),
-             "block_table", "blocks", "columns", "counts", paddle::Optional("order"), paddle::Optional("lse")})
+             "block_table", "blocks", "counts", "listed", "columns", "column_counts", paddle::Optional("order"),
+             paddle::Optional("lse")})
     .Outputs({"written"})
     .Attrs({"row: int64_t", "begin: int64_t", "rows: int64_t", "first_block: int64_t", "num_blocks: int64_t",
-            "chunk_len: int64_t", "scale: float"})
+            "all_columns: int64_t", "chunk_len: int64_t", "scale: float"})
     .SetInplaceMap({{"out", "written"}})
     .SetKernelFn(PD_KERNEL(qwen1m::dca_sparse_prefill));
 

@@ -135,16 +135,25 @@ Tensors sparse_index(const Tensor& columns, const Tensor& slashes, const Optiona
   // that crosses from one stage to the next counts in both.
   const int64_t diagonals = slashes.shape()[1] + 2 + 2 * 5, disjoint = (begin + rows) / block + 3;
   const int64_t heads = index.heads, block_width = std::min(diagonals, disjoint);
-  const int64_t column_width = columns.shape()[1] + 3 * 5;
+  const int64_t column_width = QWEN1M_COLUMN_WIDTH(columns.shape()[1]);
   const Tensor block_table = call.make({heads, num_blocks, block_width}, DataType::INT32);
-  const Tensor column_table = call.make({heads, num_blocks, column_width}, DataType::INT32);
   const Tensor counts = call.make({heads, num_blocks, 6}, DataType::INT32);
-  index.tables = {pointer<int32_t>(block_table), pointer<int32_t>(column_table), pointer<int32_t>(counts),
-                  static_cast<int32_t>(block_width), static_cast<int32_t>(column_width)};
+  const Tensor listed = call.make({heads, num_blocks, column_width / 32}, DataType::INT32);
+  const Tensor column_table = call.make({heads, column_width}, DataType::INT32);
+  const Tensor column_counts = call.make({heads, 3}, DataType::INT32);
+  index.tables = {
+      .blocks = pointer<int32_t>(block_table),
+      .counts = pointer<int32_t>(counts),
+      .listed = reinterpret_cast<uint32_t*>(pointer<int32_t>(listed)),
+      .columns = pointer<int32_t>(column_table),
+      .column_counts = pointer<int32_t>(column_counts),
+      .block_width = static_cast<int32_t>(block_width),
+      .column_width = static_cast<int32_t>(column_width),
+  };
   index.first_block = static_cast<int32_t>(first_block);
   index.num_blocks = static_cast<int32_t>(num_blocks);
   call.run(index, QWEN1M_WORKSPACE_KERNEL(sparse_index));
-  return {block_table, column_table, counts};
+  return {block_table, counts, listed, column_table, column_counts};
 }
 
 }  // namespace
@@ -170,7 +179,7 @@ PD_BUILD_OP(qwen1m_index_chains)
 
 PD_BUILD_OP(qwen1m_sparse_index)
     .Inputs({"columns", "slashes", paddle::Optional("chains")})
-    .Outputs({"block_table", "column_table", "counts"})
+    .Outputs({"block_table", "counts", "listed", "column_table", "column_counts"})
     .Attrs({"begin: int64_t", "rows: int64_t", "chunk_len: int64_t", "block: int64_t", "first_block: int64_t",
             "num_blocks: int64_t"})
     .SetKernelFn(PD_KERNEL(qwen1m::sparse_index));

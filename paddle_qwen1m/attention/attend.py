@@ -98,6 +98,7 @@ def _attend_sparsely(
                         order=selector.budgets.order,
                         first_block=run.first,
                         num_blocks=run.size,
+                        all_columns=lines.all_columns,
                         quantised=quantised,
                     )
                 if run.pauses:

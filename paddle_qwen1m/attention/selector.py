@@ -12,6 +12,7 @@ from paddle_qwen1m import ops
 from paddle_qwen1m.attention.positions import Piece
 from paddle_qwen1m.attention.step import SparsePiece
 from paddle_qwen1m.cache import LayerCache
+from paddle_qwen1m.config import column_widths
 
 Observer = Callable[[int, Piece, ops.SparseIndex], None]
 """Called with (layer, piece, index) for every sparse piece."""
@@ -30,9 +31,15 @@ class Projected(NamedTuple):
 
 
 class Lines:
-    """What the heads of a layer visit in a piece: columns and diagonals int32 [H, n], of `ops.select_critical`."""
+    """What the heads of a layer visit in a piece: columns and diagonals int32 [H, n], of `ops.select_critical`.
 
-    def __init__(self, columns: paddle.Tensor, diagonals: paddle.Tensor, piece: Piece, chunk_len: int) -> None:
+    all_columns: see `ops.dca_sparse_prefill`.
+    """
+
+    def __init__(
+        self, columns: paddle.Tensor, diagonals: paddle.Tensor, piece: Piece, chunk_len: int, all_columns: int
+    ) -> None:
+        self.all_columns = all_columns
         self._piece = columns, diagonals, piece.begin, piece.rows, chunk_len
         self._chains = ops.index_chains(*self._piece)
 
@@ -59,6 +66,11 @@ class LayerBudgets:
         self.order = paddle.to_tensor(np.argsort(-visited_keys(vertical, slash), kind="stable").astype(np.int32))
         self.max_vertical = int(vertical.max())
         self.max_slash = int(slash.max())
+        self._columns = vertical
+
+    def all_columns(self, keys: int) -> int:
+        """Of all heads at most, of so many keys, as an index has them."""
+        return int(column_widths(np.minimum(self._columns, keys)).sum())
 
 
 @dataclass
@@ -82,7 +94,7 @@ class Selector:
         columns, diagonals = ops.select_critical(
             *sums, budgets.vertical, budgets.slash, budgets.max_vertical, budgets.max_slash
         )
-        lines = Lines(columns, diagonals, piece, cache.chunk_len)
+        lines = Lines(columns, diagonals, piece, cache.chunk_len, budgets.all_columns(piece.end))
         if self.observer is not None:
             self.observer(self.layer, piece, lines.visits())
         return lines

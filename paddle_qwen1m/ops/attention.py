@@ -61,16 +61,21 @@ def dca_sparse_prefill(
     order: paddle.Tensor | None = None,
     first_block: int = 0,
     num_blocks: int | None = None,
+    all_columns: int | None = None,
     quantised: Quantised | None = None,
 ) -> None:
     """Dual chunk attention of one piece over the keys its index names; writes rows [row, row + rows) of out [T, H, D].
 
     q is [V, T, H, D]; block_table int32 [W] of the piece's sequence; lse as in `dca_prefill` (spec sections 7 and 8).
     Only the piece's row blocks [first_block, first_block + num_blocks) are computed, by default all of them; what a row
-    gets does not depend on how its piece is cut. A GPU begins the heads in `order` int32 [H], by default their own.
+    gets does not depend on how its piece is cut. A GPU begins the heads in `order` int32 [H], by default their own, and
+    may have copies of all heads' columns, `all_columns` at most with every stage filled up to groups of 64; by default
+    as many as the index has room for.
     """
     if num_blocks is None:
         num_blocks = -(-rows // BLOCK) - first_block
+    if all_columns is None:
+        all_columns = index.columns.size
     call(
         "dca_sparse_prefill",
         q,
@@ -87,6 +92,7 @@ def dca_sparse_prefill(
         rows,
         first_block,
         num_blocks,
+        all_columns,
         chunk_len,
         scale,
     )

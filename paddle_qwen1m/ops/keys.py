@@ -17,14 +17,21 @@ class SparseIndex(NamedTuple):
     """What every head visits in R blocks of 64 rows of one piece (spec section 6, the three stages side by side).
 
     blocks: int32 [H, R, B] absolute first keys of 64-key blocks, not aligned; ascending: inter, then succ, then intra.
-    columns: int32 [H, R, C] absolute keys, ascending in the same order; none lies in a block of its stage.
-    counts: int32 [H, R, 6]: blocks of intra, succ, inter, then columns of intra, succ, inter. Entries past the counts
-    are undefined.
+    counts: int32 [H, R, 6]: blocks of intra, succ, inter, then listed columns of intra, succ, inter. Blocks past the
+    counts are undefined.
+    listed: int32 [H, R, W / 32], as bits: c % 32 of word c / 32 is set where a row block visits the column at c; none
+    of those lies in a block of its stage.
+    columns: int32 [H, W] absolute keys of a head, inter, then succ, then intra. Those of a stage ascend from a multiple
+    of 64 on, and up to the next one INT32_MAX follows, whose bits are zero; what lies behind the last stage's, and its
+    bits, is undefined.
+    column_counts: int32 [H, 3] of intra, succ, inter; 0 of a stage that has no keys.
     """
 
     blocks: paddle.Tensor
-    columns: paddle.Tensor
     counts: paddle.Tensor
+    listed: paddle.Tensor
+    columns: paddle.Tensor
+    column_counts: paddle.Tensor
 
 
 def dca_probe(

@@ -106,7 +106,9 @@ class Prompt:
         selected = face.select_critical(*scores, *sizes, vertical, slash)
         return face.sparse_index(*selected, begin, end - begin, self.chunk_len)
 
-    def sparse(self, face: Face, begin: int, end: int, index: oracle.SparseIndex) -> tuple[np.ndarray, np.ndarray]:
+    def sparse(
+        self, face: Face, begin: int, end: int, index: oracle.SparseIndex | oracle.IndexTables
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Sparse attention [n, H, D] and LSE [n, H] of the piece [begin, end) by a face."""
         out, lse = np.full(self.q.shape, np.nan), np.full(self.q.shape[:2], np.nan)
         face.dca_sparse_prefill(

@@ -34,6 +34,12 @@ def stored(numbers: np.ndarray, dtype: str) -> np.ndarray:
     return array(tensor(numbers, dtype))
 
 
+def visits(index: oracle.SparseIndex | oracle.IndexTables) -> ops.SparseIndex:
+    """What the ops take of an index."""
+    tables = oracle.index_tables(index) if isinstance(index, oracle.SparseIndex) else index
+    return ops.SparseIndex(*map(_int32, tables))
+
+
 class OracleFace:
     """The oracle. Its results are exact up to the rounding of float64."""
 
@@ -203,7 +209,7 @@ class OpFace:
         self, columns: np.ndarray, slashes: np.ndarray, begin: int, rows: int, chunk_len: int, block: int = 64
     ) -> oracle.SparseIndex:
         index = ops.sparse_index(_int32(columns), _int32(slashes), begin, rows, chunk_len, block)
-        return oracle.SparseIndex(*map(array, index))
+        return oracle.listed_columns(oracle.IndexTables(*map(array, index)))
 
     def dca_sparse_prefill(
         self,
@@ -212,7 +218,7 @@ class OpFace:
         key_cache: np.ndarray,
         value_cache: np.ndarray,
         block_table: np.ndarray,
-        index: oracle.SparseIndex,
+        index: oracle.SparseIndex | oracle.IndexTables,
         row: int,
         begin: int,
         rows: int,
@@ -222,8 +228,7 @@ class OpFace:
     ) -> None:
         result, sums = tensor(out), None if lse is None else tensor(lse)
         caches = self._stored(key_cache), self._stored(value_cache), tensor(block_table)
-        visits = ops.SparseIndex(*map(_int32, index))
-        ops.dca_sparse_prefill(tensor(q), result, *caches, visits, row, begin, rows, chunk_len, scale, sums)
+        ops.dca_sparse_prefill(tensor(q), result, *caches, visits(index), row, begin, rows, chunk_len, scale, sums)
         out[:] = array(result)
         if lse is not None:
             lse[:] = array(sums)

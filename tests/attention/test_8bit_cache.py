@@ -9,7 +9,7 @@ import oracle
 import paddle
 import pytest
 from cases import CHUNK_LEN, CHUNK_SIZE, Prompt, make_prompt, paged_cache
-from faces import OpFace, OracleFace, array, error, stored, tensor
+from faces import OpFace, OracleFace, array, error, stored, tensor, visits
 
 from paddle_qwen1m import ops
 
@@ -114,11 +114,10 @@ def test_every_kernel_reads_what_the_numbers_stand_for(rng: np.random.Generator,
         assert error(array(got), wanted) < face.tolerance
 
     index = prompt.index(exact, 384, TOKENS, 60, 101)
-    visits = ops.SparseIndex(*(paddle.to_tensor(np.asarray(part, np.int32)) for part in index))
     sparse = tensor(np.full(prompt.q.shape, np.nan))
     ops.dca_sparse_prefill(
-        tensor(prompt.queries), sparse, *caches, tensor(table), visits, 384, 384, TOKENS - 384, CHUNK_LEN, prompt.scale,
-        quantised=pages.quantised,
+        tensor(prompt.queries), sparse, *caches, tensor(table), visits(index), 384, 384, TOKENS - 384, CHUNK_LEN,
+        prompt.scale, quantised=pages.quantised,
     )  # fmt: skip
     assert error(array(sparse)[384:], prompt.sparse(exact, 384, TOKENS, index)[0]) < face.tolerance
 

@@ -10,6 +10,7 @@ from faces import FACES, Face
 from oracle.index_vectors import GOLDEN
 
 from paddle_qwen1m import ops
+from paddle_qwen1m.config import column_widths
 
 each_face = pytest.mark.parametrize("face", FACES, ids=lambda face: face.name)
 
@@ -178,6 +179,74 @@ def test_p27_runs_through_the_selection(face: Face, run: int) -> None:
     assert index.counts[0, 0, oracle.SUCC] == -(-(63 + run) // 64)
 
 
+def tables_of(columns: paddle.Tensor, slashes: paddle.Tensor, *piece: int, **row_blocks: int) -> oracle.IndexTables:
+    return oracle.IndexTables(*(t.numpy() for t in ops.sparse_index(columns, slashes, *piece, **row_blocks)))
+
+
+@pytest.mark.parametrize("begin, rows", [(0, 200), (320, 320), (700, 130), (2000, 200), (2240, 320)])
+def test_columns_lie_there_once_a_head_with_a_bit_a_row_block_for_each(
+    rng: np.random.Generator, begin: int, rows: int
+) -> None:
+    """Stages from multiples of 64 on, INT32_MAX up to the next; bits are those of the listed columns, as many as are
+    counted. One head keeps columns of all stages, one few and late ones, one none: for a stage without any of its own
+    five spread ones stand in.
+    """
+    chunk_len, keys = 320, begin + rows
+    lines = [np.sort(rng.permutation(keys)[:190]), np.arange(keys - 5, keys), np.empty(0, int)]
+    columns = np.array([np.r_[line, np.full(190 - len(line), oracle.PADDING)] for line in lines], np.int32)
+    diagonals = np.r_[keys - 100 : keys : 3]
+    slashes = np.tile(diagonals.astype(np.int32), (3, 1))
+    tables = tables_of(paddle.to_tensor(columns), paddle.to_tensor(slashes), begin, rows, chunk_len)
+    expected, bits = oracle.sparse_index(columns, slashes, begin, rows, chunk_len), oracle.listed_bits(tables)
+    for head, line in enumerate(lines):
+        first, parts = 0, oracle.split_stages(line, diagonals, begin, rows, chunk_len)
+        assert set(np.flatnonzero(tables.column_counts[head])) == {stage.stage for stage, _, _ in parts}
+        for (stage, start, end), own, _ in reversed(parts):
+            own = start + (own if len(own) else oracle.fallback(end - start))
+            assert len(own) == tables.column_counts[head, stage]
+            padded = -(-len(own) // 64) * 64
+            np.testing.assert_array_equal(tables.columns[head, first : first + len(own)], own)
+            assert (tables.columns[head, first + len(own) : first + padded] == 2**31 - 1).all()
+            assert not bits[head, :, first + len(own) : first + padded].any()
+            for r in range(-(-rows // 64)):
+                listed = bits[head, r, first : first + padded]
+                assert listed.sum() == tables.counts[head, r, 3 + stage]
+                assert own[listed[: len(own)]].tolist() == oracle.index_stage(expected, head, r, stage).columns
+            first += padded
+    assert bits[0].any(), "some columns are listed"
+
+
+@each_face
+@pytest.mark.parametrize("columns", [[100, 1000], [1000], [100, 900, 1000]])
+def test_columns_behind_the_last_block_of_a_stage_are_listed(face: Face, columns: list[int]) -> None:
+    """However many are left there: in the succ stage, for a row block that no later diagonal of it crosses."""
+    begin = chunk_len = 1024
+    index = face.sparse_index(np.array([columns]), np.array([[200, begin + 127]]), begin, 128, chunk_len)
+    blocks, listed = oracle.index_stage(index, 0, 1, oracle.SUCC)
+    assert max(blocks) + 64 < 900 and listed == columns
+
+
+@pytest.mark.parametrize("selected", [1, 51, 52, 53, 64, 115, 116, 117, 1000])
+def test_columns_have_room_for_every_cut_into_stages(selected: int) -> None:
+    """What a head takes at most: each stage filled up, and five columns where it has none; as the plan counts it."""
+    begin, rows, chunk_len = 5000, 64, 1000
+    cuts = {*range(min(selected, 4) + 1), 59, 60, 64, 65, 128, 129, selected - 1, selected} & {*range(selected + 1)}
+    starts = 0, 4000, 5000
+    lines = [
+        [n for start, size in zip(starts, (one, other, selected - one - other)) for n in range(start, start + size)]
+        for one in cuts
+        for other in cuts
+        if one + other <= selected and selected - one - other <= rows
+    ]
+    columns = paddle.to_tensor(np.array(lines, np.int32))
+    slashes = paddle.to_tensor(np.full((len(lines), 1), begin + rows - 1, np.int32))
+    tables = tables_of(columns, slashes, begin, rows, chunk_len)
+    width = (selected + 3 * (5 + 63)) // 64 * 64
+    assert tables.columns.shape[1] == 32 * tables.listed.shape[2] == column_widths(np.array(selected)) == width
+    assert max(map(oracle.used_width, tables.column_counts)) <= width
+    assert tables.column_counts.sum() >= columns.size
+
+
 def test_row_blocks_of_a_piece_are_those_of_the_whole(rng: np.random.Generator) -> None:
     """Ranges that begin and end anywhere, of a piece that all three stages are seen from, its last row block short."""
     begin, rows, chunk_len = 5 * 640 + 100, 470, 640
@@ -186,13 +255,19 @@ def test_row_blocks_of_a_piece_are_those_of_the_whole(rng: np.random.Generator) 
         for n in (90, 700)
     )
     piece = columns, slashes, begin, rows, chunk_len
-    *whole, counts = (table.numpy() for table in ops.sparse_index(*piece))
+    whole = tables_of(*piece)
+    widths = [oracle.used_width(counts) for counts in whole.column_counts]
     for first, count in ((0, 0), (0, 3), (2, 5), (7, 1)):
-        *part, of_part = (t.numpy() for t in ops.sparse_index(*piece, first_block=first, num_blocks=count))
-        np.testing.assert_array_equal(of_part, counts[:, first : first + count])
-        for one, of_all, sizes in zip(part, whole, (of_part[..., :3].sum(-1), of_part[..., 3:].sum(-1))):
-            for head, block in np.ndindex(*sizes.shape):
-                size = sizes[head, block]
-                np.testing.assert_array_equal(one[head, block, :size], of_all[head, first + block, :size])
+        part = tables_of(*piece, first_block=first, num_blocks=count)
+        assert part.counts.shape[1] == part.blocks.shape[1] == part.listed.shape[1] == count
+        np.testing.assert_array_equal(part.counts, whole.counts[:, first : first + count])
+        np.testing.assert_array_equal(part.column_counts, whole.column_counts)
+        for head, width in enumerate(widths):
+            np.testing.assert_array_equal(part.columns[head, :width], whole.columns[head, :width])
+            own, words = whole.listed[head, first : first + count], width // 32
+            np.testing.assert_array_equal(part.listed[head, :, :words], own[:, :words])
+        for head, block in np.ndindex(*part.counts.shape[:2]):
+            size = part.counts[head, block, :3].sum()
+            np.testing.assert_array_equal(part.blocks[head, block, :size], whole.blocks[head, first + block, :size])
     with pytest.raises(ValueError, match=r"row blocks 7 to 9 are not among the piece's 8"):
         ops.sparse_index(*piece, first_block=7, num_blocks=2)

@@ -167,17 +167,27 @@ def test_sparse_prefill(
 
 
 def test_entries_past_the_counts_are_not_read(rng: np.random.Generator) -> None:
-    """An index may be wider than its counts; what lies behind them, valid keys or not, is ignored."""
+    """An index may be wider than its counts; what lies behind them, valid keys or not, is ignored, and so are bits of
+    columns behind the last stage's, set or not. The first head has no columns at all.
+    """
     begin, end = 310, 384
     prompt = make_prompt(rng, end)
     index = prompt.index(ORACLE, begin, end, 70, 102)
+    index.counts[0, :, 3:] = 0
     expected, _ = prompt.sparse(ORACLE, begin, end, index)
-    for filler in (0, end - 1, -(2**31), 2**31 - 1):
-        wide = [np.pad(part, ((0, 0), (0, 0), (0, 9)), constant_values=filler) for part in index[:2]]
-        used = index.counts[..., :3].sum(-1), index.counts[..., 3:].sum(-1)
-        for part, count in zip(wide, used):
-            part[np.arange(part.shape[-1]) >= count[..., None]] = filler
-        got, _ = prompt.sparse(OpFace(), begin, end, oracle.SparseIndex(*wide, index.counts))
+    tables = oracle.index_tables(index)
+    ends = np.array([oracle.used_width(counts) for counts in tables.column_counts])
+    assert ends[0] == 0 < ends[1:].min() and ends.max() == tables.columns.shape[1]
+    wider = ((0, 0), (0, 0), (0, 9)), ((0, 0), (0, 128)), ((0, 0), (0, 0), (0, 4))
+    for filler in (0, end - 1, -(2**31), 2**31 - 1, -1):
+        blocks, columns, listed = (
+            np.pad(part, widths) for part, widths in zip((tables.blocks, tables.columns, tables.listed), wider)
+        )
+        blocks[np.arange(blocks.shape[-1]) >= index.counts[..., :3].sum(-1)[..., None]] = filler
+        columns[np.arange(columns.shape[-1]) >= ends[:, None]] = filler
+        listed[np.broadcast_to(np.arange(listed.shape[-1]) >= ends[:, None, None] // 32, listed.shape)] = filler
+        filled = tables._replace(blocks=blocks, columns=columns, listed=listed)
+        got, _ = prompt.sparse(OpFace(), begin, end, filled)
         assert error(got, expected) < OpFace.tolerance
 
 
@@ -240,4 +250,15 @@ def test_attention_ops_refuse_what_does_not_fit(rng: np.random.Generator) -> Non
         op.dca_sparse_prefill(prompt.queries, out, keys, values, table, index, 256, 240, 44, 128, prompt.scale)
     with pytest.raises(ValueError, match="dca_sparse_prefill"):
         op.dca_sparse_prefill(prompt.queries, out, keys, values, table, index, 280, 256, 44, 128, prompt.scale)
+    tables = oracle.index_tables(index)
+    for misfit, named in (
+        ({"columns": tables.columns[:, :-32], "listed": tables.listed[..., :-1]}, "must be a multiple of 64 wide"),
+        ({"listed": tables.listed[..., :-1]}, "listed"),
+        ({"listed": tables.listed[:1]}, "listed"),
+        ({"columns": tables.columns[:1]}, "columns"),
+        ({"column_counts": tables.column_counts[:, :2]}, "column_counts"),
+    ):
+        with pytest.raises(ValueError, match=f"dca_sparse_prefill.*{named}"):
+            wrong = tables._replace(**misfit)
+            op.dca_sparse_prefill(prompt.queries, out, keys, values, table, wrong, 256, 256, 44, 128, prompt.scale)
     assert (out == 0).all()

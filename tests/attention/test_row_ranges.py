@@ -6,7 +6,7 @@ import numpy as np
 import paddle
 import pytest
 from cases import Prompt, make_prompt
-from faces import OpFace, tensor
+from faces import OpFace, tensor, visits
 
 from paddle_qwen1m import ops
 
@@ -51,7 +51,7 @@ def test_dense_rows_do_not_depend_on_how_a_piece_is_cut(prompt: Prompt, cuts: li
 @pytest.mark.parametrize("cuts", CUTS[1:])
 def test_sparse_rows_do_not_depend_on_how_a_piece_is_cut(prompt: Prompt, cuts: list[int]) -> None:
     q, keys, values, table = inputs(prompt)
-    index = ops.SparseIndex(*(tensor(part.astype(np.int32)) for part in prompt.index(OpFace(), BEGIN, END, 40, 150)))
+    index = visits(prompt.index(OpFace(), BEGIN, END, 40, 150))
 
     def attend(borders: list[int]) -> tuple[np.ndarray, np.ndarray]:
         out, lse = poisoned(prompt)
@@ -69,7 +69,7 @@ def test_sparse_rows_do_not_depend_on_how_a_piece_is_cut(prompt: Prompt, cuts: l
 
 def test_a_range_computes_its_own_rows_alone(prompt: Prompt) -> None:
     q, keys, values, table = inputs(prompt)
-    index = ops.SparseIndex(*(tensor(part.astype(np.int32)) for part in prompt.index(OpFace(), BEGIN, END, 40, 150)))
+    index = visits(prompt.index(OpFace(), BEGIN, END, 40, 150))
     out, _ = poisoned(prompt)
     arguments = q, out, keys, values, table, index, 0, BEGIN, END - BEGIN, CHUNK_LEN, prompt.scale
     ops.dca_sparse_prefill(*arguments, first_block=2, num_blocks=3)

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import oracle
 import torch
+from cuda_library import index_shapes
 
 INTRA, SUCC, INTER = 0, 1, 2
 Tensor = torch.Tensor
@@ -265,29 +267,29 @@ def run_decode(cuda: Any, contexts: Sequence[Context], *, width: int = 1) -> Ten
 
 @dataclass
 class Index:
-    """int32 tables of the sparse prefill: blocks [H, R, B], columns [H, R, C], counts [H, R, 6]."""
+    """int32 tables of the sparse prefill, as qwen1m_index_tables has them."""
 
-    blocks: Tensor
-    columns: Tensor
-    counts: Tensor
+    tables: dict[str, Tensor]
 
     @property
     def fields(self) -> dict[str, Any]:
-        return {
-            "blocks": self.blocks,
-            "columns": self.columns,
-            "counts": self.counts,
-            "block_width": self.blocks.shape[2],
-            "column_width": self.columns.shape[2],
-        }
+        widths = {"block_width": self.tables["blocks"].shape[2], "column_width": self.tables["columns"].shape[1]}
+        return {**self.tables, **widths}
+
+    @property
+    def all_columns(self) -> int:
+        """Of all heads, with every stage filled up."""
+        return sum(map(oracle.used_width, self.tables["column_counts"].cpu().numpy()))
 
     def visited(self, context: Context, rows: Sequence[int]) -> Tensor:
         """bool [R, H, N]: what the tables let each row see, causality left to the reference."""
-        heads = self.blocks.shape[0]
+        blocks, columns, counts = oracle.listed_columns(
+            oracle.IndexTables(**{name: table.cpu().numpy() for name, table in self.tables.items()})
+        )
+        heads = len(blocks)
         first = context.begin // context.chunk_len * context.chunk_len
         ends = {INTER: max(0, first - context.chunk_len), SUCC: first, INTRA: context.length}
         keep = torch.zeros(len(rows), heads, context.length + 64, dtype=torch.bool, device="cuda")
-        blocks, columns, counts = (table.cpu().numpy() for table in (self.blocks, self.columns, self.counts))
         for number, row in enumerate(rows):
             for head in range(heads):
                 at = head, row // 64
@@ -306,16 +308,8 @@ def convert(cuda: Any, context: Context, columns: Tensor, slashes: Tensor) -> In
     """The index of the context's one piece from selected columns and slashes int32 [H, k], ascending."""
     heads, rows = len(columns), context.q.shape[1]
     row_blocks = -(-rows // 64)
-    block_width = min(slashes.shape[1] + 12, context.length // 64 + 3)
-
-    def table(*shape: int) -> Tensor:
-        return torch.full(shape, -1, dtype=torch.int32, device="cuda")
-
-    index = Index(
-        table(heads, row_blocks, block_width),
-        table(heads, row_blocks, columns.shape[1] + 15),
-        table(heads, row_blocks, 6),
-    )
+    shapes = index_shapes(heads, row_blocks, columns.shape[1], slashes.shape[1], context.length)
+    index = Index({name: torch.full(shape, -1, dtype=torch.int32, device="cuda") for name, shape in shapes.items()})
     cuda(
         "sparse_index",
         columns=columns,
@@ -353,6 +347,7 @@ def sparse_fields(context: Context, index: Index, others: int = 0) -> dict[str, 
         "scale": context.scale,
         "tokens": tokens,
         "heads": heads,
+        "all_columns": index.all_columns,
         "row": others,
         "begin": context.begin,
         "rows": rows,

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import oracle
 import pytest
+from cuda_library import index_shapes
 from oracle.index_vectors import GOLDEN
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
@@ -32,20 +33,16 @@ def convert(
     that nobody wrote are POISON. chained: by chains that were made before.
     """
     heads, count = len(columns), -(-rows // block) - first if count is None else count
-    block_width = min(slashes.shape[1] + 2 + 2 * 5, (begin + rows) // block + 3)
-    shapes = [(heads, count, width) for width in (block_width, columns.shape[1] + 3 * 5, 6)]
-    tables = [torch.full((int(np.prod(s)) + GUARD,), POISON, dtype=torch.int32, device="cuda") for s in shapes]
+    shapes = index_shapes(heads, count, columns.shape[1], slashes.shape[1], begin + rows, block)
+    tables = {
+        name: torch.full((int(np.prod(shape)) + GUARD,), POISON, dtype=torch.int32, device="cuda")
+        for name, shape in shapes.items()
+    }
     fields = {
         "columns": torch.from_numpy(np.ascontiguousarray(columns, np.int32)).cuda(),
         "slashes": torch.from_numpy(np.ascontiguousarray(slashes, np.int32)).cuda(),
         "chains": None,
-        "tables": {
-            "blocks": tables[0],
-            "columns": tables[1],
-            "counts": tables[2],
-            "block_width": shapes[0][2],
-            "column_width": shapes[1][2],
-        },
+        "tables": {**tables, "block_width": shapes["blocks"][2], "column_width": shapes["columns"][1]},
         "heads": heads,
         "selected_columns": columns.shape[1],
         "selected_slashes": slashes.shape[1],
@@ -61,9 +58,30 @@ def convert(
         fields["chains"] = torch.full(shape, POISON, dtype=torch.int32, device="cuda")
         cuda("index_chains", **fields)
     cuda("sparse_index", **fields)
-    results = [table.cpu().numpy() for table in tables]
-    assert all((result[-GUARD:] == POISON).all() for result in results), "written behind the end"
-    return oracle.SparseIndex(*(r[:-GUARD].reshape(shape) for r, shape in zip(results, shapes)))
+    results = {name: table.cpu().numpy() for name, table in tables.items()}
+    assert all((result[-GUARD:] == POISON).all() for result in results.values()), "written behind the end"
+    found = oracle.IndexTables(**{name: results[name][:-GUARD].reshape(shape) for name, shape in shapes.items()})
+    assert_laid_out(found, columns, slashes, begin, rows, chunk_len)
+    index = oracle.listed_columns(found)
+    width = shapes["columns"][1] - index.columns.shape[2]
+    return index._replace(columns=np.pad(index.columns, ((0, 0), (0, 0), (0, width)), constant_values=oracle.PADDING))
+
+
+def assert_laid_out(
+    found: oracle.IndexTables, columns: np.ndarray, slashes: np.ndarray, begin: int, rows: int, chunk_len: int
+) -> None:
+    """Columns by stages, those that keep one from being empty among them, with padding behind them and nothing else."""
+    for head in range(len(columns)):
+        chosen = [lines[head][lines[head] != oracle.PADDING].astype(int) for lines in (columns, slashes)]
+        wanted = np.full(found.columns.shape[1], POISON)
+        wanted[: oracle.used_width(found.column_counts[head])] = oracle.PADDING
+        spans = oracle.column_spans(found.column_counts[head])
+        sizes = [0, 0, 0]
+        for (stage, start, end), own, _ in oracle.split_stages(*chosen, begin, rows, chunk_len):
+            own = start + (own if len(own) else oracle.fallback(end - start))
+            sizes[stage], wanted[spans[stage].start : spans[stage].start + len(own)] = len(own), own
+        np.testing.assert_array_equal(found.column_counts[head], sizes)
+        np.testing.assert_array_equal(found.columns[head], wanted)
 
 
 def assert_equal_to_the_oracle(
@@ -73,15 +91,15 @@ def assert_equal_to_the_oracle(
     expected = oracle.sparse_index(columns, slashes, begin, rows, chunk_len, block)
     piece = f"piece [{begin}, {begin + rows}), chunks of {chunk_len}, blocks of {block}"
     np.testing.assert_array_equal(got.counts, expected.counts, f"counts; {piece}")
-    for name, table, wanted, counts in (
-        ("blocks", got.blocks, expected.blocks, expected.counts[..., :3]),
-        ("columns", got.columns, expected.columns, expected.counts[..., 3:]),
+    for name, table, wanted, counts, unused in (
+        ("blocks", got.blocks, expected.blocks, expected.counts[..., :3], POISON),
+        ("columns", got.columns, expected.columns, expected.counts[..., 3:], oracle.PADDING),
     ):
         width = max(table.shape[2], wanted.shape[2])
         table, wanted = (
-            np.pad(t, ((0, 0), (0, 0), (0, width - t.shape[2])), constant_values=POISON) for t in (table, wanted)
+            np.pad(t, ((0, 0), (0, 0), (0, width - t.shape[2])), constant_values=unused) for t in (table, wanted)
         )
-        wanted = np.where(np.arange(width) < counts.sum(axis=2, keepdims=True), wanted, POISON)
+        wanted = np.where(np.arange(width) < counts.sum(axis=2, keepdims=True), wanted, unused)
         np.testing.assert_array_equal(table, wanted, f"{name}; {piece}")
 
 

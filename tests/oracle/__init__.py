@@ -28,6 +28,7 @@ from .dense import (
     stages_of,
 )
 from .index import IndexRow, SparseIndex, fallback, index_rows, index_stage, sparse_index, split_stages, visited_cells
+from .index_tables import IndexTables, column_spans, index_tables, listed_bits, listed_columns, used_width
 from .layers import (
     add_rms_norm,
     embedding,

@@ -13,7 +13,9 @@ from .selection import PADDING
 
 
 class SparseIndex(NamedTuple):
-    """What every head visits in every block of rows of one piece: the layout of `paddle_qwen1m.ops.SparseIndex`."""
+    """What every head visits in every block of rows of one piece, as lists: blocks [H, R, *] and columns [H, R, *] in
+    the order inter, succ, intra; counts [H, R, 6] of blocks of intra, succ, inter and columns of intra, succ, inter.
+    """
 
     blocks: Array
     columns: Array
@@ -135,10 +137,11 @@ def sparse_index(columns: Array, slashes: Array, begin: int, rows: int, chunk_le
                 singles[head][r] += [start + c for c in row.columns]
                 counts[head, r, stage] = len(row.blocks)
                 counts[head, r, 3 + stage] = len(row.columns)
-    return SparseIndex(_padded(blocks), _padded(singles), counts)
+    return SparseIndex(padded_lists(blocks), padded_lists(singles), counts)
 
 
-def _padded(lists: list[list[list[int]]]) -> Array:
+def padded_lists(lists: list[list[list[int]]]) -> Array:
+    """int32 [H, R, the most of a list]."""
     width = max(len(entry) for head in lists for entry in head)
     return np.array([[e + [PADDING] * (width - len(e)) for e in head] for head in lists], dtype=np.int32)
 

@@ -13,6 +13,9 @@ from typing import Any
 import numpy as np
 
 Results = dict[str, np.ndarray]
+INDEX_FIELDS = ("blocks", "counts", "listed", "columns", "column_counts")
+OF_ROW_BLOCKS = ("blocks", "counts", "listed")
+"""Those that have a part for each row block."""
 SAMPLED = {"temperature": 1.5, "top_k": 50, "top_p": 0.95, "repetition_penalty": 1.1, "seed": 5}
 
 
@@ -69,7 +72,7 @@ def run(loads: list[dict[str, Any]], degree: int) -> Results:
                     results[f"{key}/logprobs"] = np.concatenate([one.logprobs for one in completions])
             for number, (layer, begin, *index) in enumerate(seen):
                 results[f"{key}/index/{number}/place"] = np.array([layer, begin])
-                for field, values in zip(("blocks", "columns", "counts"), index):
+                for field, values in zip(INDEX_FIELDS, index):
                     results[f"{key}/index/{number}/{field}"] = values.numpy()
     module.load_checkpoint = load_checkpoint
     return results
@@ -99,12 +102,15 @@ class replayed:
             own = self._heads[selector.layer]
             prefix = f"{self._key}/index/{next(number)}"
             assert recorded[f"{prefix}/place"].tolist() == [selector.layer, sparse.piece.begin]
-            fields = tuple(recorded[f"{prefix}/{field}"][own] for field in ("blocks", "columns", "counts"))
+            whole = ops.SparseIndex(*(recorded[f"{prefix}/{field}"][own] for field in INDEX_FIELDS))
 
             class Recorded:
+                all_columns = whole.columns.size
+
                 def visits(self, first_block: int = 0, num_blocks: int = sparse.piece.row_blocks) -> Any:
-                    blocks = slice(first_block, first_block + num_blocks)
-                    return ops.SparseIndex(*(paddle.to_tensor(values[:, blocks]) for values in fields))
+                    end = first_block + num_blocks
+                    own_rows = {field: getattr(whole, field)[:, first_block:end] for field in OF_ROW_BLOCKS}
+                    return ops.SparseIndex(*map(paddle.to_tensor, whole._replace(**own_rows)))
 
             if selector.observer is not None:
                 selector.observer(selector.layer, sparse.piece, Recorded().visits())
@@ -152,11 +158,14 @@ def asked_bytes() -> int:
 
 def index_sets(results: Results, key: str) -> dict[tuple[int, ...], tuple[bytes, ...]]:
     """What every head of the model visits from every block of rows: {(piece, head, row block): its set}."""
+    import oracle
+
     own = results[f"{key.partition('/')[0]}/heads"]
     sets: dict[tuple[int, ...], tuple[bytes, ...]] = {}
     number = 0
     while f"{key}/index/{number}/place" in results:
-        blocks, columns, counts = (results[f"{key}/index/{number}/{f}"] for f in ("blocks", "columns", "counts"))
+        tables = oracle.IndexTables(*(results[f"{key}/index/{number}/{field}"] for field in INDEX_FIELDS))
+        blocks, columns, counts = oracle.listed_columns(tables)
         layer = results[f"{key}/index/{number}/place"][0]
         for head in range(len(counts)):
             for row, count in enumerate(counts[head]):

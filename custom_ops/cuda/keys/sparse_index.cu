@@ -11,9 +11,11 @@
 //   block
 //                   behind it: from each such end the chain is walked through the next 64 diagonals, all at once, and
 //                   then only looked up from one 64 to the next
-//   list_row_blocks a warp a row block: its own chain up to where it meets the head's, whose rest it copies. Then the
-//                   warps of neighbouring row blocks share the columns out: a column's place in the chain is looked up
-//                   once, for an end that covers it in one row block is a block off in the next
+//   lay_out_columns a head's columns, by stages
+//   list_row_blocks a warp a row block: its own chain up to where it meets the head's, whose rest it copies. A row
+//   block
+//                   lists all columns but those that its blocks cover. Its neighbours' blocks of the same end in the
+//                   chain lie side by side, so that it is looked up once for all of them which columns these cover
 #include <climits>
 
 #include "block_scan.cuh"
@@ -29,7 +31,7 @@ constexpr int kSegment = 64;    // diagonals that a thread walks a chain through
 constexpr int kLookups = 6144;  // ends that chains are walked from at once
 constexpr int kMostSegments = kLookups / kSegment;
 constexpr int kListWarps = 8;  // of a block of list_row_blocks
-constexpr int kColumnGroups = kWarp, kColumnsAtOnce = kColumnGroups * kWarp;
+constexpr int kColumnsAtOnce = 16384, kWordsAtOnce = kColumnsAtOnce / kWarp;
 
 // Ascending absolute columns or diagonals: a part of a head's list, or evenly spread ones.
 struct Lines {
@@ -220,65 +222,67 @@ struct RowBlockCover {
   int32_t end;          // columns from here on are not listed
 };
 
+__global__ void __launch_bounds__(kScanThreads) lay_out_columns(const qwen1m_sparse_index a) {
+  const int64_t head = blockIdx.x;
+  const int32_t* selected = a.columns + head * a.selected_columns;
+  int32_t* out = a.tables.columns + head * a.tables.column_width;
+  for (int s = kInter; s >= kIntra; --s) {
+    const Span keys = stage_keys(static_cast<Stage>(s), a.begin + a.rows - 1, a.chunk_len);
+    const Lines columns =
+        keys.begin < keys.end ? stage_columns(selected, a.selected_columns, keys) : Lines{nullptr, 0, 0, 0};
+    const int32_t width = whole_groups(columns.count);
+    for (int32_t i = threadIdx.x; i < width; i += kScanThreads) out[i] = i < columns.count ? columns[i] : INT_MAX;
+    out += width;
+    if (threadIdx.x == 0) a.tables.column_counts[head * kStages + s] = columns.count;
+  }
+}
+
 struct ListShared {
   RowBlockCover covers[kListWarps];
-  uint32_t uncovered[kListWarps][kColumnGroups];  // a bit a column
-  int32_t columns[kColumnsAtOnce];
+  uint32_t listed[kListWarps][kWordsAtOnce];  // a bit a column
 };
 
-// Lists the columns that no block covers, for the row blocks of all warps; returns this warp's number in all lanes.
+// Says which of a stage's columns no block covers, for the row blocks of all warps. `bits` are those of this warp's, or
+// null where there is none; returns its number of them in all lanes.
 __device__ int32_t list_uncovered(ListShared& shared, const Lines& columns, const Lines& chain, int32_t block,
-                                  int32_t* out) {
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int shift = 31 - __clz(block);
-  int32_t count = 0, passed = 0;  // ends left of the columns so far
+                                  uint32_t* bits) {
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, shift = 31 - __clz(block);
+  const RowBlockCover& own = shared.covers[warp];
+  int32_t count = 0;
   for (int32_t first = 0; first < columns.count; first += kColumnsAtOnce) {
-    const int32_t groups = min((columns.count - first + kWarp - 1) / kWarp, kColumnGroups);
-    for (int32_t group = warp; group < kColumnGroups; group += kListWarps) {
-      if (group >= groups) {
-        if (lane < kListWarps) shared.uncovered[lane][group] = 0;
-        continue;
-      }
-      const int32_t number = first + group * kWarp + lane, column = columns[min(number, columns.count - 1)];
-      const int32_t key = column - shared.covers[0].to_key;  // among the chain's ends, which lie a block or more apart
-      const int32_t before = first_above(chain, passed, chain.count, key);
-      passed = __shfl_sync(kAllLanes, before, 0);
-      // In the next row block the key lies a block further left: an end covers it in one of them.
-      uint32_t covering = 0;
-#pragma unroll
-      for (int i = 1; i <= kListWarps; ++i) {
-        const int32_t row_block = before >= i ? (key - chain[before - i]) >> shift : kListWarps;
-        if (row_block < kListWarps) covering |= 1u << row_block;
-      }
-#pragma unroll
-      for (int r = 0; r < kListWarps; ++r) {
-        const RowBlockCover& cover = shared.covers[r];
-        bool covered = covering >> r & 1;
-        if (column < cover.chain_begin) {
-          const Lines listed{cover.listed, 0, 0, cover.own};
-          const int32_t own = first_above(listed, 0, cover.own, column);
-          covered = own > 0 && column < listed[own - 1] + block;
-        }
-        const unsigned uncovered = __ballot_sync(kAllLanes, number < columns.count && !covered && column < cover.end);
-        if (lane == 0) shared.uncovered[r][group] = uncovered;
-      }
-      shared.columns[group * kWarp + lane] = column;
+    const Lines here{columns.list + first, 0, 0, min(columns.count - first, kColumnsAtOnce)};
+    const int32_t words = whole_groups(here.count) / kWarp;
+    const int32_t seen = warp_first_above(here, 0, here.count, own.end - 1);
+    for (int32_t word = lane; word < words; word += kWarp) {
+      const int32_t bits_left = seen - word * kWarp;
+      shared.listed[warp][word] = bits_left >= kWarp ? kAllLanes : bits_left > 0 ? (1u << bits_left) - 1 : 0;
     }
     __syncthreads();
-    const uint32_t own = shared.uncovered[warp][lane];
-    const int32_t through = inclusive_warp_sum(__popc(own)), place = count + through - __popc(own);
-#pragma unroll 8
-    for (int32_t group = 0; group < groups; ++group) {
-      const uint32_t listing = __shfl_sync(kAllLanes, own, group);
-      const int32_t begin = __shfl_sync(kAllLanes, place, group);
-      if (listing >> lane & 1) {
-        out[begin + __popc(listing & ((1u << lane) - 1))] = shared.columns[group * kWarp + lane];
+    // Strikes out what lies in the block at `key`, and side by side with it in those of `row_blocks` from one on.
+    const auto strike = [&](int32_t key, int row_blocks, auto&& row_block_of) {
+      for (int32_t i = first_above(here, 0, here.count, key - 1); i < here.count; ++i) {
+        const int32_t column = here[i], beside = (column - key) >> shift;
+        if (beside >= row_blocks) break;
+        const int row_block = row_block_of(beside, column);
+        if (row_block >= 0) atomicAnd(&shared.listed[row_block][i / kWarp], ~(1u << i % kWarp));
       }
+    };
+    for (int32_t i = lane; i < own.own; i += kWarp) {
+      strike(own.listed[i], 1, [&](int, int32_t) { return warp; });
     }
-    count += __shfl_sync(kAllLanes, through, kWarp - 1);
+    for (int32_t i = threadIdx.x; i < chain.count; i += kListWarps * kWarp) {
+      strike(chain[i] + shared.covers[0].to_key, kListWarps, [&](int row_block, int32_t column) {
+        return column >= shared.covers[row_block].chain_begin ? row_block : -1;
+      });
+    }
     __syncthreads();
+    for (int32_t word = lane; bits != nullptr && word < words; word += kWarp) {
+      const uint32_t listed = shared.listed[warp][word];
+      bits[first / kWarp + word] = listed;
+      count += __popc(listed);
+    }
   }
-  return count;
+  return __reduce_add_sync(kAllLanes, count);
 }
 
 __global__ void __launch_bounds__(kListWarps* kWarp) list_row_blocks(const qwen1m_sparse_index a) {
@@ -287,11 +291,11 @@ __global__ void __launch_bounds__(kListWarps* kWarp) list_row_blocks(const qwen1
   const int32_t number = blockIdx.x * kListWarps + warp, start = (a.first_block + number) * a.block;
   const bool exists = number < a.num_blocks;
   const int64_t head = blockIdx.y, entry = head * a.num_blocks + min(number, a.num_blocks - 1);
+  const int32_t* columns = a.tables.columns + head * a.tables.column_width;
   const int32_t* slashes = a.slashes + head * a.selected_slashes;
-  const int32_t* selected = a.columns + head * a.selected_columns;
   int32_t* blocks = a.tables.blocks + entry * a.tables.block_width;
-  int32_t* columns = a.tables.columns + entry * a.tables.column_width;
   int32_t* counts = a.tables.counts + entry * 2 * kStages;
+  uint32_t* bits = a.tables.listed + entry * (a.tables.column_width / kWarp);
   for (int s = kInter; s >= kIntra; --s) {
     const Stage stage = static_cast<Stage>(s);
     const Span keys = stage_keys(stage, a.begin + a.rows - 1, a.chunk_len);
@@ -312,17 +316,20 @@ __global__ void __launch_bounds__(kListWarps* kWarp) list_row_blocks(const qwen1
         // Intra has no columns beyond its last block.
         covering.end = stage == kIntra && own.count > 0 ? own[own.count - 1] + a.block : INT_MAX;
       }
+      __syncthreads();  // all have done with the stage before
       if (threadIdx.x % kWarp == 0) shared.covers[warp] = covering;
       __syncthreads();
-      num_columns = list_uncovered(shared, stage_columns(selected, a.selected_columns, keys),
-                                   Lines{chain, 0, 0, length}, a.block, columns);
+      const int32_t of_stage = a.tables.column_counts[head * kStages + s];
+      num_columns = list_uncovered(shared, Lines{columns, 0, 0, of_stage}, Lines{chain, 0, 0, length}, a.block,
+                                   exists ? bits : nullptr);
+      columns += whole_groups(of_stage);
+      bits += whole_groups(of_stage) / kWarp;
     }
     if (exists && threadIdx.x % kWarp == 0) {
       counts[stage] = num_blocks;
       counts[kStages + stage] = num_columns;
     }
     blocks += num_blocks;
-    columns += num_columns;
   }
 }
 
@@ -352,6 +359,7 @@ int qwen1m_cuda_sparse_index(const qwen1m_sparse_index* a, void* workspace, qwen
     const int status = qwen1m_cuda_index_chains(&index, stream);
     if (status != cudaSuccess) return status;
   }
+  lay_out_columns<<<index.heads, kScanThreads, 0, as_stream(stream)>>>(index);
   const dim3 blocks(ceil_div(index.num_blocks, kListWarps), index.heads);
   list_row_blocks<<<blocks, kListWarps * kWarp, 0, as_stream(stream)>>>(index);
   return cudaGetLastError();

@@ -1,5 +1,5 @@
-// Sparse dual chunk attention of one piece: a row block's blocks of 64 keys, which start anywhere, then its single
-// columns, 64 of them a tile.
+// Sparse dual chunk attention of one piece: a row block's blocks of 64 keys, which start anywhere, then single columns,
+// a group of 64 a tile, of which those that it does not visit are masked.
 #include "prefill_tile.cuh"
 
 namespace qwen1m {
@@ -25,7 +25,8 @@ struct SparseWalk {
   float scale;
   Pages pages;
 
-  const int32_t *blocks, *columns;
+  const int32_t* blocks;
+  int32_t first_column, first_word;  // of the stage's columns and of their bits, in all tables
 
   __device__ SparseWalk(const Arguments& arguments, Shared& shared_memory)
       : a(arguments),
@@ -44,22 +45,22 @@ struct SparseWalk {
   }
   __device__ int64_t first_row() const { return a.row + static_cast<int64_t>(skipped()); }
 
-  int num_blocks = 0, num_columns = 0;  // of the stage
-  int32_t limit;                        // the stage's keys, and those that a row of this block sees, end here
-  int32_t following;                    // key of this thread's row, two tiles after the one being multiplied
+  int num_blocks = 0;  // of the stage
+  int32_t limit;       // the stage's keys, and those that a row of this block sees, end here
+  int32_t following;   // key of this thread's row, two tiles after the one being multiplied
 
   __device__ int stage(Stage stage) {
     const int64_t own = entry();
     const int32_t* counts = a.tables.counts + own * 2 * kStages;
+    const int32_t* column_counts = a.tables.column_counts + head() * kStages;
+    const int32_t first = qwen1m::first_column(column_counts, stage);
     blocks = a.tables.blocks + own * a.tables.block_width;
-    columns = a.tables.columns + own * a.tables.column_width;
-    for (int before = kInter; before > stage; --before) {
-      blocks += counts[before];
-      columns += counts[kStages + before];
-    }
+    for (int before = kInter; before > stage; --before) blocks += counts[before];
+    first_column = head() * a.tables.column_width + first;
+    first_word = static_cast<int32_t>((own * a.tables.column_width + first) / kWarp);
     num_blocks = counts[stage];
-    num_columns = counts[kStages + stage];
     limit = stage == kIntra ? anew(begin) + rows() : stage_keys(stage, begin, a.chunk_len).end;
+    const int num_columns = counts[kStages + stage] == 0 ? 0 : columns_before(limit, column_counts[stage]);
     const int tiles = num_blocks + (num_columns + kTileKeys - 1) / kTileKeys;
     __syncthreads();
     prefetch(0, tiles);
@@ -75,15 +76,34 @@ struct SparseWalk {
     load_slots<T, D, kWarps * kWarp>(target, pool, a.cache.kv_heads * D, shared.slot[tile % kLookahead]);
   }
   __device__ int32_t position(int tile, int column) const { return shared.position[tile % kLookahead][column]; }
-  // Keys ascend within a tile, and kNoKey stands last.
-  __device__ bool needs_mask(Stage, int tile) const { return position(tile, kTileKeys - 1) > begin; }
+  // A block's keys ascend, and kNoKey stands last.
+  __device__ bool needs_mask(Stage, int tile) const {
+    return tile >= num_blocks || position(tile, kTileKeys - 1) > begin;
+  }
+
+  // How many of the stage's `count` columns are below a key.
+  __device__ int columns_before(int32_t key, int count) const {
+    int from = 0;
+    while (from < count) {
+      const int middle = (from + count) / 2;
+      if (__ldg(a.tables.columns + first_column + middle) < key) {
+        from = middle + 1;
+      } else {
+        count = middle;
+      }
+    }
+    return from;
+  }
 
   __device__ void prefetch(int tile, int tiles) {
     if (tile >= tiles) return;
     const int row = threadIdx.x, column = (tile - num_blocks) * kTileKeys + row;
-    following = tile < num_blocks      ? __ldg(blocks + tile) + row
-                : column < num_columns ? __ldg(columns + column)
-                                       : kNoKey;
+    if (tile < num_blocks) {
+      following = __ldg(blocks + tile) + row;
+    } else {
+      const uint32_t listed = __ldg(a.tables.listed + first_word + column / kWarp);
+      following = listed >> column % kWarp & 1 ? __ldg(a.tables.columns + first_column + column) : kNoKey;
+    }
     if (following >= limit) following = kNoKey;
   }
 

@@ -1,12 +1,14 @@
 // Sparse dual chunk attention on Hopper: three neighbouring row blocks of one head share a stream of slots of 64 keys.
 //
-// A row block's keys are blocks of 64 that start anywhere, then single columns, 64 a slot; the next row block's blocks
-// are mostly the same, shifted by 64. So the lists are merged, a slot says which row blocks want it, and what several
-// want is read once. A row block only ever weighs the keys of its own lists, in their order.
+// A row block's keys are blocks of 64 that start anywhere, then single columns; the next row block's blocks are mostly
+// the same, shifted by 64, and its columns are the same but for those that blocks cover. So the lists of blocks are
+// merged, a slot says which row blocks want it, and what several want is read once. A row block only ever weighs the
+// keys that its own tables name, in their order.
 //
+//   pack       before all else the head's columns are copied together, so that 64 of them are a slot in one piece
 //   producer   four warps. They merge the lists, a window of each at once, into a plan of slots and bring the planned
-//              keys and values into a ring each: slots that lie in one piece by the copy engine, as all blocks do where
-//              pages follow each other in the pool, others row by row
+//              keys and values into a ring each: slots that lie in one piece by the copy engine, as columns do, and all
+//              blocks where pages follow each other in the pool, others row by row
 //   consumers  three warpgroups, a row block each. A slot that a consumer does not want it releases at once. Output of
 //              a slot and scores of the next one that it wants are under way together; then it is at its softmax, and
 //              the tensor cores are the others'
@@ -33,9 +35,10 @@ namespace {
 
 constexpr int kConsumers = 3, kThreads = (1 + kConsumers) * kWarpgroup;
 constexpr int kSlotKeys = kTileKeys;
-constexpr int kKeyRing = 4, kValueRing = 6;        // slots
-constexpr int kReach = kValueRing - 1;             // a consumer holds the values of a slot while it waits for another
-constexpr int kWindow = kWarpgroup;                // entries of each list that are merged at once, one a thread
+static_assert(kSlotKeys == QWEN1M_COLUMN_GROUP, "a group of columns is a slot");
+constexpr int kKeyRing = 4, kValueRing = 6;  // slots
+constexpr int kReach = kValueRing - 1;       // a consumer holds the values of a slot while it waits for another
+constexpr int kWindow = kWarpgroup;          // blocks of each list, groups of columns: planned at once, one a thread
 constexpr int kMostShares = 64, kShareSlots = 64;  // of the lists of few rows; slots of a share at least
 constexpr int kProducerRegisters = 56, kConsumerRegisters = 152;
 constexpr int kAll = (1 << kConsumers) - 1;  // row blocks, bit by bit
@@ -50,22 +53,22 @@ constexpr int kSlotPanelBytes = kSlotKeys * kPanelRowBytes;
 
 // What consumers know of a slot.
 struct SlotInfo {
-  int32_t first;    // its first key; kNoKey: the keys are columns; other fields hold for both
+  int32_t first;    // its first key, or where its first column stands among the head's
   int32_t end;      // keys from here on count for none
   uint32_t traits;  // the stage, or kLast; then bit by bit for each consumer, but for kGathered:
 };
 enum Trait {
-  kWanted = 8,    // its row block lists the slot
-  kBounded = 12,  // some keys lie behind a row or behind the end
-  kHoles = 16,    // it does not list some of the columns
-  kSoon = 20,     // it wants one of the next kReach slots, of the same stage
-  kGathered = 24  // the slot was copied row by row, which the tensor cores see behind a fence alone
+  kWanted = 8,     // its row block lists the slot
+  kBounded = 12,   // some keys lie behind a row or behind the end
+  kHoles = 16,     // it does not list some of the columns
+  kSoon = 20,      // it wants one of the next kReach slots, of the same stage
+  kGathered = 24,  // the slot was copied row by row, which the tensor cores see behind a fence alone
+  kColumns = 25    // its keys are columns
 };
 static_assert(kConsumers <= kBounded - kWanted, "the bits of a trait");
 constexpr uint32_t kLast = kStages;  // in place of a stage: no slot, the item ends
-__device__ inline uint32_t traits_of(uint32_t stage, uint32_t wanted, uint32_t bounded, uint32_t holes, uint32_t soon,
-                                     uint32_t gathered) {
-  return stage | wanted << kWanted | bounded << kBounded | holes << kHoles | soon << kSoon | gathered << kGathered;
+__device__ inline uint32_t traits_of(uint32_t stage, uint32_t wanted, uint32_t bounded, uint32_t soon) {
+  return stage | wanted << kWanted | bounded << kBounded | soon << kSoon;
 }
 __device__ inline int stage_of(uint32_t traits) { return traits & 0xff; }
 __device__ inline bool is_gathered(uint32_t traits) { return traits >> kGathered & 1; }
@@ -85,15 +88,26 @@ struct List {
 };
 using Lists = List[kConsumers];
 
+// A stage's groups of columns, or this share of them.
+struct Groups {
+  int32_t first;       // column of the stage, among the head's
+  int32_t taken, end;  // groups
+  int listing;         // bit by bit, the row blocks that visit some of the stage's columns
+};
+
 // What the producer is about to load. A block's row r lies at number near + r of the pool before the border of the page
 // that it begins in, at far + r behind it.
 struct Plan {
-  Lists blocks[kStages], columns[kStages];
-  int32_t entry[kConsumers][kWindow];                 // of the lists, kNoKey behind their ends
-  uint32_t firsts[kConsumers][kWindow / kWarp];       // bit by bit, which entries of a list no list before it has
-  uint32_t merged[kConsumers * kWindow + kSlotKeys];  // marked keys, ascending
+  Lists blocks[kStages];
+  Groups columns[kStages];
+  int32_t entry[kConsumers][kWindow];            // of the lists, kNoKey behind their ends
+  uint32_t firsts[kConsumers][kWindow / kWarp];  // bit by bit, which entries of a list no list before it has
+  uint32_t merged[kConsumers * kWindow];         // marked keys, ascending
   int32_t near[kConsumers * kWindow], far[kConsumers * kWindow];
   uint8_t soon[kConsumers * kWindow];
+  uint64_t listed[kWindow][kConsumers];  // of a group's columns, bit by bit, those that a row block visits
+  uint8_t bounded[kWindow];              // for which of them some of the group lie behind a row or the end
+  uint32_t listing[kWindow / kWarp];     // bit by bit, groups that some row block visits columns of
 };
 
 struct alignas(1024) Shared {
@@ -104,14 +118,34 @@ struct alignas(1024) Shared {
   uint64_t value_full[kValueRing], value_empty[kValueRing];
   // Of the slot whose values lie there.
   SlotInfo info[kValueRing];
-  int32_t position[kValueRing][kSlotKeys];  // of columns; kNoKey where there is none
-  uint64_t listed[kValueRing][kConsumers];  // which of them a consumer's row block lists
+  uint64_t listed[kValueRing][kConsumers];  // which of its columns a consumer's row block visits
   Plan plan;
 };
 static_assert(sizeof(Shared) <= 227 << 10, "what a block may have");
 
+// The keys and values of all columns, a head's behind those of the head before, [all_columns, D] each.
+struct PackedColumns {
+  char *keys, *values;
+
+  PackedColumns(char* memory, const qwen1m_dca_sparse_prefill& a) : keys(memory), values(memory + bytes(a) / 2) {}
+
+  static int64_t bytes(const qwen1m_dca_sparse_prefill& a) {
+    return 2 * static_cast<int64_t>(a.all_columns) * kHeadDim * sizeof(bf16);
+  }
+
+  // The row of a head's first column. All lanes of a warp call it.
+  __device__ static int32_t first_row(const qwen1m_index_tables& tables, int head) {
+    int32_t rows = 0;
+    for (int before = threadIdx.x % kWarp; before < head; before += kWarp) {
+      rows += columns_width(tables.column_counts + before * kStages);
+    }
+    return __reduce_add_sync(kAllLanes, rows);
+  }
+};
+
 struct SparseArguments : qwen1m_dca_sparse_prefill {
   CUtensorMap key_map, value_map;
+  CUtensorMap column_key_map, column_value_map;  // PackedColumns
   Shares shares;
 };
 
@@ -171,6 +205,7 @@ struct Producer {
   RingPlace<kKeyRing> key;
   RingPlace<kValueRing> value;
   int32_t head_bytes = 0;  // where the item's head begins in a row of the pool
+  int32_t packed_row = 0;  // where its columns begin
 
   __device__ void agree() const { named_sync(kPlan, kWarpgroup); }
 
@@ -235,32 +270,48 @@ struct Producer {
     return wanting & below;
   }
 
-  // This block's share of the lists of all stages, which stand one behind the other; a thread for the lists of a kind.
+  // This block's share of the lists of all stages, which stand one behind the other, and of columns; a thread for those
+  // of a kind.
   __device__ void open(const Item& item) const {
     const int stage = threadIdx.x % kStages, row_blocks = (a.rows + kRows - 1) / kRows;
     const bool columns = threadIdx.x >= kStages;
     if (threadIdx.x < kWarp) {
       Lists lists{};
+      Groups groups{};
       int32_t slots = 0;
 #pragma unroll
       for (int c = 0; c < kConsumers; ++c) {
         if (threadIdx.x >= 2 * kStages || item.row_block + c >= row_blocks) continue;
         const int64_t number = static_cast<int64_t>(item.head) * row_blocks + item.row_block + c;
-        const int32_t* counts = a.tables.counts + number * 2 * kStages + (columns ? kStages : 0);
-        lists[c].entries = columns ? a.tables.columns + number * a.tables.column_width
-                                   : a.tables.blocks + number * a.tables.block_width;
+        const int32_t* counts = a.tables.counts + number * 2 * kStages;
+        if (columns) {
+          groups.listing |= (__ldg(counts + kStages + stage) > 0) << c;
+          continue;
+        }
+        lists[c].entries = a.tables.blocks + number * a.tables.block_width;
         for (int before = kInter; before > stage; --before) lists[c].entries += __ldg(counts + before);
         lists[c].end = __ldg(counts + stage);
-        slots = max(slots, columns ? lists[c].end / kSlotKeys : lists[c].end);
+        slots = max(slots, lists[c].end);
+      }
+      if (groups.listing != 0) {
+        const int32_t* counts = a.tables.column_counts + item.head * kStages;
+        groups.first = first_column(counts, stage);
+        groups.end = (counts[stage] + kSlotKeys - 1) / kSlotKeys;
+        slots = groups.end;
       }
       if (a.shares.count > 1) {
         const int32_t all_slots = __reduce_add_sync(kAllLanes, slots);
-        cut(lists, item.share(), max(1, min(a.shares.count, all_slots / kShareSlots)));
+        const int count = max(1, min(a.shares.count, all_slots / kShareSlots));
+        cut(lists, item.share(), count);
+        const int32_t all = groups.end;
+        groups.taken = all * min(item.share(), count) / count;
+        groups.end = all * min(item.share() + 1, count) / count;
       }
-      if (threadIdx.x < 2 * kStages) {
-        Lists& opened = (columns ? shared.plan.columns : shared.plan.blocks)[stage];
+      if (threadIdx.x < kStages) {
 #pragma unroll
-        for (int c = 0; c < kConsumers; ++c) opened[c] = lists[c];
+        for (int c = 0; c < kConsumers; ++c) shared.plan.blocks[stage][c] = lists[c];
+      } else if (threadIdx.x < 2 * kStages) {
+        shared.plan.columns[stage] = groups;
       }
     }
     agree();
@@ -288,9 +339,9 @@ struct Producer {
     }
   }
 
-  // Appends to plan.merged from `at` on what the next windows surely hold of the lists' union, with its marks. Returns
-  // how many entries that are.
-  __device__ int merge(Lists& lists, int at) {
+  // Plans in plan.merged what the next windows surely hold of the lists' union, with its marks. Returns how many
+  // entries that are.
+  __device__ int merge(Lists& lists) {
     Plan& plan = shared.plan;
     constexpr int kGroups = kWindow / kWarp;
     int i = threadIdx.x;
@@ -349,7 +400,7 @@ struct Producer {
         if (other != l) marks |= holds(other, below, key) << other;
         rank += firsts_before(other, below);
       }
-      if (i < taken[l] && (marks & ((1 << l) - 1)) == 0) plan.merged[at + rank] = mark(key, marks);
+      if (i < taken[l] && (marks & ((1 << l) - 1)) == 0) plan.merged[rank] = mark(key, marks);
       if (threadIdx.x == 0) lists[l].taken += taken[l];
       total += __shfl_sync(kAllLanes, firsts[l], kGroups - 1);
     }
@@ -379,10 +430,11 @@ struct Producer {
     wait_for_slot();
     if (threadIdx.x == 0) {
       const int bounds = bounded(item, stage, first + kSlotKeys - 1, end, wanted);
-      shared.info[value.index] = {first, end, traits_of(stage, wanted, bounds, 0, shared.plan.soon[number], gathered)};
+      const uint32_t traits = traits_of(stage, wanted, bounds, shared.plan.soon[number]);
+      shared.info[value.index] = {first, end, traits | static_cast<uint32_t>(gathered) << kGathered};
     }
     if (!gathered) {
-      copy_boxes(near);
+      copy_boxes(a.key_map, a.value_map, head_bytes / (kHeadDim * static_cast<int32_t>(sizeof(T))), near);
     } else {
       // In place of no key stands the last one, whose weight the mask makes zero.
       copy_slot([&](int32_t r) {
@@ -392,28 +444,27 @@ struct Producer {
     }
   }
 
-  // The slot's keys and values, which lie one behind the other in the pool.
-  __device__ void copy_boxes(int32_t first) {
-    const int kv_head = head_bytes / (kHeadDim * static_cast<int32_t>(sizeof(T)));
+  // The slot's keys and values, which lie one behind the other from row `first` on.
+  __device__ void copy_boxes(const CUtensorMap& keys, const CUtensorMap& values, int head, int32_t first) {
     const auto copy = [&](const CUtensorMap& map, char (&target)[kPanels][kSlotPanelBytes], uint32_t full) {
       if (threadIdx.x != 0) return;
       barrier_arrive_expecting(full, sizeof(target));
 #pragma unroll
       for (int panel = 0; panel < kPanels; ++panel) {
-        copy_box(shared_address(target[panel]), map, full, panel * kPanelValues, kv_head, first);
+        copy_box(shared_address(target[panel]), map, full, panel * kPanelValues, head, first);
       }
       barrier_arrive(full, kWarpgroup);  // for the threads that copy row by row
     };
-    copy(a.key_map, shared.keys[key.index], shared_address(&shared.key_full[key.index]));
+    copy(keys, shared.keys[key.index], shared_address(&shared.key_full[key.index]));
     key.advance();
-    copy(a.value_map, shared.values[value.index], shared_address(&shared.value_full[value.index]));
+    copy(values, shared.values[value.index], shared_address(&shared.value_full[value.index]));
     value.advance();
   }
 
   __device__ void load_blocks(const Item& item, int stage, int32_t end) {
     Lists& lists = shared.plan.blocks[stage];
     while (more_of(lists) != 0) {
-      const int count = merge(lists, 0);
+      const int count = merge(lists);
       for (int i = threadIdx.x; i < count; i += kWarpgroup) {
         const int32_t start = min(key_of(shared.plan.merged[i]), end - 1), border = (start | page_mask()) + 1;
         const int32_t near = pool_row(start);
@@ -428,67 +479,73 @@ struct Producer {
     }
   }
 
-  // `count` of the planned columns from `from` on, for the row blocks that list some of the stage.
-  __device__ void load_slot_of_columns(const Item& item, int stage, int32_t end, int listing, int from, int count,
-                                       bool more) {
-    const uint32_t* columns = shared.plan.merged + from;
+  // A group of columns of the window, for the row blocks that visit some of the stage.
+  __device__ void load_group(const Item& item, int stage, int32_t end, int wanted, int number, int32_t first,
+                             bool more) {
     wait_for_slot();
-    if (threadIdx.x < kWarp) {
-      uint64_t listed[kConsumers] = {};
+    if (threadIdx.x == 0) {
+      uint32_t holes = 0;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int i = half * kWarp + threadIdx.x;
-        const uint32_t column = i < count ? columns[i] : 0;
-        const int32_t position = i < count ? key_of(column) : kNoKey;
-        const int marks = marks_of(column);
-        shared.position[value.index][i] = position;
-#pragma unroll
-        for (int c = 0; c < kConsumers; ++c) {
-          listed[c] |= static_cast<uint64_t>(__ballot_sync(kAllLanes, marks >> c & 1)) << half * kWarp;
-        }
+      for (int c = 0; c < kConsumers; ++c) {
+        const uint64_t listed = shared.plan.listed[number][c];
+        shared.listed[value.index][c] = listed;
+        holes |= static_cast<uint32_t>(listed != ~0ull) << c;
       }
-      if (threadIdx.x == 0) {
-        const int wanted = listing & item.present();
-        const int bounds = bounded(item, stage, key_of(columns[count - 1]), end, wanted);
-        int holes = 0;
-#pragma unroll
-        for (int c = 0; c < kConsumers; ++c) {
-          shared.listed[value.index][c] = listed[c];
-          holes |= (listed[c] != ~0ull) << c;
-        }
-        shared.info[value.index] = {kNoKey, end, traits_of(stage, wanted, bounds, holes, more ? kAll : 0, 1)};
-      }
-      __syncwarp();
+      const uint32_t traits = traits_of(stage, wanted, shared.plan.bounded[number] & wanted, more ? kAll : 0);
+      shared.info[value.index] = {first, end, traits | holes << kHoles | 1u << kColumns};
     }
-    // In place of no key stands the first one.
-    copy_slot([&](int32_t r) { return pool_row(key_of(columns[r < count ? r : 0])); });
+    copy_boxes(a.column_key_map, a.column_value_map, 0, packed_row + first);
   }
 
   __device__ void load_columns(const Item& item, int stage, int32_t end) {
-    Lists& lists = shared.plan.columns[stage];
-    const int listing = more_of(lists);
-    if ((listing & item.present()) == 0) return;
-    int waiting = 0;
-    for (bool more = true; more;) {
-      const int count = waiting + merge(lists, waiting);
-      more = more_of(lists) != 0;
-      int from = 0;
-      for (; from + kSlotKeys <= count || (!more && from < count); from += kSlotKeys) {
-        const int slot = min(count - from, kSlotKeys);
-        load_slot_of_columns(item, stage, end, listing, from, slot, more || from + kSlotKeys < count);
+    const Groups groups = shared.plan.columns[stage];
+    const int wanted = groups.listing & item.present();
+    if (wanted == 0) return;
+    const int row_blocks = (a.rows + kRows - 1) / kRows;
+    const int32_t words = a.tables.column_width / kSlotKeys;
+    const auto* bits = reinterpret_cast<const uint64_t*>(a.tables.listed) +
+                       (static_cast<int64_t>(item.head) * row_blocks + item.row_block) * words +
+                       groups.first / kSlotKeys;
+    const int32_t* columns = a.tables.columns + static_cast<int64_t>(item.head) * a.tables.column_width + groups.first;
+    const int32_t count = __ldg(a.tables.column_counts + item.head * kStages + stage);
+    for (int32_t begin = groups.taken; begin < groups.end; begin += kWindow) {
+      const int32_t group = begin + static_cast<int32_t>(threadIdx.x);
+      bool listing = false;
+      if (group < groups.end) {
+#pragma unroll
+        for (int c = 0; c < kConsumers; ++c) {
+          const uint64_t listed = groups.listing >> c & 1 ? __ldg(bits + c * words + group) : 0;
+          shared.plan.listed[threadIdx.x][c] = listed;
+          listing |= listed != 0;
+        }
+        const int32_t last = __ldg(columns + min((group + 1) * kSlotKeys, count) - 1);
+        shared.plan.bounded[threadIdx.x] = static_cast<uint8_t>(bounded(item, stage, last, end, kAll));
       }
-      waiting = max(count - from, 0);
-      if (more) {
-        agree();
-        const uint32_t left = threadIdx.x < waiting ? shared.plan.merged[from + threadIdx.x] : 0;
-        agree();
-        if (threadIdx.x < waiting) shared.plan.merged[threadIdx.x] = left;
+      const unsigned all = __ballot_sync(kAllLanes, listing);
+      if (threadIdx.x % kWarp == 0) shared.plan.listing[threadIdx.x / kWarp] = all;
+      agree();
+      for (int word = 0; word < kWindow / kWarp; ++word) {
+        for (uint32_t left = shared.plan.listing[word]; left != 0; left &= left - 1) {
+          const int number = word * kWarp + __ffs(left) - 1;
+          // Of the next windows nobody knows yet.
+          const bool more = (left & (left - 1)) != 0 || more_listed(word + 1);
+          load_group(item, stage, end, wanted, number, groups.first + (begin + number) * kSlotKeys, more);
+        }
       }
+      agree();
     }
+  }
+
+  // Whether the window has a group to be loaded in this word of bits or a later one.
+  __device__ bool more_listed(int word) const {
+    bool more = false;
+    for (; word < kWindow / kWarp; ++word) more |= shared.plan.listing[word] != 0;
+    return more;
   }
 
   __device__ void walk(const Item& item) {
     open(item);
+    packed_row = PackedColumns::first_row(a.tables, item.head);
     head_bytes = item.head / (a.heads / a.cache.kv_heads) * kHeadDim * static_cast<int32_t>(sizeof(T));
     for (int stage = kInter; stage >= kIntra; --stage) {
       const int32_t end = stage == kIntra ? item.begin() + item.rows()
@@ -564,14 +621,15 @@ struct Consumer {
     const SlotInfo& info = shared.info[place];
     const int32_t position = item.begin() + number * kRows + threadIdx.x / kWarp % 4 * 16 + threadIdx.x % kWarp / 4;
     const int32_t limit[2] = {min(position, info.end - 1), min(position + 8, info.end - 1)};
-    const bool columns = info.first == kNoKey;
+    const bool columns = info.traits >> kColumns & 1;
+    const int32_t* column_keys = a.tables.columns + item.head * a.tables.column_width + info.first;
     const int pair = threadIdx.x % 4 * 2;
     // Bit by bit, which of this thread's keys its two rows see: gathered one by one, since registers are few.
     uint32_t seen[2] = {};
 #pragma unroll 1
     for (int i = 0; i < kSlotKeys / 4; ++i) {
       const int column = i / 2 * 8 + i % 2;
-      const int32_t key = columns ? shared.position[place][pair + column] : info.first + pair + column;
+      const int32_t key = columns ? __ldg(column_keys + pair + column) : info.first + pair + column;
 #pragma unroll
       for (int h = 0; h < 2; ++h) seen[h] |= (key <= limit[h]) << i;
     }
@@ -702,6 +760,38 @@ __global__ void __launch_bounds__(kThreads, 1) dca_sparse_prefill_kernel(const _
   }
 }
 
+// Copies the keys and values of a head's columns together, a block a group; where a group has no more, its last one
+// stands. kPackThreads copy some rows at once, 16 bytes each.
+constexpr int kPackThreads = 256, kRowThreads = kHeadDim * sizeof(bf16) / 16;
+
+__global__ void __launch_bounds__(kPackThreads) pack_columns(const qwen1m_dca_sparse_prefill a, PackedColumns packed) {
+  constexpr int kAtOnce = kPackThreads / kRowThreads, kEach = kSlotKeys / kAtOnce, kRowBytes = kRowThreads * 16;
+  const int32_t head = blockIdx.y, first = blockIdx.x * kSlotKeys;
+  if (first >= columns_width(a.tables.column_counts + head * kStages)) return;
+  const int32_t* columns = a.tables.columns + head * a.tables.column_width + first;
+  const int64_t packed_row = PackedColumns::first_row(a.tables, head) + first;
+  const int row = threadIdx.x / kRowThreads, chunk = threadIdx.x % kRowThreads;
+  const Pages pages(a.block_table, a.cache.page_size);
+  const int64_t stride = static_cast<int64_t>(a.cache.kv_heads) * kRowBytes;
+  const int64_t from = head / (a.heads / a.cache.kv_heads) * kRowBytes + chunk * 16;
+  uint4 keys[kEach], values[kEach];
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    const int32_t* column = columns + row + i * kAtOnce;
+    int32_t key = __ldg(column);
+    while (key == kNoKey) key = __ldg(--column);
+    const int64_t place = pages.slot(key) * stride + from;
+    keys[i] = __ldg(reinterpret_cast<const uint4*>(static_cast<const char*>(a.cache.key) + place));
+    values[i] = __ldg(reinterpret_cast<const uint4*>(static_cast<const char*>(a.cache.value) + place));
+  }
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    const int64_t place = (packed_row + row + i * kAtOnce) * kRowBytes + chunk * 16;
+    *reinterpret_cast<uint4*>(packed.keys + place) = keys[i];
+    *reinterpret_cast<uint4*>(packed.values + place) = values[i];
+  }
+}
+
 // How many shares the lists of a piece are cut into at most. It follows from the piece, not from the row blocks that
 // are attended to, so that rows do not depend on how it is cut.
 int32_t most_shares(const qwen1m_dca_sparse_prefill& a) {
@@ -713,21 +803,32 @@ int32_t most_shares(const qwen1m_dca_sparse_prefill& a) {
 }  // namespace
 
 int64_t dca_sparse_prefill_workspace(const qwen1m_dca_sparse_prefill& a) {
-  return shares_bytes(static_cast<int64_t>(a.rows) * a.heads, kHeadDim, most_shares(a));
+  return PackedColumns::bytes(a) + shares_bytes(static_cast<int64_t>(a.rows) * a.heads, kHeadDim, most_shares(a));
 }
 
 template <typename T>
 int dca_sparse_prefill(const qwen1m_dca_sparse_prefill& piece, void* workspace, qwen1m_stream stream) {
   if (piece.num_blocks == 0) return cudaSuccess;
-  SparseArguments a{
-      piece,
-      {},
-      {},
-      Shares(workspace, static_cast<int64_t>(piece.rows) * piece.heads, kHeadDim, most_shares(piece), piece.row)};
+  auto* memory = static_cast<char*>(workspace);
+  const PackedColumns packed(memory, piece);
+  SparseArguments a{piece,
+                    {},
+                    {},
+                    {},
+                    {},
+                    Shares(memory + PackedColumns::bytes(piece), static_cast<int64_t>(piece.rows) * piece.heads,
+                           kHeadDim, most_shares(piece), piece.row)};
   for (const auto& [map, pool] : {std::pair{&a.key_map, a.cache.key}, std::pair{&a.value_map, a.cache.value}}) {
     const int code = make_tensor_map(*map, a.activation, pool, kHeadDim, a.cache.kv_heads, kAnyRow);
     if (code != cudaSuccess) return code;
   }
+  for (const auto& [map, rows] :
+       {std::pair{&a.column_key_map, packed.keys}, std::pair{&a.column_value_map, packed.values}}) {
+    const int code = make_tensor_map(*map, a.activation, rows, kHeadDim, 1, a.all_columns);
+    if (code != cudaSuccess) return code;
+  }
+  pack_columns<<<dim3(a.tables.column_width / kSlotKeys, a.heads), kPackThreads, 0, as_stream(stream)>>>(piece, packed);
+  if (const cudaError_t packing = cudaGetLastError()) return packing;
   const auto kernel = dca_sparse_prefill_kernel<T>;
   const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared));
   if (status != cudaSuccess) return status;

@@ -65,13 +65,14 @@ __device__ inline void copy_word(void* shared, const float* global) {
 // x to shared memory: of a step the first 16 bytes of every lane's values, then their second ones, ...
 template <typename T>
 __device__ void stage_x(const T* x, int depth, char* to, float* powers) {
-  constexpr int kAtOnce = 2;
+  constexpr int kAtOnce = 3;
   const int runs = depth / kRun;
   for (int first = threadIdx.x; first < runs; first += kAtOnce * kThreads) {
     Pack<T> packs[kAtOnce][2];
 #pragma unroll
     for (int n = 0; n < kAtOnce; ++n) {
-      const int run = min(first + n * kThreads, runs - 1);
+      const int run = first + n * kThreads;
+      if (run >= runs) break;
 #pragma unroll
       for (int half = 0; half < 2; ++half) packs[n][half] = reinterpret_cast<const Pack<T>*>(x)[run * 2 + half];
     }

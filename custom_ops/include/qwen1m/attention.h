@@ -52,6 +52,7 @@ typedef struct {
   qwen1m_dtype activation;
   float scale;
   int32_t tokens, heads;
+  int32_t all_columns;  // of all heads at most, each stage filled up to groups: what a GPU has room for copies of
   int32_t row, begin, rows, chunk_len;
   int32_t first_block, num_blocks;
 } qwen1m_dca_sparse_prefill;

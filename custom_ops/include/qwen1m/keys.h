@@ -28,13 +28,23 @@ typedef struct {
   int32_t forced_diagonals;  // the last ones
 } qwen1m_select_critical;
 
-// What each head visits in R row blocks of one piece; absolute keys, stages in the order inter, succ, intra.
+#define QWEN1M_COLUMN_GROUP 64
+
+// What each head visits in R row blocks of one piece; absolute keys, stages in the order inter, succ, intra. The
+// columns of a stage ascend from a multiple of QWEN1M_COLUMN_GROUP on, with INT32_MAX up to the next one behind them.
+// They are the piece's: a row block has a bit for each that it visits, of which none lies in a block of its stage.
 typedef struct {
-  int32_t* blocks;   // [H, R, block_width] first keys
-  int32_t* columns;  // [H, R, column_width]
-  int32_t* counts;   // [H, R, 6]: blocks of intra, succ, inter, columns of intra, succ, inter
+  int32_t* blocks;         // [H, R, block_width] first keys
+  int32_t* counts;         // [H, R, 6]: blocks of intra, succ, inter, columns of intra, succ, inter
+  uint32_t* listed;        // [H, R, column_width / 32]: bit c % 32 of word c / 32 for the column at c
+  int32_t* columns;        // [H, column_width]
+  int32_t* column_counts;  // [H, 3] of intra, succ, inter
   int32_t block_width, column_width;
 } qwen1m_index_tables;
+
+// How wide the columns are at most. A stage of a head without any gets five.
+#define QWEN1M_COLUMN_WIDTH(selected_columns) \
+  (((selected_columns) + 3 * (5 + QWEN1M_COLUMN_GROUP - 1)) / QWEN1M_COLUMN_GROUP * QWEN1M_COLUMN_GROUP)
 
 // A stage of a head without any gets five diagonals. A chain of their blocks' ends has its length before it.
 #define QWEN1M_CHAIN_WIDTH(selected_slashes) (1 + (selected_slashes) + 5)
