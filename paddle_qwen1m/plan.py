@@ -105,9 +105,9 @@ def sparse_bytes(config: ModelConfig, rows: int, length: int, budgets: SparseBud
     return 4 * config.num_heads * (columns + diagonals) + choosing
 
 
-def lane_rows(rows: int) -> int:
-    """How many of so many rows of a chunk go through the MLP at once, at most."""
-    return min(rows, max(ROWS_AT_ONCE, -(-rows // FEW_LANES)))
+def lane_rows(rows: int, degree: int) -> int:
+    """How many of so many rows of a chunk go through the MLP at once, at most: lanes begin at whole row blocks."""
+    return min(rows, ROWS_AT_ONCE + BLOCK if degree == 1 else max(ROWS_AT_ONCE, -(-rows // FEW_LANES)))
 
 
 def activation_bytes(
@@ -131,7 +131,7 @@ def activation_bytes(
     chunk_len = config.dual_chunk.chunk_len
     variants = min(3, -(-length // chunk_len))
     size = itemsize(dtype)
-    of_rows, of_lane, of_span = size * rows, size * lane_rows(rows), min(rows, config.rows_at_once)
+    of_rows, of_lane, of_span = size * rows, size * lane_rows(rows, degree), min(rows, config.rows_at_once)
     choosing = 0 if budgets is None else sparse_bytes(config, of_span, length, budgets, dtype)
     if degree == 1:
         residual, embedded, normed = 4 * rows * config.hidden_size, 0, of_rows * config.hidden_size
@@ -224,7 +224,7 @@ def plan_workspace(
     decode = activation_bytes(config, max_num_seqs, length, None, dtype) + 4 * max_num_seqs * logits
     graphs = 0
     if on_gpu:
-        chunk += 2 * lane_rows(rows) * config.intermediate_size
+        chunk += 2 * lane_rows(rows, degree) * config.intermediate_size
         graphs = decode + activation_bytes(config, sum(QUESTION_ROWS), length, None, dtype)
     if max_num_seqs == 1:  # nothing is read in the pauses of the one there is
         steps = max(chunk, decode)

@@ -35,7 +35,7 @@ from paddle_qwen1m.parallel.job import (
 from paddle_qwen1m.parallel.mailboxes import Mailboxes, Sent, open_mailboxes
 from paddle_qwen1m.parallel.peers import Peers
 from paddle_qwen1m.parallel.pending import Pending
-from paddle_qwen1m.parallel.room import FEW_LANES, lanes_of
+from paddle_qwen1m.parallel.room import lanes_of
 
 GROUP_OF_ONE = "PADDLE_QWEN1M_GROUP_OF_ONE"
 """Environment variable: 1 sends the collectives of one rank through a real process group."""
@@ -75,7 +75,7 @@ class Group:
 
     def lanes(self, rows: int) -> int:
         """In how many lanes so many rows of a step go (lanes.py): one where they are few or do not divide by degree."""
-        return min(FEW_LANES, max(1, -(-rows // ROWS_AT_ONCE)))
+        return max(1, -(-rows // ROWS_AT_ONCE))
 
     def open_copies(self, rows: int, width: int, dtype: str) -> None:
         """Makes room for lanes of steps of up to so many rows of `width` activations, where ranks can copy into each
