@@ -106,8 +106,8 @@ def sparse_bytes(config: ModelConfig, rows: int, length: int, budgets: SparseBud
 
 
 def lane_rows(rows: int, degree: int) -> int:
-    """How many of so many rows of a chunk go through the MLP at once, at most: lanes begin at whole row blocks."""
-    return min(rows, ROWS_AT_ONCE + BLOCK if degree == 1 else max(ROWS_AT_ONCE, -(-rows // FEW_LANES)))
+    """How many of so many rows of a chunk go through the MLP at once, at most."""
+    return min(rows, ROWS_AT_ONCE if degree == 1 else max(ROWS_AT_ONCE, -(-rows // FEW_LANES)))
 
 
 def activation_bytes(

@@ -59,8 +59,9 @@ class Lanes:
     def __init__(self, group: Group, rows: int, width: int, eps: float, *, split: bool = True) -> None:
         self._group, self._rows, self._width, self._eps = group, rows, width, eps
         count = group.lanes(rows) if split else 1
-        grain = group.degree if group.adds_up else BLOCK
-        borders = [0, *(grain * (rows * number // (grain * count)) for number in range(1, count)), rows]
+        # Alone borders are rounded up: no lane has more than ROWS_AT_ONCE, which is whole row blocks.
+        grain, up = (group.degree, 0) if group.adds_up else (BLOCK, BLOCK * count - 1)
+        borders = [0, *((rows * number + up) // (grain * count) * grain for number in range(1, count)), rows]
         self._lanes = [Lane(number, *ends) for number, ends in enumerate(zip(borders, borders[1:]))]
         self._is_split = count > 1 and group.adds_up
         """Between ranks: each norms a share of a lane's rows, which are gathered."""

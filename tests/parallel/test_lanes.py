@@ -265,7 +265,7 @@ def test_an_alone_rank_sends_nothing(rng: np.random.Generator) -> None:
     np.testing.assert_allclose(lanes.all_rows().numpy(), layers.alone(given)[0], rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize(("rows", "lanes"), [(200, 2), (257, 3), (700, 4)])
+@pytest.mark.parametrize(("rows", "lanes"), [(200, 2), (257, 3), (700, 6), (1024, 8)])
 def test_a_large_chunk_of_one_rank_goes_in_parts(
     rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, rows: int, lanes: int
 ) -> None:
@@ -277,7 +277,7 @@ def test_a_large_chunk_of_one_rank_goes_in_parts(
         np.testing.assert_allclose(one, other, rtol=0, atol=2e-5)
     heights = seen[:lanes]
     assert sum(heights) == rows and all(height % 64 == 0 for height in heights[:-1])
-    assert max(heights) < max(128, rows / 4) + 64
+    assert max(heights) <= 128
     assert len(seen) == (1 + 3 * LAYERS) * lanes
 
 
@@ -304,7 +304,7 @@ def test_rows_in_fp8_stay_in_parts(rng: np.random.Generator, monkeypatch: pytest
     lanes = Lanes(Group(), 300, width, EPS)
     lanes.add(paddle.to_tensor(given), [lambda rows: rows + 0], weight, lambda _rows: True)
     parts = lanes.all_rows()
-    assert isinstance(parts, list) and [part.tokens for part in parts] == [64, 128, 108]
+    assert isinstance(parts, list) and [part.tokens for part in parts] == [128, 128, 44]
     normed = given / np.sqrt((given**2).mean(axis=-1, keepdims=True) + EPS)
     kept = oracle.round_rows(normed)
     np.testing.assert_array_equal(np.concatenate([part.numbers.numpy() for part in parts]), kept[0])

@@ -72,6 +72,7 @@ __device__ inline uint32_t traits_of(uint32_t stage, uint32_t wanted, uint32_t b
 }
 __device__ inline int stage_of(uint32_t traits) { return traits & 0xff; }
 __device__ inline bool is_gathered(uint32_t traits) { return traits >> kGathered & 1; }
+__device__ inline bool has_columns(uint32_t traits) { return traits >> kColumns & 1; }
 
 // A key with marks: the row blocks that list it, bit by bit.
 constexpr int kMarkShift = 32 - kConsumers;
@@ -617,11 +618,11 @@ struct Consumer {
   }
 
   // Nor do keys behind a row or the end.
-  __device__ void skip_what_is_behind(const Item& item, int place) {
+  __device__ void skip_what_is_behind(const Item& item, uint32_t traits, int place) {
     const SlotInfo& info = shared.info[place];
     const int32_t position = item.begin() + number * kRows + threadIdx.x / kWarp % 4 * 16 + threadIdx.x % kWarp / 4;
     const int32_t limit[2] = {min(position, info.end - 1), min(position + 8, info.end - 1)};
-    const bool columns = info.traits >> kColumns & 1;
+    const bool columns = has_columns(traits);
     const int32_t* column_keys = a.tables.columns + item.head * a.tables.column_width + info.first;
     const int pair = threadIdx.x % 4 * 2;
     // Bit by bit, which of this thread's keys its two rows see: gathered one by one, since registers are few.
@@ -689,7 +690,7 @@ struct Consumer {
   __device__ void attend(const Item& item, float scale, const Slot& slot) {
     const int place = slot.value.index;
     if (is(kHoles, slot.traits)) skip_holes(place);
-    if (is(kBounded, slot.traits)) skip_what_is_behind(item, place);
+    if (is(kBounded, slot.traits)) skip_what_is_behind(item, slot.traits, place);
     rows.soften_at_rest(scores, scale);
     scores.pack(weights);
     barrier_wait(shared_address(&shared.value_full[place]), slot.value.parity);
