@@ -78,3 +78,7 @@ def test_a_range_computes_its_own_rows_alone(prompt: Prompt) -> None:
     for first, count in ((-1, 2), (6, 2), (0, 8)):
         with pytest.raises(ValueError, match=r"row blocks .* are not among the piece's 7"):
             ops.dca_sparse_prefill(*arguments, first_block=first, num_blocks=count)
+    room = index.columns.size
+    for all_columns in (0, room + 1):
+        with pytest.raises(ValueError, match=rf"all_columns must be 1 to the {room} .*, got {all_columns}"):
+            ops.dca_sparse_prefill(*arguments, all_columns=all_columns)
