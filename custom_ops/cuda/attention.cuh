@@ -14,6 +14,20 @@ __device__ inline int ordered_head(const qwen1m_dca_sparse_prefill& a, int numbe
   return a.order == nullptr ? number : a.order[number];
 }
 
+// How many of `count` ascending entries are below `value`.
+__device__ inline int32_t count_below(const int32_t* entries, int32_t count, int32_t value) {
+  int32_t from = 0;
+  while (from < count) {
+    const int32_t middle = (from + count) / 2;
+    if (__ldg(entries + middle) < value) {
+      from = middle + 1;
+    } else {
+      count = middle;
+    }
+  }
+  return from;
+}
+
 template <typename T, int D>
 int dca_probe(const qwen1m_dca_probe&, void* workspace, qwen1m_stream);
 int64_t dca_probe_workspace(const qwen1m_dca_probe&);

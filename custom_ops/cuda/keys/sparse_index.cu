@@ -7,14 +7,12 @@
 // Measured from the diagonals, whose keys move with the row block, the greedy cover is the same chain of block ends in
 // every row block, once a row block's own chain, which begins where the stage does, has met it:
 //
-//   chain_blocks    a head's chain in a stage. The first block end that is not left of a diagonal lies less than a
-//   block
+//   chain_blocks    a head's chain in a stage. The first block end that is not left of a diagonal is less than a block
 //                   behind it: from each such end the chain is walked through the next 64 diagonals, all at once, and
 //                   then only looked up from one 64 to the next
 //   lay_out_columns a head's columns, by stages
-//   list_row_blocks a warp a row block: its own chain up to where it meets the head's, whose rest it copies. A row
-//   block
-//                   lists all columns but those that its blocks cover. Its neighbours' blocks of the same end in the
+//   list_row_blocks a warp a row block: its own chain up to where it meets the head's, whose rest it copies. Of the
+//                   columns it lists all but those that its blocks cover. Its neighbours' blocks of the same end in the
 //                   chain lie side by side, so that it is looked up once for all of them which columns these cover
 #include <climits>
 

@@ -26,7 +26,7 @@ struct SparseWalk {
   Pages pages;
 
   const int32_t* blocks;
-  int32_t first_column, first_word;  // of the stage's columns and of their bits, in all tables
+  int32_t column_place, word_place;  // where the stage's columns and their bits begin, in all tables
 
   __device__ SparseWalk(const Arguments& arguments, Shared& shared_memory)
       : a(arguments),
@@ -53,14 +53,15 @@ struct SparseWalk {
     const int64_t own = entry();
     const int32_t* counts = a.tables.counts + own * 2 * kStages;
     const int32_t* column_counts = a.tables.column_counts + head() * kStages;
-    const int32_t first = qwen1m::first_column(column_counts, stage);
+    const int32_t first = first_column(column_counts, stage);
     blocks = a.tables.blocks + own * a.tables.block_width;
     for (int before = kInter; before > stage; --before) blocks += counts[before];
-    first_column = head() * a.tables.column_width + first;
-    first_word = static_cast<int32_t>((own * a.tables.column_width + first) / kWarp);
+    column_place = head() * a.tables.column_width + first;
+    word_place = static_cast<int32_t>((own * a.tables.column_width + first) / kWarp);
     num_blocks = counts[stage];
     limit = stage == kIntra ? anew(begin) + rows() : stage_keys(stage, begin, a.chunk_len).end;
-    const int num_columns = counts[kStages + stage] == 0 ? 0 : columns_before(limit, column_counts[stage]);
+    const bool listing = counts[kStages + stage] > 0;
+    const int num_columns = listing ? count_below(a.tables.columns + column_place, column_counts[stage], limit) : 0;
     const int tiles = num_blocks + (num_columns + kTileKeys - 1) / kTileKeys;
     __syncthreads();
     prefetch(0, tiles);
@@ -76,23 +77,9 @@ struct SparseWalk {
     load_slots<T, D, kWarps * kWarp>(target, pool, a.cache.kv_heads * D, shared.slot[tile % kLookahead]);
   }
   __device__ int32_t position(int tile, int column) const { return shared.position[tile % kLookahead][column]; }
-  // A block's keys ascend, and kNoKey stands last.
   __device__ bool needs_mask(Stage, int tile) const {
-    return tile >= num_blocks || position(tile, kTileKeys - 1) > begin;
-  }
-
-  // How many of the stage's `count` columns are below a key.
-  __device__ int columns_before(int32_t key, int count) const {
-    int from = 0;
-    while (from < count) {
-      const int middle = (from + count) / 2;
-      if (__ldg(a.tables.columns + first_column + middle) < key) {
-        from = middle + 1;
-      } else {
-        count = middle;
-      }
-    }
-    return from;
+    const int lane = threadIdx.x % kWarp;
+    return __any_sync(kAllLanes, max(position(tile, lane), position(tile, kWarp + lane)) > begin);
   }
 
   __device__ void prefetch(int tile, int tiles) {
@@ -101,8 +88,8 @@ struct SparseWalk {
     if (tile < num_blocks) {
       following = __ldg(blocks + tile) + row;
     } else {
-      const uint32_t listed = __ldg(a.tables.listed + first_word + column / kWarp);
-      following = listed >> column % kWarp & 1 ? __ldg(a.tables.columns + first_column + column) : kNoKey;
+      const uint32_t listed = __ldg(a.tables.listed + word_place + column / kWarp);
+      following = listed >> column % kWarp & 1 ? __ldg(a.tables.columns + column_place + column) : kNoKey;
     }
     if (following >= limit) following = kNoKey;
   }

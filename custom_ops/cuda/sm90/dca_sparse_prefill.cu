@@ -55,7 +55,7 @@ constexpr int kSlotPanelBytes = kSlotKeys * kPanelRowBytes;
 struct SlotInfo {
   int32_t first;    // its first key, or where its first column stands among the head's
   int32_t end;      // keys from here on count for none
-  uint32_t traits;  // the stage, or kLast; then bit by bit for each consumer, but for kGathered:
+  uint32_t traits;  // the stage, or kLast; then bit by bit for each consumer, but for the last two:
 };
 enum Trait {
   kWanted = 8,     // its row block lists the slot
@@ -175,22 +175,8 @@ struct Item {
   }
 };
 
-// How many of `count` ascending entries are below `value`.
-__device__ inline int32_t count_below(const int32_t* entries, int32_t count, int32_t value) {
-  int32_t from = 0;
-  while (from < count) {
-    const int32_t middle = (from + count) / 2;
-    if (__ldg(entries + middle) < value) {
-      from = middle + 1;
-    } else {
-      count = middle;
-    }
-  }
-  return from;
-}
-
-// The same of `kWindow` in shared memory.
-__device__ inline int count_below(const int32_t* entries, int32_t value) {
+// How many of kWindow ascending entries in shared memory are below `value`.
+__device__ inline int window_below(const int32_t* entries, int32_t value) {
   int n = 0;
 #pragma unroll
   for (int step = kWindow / 2; step > 0; step /= 2) {
@@ -360,7 +346,7 @@ struct Producer {
     int taken[kConsumers];
 #pragma unroll
     for (int l = 0; l < kConsumers; ++l) {
-      taken[l] = bound == kNoKey ? min(lists[l].end - lists[l].taken, kWindow) : count_below(plan.entry[l], bound + 1);
+      taken[l] = bound == kNoKey ? min(lists[l].end - lists[l].taken, kWindow) : window_below(plan.entry[l], bound + 1);
     }
 #pragma unroll
     for (int l = 0; l < kConsumers; ++l) {
@@ -368,7 +354,7 @@ struct Producer {
       bool first = i < taken[l];
 #pragma unroll
       for (int before = 0; before < l; ++before) {
-        first = first && !holds(before, count_below(plan.entry[before], key), key);
+        first = first && !holds(before, window_below(plan.entry[before], key), key);
       }
       const unsigned all = __ballot_sync(kAllLanes, first);
       if (lane == 0) plan.firsts[l][group] = all;
@@ -397,7 +383,7 @@ struct Producer {
       int rank = 0, marks = 1 << l;
 #pragma unroll
       for (int other = 0; other < kConsumers; ++other) {
-        const int below = other == l ? i : count_below(plan.entry[other], key);
+        const int below = other == l ? i : window_below(plan.entry[other], key);
         if (other != l) marks |= holds(other, below, key) << other;
         rank += firsts_before(other, below);
       }
