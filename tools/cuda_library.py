@@ -19,7 +19,6 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 HEADERS = ROOT / "custom_ops" / "include" / "qwen1m"
-COLUMN_GROUP = 64
 FAMILIES = (
     "pages",
     "keys",
@@ -50,7 +49,9 @@ def index_shapes(
     """Of qwen1m_index_tables, for row blocks of a piece that ends at `end`, of so many selected columns and slashes a
     head.
     """
-    width = (columns + 3 * (5 + COLUMN_GROUP - 1)) // COLUMN_GROUP * COLUMN_GROUP
+    (defined,) = re.findall(r"#define QWEN1M_COLUMN_GROUP (\d+)", (HEADERS / "keys.h").read_text(encoding="utf-8"))
+    group = int(defined)
+    width = (columns + 3 * (5 + group - 1)) // group * group
     return {
         "blocks": (heads, row_blocks, min(slashes + 12, end // block + 3)),
         "counts": (heads, row_blocks, 6),
