@@ -43,14 +43,20 @@ C_TYPES: dict[str, Any] = {
 }
 
 
+def constant(name: str, header: str) -> int:
+    """A number that a header of the C interface defines."""
+    text = (HEADERS / header).read_text(encoding="utf-8")
+    (defined,) = re.findall(rf"\bQWEN1M_{name} =? ?(\d+)", text)
+    return int(defined)
+
+
 def index_shapes(
     heads: int, row_blocks: int, columns: int, slashes: int, end: int, block: int = 64
 ) -> dict[str, tuple[int, ...]]:
     """Of qwen1m_index_tables, for row blocks of a piece that ends at `end`, of so many selected columns and slashes a
     head.
     """
-    (defined,) = re.findall(r"#define QWEN1M_COLUMN_GROUP (\d+)", (HEADERS / "keys.h").read_text(encoding="utf-8"))
-    group = int(defined)
+    group = constant("COLUMN_GROUP", "keys.h")
     width = (columns + 3 * (5 + group - 1)) // group * group
     return {
         "blocks": (heads, row_blocks, min(slashes + 12, end // block + 3)),

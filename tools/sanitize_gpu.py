@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from cuda_library import CudaLibrary, index_shapes
+from cuda_library import CudaLibrary, constant, index_shapes
 
 TOOLS = ("memcheck", "racecheck", "synccheck")
 CHUNK_LEN, PAGE = 256, 64
@@ -417,6 +417,8 @@ class Kernels:
             given = {"bias": self.normal(77), "y": self.floats(few, 77), "out_dtype": "float32"}
             self.cuda("linear", **{**self.linear(few, width, 77), **given})
             self.linears_and_more(few, width, pages)
+        many = constant("MANY_ROWS", "step.h") + tokens
+        self.cuda("gated_linear", **{**self.linear(many, width, 2 * 136), "y": self.normal(many, 136)})
 
     def linears_and_more(self, tokens: int, width: int, pages: int) -> None:
         """A product and SiLU; projections, rotated and cached."""

@@ -230,8 +230,6 @@ Chosen& chosen() {
   return all;
 }
 
-constexpr int64_t kManyRows = 4096;
-
 bool fits(const qwen1m_product8& a) {
   return a.weight.kind == QWEN1M_E4M3 && a.weight.rows == QWEN1M_ROWS8_BLOCK &&
          a.weight.columns == QWEN1M_ROWS8_BLOCK && a.in_features % QWEN1M_ROWS8_BLOCK == 0 &&
@@ -258,7 +256,7 @@ int product_of_library(const qwen1m_product8& a, void* workspace, cudaStream_t s
   return product.queue(handle, algorithm, a, workspace, stream) == lt::kSuccess ? cudaSuccess : cudaErrorUnknown;
 }
 
-bool asks_library(const qwen1m_product8& a) { return a.x.rows < kManyRows && library().has_block_scales(); }
+bool asks_library(const qwen1m_product8& a) { return a.x.rows < QWEN1M_MANY_ROWS && library().has_block_scales(); }
 
 }  // namespace
 }  // namespace cuda

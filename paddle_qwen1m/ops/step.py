@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import paddle
 
-from paddle_qwen1m.ops.library import call
+from paddle_qwen1m.ops.library import call, library
 from paddle_qwen1m.ops.pages import NOT_QUANTISED, Quantised
 from paddle_qwen1m.ops.weight8 import Weight8, linear8
 
@@ -12,6 +12,8 @@ FEW_ROWS = 16
 """Up to so many rows a linear layer on a GPU is a custom op, which reads the weights once; above, a GEMM of cuBLAS.
 (QWEN1M_FEW_ROWS of custom_ops/include/qwen1m/step.h)
 """
+MANY_ROWS = 4096
+"""From so many rows on the product of gate and up, with SiLU, is a custom op on a Hopper. (QWEN1M_MANY_ROWS)"""
 
 
 def embedding(
@@ -70,10 +72,15 @@ def linear(
 
 
 def gated_linear(x: paddle.Tensor, weight: paddle.Tensor | Weight8) -> paddle.Tensor:
-    """`silu_mul` of `linear` by a weight of gate and up [2I, K]: [T, I]. The product of few rows with a weight that has
-    not 8 bits is never in memory on a GPU.
+    """`silu_mul` of `linear` by a weight of gate and up [2I, K]: [T, I]. On a GPU the product of few rows with a weight
+    that has not 8 bits, and on a Hopper that of many rows, is never in memory.
     """
-    if isinstance(weight, Weight8) or _is_gemm(x):
+    at_once = x.place.is_gpu_place() and x.shape[0] >= MANY_ROWS and bool(library().qwen1m_cuda_gates_many_rows())
+    if isinstance(weight, Weight8):
+        if not at_once:
+            return silu_mul(linear(x, weight))
+        weight = weight.widened_for(x)
+    if _is_gemm(x) and not at_once:
         return silu_mul(linear(x, weight))
     return call("gated_linear", x, weight)[0]
 

@@ -35,6 +35,10 @@ class Weight8(NamedTuple):
         """`widen_weight`."""
         return widen_weight(self, dtype)
 
+    def widened_for(self, x: paddle.Tensor) -> paddle.Tensor:
+        """In the type of activations of 16 bits."""
+        return self.widened("bfloat16" if x.dtype == paddle.bfloat16 else "float16")
+
 
 class WidenedOnce(Weight8):
     """The same for several products, which share what the first of them has widened, all to one type."""
@@ -51,8 +55,7 @@ def linear8(x: paddle.Tensor, weight: Weight8) -> paddle.Tensor:
     """x [T, K] times the transpose of the weight: activations [T, N]. What is computed in is `x`'s type."""
     if x.shape[0] <= FEW_ROWS or not x.place.is_gpu_place():
         return call("linear8", x, *weight)[0]
-    widened = weight.widened("bfloat16" if x.dtype == paddle.bfloat16 else "float16")
-    return paddle.matmul(x, widened, transpose_y=True)
+    return paddle.matmul(x, weight.widened_for(x), transpose_y=True)
 
 
 def widen_weight(weight: Weight8, dtype: str) -> paddle.Tensor:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import numpy as np
 import oracle
 import pytest
@@ -132,6 +135,15 @@ def test_gated_linear(rng: np.random.Generator, rows: int, depth: int, width: in
     weight = stored(rng.standard_normal((2 * width, depth)), storage)
     expected = ORACLE.silu_mul(ORACLE.linear(x, weight))
     assert error(OpFace(storage).gated_linear(x, weight), expected) < 1e-5
+
+
+def test_few_and_many_rows_are_those_of_the_kernels() -> None:
+    header = Path(__file__).parents[2] / "custom_ops" / "include" / "qwen1m" / "step.h"
+    defined = dict(re.findall(r"QWEN1M_(\w+_ROWS) = (\d+)", header.read_text(encoding="utf-8")))
+    assert {name: int(rows) for name, rows in defined.items()} == {
+        "FEW_ROWS": ops.FEW_ROWS,
+        "MANY_ROWS": ops.MANY_ROWS,
+    }
 
 
 def test_gated_linear_refuses_halves_of_unequal_width() -> None:

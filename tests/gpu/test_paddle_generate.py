@@ -179,6 +179,25 @@ def test_weights_of_8_bits_give_the_logits_and_the_answer_of_16(
     assert narrow.generate([ids], GREEDY)[0].token_ids == engine.generate([ids], GREEDY)[0].token_ids
 
 
+@pytest.mark.parametrize("kind", [None, "int8"])
+def test_many_rows_are_gated_with_their_product_on_a_hopper(monkeypatch: pytest.MonkeyPatch, kind: str | None) -> None:
+    """As few as make it, with a weight of 16 bits or one that is widened: what SiLU makes of the product in memory."""
+    rng = np.random.default_rng(0)
+    rows, depth, width = ops.MANY_ROWS, 256, 128
+    weight = rng.standard_normal((2 * width, depth)).astype(np.float32) / 16
+    held = ops.cast(paddle.to_tensor(weight), "bfloat16")
+    if kind is not None:
+        numbers, scales = np.zeros(weight.shape, np.uint8), np.zeros((2 * width, 2), np.float32)
+        assert ops.round_weight(weight, "F32", kind, numbers, scales)
+        held = ops.Weight8(paddle.to_tensor(numbers), paddle.to_tensor(scales), kind)
+    x = ops.cast(paddle.to_tensor(rng.standard_normal((rows, depth)).astype(np.float32)), "bfloat16")
+    apart = ops.cast(ops.silu_mul(ops.linear(x, held)), "float32").numpy()
+    if paddle.device.cuda.get_device_capability() == (9, 0):
+        monkeypatch.setattr("paddle_qwen1m.ops.step.silu_mul", None)  # as it is not called
+    at_once = ops.cast(ops.gated_linear(x, held), "float32").numpy()
+    np.testing.assert_allclose(at_once, apart, rtol=2**-6, atol=1e-2)
+
+
 @pytest.mark.parametrize("tokens", LENGTHS)
 def test_the_answer_is_the_cpus(engine: Engine, prompt: Any, tokens: int) -> None:
     """Greedy, dense: the same tokens up to the first of which the CPU was not sure; up to 65,536, the whole answer."""

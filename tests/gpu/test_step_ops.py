@@ -470,6 +470,30 @@ def test_gated_linear(
         assert same_bits(y[:tokens], apart)
 
 
+@pytest.mark.usefixtures("hopper")
+@each_half
+@pytest.mark.parametrize("depth, width", [(8, 8), (72, 264), (1792, 1000), (3584, 2368), (5120, 128)])
+@pytest.mark.parametrize("tokens", [4096, 4097, 4995])
+def test_gated_linear_of_many_rows(
+    cuda: Any, rng: np.random.Generator, tokens: int, depth: int, width: int, dtype: torch.dtype
+) -> None:
+    """What SiLU makes of the product, rounded as in memory. Depths, widths and rows that fill no step or tile; rows of
+    all sizes, so that none stands for another; nothing behind them is read or written.
+    """
+    x = poisoned(tokens + 64, depth, dtype=dtype)
+    x[:tokens] = stored(rng.standard_normal((tokens, depth)) * 2.0 ** rng.integers(-3, 3, (tokens, 1)), dtype)
+    weight = stored(depth**-0.5 * rng.standard_normal((2 * width, depth)), dtype)
+    y = poisoned(tokens + 64, width, dtype=dtype)
+    cuda("gated_linear", **linear_fields(x[:tokens], weight, y))
+    assert same_bits(y[tokens:], poisoned(64, width, dtype=dtype))
+    some = sorted({0, tokens - 1, *rng.integers(0, tokens, 200)})
+    product = oracle.linear(exact(x[some]), exact(weight))
+    off = ROUNDING[dtype] * np.abs(product) + linear_slack(depth) * depth**-0.5 * largest(exact(x[some])) / 3
+    (gate, up), (gate_off, up_off) = np.split(np.abs(product), 2, -1), np.split(off, 2, -1)
+    # SiLU grows by 1.1 of what its argument does at most
+    check(y[some], oracle.silu_mul(product), 1.1 * gate_off * (up + up_off) + gate * up_off)
+
+
 @each_half
 @pytest.mark.parametrize("shape", HEADS)
 @pytest.mark.parametrize("tokens, variants", [(1, 3), (3, 1), (8, 3), (9, 2), (16, 3)])

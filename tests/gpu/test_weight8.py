@@ -151,12 +151,6 @@ def test_widened_weights_are_rounded_once(
     assert same_bits(out, expected)
 
 
-@pytest.fixture
-def hopper(cuda: Any) -> None:
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("rows in FP8 are Hopper's")
-
-
 def assert_rounded(found: Rows, values: Array, dtype: torch.dtype) -> None:
     """Within a step of FP8 of values that are known to a rounding of float32 functions; zeros behind them."""
     tokens = found.tokens

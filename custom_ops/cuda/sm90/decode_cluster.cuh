@@ -63,12 +63,6 @@ struct EarlyPages : Pages {
 
 // ---- what blocks of a cluster have to do with each other ----
 
-__device__ inline uint32_t in_block(uint32_t shared, int rank) {
-  uint32_t there;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared), "r"(rank));
-  return there;
-}
-
 // A write to another block's shared memory, whose bytes count for the barrier there.
 __device__ inline void send(uint32_t to, uint32_t barrier, float4 v) {
   asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%2, %3, %4, %5}, [%1];" ::"r"(to),

@@ -111,6 +111,31 @@ __device__ inline void copy_bytes(uint32_t shared, const void* from, int bytes, 
                : "memory");
 }
 
+// ---- blocks of a cluster ----
+
+// The place in another block's shared memory that `shared` is in this one's.
+__device__ inline uint32_t in_block(uint32_t shared, int rank) {
+  uint32_t there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared), "r"(rank));
+  return there;
+}
+
+// At another block's barrier. What this thread has stored is not made visible to it: with a scope of the cluster's that
+// would cost a fence of the whole device.
+__device__ inline void barrier_arrive_in_block(uint32_t barrier, int rank) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(in_block(barrier, rank)) : "memory");
+}
+
+// copy_matrix to the same place in all `blocks` of the cluster, bit by bit, whose own barriers its bytes count for.
+__device__ inline void copy_matrix_to(uint16_t blocks, uint32_t shared, const CUtensorMap& map, uint32_t barrier, int x,
+                                      int y) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, "
+      "%4}], [%2], %5;" ::"r"(shared),
+      "l"(&map), "r"(barrier), "r"(x), "r"(y), "h"(blocks)
+      : "memory");
+}
+
 // ---- registers of a warpgroup ----
 
 template <int kRegisters>
@@ -170,6 +195,7 @@ __device__ inline uint32_t columns_descriptor(uint32_t shared, int panel_rows) {
 
 #define QWEN1M_F4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define QWEN1M_F16(d, i) QWEN1M_F4(d, i), QWEN1M_F4(d, i + 4), QWEN1M_F4(d, i + 8), QWEN1M_F4(d, i + 12)
+#define QWEN1M_F64(d, i) QWEN1M_F16(d, i), QWEN1M_F16(d, i + 16), QWEN1M_F16(d, i + 32), QWEN1M_F16(d, i + 48)
 #define QWEN1M_R16(a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p)                                                   \
   "%" #a ", %" #b ", %" #c ", %" #d ", %" #e ", %" #f ", %" #g ", %" #h ", %" #i ", %" #j ", %" #k ", %" #l ", %" #m \
   ", %" #n ", %" #o ", %" #p
@@ -180,9 +206,19 @@ __device__ inline uint32_t columns_descriptor(uint32_t shared, int panel_rows) {
   QWEN1M_R32 ", " QWEN1M_R16(32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43, 44, 45, 46, 47) ", " QWEN1M_R16( \
       48, 49, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60, 61, 62, 63)
 
+#define QWEN1M_R128                                                                                                  \
+  QWEN1M_R64 ", " QWEN1M_R16(64, 65, 66, 67, 68, 69, 70, 71, 72, 73, 74, 75, 76, 77, 78, 79) ", " QWEN1M_R16(        \
+      80, 81, 82, 83, 84, 85, 86, 87, 88, 89, 90, 91, 92, 93, 94,                                                    \
+      95) ", " QWEN1M_R16(96, 97, 98, 99, 100, 101, 102, 103, 104, 105, 106, 107, 108, 109, 110,                     \
+                          111) ", " QWEN1M_R16(112, 113, 114, 115, 116, 117, 118, 119, 120, 121, 122, 123, 124, 125, \
+                                               126, 127)
+
 // c[64, N] (+)= a[64, 16] b[16, N], N = 2 * (values of c a thread). Thread 32w + 4g + p holds rows 16w + g (c[4n],
 // c[4n + 1]) and 16w + g + 8 (c[4n + 2], c[4n + 3]) at columns 8n + 2p, 8n + 2p + 1. `add` false: c's contents do not
 // count. Both factors in shared memory, rows as their transposes.
+template <typename T>
+__device__ inline void multiply_shared(float (&c)[128], uint32_t a, uint32_t b, bool add);
+
 template <typename T>
 __device__ inline void multiply_shared(float (&c)[64], uint32_t a, uint32_t b, bool add);
 
@@ -195,11 +231,20 @@ __device__ inline void multiply_rows(float (&c)[64], const uint32_t (&a)[4], uin
 
 #define QWEN1M_PRODUCTS(T, name)                                                                                      \
   template <>                                                                                                         \
+  __device__ inline void multiply_shared<T>(float (&c)[128], uint32_t a, uint32_t b, bool add) {                      \
+    asm volatile(                                                                                                     \
+        "{\n.reg .pred p;\n.reg .b64 a, b;\nsetp.ne.b32 p, %131, 0;\nmov.b64 a, {%128, %130};\nmov.b64 b, {%129, "    \
+        "%130};\nwgmma.mma_async.sync.aligned.m64n256k16.f32." name "." name " {" QWEN1M_R128                         \
+        "}, a, b, p, 1, 1, 0, 0;\n}"                                                                                  \
+        : QWEN1M_F64(c, 0), QWEN1M_F64(c, 64)                                                                         \
+        : "r"(a), "r"(b), "r"(kDescriptorHigh), "r"(static_cast<int>(add)));                                          \
+  }                                                                                                                   \
+  template <>                                                                                                         \
   __device__ inline void multiply_shared<T>(float (&c)[64], uint32_t a, uint32_t b, bool add) {                       \
     asm volatile(                                                                                                     \
         "{\n.reg .pred p;\n.reg .b64 a, b;\nsetp.ne.b32 p, %67, 0;\nmov.b64 a, {%64, %66};\nmov.b64 b, {%65, %66};\n" \
         "wgmma.mma_async.sync.aligned.m64n128k16.f32." name "." name " {" QWEN1M_R64 "}, a, b, p, 1, 1, 0, 0;\n}"     \
-        : QWEN1M_F16(c, 0), QWEN1M_F16(c, 16), QWEN1M_F16(c, 32), QWEN1M_F16(c, 48)                                   \
+        : QWEN1M_F64(c, 0)                                                                                            \
         : "r"(a), "r"(b), "r"(kDescriptorHigh), "r"(static_cast<int>(add)));                                          \
   }                                                                                                                   \
   template <>                                                                                                         \
@@ -216,7 +261,7 @@ __device__ inline void multiply_rows(float (&c)[64], const uint32_t (&a)[4], uin
         "{\n.reg .b64 b;\nmov.b64 b, {%68, %69};\n"                                                                   \
         "wgmma.mma_async.sync.aligned.m64n128k16.f32." name "." name " {" QWEN1M_R64                                  \
         "}, {%64, %65, %66, %67}, b, 1, 1, 1, 1;\n}"                                                                  \
-        : QWEN1M_F16(c, 0), QWEN1M_F16(c, 16), QWEN1M_F16(c, 32), QWEN1M_F16(c, 48)                                   \
+        : QWEN1M_F64(c, 0)                                                                                            \
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(kDescriptorHigh));                                  \
   }
 
@@ -229,14 +274,16 @@ __device__ inline void multiply_bytes(float (&c)[64], uint32_t a, uint32_t b, bo
   asm volatile(
       "{\n.reg .pred p;\n.reg .b64 a, b;\nsetp.ne.b32 p, %67, 0;\nmov.b64 a, {%64, %66};\nmov.b64 b, {%65, %66};\n"
       "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {" QWEN1M_R64 "}, a, b, p, 1, 1;\n}"
-      : QWEN1M_F16(c, 0), QWEN1M_F16(c, 16), QWEN1M_F16(c, 32), QWEN1M_F16(c, 48)
+      : QWEN1M_F64(c, 0)
       : "r"(a), "r"(b), "r"(kDescriptorHigh), "r"(static_cast<int>(add)));
 }
 
 #undef QWEN1M_PRODUCTS
+#undef QWEN1M_R128
 #undef QWEN1M_R64
 #undef QWEN1M_R32
 #undef QWEN1M_R16
+#undef QWEN1M_F64
 #undef QWEN1M_F16
 #undef QWEN1M_F4
 

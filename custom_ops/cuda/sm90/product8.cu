@@ -2,16 +2,17 @@
 // scaled and added up in float32. Or the MLP's first product with what follows it: 128 features of the gate and as many
 // of what goes up, of which SiLU makes 128 values of a row, rounded to FP8.
 //
-//   producer   one thread has the copy engine fill a ring: rows, two halves of features, and the rows' scales
+//   producer   one thread has the copy engine fill a ring: rows, two halves of features, and the rows' scales. Of two
+//              neighbouring blocks of a gated product, which have the same features, each brings half of them to both
 //   consumers  two warpgroups of 64 rows. A step's sums of a half of the features are products of their own, scaled and
 //              added while the other warpgroup has the tensor cores
 //
-// Blocks stay, and take tiles until none is left: bands of tiles of rows, which share L2.
-#include <algorithm>
-
+// Blocks stay, and take tiles until none is left.
+#include "clusters.cuh"
 #include "hopper.cuh"
 #include "mma.cuh"
 #include "product8.h"
+#include "product_tiles.cuh"
 #include "rows8.cuh"
 #include "tensor_map.h"
 
@@ -25,9 +26,11 @@ constexpr int kConsumers = 2, kThreads = (1 + kConsumers) * kWarpgroup;
 constexpr int kConsumerRows = 64, kTileRows = kConsumers * kConsumerRows;
 constexpr int kHalfFeatures = 128, kHalves = 2;
 constexpr int kRing = 4;
-constexpr int kBand = 8;       // tiles of rows
 constexpr int kLanesARow = 4;  // of a consumer's warp
 constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+template <bool kGated>
+constexpr int kBlocks = kGated ? kHalves : 1;  // of a cluster
+constexpr uint16_t kAllBlocks = (1 << kHalves) - 1;
 static_assert(kDepth == kPanelRowBytes && kHalfFeatures == QWEN1M_ROWS8_BLOCK, "");
 
 struct alignas(1024) Shared {
@@ -43,7 +46,7 @@ struct Product8Arguments {
   void* y;                        // [rows, features]
   qwen1m_rows8 out;               // in its place, gated: [rows, features / 2]
   int32_t rows, features, steps;  // steps: of kDepth
-  int32_t row_tiles, tiles;
+  Tiles tiles;
 };
 
 // The first row of a tile, and the first features of its halves; behind all features where there are no more.
@@ -54,12 +57,10 @@ struct Tile {
 // f(tile) for the tiles of this block.
 template <bool kGated, typename F>
 __device__ void each_tile(const Product8Arguments& a, F&& f) {
-  const int across = a.tiles / a.row_tiles, band = kBand * across;
-  for (int number = blockIdx.x; number < a.tiles; number += gridDim.x) {
-    const int first = number / band * kBand, within = number % band, height = min(kBand, a.row_tiles - first);
-    const int column = within / height, row = (first + within % height) * kTileRows;
-    const int feature = column * (kGated ? 1 : kHalves) * kHalfFeatures;
-    f(Tile{row, {feature, feature + (kGated ? a.features / 2 : kHalfFeatures)}});
+  for (int32_t number = a.tiles.first(); number < a.tiles.count; number += a.tiles.step()) {
+    const Tiles::Place at = a.tiles.place(number);
+    const int feature = at.column * (kGated ? 1 : kHalves) * kHalfFeatures;
+    f(Tile{at.row * kTileRows, {feature, feature + (kGated ? a.features / 2 : kHalfFeatures)}});
   }
 }
 
@@ -67,36 +68,30 @@ template <bool kGated>
 __device__ void produce(const Product8Arguments& a, Shared& shared) {
   RingPlace<kRing> place;
   each_tile<kGated>(a, [&](const Tile& tile) {
-    const int scale_bytes = min(kTileRows, a.rows - tile.row) * static_cast<int>(sizeof(float));
+    // None where the last block of a cluster has no rows.
+    const int scale_bytes = max(min(kTileRows, a.rows - tile.row), 0) * static_cast<int>(sizeof(float));
     for (int step = 0; step < a.steps; ++step) {
       const uint32_t full = shared_address(&shared.full[place.index]);
       barrier_wait(shared_address(&shared.empty[place.index]), place.parity ^ 1);
       barrier_arrive_expecting(full, (kTileRows + kHalves * kHalfFeatures) * kDepth + scale_bytes);
       copy_matrix(shared_address(shared.rows[place.index]), a.rows_map, full, step * kDepth, tile.row);
-      for (int half = 0; half < kHalves; ++half) {
-        copy_matrix(shared_address(shared.features[place.index][half]), a.features_map, full, step * kDepth,
-                    tile.feature[half]);
+      if constexpr (kGated) {
+        const int own = blockIdx.x % kBlocks<kGated>;
+        copy_matrix_to(kAllBlocks, shared_address(shared.features[place.index][own]), a.features_map, full,
+                       step * kDepth, own == 0 ? tile.feature[0] : tile.feature[1]);
+      } else {
+        for (int half = 0; half < kHalves; ++half) {
+          copy_matrix(shared_address(shared.features[place.index][half]), a.features_map, full, step * kDepth,
+                      tile.feature[half]);
+        }
       }
-      copy_bytes(shared_address(shared.scales[place.index]),
-                 a.row_scales + static_cast<int64_t>(step) * a.rows + tile.row, scale_bytes, full);
+      if (scale_bytes > 0) {
+        copy_bytes(shared_address(shared.scales[place.index]),
+                   a.row_scales + static_cast<int64_t>(step) * a.rows + tile.row, scale_bytes, full);
+      }
       place.advance();
     }
   });
-}
-
-// Lane p of four neighbours gets the p-th word of each of them.
-__device__ inline void transpose_words(uint32_t (&words)[4]) {
-#pragma unroll
-  for (int bit = 1; bit <= 2; bit *= 2) {
-    const bool upper = threadIdx.x & bit;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (i & bit) continue;
-      uint32_t &low = words[i], &high = words[i + bit];
-      const uint32_t other = __shfl_xor_sync(kAllLanes, upper ? low : high, bit);
-      (upper ? low : high) = other;
-    }
-  }
 }
 
 template <typename T, bool kGated>
@@ -107,6 +102,13 @@ struct Consumer {
   const int line = number * kConsumerRows + threadIdx.x / kWarp % 4 * 16 + lane / kLanesARow;  // and the one 8 below
   RingPlace<kRing> place;
   float sums[kHalves][64], part[64];
+
+  // All threads say so, since all read scales; to the other block, which brings features alone, one of a warp.
+  __device__ void release(int index) const {
+    const uint32_t empty = shared_address(&shared.empty[index]);
+    barrier_arrive(empty);
+    if (kGated && lane == 0) barrier_arrive_in_block(empty, blockIdx.x % kBlocks<kGated> ^ 1);
+  }
 
   __device__ void multiply(const Tile& tile) {
     const uint32_t rows_begin = rows_descriptor(shared_address(shared.rows[0] + number * kConsumerRows * kDepth));
@@ -140,7 +142,7 @@ struct Consumer {
         const float scale[2] = {row_scale[0] * weight_scale[half], row_scale[1] * weight_scale[half]};
         products_wait<0>();
         settle(part);
-        if (half == kHalves - 1) barrier_arrive(shared_address(&shared.empty[place.index]));
+        if (half == kHalves - 1) release(place.index);
 #pragma unroll
         for (int i = 0; i < 64; ++i) sums[half][i] += part[i] * scale[i / 2 % 2];
         weight_scale[half] = next[half];
@@ -216,19 +218,29 @@ __global__ void __launch_bounds__(kThreads, 1) product8_kernel(const __grid_cons
   extern __shared__ char memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   if (threadIdx.x == 0) {
+    constexpr int kThreadsOfBoth = kConsumers * kWarpgroup + (kBlocks<kGated> - 1) * kConsumers * kWarpgroup / kWarp;
     for (uint64_t& barrier : shared.full) barrier_init(shared_address(&barrier), 1);
-    // All threads, since all read scales.
-    for (uint64_t& barrier : shared.empty) barrier_init(shared_address(&barrier), kConsumers * kWarpgroup);
+    for (uint64_t& barrier : shared.empty) barrier_init(shared_address(&barrier), kThreadsOfBoth);
     barrier_init_fence();
   }
-  __syncthreads();
+  const auto meet = [] {  // no block begins before the other has barriers, or ends while that may still write to it
+    if constexpr (kGated) {
+      cluster_arrive();
+      cluster_wait();
+    } else {
+      __syncthreads();
+    }
+  };
+  meet();
   if (threadIdx.x < kWarpgroup) {
     give_registers<kProducerRegisters>();
     if (threadIdx.x == 0) produce<kGated>(a, shared);
+    __syncwarp();
   } else {
     take_registers<kConsumerRegisters>();
     Consumer<T, kGated>{a, shared}.run();
   }
+  if (kGated) meet();
 }
 
 template <typename T, bool kGated>
@@ -241,8 +253,7 @@ int launch(const qwen1m_product8& product, const qwen1m_rows8& out, cudaStream_t
   a.rows = static_cast<int32_t>(product.x.rows);
   a.features = static_cast<int32_t>(product.out_features);
   a.steps = static_cast<int32_t>(product.in_features / kDepth);
-  a.row_tiles = static_cast<int32_t>(ceil_div(a.rows, kTileRows));
-  a.tiles = a.row_tiles * static_cast<int32_t>(ceil_div(a.features, kHalves * kHalfFeatures));
+  a.tiles = Tiles(a.rows, kTileRows, ceil_div(a.features, kHalves * kHalfFeatures), kBlocks<kGated>);
   int code = make_byte_map(a.rows_map, product.x.numbers, product.in_features, a.rows, kTileRows);
   if (code == cudaSuccess) {
     code = make_byte_map(a.features_map, product.weight.numbers, product.in_features, a.features, kHalfFeatures);
@@ -251,8 +262,15 @@ int launch(const qwen1m_product8& product, const qwen1m_rows8& out, cudaStream_t
   const auto kernel = product8_kernel<T, kGated>;
   const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared));
   if (status != cudaSuccess) return status;
-  kernel<<<std::min(a.tiles, processors()), kThreads, sizeof(Shared), stream>>>(a);
-  return cudaGetLastError();
+  cudaLaunchAttribute cluster = clusters_of(kBlocks<kGated>);
+  cudaLaunchConfig_t launch{};
+  launch.gridDim = a.tiles.grid(processors());
+  launch.blockDim = kThreads;
+  launch.dynamicSmemBytes = sizeof(Shared);
+  launch.stream = stream;
+  launch.attrs = &cluster;
+  launch.numAttrs = 1;
+  return cudaLaunchKernelEx(&launch, kernel, a);
 }
 
 }  // namespace

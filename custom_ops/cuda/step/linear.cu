@@ -21,6 +21,7 @@
 #include "mma.cuh"
 #include "overlap.cuh"
 #include "qwen1m/step.h"
+#include "sm90/gated_product.h"
 #include "step/few_rows.cuh"
 #include "vectors.cuh"
 
@@ -310,17 +311,21 @@ int qwen1m_cuda_linear(const qwen1m_linear* a, qwen1m_stream stream) {
   });
 }
 
-// The same.
+// The same, but for many on Hopper.
 int qwen1m_cuda_gated_linear(const qwen1m_linear* a, qwen1m_stream stream) {
   if (!takes(*a) || a->out_dtype != a->activation || a->bias != nullptr || a->out_features % 2 != 0) {
     return cudaErrorInvalidValue;
   }
   if (a->out_features == 0) return cudaSuccess;
+  const bool at_once = a->tokens >= QWEN1M_MANY_ROWS && a->out_features / 2 % kPack == 0 && is_hopper();
   return with_half_type(a->activation, [&](auto type) -> int {
     using T = decltype(type);
+    if (at_once) return sm90::gated_product<T>(*a, as_stream(stream));
     return few_at_a_time<T, T>(*a, a->out_features / 2, choose_linear<T, Gated<T>>, as_stream(stream));
   });
 }
+
+int qwen1m_cuda_gates_many_rows() { return is_hopper() ? 1 : 0; }
 
 int qwen1m_cuda_rotating_linear(const qwen1m_rotating_linear* a, qwen1m_stream stream) {
   const qwen1m_linear& linear = a->linear;

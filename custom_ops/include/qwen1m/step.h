@@ -69,7 +69,8 @@ typedef struct {
 // qwen1m_gated_linear is one by a weight of gate and up without a bias, and then qwen1m_silu_mul: its y is [tokens,
 // out_features / 2] activations.
 
-enum { QWEN1M_FEW_ROWS = 16 };  // that read a weight once on a GPU
+// That read a weight once on a GPU; from how many on products of Hopper's own are faster than a library's.
+enum { QWEN1M_FEW_ROWS = 16, QWEN1M_MANY_ROWS = 4096 };
 
 // One without a bias, and then qwen1m_rotate_and_cache, for queries too, into a cache that is not of 8 bits: y and qkv
 // are not there. On a GPU of few rows.
@@ -130,8 +131,9 @@ QWEN1M_API int qwen1m_cuda_rotate_and_cache(const qwen1m_rotate_and_cache*, qwen
 QWEN1M_API int qwen1m_cuda_rotate_queries(const qwen1m_rotate_queries*, qwen1m_stream);
 QWEN1M_API int qwen1m_cuda_decode_inputs(const qwen1m_decode_inputs*, qwen1m_stream);
 QWEN1M_API int qwen1m_cuda_embedding(const qwen1m_embedding*, qwen1m_stream);
-QWEN1M_API int qwen1m_cuda_linear(const qwen1m_linear*, qwen1m_stream);  // few rows: others belong to cuBLAS
-QWEN1M_API int qwen1m_cuda_gated_linear(const qwen1m_linear*, qwen1m_stream);
+QWEN1M_API int qwen1m_cuda_linear(const qwen1m_linear*, qwen1m_stream);        // few rows: others belong to cuBLAS
+QWEN1M_API int qwen1m_cuda_gated_linear(const qwen1m_linear*, qwen1m_stream);  // few rows, on Hopper many as well
+QWEN1M_API int qwen1m_cuda_gates_many_rows(void);
 QWEN1M_API int qwen1m_cuda_rotating_linear(const qwen1m_rotating_linear*, qwen1m_stream);
 QWEN1M_API int qwen1m_cuda_rms_norm(const qwen1m_rms_norm*, qwen1m_stream);
 QWEN1M_API int qwen1m_cuda_silu_mul(const qwen1m_silu_mul*, qwen1m_stream);
