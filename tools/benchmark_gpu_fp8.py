@@ -21,7 +21,7 @@ from cuda_library import CudaLibrary, constant
 from decode_step import MODELS, Model
 
 ROWS = 32768
-DECODE_ROWS = (1, 8, 16)
+DECODE_ROWS = (1, 2, 4, 8, 16)
 COMPARED_ROWS = 64
 COPIES = 8
 """Of weights that decode reads in turn, so that none is in L2."""

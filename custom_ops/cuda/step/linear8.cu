@@ -8,7 +8,7 @@
 #include "mma.cuh"
 #include "overlap.cuh"
 #include "qwen1m/weight8.h"
-#include "sm90/linear8_row.h"
+#include "sm90/linear8_rows.h"
 #include "step/few_rows.cuh"
 #include "vectors.cuh"
 #include "weight8.cuh"
@@ -208,9 +208,9 @@ int qwen1m_cuda_linear8(const qwen1m_linear8* a, qwen1m_stream stream) {
     return cudaErrorInvalidValue;
   }
   if (a->out_features == 0) return cudaSuccess;
-  if (a->tokens == 1 && a->weight.columns == kStep && is_hopper()) {
+  if (sm90::takes_linear8_rows(*a) && is_hopper()) {
     return with_half_type(a->activation,
-                          [&](auto type) { return sm90::linear8_row<decltype(type)>(*a, as_stream(stream)); });
+                          [&](auto type) { return sm90::linear8_rows<decltype(type)>(*a, as_stream(stream)); });
   }
   const bool eight = takes_eight_warps(a->out_features);
   return with_weight8(a->weight.kind, a->activation, [&](auto kind, auto type) -> int {

@@ -1,20 +1,22 @@
-// One row times a weight of 8 bits: its bytes stream once through shared memory, where the copy engine puts them, into
-// operands of the tensor cores.
+// Up to eight rows times a weight of 8 bits: its bytes stream once through shared memory, where the copy engine puts
+// them, into operands of the tensor cores.
 //
 //   tile     up to 16 features, the launch's `height`, whose warps take turns at steps of 128 values along K; of fewer
 //            the rest of 16 is computed from whatever lies there, and is nobody's
 //   box      a warp's step of a tile, lines of 128 bytes; each warp has a ring of its own, and waits for no other
-//   x        f16 in shared memory, each step of it times a power of two that keeps all digits there: for a pair of
-//            numbers becomes f16 in one instruction, or two, where bf16 takes five
+//   x        f16 in shared memory, each step of a row times a power of two that keeps all digits there: for a pair of
+//            numbers becomes f16 in one instruction, or two, where bf16 takes five. All of x, so that its rows are few
+//            where they are long
 //   blocks   one a processor, whose loads go on from one tile of features to the next; what is under way is not in the
 //            first level cache, which a launch before may have left no room
 //
-// Lane 4g + p has of a step bytes 32p to 32p + 31 of rows g and g + 8, as they lie in memory, and the same values of x:
-// an mma may add its products over k in any order. x is a column of eight; lanes of the others have zeros.
+// Lane 4g + p has of a step bytes 32p to 32p + 31 of the weight's rows g and g + 8, as they lie in memory, and the same
+// values of x's row g, which is a column of the product: an mma may add its products over k in any order. Lanes of rows
+// that are not there have zeros.
 #include <algorithm>
 
 #include "hopper.cuh"
-#include "linear8_row.h"
+#include "linear8_rows.h"
 #include "mma.cuh"
 #include "overlap.cuh"
 #include "tensor_map.h"
@@ -33,18 +35,26 @@ constexpr int kBoxBytes = kFeatures * kStep;             // of the highest tile
 constexpr int kLongSteps = 4;                            // of a warp
 constexpr int kRun = 2 * kPack;                          // of x, of a thread
 constexpr int kStepBytes = kStep * sizeof(f16);          // of x
+constexpr int kMostRows = 8, kSharedBytes = 227 << 10;
 
+// For up to ROWS rows of x, one or kMostRows.
+template <int ROWS>
 struct SharedPlan {
+  static constexpr int kPad = ROWS == 1 ? 0 : 64;  // two rows side by side in all banks
+
   char boxes[kWarps][kStages][kBoxBytes];
   float scales[kWarps][kStages][kFeatures];
-  float sums[2][kWarps][kFeatures];  // of two tiles in turn
+  float sums[2][kWarps][kFeatures][ROWS];  // of two tiles in turn
   uint64_t full[kWarps][kStages];
-};  // then x, f16 [K], and what it is to be multiplied by, float [K / kStep]
-static_assert(sizeof(SharedPlan) % 16 == 0, "x is read 16 bytes at a time");
+  // Then x, f16 [tokens, K], and what it is to be multiplied by, float [K / kStep, ROWS]. Bytes of a row of x:
+  static __host__ __device__ int row_bytes(int64_t depth) { return static_cast<int>(depth * sizeof(f16)) + kPad; }
 
-int shared_bytes(int64_t depth) {
-  return static_cast<int>(sizeof(SharedPlan) + depth * sizeof(f16) + depth / kStep * sizeof(float));
-}
+  static int64_t bytes(int64_t depth, int64_t tokens) {
+    return sizeof(SharedPlan) + depth / kStep * ROWS * sizeof(float) + tokens * row_bytes(depth);
+  }
+};
+static_assert(sizeof(SharedPlan<1>) % 16 == 0 && sizeof(SharedPlan<kMostRows>) % 16 == 0,
+              "x is read so many at a time");
 
 // As load_shared where `valid`; else v stays as it is.
 __device__ inline void load_shared_where(bool valid, uint4& v, uint32_t at) {
@@ -63,10 +73,10 @@ __device__ inline void copy_word(void* shared, const float* global) {
 }
 
 // x to shared memory: of a step the first 16 bytes of every lane's values, then their second ones, ...
-template <typename T>
-__device__ void stage_x(const T* x, int depth, char* to, float* powers) {
+template <int ROWS, typename T>
+__device__ void stage_x(const T* x, int tokens, int depth, char* to, float* powers) {
   constexpr int kAtOnce = 3;
-  const int runs = depth / kRun;
+  const int of_row = depth / kRun, runs = tokens * of_row;
   for (int first = threadIdx.x; first < runs; first += kAtOnce * kThreads) {
     Pack<T> packs[kAtOnce][2];
 #pragma unroll
@@ -78,8 +88,9 @@ __device__ void stage_x(const T* x, int depth, char* to, float* powers) {
     }
 #pragma unroll
     for (int n = 0; n < kAtOnce; ++n) {
-      const int run = first + n * kThreads, part = run % 8 / 2, place = run % 2 * 2;
-      if (run >= runs) break;
+      const int number = first + n * kThreads, row = ROWS == 1 ? 0 : number / of_row, run = number - row * of_row;
+      const int part = run % 8 / 2, place = run % 2 * 2;
+      if (number >= runs) break;
       float values[2][kPack], largest = 0;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -100,26 +111,29 @@ __device__ void stage_x(const T* x, int depth, char* to, float* powers) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         for (float& value : values[half]) value *= power;
-        store_narrowed(values[half],
-                       reinterpret_cast<f16*>(to + run / 8 * kStepBytes + (place + half) * 64 + part * 16));
+        store_narrowed(values[half], reinterpret_cast<f16*>(to + row * SharedPlan<ROWS>::row_bytes(depth) +
+                                                            run / 8 * kStepBytes + (place + half) * 64 + part * 16));
       }
-      if (run % 8 == 0) powers[run / 8] = __uint_as_float(static_cast<uint32_t>(exponent - 14) << 23);
+      if (run % 8 == 0) powers[run / 8 * ROWS + row] = __uint_as_float(static_cast<uint32_t>(exponent - 14) << 23);
     }
   }
 }
 
-template <typename Kind, typename T>
+template <int ROWS, typename Kind, typename T>
 __global__ void __launch_bounds__(kThreads, 1)
-    linear8_row_kernel(const qwen1m_linear8 a, const __grid_constant__ CUtensorMap map, int height) {
+    linear8_rows_kernel(const qwen1m_linear8 a, const __grid_constant__ CUtensorMap map, int height) {
   extern __shared__ __align__(1024) char shared[];
-  SharedPlan& plan = *reinterpret_cast<SharedPlan*>(shared);
+  using Plan = SharedPlan<ROWS>;
+  constexpr int kColumns = std::min(ROWS, 2);  // of a lane's sums: 2 * part and the next
+  Plan& plan = *reinterpret_cast<Plan*>(shared);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, group = lane / 4, part = lane % 4;
   const int depth = static_cast<int>(a.in_features), features = static_cast<int>(a.out_features);
   const int steps = depth / kStep, tiles = (features + height - 1) / height;
   const int own_steps = (steps - warp + kWarps - 1) / kWarps;
   const int rows_shift = 31 - __clz(a.weight.rows);
-  char* const x = shared + sizeof(SharedPlan);
-  float* const powers = reinterpret_cast<float*>(x + depth * sizeof(f16));
+  const int tokens = ROWS == 1 ? 1 : static_cast<int>(a.tokens);
+  char* const x = shared + sizeof(Plan);
+  float* const powers = reinterpret_cast<float*>(x + tokens * Plan::row_bytes(depth));
 
   const uint32_t boxes = shared_address(plan.boxes[warp]), full = shared_address(plan.full[warp]);
   if (lane == 0) {
@@ -153,21 +167,22 @@ __global__ void __launch_bounds__(kThreads, 1)
   for (int s = 0; s < kStages; ++s) load(s);
   await_previous();
   admit_next();
-  stage_x(static_cast<const T*>(a.x), depth, x, powers);
+  stage_x<ROWS>(static_cast<const T*>(a.x), tokens, depth, x, powers);
   __syncthreads();
 
   // Chunks of a line are permuted: see hopper.cuh.
+  const uint32_t own_x = shared_address(x) + group * Plan::row_bytes(depth) + part * 16;
   const uint32_t own_line = group * kStep + ((2 * part ^ group) << 4);
   uint4 column[4] = {};
   int stage = 0, turn = 0;
   uint32_t parity = 0;
   for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-    float sums[2] = {0, 0};
+    float sums[2][kColumns] = {};
     for (int i = 0; i < own_steps; ++i) {
       const int step = warp + i * kWarps;
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
-        load_shared_where(group == 0, column[n], shared_address(x) + step * kStepBytes + n * 64 + part * 16);
+        load_shared_where(group < tokens, column[n], own_x + step * kStepBytes + n * 64);
       }
       copy_wait<kStages - 1>();
       __syncwarp();
@@ -189,9 +204,13 @@ __global__ void __launch_bounds__(kThreads, 1)
         }
       }
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const float scale = plan.scales[warp][stage][8 * r + group] * powers[step];
-        sums[r] += (products[0][2 * r] + products[1][2 * r]) * scale;
+      for (int c = 0; c < kColumns; ++c) {
+        const float power = powers[step * ROWS + (ROWS == 1 ? 0 : 2 * part + c)];
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          const float scale = plan.scales[warp][stage][8 * r + group] * power;
+          sums[r][c] += (products[0][2 * r + c] + products[1][2 * r + c]) * scale;
+        }
       }
       __syncwarp();
       load(stage);
@@ -200,17 +219,20 @@ __global__ void __launch_bounds__(kThreads, 1)
         parity ^= 1;
       }
     }
-    if (part == 0) {
+    if (part < ROWS) {
 #pragma unroll
-      for (int r = 0; r < 2; ++r) plan.sums[turn][warp][8 * r + group] = sums[r];
+      for (int r = 0; r < 2; ++r) {
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c) plan.sums[turn][warp][8 * r + group][(2 * part + c) % ROWS] = sums[r][c];
+      }
     }
     __syncthreads();
-    const int feature = tile * height + threadIdx.x;
-    if (threadIdx.x < height && feature < features) {
+    const int own = threadIdx.x % kFeatures, row = threadIdx.x / kFeatures, feature = tile * height + own;
+    if (own < height && row < tokens && feature < features) {
       float sum = 0;
 #pragma unroll
-      for (int w = 0; w < kWarps; ++w) sum += plan.sums[turn][w][threadIdx.x];
-      static_cast<T*>(a.y)[feature] = narrow<T>(sum);
+      for (int w = 0; w < kWarps; ++w) sum += plan.sums[turn][w][own][row];
+      static_cast<T*>(a.y)[static_cast<int64_t>(row) * features + feature] = narrow<T>(sum);
     }
     turn ^= 1;
   }
@@ -229,23 +251,34 @@ int choose_height(const qwen1m_linear8& a) {
   return best;
 }
 
-}  // namespace
-
-template <typename T>
-int linear8_row(const qwen1m_linear8& a, cudaStream_t stream) {
+template <int ROWS, typename T>
+int launch(const qwen1m_linear8& a, cudaStream_t stream) {
   const int height = choose_height(a);
   CUtensorMap map;
   if (const int error = make_byte_map(map, a.weight.numbers, a.in_features, a.out_features, height)) return error;
-  const int bytes = shared_bytes(a.in_features);
+  const auto bytes = static_cast<int>(SharedPlan<ROWS>::bytes(a.in_features, a.tokens));
   const int64_t tiles = ceil_div(a.out_features, height);
   const auto blocks = static_cast<unsigned>(std::min<int64_t>(tiles, processors()));
-  const auto kernel = a.weight.kind == QWEN1M_INT8 ? linear8_row_kernel<Int8, T> : linear8_row_kernel<E4M3, T>;
+  const auto kernel =
+      a.weight.kind == QWEN1M_INT8 ? linear8_rows_kernel<ROWS, Int8, T> : linear8_rows_kernel<ROWS, E4M3, T>;
   if (const int error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)) return error;
   return launch_overlapping(kernel, blocks, kThreads, bytes, stream, a, map, height);
 }
 
-template int linear8_row<bf16>(const qwen1m_linear8&, cudaStream_t);
-template int linear8_row<f16>(const qwen1m_linear8&, cudaStream_t);
+}  // namespace
+
+bool takes_linear8_rows(const qwen1m_linear8& a) {
+  return a.tokens >= 1 && a.tokens <= kMostRows && a.weight.columns == kStep &&
+         (a.tokens == 1 || SharedPlan<kMostRows>::bytes(a.in_features, a.tokens) <= kSharedBytes);
+}
+
+template <typename T>
+int linear8_rows(const qwen1m_linear8& a, cudaStream_t stream) {
+  return a.tokens == 1 ? launch<1, T>(a, stream) : launch<kMostRows, T>(a, stream);
+}
+
+template int linear8_rows<bf16>(const qwen1m_linear8&, cudaStream_t);
+template int linear8_rows<f16>(const qwen1m_linear8&, cudaStream_t);
 
 }  // namespace sm90
 }  // namespace cuda
