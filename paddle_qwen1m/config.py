@@ -27,8 +27,12 @@ LOCAL_DIAGONALS = 100
 BLOCK = 64  # rows of a row block, keys of a block of keys
 COLUMN_GROUP = 64  # a stage's columns in an index begin at a multiple of it
 ROWS_AT_ONCE = 17_088
-"""Rows of a chunk whose MLP is in memory at once and, of all heads, whose rotated queries and index tables are: 267 row
-blocks, a multiple of the three that a kernel takes together.
+"""Rows of a chunk whose rotated queries and index tables are in memory at once, of all heads: 267 row blocks, a
+multiple of the three that a kernel takes together.
+"""
+LANE_ROWS, LANE_ROWS_IN_FP8 = 12_672, 16_896
+"""Rows of a chunk that one rank's products behind attention take at once: 66 tiles of 192 and 132 of 128 rows, which by
+any even number of tiles of features fill whole rounds of the 132 processors of a Hopper.
 """
 QUESTION_ROWS = 8, 64
 """Rows that a GPU keeps captured steps for: engine/questions.py."""

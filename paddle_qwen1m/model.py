@@ -16,7 +16,7 @@ from paddle_qwen1m.attention.attend import attend, decode, keep
 from paddle_qwen1m.attention.selector import Projected, Selector
 from paddle_qwen1m.attention.step import Step
 from paddle_qwen1m.cache import LayerCache
-from paddle_qwen1m.config import ModelConfig
+from paddle_qwen1m.config import LANE_ROWS, LANE_ROWS_IN_FP8, ModelConfig
 from paddle_qwen1m.dtypes import FP8, dtype_name, itemsize
 from paddle_qwen1m.parallel.group import ALONE, Group
 from paddle_qwen1m.parallel.lanes import Activations, Lanes, Product
@@ -255,9 +255,8 @@ class Qwen2OneM(nn.Layer):
         prefill's last layer the other rows only have their keys and values cached.
         """
         config, is_decode = self.config, step.lengths is not None
-        with Lanes(
-            self.group, step.ids.shape[0], config.hidden_size, config.rms_norm_eps, split=not is_decode
-        ) as lanes:
+        shape, at_once = (step.ids.shape[0], config.hidden_size), LANE_ROWS_IN_FP8 if self.in_fp8 else LANE_ROWS
+        with Lanes(self.group, *shape, config.rms_norm_eps, split=not is_decode, at_once=at_once) as lanes:
             return (yield from self._through(lanes, step, caches, selectors, observe))
 
     def _through(

@@ -8,9 +8,17 @@ from typing import Callable, NamedTuple
 
 import numpy as np
 
-from paddle_qwen1m.config import BLOCK, QUESTION_ROWS, ROWS_AT_ONCE, ModelConfig, SparseBudgets, column_widths
+from paddle_qwen1m.config import (
+    BLOCK,
+    LANE_ROWS,
+    QUESTION_ROWS,
+    ROWS_AT_ONCE,
+    ModelConfig,
+    SparseBudgets,
+    column_widths,
+)
 from paddle_qwen1m.dtypes import QUANTIZATIONS, itemsize
-from paddle_qwen1m.parallel.room import FEW_LANES, Room
+from paddle_qwen1m.parallel.room import FEW_LANES, LEAST_LANE_ROWS, Room
 from paddle_qwen1m.weights.eight_bit import choose_blocks, linears
 from paddle_qwen1m.weights.tensors import published_shapes
 
@@ -106,8 +114,10 @@ def sparse_bytes(config: ModelConfig, rows: int, length: int, budgets: SparseBud
 
 
 def lane_rows(rows: int, degree: int) -> int:
-    """How many of so many rows of a chunk go through the MLP at once, at most."""
-    return min(rows, ROWS_AT_ONCE if degree == 1 else max(ROWS_AT_ONCE, -(-rows // FEW_LANES)))
+    """How many of so many rows of a chunk go through the MLP at once, at most; in FP8 more, which take less."""
+    if degree > 1:
+        return min(rows, max(ROWS_AT_ONCE, -(-rows // FEW_LANES)))
+    return min(rows, LANE_ROWS + LEAST_LANE_ROWS - 1)
 
 
 def activation_bytes(

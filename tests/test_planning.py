@@ -109,7 +109,7 @@ def test_int8_is_chosen_where_a_context_fits_no_other_way_and_nobody_chose() -> 
     memory, small = 141 * 10**9, {"max_num_batched_tokens": 32_768, "max_num_seqs": 1}
     chosen = planned("14B", memory, options=EngineOptions(max_num_seqs=1))
     assert chosen.chunk == 32_768, "of a default chunk, where it fits"
-    for less, chunk in ((3_100_000_000, 24_576), (3_500_000_000, 16_384)):  # else of three quarters, or of half
+    for less, chunk in ((3_400_000_000, 24_576), (3_700_000_000, 16_384)):  # else of three quarters, or of half
         assert planned("14B", memory - less, options=EngineOptions(max_num_seqs=1)).chunk == chunk
     assert chosen.weights + chosen.cache + chosen.scales + chosen.workspace < 140e9
     asked = planned("14B", memory, options=EngineOptions(**small, kv_cache_dtype="bfloat16"))

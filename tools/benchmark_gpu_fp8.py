@@ -3,8 +3,9 @@
     python tools/cuda_library.py && python tools/benchmark_gpu_fp8.py [--models 7B 14B] [--rows 32768]
 
 Needs PyTorch, whose cuBLAS multiplies bfloat16. Prefill: whole paths from the residual or the attention's output to
-each product's output, norms and SiLU included, in bfloat16, SiLU on Hopper with the product of gate and up (`bf16`) or
-by itself (`apart`); in FP8 with rows rounded as they are made, on Hopper; and with weights widened to bfloat16 first.
+each product's output, norms and SiLU included, in bfloat16, on Hopper by products of our own where the engine has them,
+of which that of gate and up has SiLU (`bf16`), and by cuBLAS (`cublas`); in FP8 with rows rounded as they are made, on
+Hopper; and with weights widened to bfloat16 first.
 Then each product alone, and the linears of decode, which read the weights alone. Products are compared with float64 on
 the same numbers and scales for a sample of rows.
 """
@@ -17,7 +18,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from benchmark_gpu_step import copy_bandwidth, empty, normal, time_launches
-from cuda_library import CudaLibrary, constant
+from cuda_library import CudaLibrary
 from decode_step import MODELS, Model
 
 ROWS = 32768
@@ -89,7 +90,7 @@ class Prefill:
         self._workspace = empty(max(1, 33 << 20), dtype="uint8")
 
     def whole(self, path: str) -> None:
-        """All of a layer but its attention: `path` is bf16, apart, fp8 or widened."""
+        """All of a layer but its attention: `path` is bf16, cublas, fp8 or widened."""
         in_fp8 = path == "fp8"
         self._norm("qkv", in_fp8)
         self.product("qkv", path)
@@ -98,7 +99,7 @@ class Prefill:
         self.product("o", path)
         self._norm("gate_up", in_fp8)
         self.product("gate_up", path)
-        if not self._gates_at_once(path):
+        if path != "fp8" and not self._is_own("gate_up", path):
             self._silu()
         self.product("down", path)
 
@@ -122,13 +123,14 @@ class Prefill:
                 self._cuda("product8", self._workspace, **product)
             return
         weight = self._weights[name]
-        if name == "gate_up" and self._gates_at_once(path):
+        if self._is_own(name, path):
+            gates = name == "gate_up"
             self._cuda(
-                "gated_linear",
+                "gated_linear" if gates else "linear",
                 x=self._inputs[name],
                 weight=weight,
                 bias=None,
-                y=self._inputs["down"],
+                y=self._inputs["down"] if gates else self._out[name],
                 tokens=self._rows,
                 in_features=depth,
                 out_features=features,
@@ -191,9 +193,9 @@ class Prefill:
             activation="bfloat16",
         )
 
-    def _gates_at_once(self, path: str) -> bool:
-        many = self._rows >= constant("MANY_ROWS", "step.h") and self._cuda.multiplies_rows8()
-        return path == "fp8" or (path == "bf16" and many)
+    def _is_own(self, name: str, path: str) -> bool:
+        """Whether a product in bfloat16 is ours."""
+        return path == "bf16" and self._cuda.multiplies_many_rows(self._rows, self.shapes[name][1])
 
     def _silu(self) -> None:
         self._cuda(
@@ -208,7 +210,7 @@ class Prefill:
 
 def prefill_lines(cuda: CudaLibrary, name: str, rows: int) -> Iterator[str]:
     layer = Prefill(cuda, MODELS[name], rows)
-    paths = ["bf16", "apart", "fp8", "widened"] if cuda.multiplies_rows8() else ["bf16", "widened"]
+    paths = ["bf16", "cublas", "fp8", "widened"] if cuda.multiplies_rows8() else ["bf16", "widened"]
     if "fp8" in paths:
         yield f"{name}: errors of FP8 products: {', '.join(layer.errors())}"
     whole = {path: time_launches([lambda path=path: layer.whole(path)], rounds=4).graph for path in paths}

@@ -135,6 +135,10 @@ class CudaLibrary:
         """See qwen1m_cuda_multiplies_rows8."""
         return bool(self._library.qwen1m_cuda_multiplies_rows8())
 
+    def multiplies_many_rows(self, rows: int, features: int) -> bool:
+        """See qwen1m_cuda_multiplies_many_rows."""
+        return bool(self._library.qwen1m_cuda_multiplies_many_rows(ctypes.c_int64(rows), ctypes.c_int64(features)))
+
     def mailbox_bytes(self, degree: int) -> int:
         """See qwen1m_cuda_mailbox_bytes."""
         function = self._library.qwen1m_cuda_mailbox_bytes

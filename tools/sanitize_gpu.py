@@ -418,6 +418,7 @@ class Kernels:
             self.cuda("linear", **{**self.linear(few, width, 77), **given})
             self.linears_and_more(few, width, pages)
         many = constant("MANY_ROWS", "step.h") + tokens
+        self.cuda("linear", **{**self.linear(many, width, 136), "y": self.normal(many, 136)})
         self.cuda("gated_linear", **{**self.linear(many, width, 2 * 136), "y": self.normal(many, 136)})
 
     def linears_and_more(self, tokens: int, width: int, pages: int) -> None:

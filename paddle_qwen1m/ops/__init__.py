@@ -46,7 +46,6 @@ from paddle_qwen1m.ops.progress import mark_progress
 from paddle_qwen1m.ops.sampling import IN_PROMPT, LARGEST_COUNT, sample, top_logprobs
 from paddle_qwen1m.ops.step import (
     FEW_ROWS,
-    MANY_ROWS,
     add_rms_norm,
     cast,
     decode_inputs,
@@ -86,7 +85,6 @@ __all__ = [
     "LIBRARY",
     "MAILBOX_ROWS",
     "MAILBOX_WIDTH",
-    "MANY_ROWS",
     "PEER_NUMBERS",
     "PEER_RANKS",
     "PROBE_ROWS",

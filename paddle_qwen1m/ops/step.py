@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import paddle
 
 from paddle_qwen1m.ops.library import call, library
 from paddle_qwen1m.ops.pages import NOT_QUANTISED, Quantised
-from paddle_qwen1m.ops.weight8 import Weight8, linear8
+from paddle_qwen1m.ops.weight8 import Weight8, linear8, reads_bytes
 
 FEW_ROWS = 16
-"""Up to so many rows a linear layer on a GPU is a custom op, which reads the weights once; above, a GEMM of cuBLAS.
-(QWEN1M_FEW_ROWS of custom_ops/include/qwen1m/step.h)
+"""Up to so many rows a linear layer on a GPU is a custom op, which reads the weights once; above, a GEMM, of cuBLAS or,
+of many rows on a Hopper, our own. (QWEN1M_FEW_ROWS of custom_ops/include/qwen1m/step.h)
 """
-MANY_ROWS = 4096
-"""From so many rows on the product of gate and up, with SiLU, is a custom op on a Hopper. (QWEN1M_MANY_ROWS)"""
 
 
 def embedding(
@@ -57,17 +57,19 @@ def linear(
     """x [T, K] times the transpose of `weight` [N, K] (as published, out by in), plus `bias` [N]: [T, N].
 
     The result is activations, or float32 when asked for, which is never rounded on the way. On a GPU more than FEW_ROWS
-    rows of activations are a product of Paddle's matmul, which takes no bias (ValueError). A weight of 8 bits takes
-    none either, and gives activations.
+    rows of activations are a GEMM's, which takes no bias (ValueError). A weight of 8 bits takes none either, and gives
+    activations.
     """
     if isinstance(weight, Weight8):
         if bias is not None or float32:
             raise ValueError("linear: a weight of 8 bits takes no bias and gives activations, not float32")
-        return linear8(x, weight)
-    if float32 or not _is_gemm(x):
-        return call("linear", x, weight, bias, float32)[0]
-    if bias is not None:
+        if reads_bytes(x):
+            return linear8(x, weight)
+        weight = weight.widened_for(x)
+    if not float32 and bias is not None and x.shape[0] > FEW_ROWS and x.place.is_gpu_place():
         raise ValueError(f"linear: bias must be None for more than {FEW_ROWS} rows on a GPU, got {x.shape[0]} rows")
+    if float32 or not _is_of_cublas(x, weight):
+        return call("linear", x, weight, bias, float32)[0]
     return paddle.matmul(x, weight, transpose_y=True)
 
 
@@ -75,12 +77,11 @@ def gated_linear(x: paddle.Tensor, weight: paddle.Tensor | Weight8) -> paddle.Te
     """`silu_mul` of `linear` by a weight of gate and up [2I, K]: [T, I]. On a GPU the product of few rows with a weight
     that has not 8 bits, and on a Hopper that of many rows, is never in memory.
     """
-    at_once = x.place.is_gpu_place() and x.shape[0] >= MANY_ROWS and bool(library().qwen1m_cuda_gates_many_rows())
     if isinstance(weight, Weight8):
-        if not at_once:
-            return silu_mul(linear(x, weight))
+        if reads_bytes(x):
+            return silu_mul(linear8(x, weight))
         weight = weight.widened_for(x)
-    if _is_gemm(x) and not at_once:
+    if _is_of_cublas(x, weight):
         return silu_mul(linear(x, weight))
     return call("gated_linear", x, weight)[0]
 
@@ -100,9 +101,12 @@ def rotating_linear(
     return call("rotating_linear", x, weight, bias, table, slots, key_cache, value_cache)[2]
 
 
-def _is_gemm(x: paddle.Tensor) -> bool:
-    """Whether so many rows are multiplied by Paddle's matmul."""
-    return x.shape[0] > FEW_ROWS and x.place.is_gpu_place()
+def _is_of_cublas(x: paddle.Tensor, weight: paddle.Tensor) -> bool:
+    """Whether so many rows are multiplied by Paddle's matmul, which calls cuBLAS."""
+    rows, features = x.shape[0], weight.shape[0]
+    if rows <= FEW_ROWS or not x.place.is_gpu_place():
+        return False
+    return not library().qwen1m_cuda_multiplies_many_rows(ctypes.c_int64(rows), ctypes.c_int64(features))
 
 
 def cast(values: paddle.Tensor, dtype: str) -> paddle.Tensor:

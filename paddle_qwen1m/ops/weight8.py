@@ -12,8 +12,8 @@ import paddle
 from paddle_qwen1m.ops.library import call, library
 
 FEW_ROWS = 64
-"""Up to so many rows a linear layer on a GPU reads the bytes, for every 16 rows once; above, a GEMM of cuBLAS reads
-them widened to 16 bits, which takes five times the traffic.
+"""Up to so many rows a linear layer on a GPU reads the bytes, for every 16 rows once; above, a GEMM reads them widened
+to 16 bits, which takes five times the traffic.
 """
 KINDS = {"int8": 3, "fp8": 4}
 """By name, as qwen1m_dtype has them."""
@@ -51,11 +51,14 @@ class WidenedOnce(Weight8):
         return self._widened
 
 
+def reads_bytes(x: paddle.Tensor) -> bool:
+    """Whether rows [T, K] are multiplied by the bytes themselves."""
+    return x.shape[0] <= FEW_ROWS or not x.place.is_gpu_place()
+
+
 def linear8(x: paddle.Tensor, weight: Weight8) -> paddle.Tensor:
     """x [T, K] times the transpose of the weight: activations [T, N]. What is computed in is `x`'s type."""
-    if x.shape[0] <= FEW_ROWS or not x.place.is_gpu_place():
-        return call("linear8", x, *weight)[0]
-    return paddle.matmul(x, weight.widened_for(x), transpose_y=True)
+    return call("linear8", x, *weight)[0]
 
 
 def widen_weight(weight: Weight8, dtype: str) -> paddle.Tensor:

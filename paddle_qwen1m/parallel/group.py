@@ -20,7 +20,6 @@ import paddle
 from paddle.base import core
 
 from paddle_qwen1m import ops
-from paddle_qwen1m.config import ROWS_AT_ONCE
 from paddle_qwen1m.ops.library import library
 from paddle_qwen1m.parallel.copies import Copies, open_copies
 from paddle_qwen1m.parallel.job import (
@@ -74,8 +73,10 @@ class Group:
         return None
 
     def lanes(self, rows: int) -> int:
-        """In how many lanes so many rows of a step go (lanes.py): one where they are few or do not divide by degree."""
-        return max(1, -(-rows // ROWS_AT_ONCE))
+        """In how many lanes so many rows of a step go between ranks (lanes.py): one where they are few or do not divide
+        by degree.
+        """
+        return 1
 
     def open_copies(self, rows: int, width: int, dtype: str) -> None:
         """Makes room for lanes of steps of up to so many rows of `width` activations, where ranks can copy into each

@@ -8,7 +8,7 @@ under way, copied by the cards or on the library's stream, the computation goes 
 rows alone: attention has all of them, its keys are cached before any are chosen, and nothing is under way at its
 beginning, nor where a prefill stands still.
 
-One rank alone has lanes of ROWS_AT_ONCE, so that no more of the MLP is in memory at once.
+One rank alone has lanes, too, so that no more of the MLP is in memory at once.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from typing import Any, Callable, Union
 import paddle
 
 from paddle_qwen1m import ops
-from paddle_qwen1m.config import BLOCK
+from paddle_qwen1m.config import LANE_ROWS
 from paddle_qwen1m.parallel.copies import Copies
 from paddle_qwen1m.parallel.group import Group
 from paddle_qwen1m.parallel.mailboxes import Mailboxes
 from paddle_qwen1m.parallel.pending import Pending
+from paddle_qwen1m.parallel.room import lane_borders
 
 Activations = Union[paddle.Tensor, ops.Rows8, "list[ops.Rows8]"]
 """Of T rows: [T, N] in the activations' type, or in FP8, in parts one below the other where there are several."""
@@ -50,19 +51,25 @@ class Lane:
 
 class Lanes:
     """The lanes of a step of `rows` rows of `width` activations, and what is under way of them. eps: of the norms.
-    split: whether they may be several; a decode step's, which a graph captures, are one.
+    split: whether they may be several; a decode step's, which a graph captures, are one. at_once: rows of one rank's.
 
     `add` takes the products of the layers one after the other; `all_rows` gives what is behind the last norm, which
     stays as it is until the next `add`. Behind a `with` nothing of theirs is used any more.
     """
 
-    def __init__(self, group: Group, rows: int, width: int, eps: float, *, split: bool = True) -> None:
+    def __init__(
+        self, group: Group, rows: int, width: int, eps: float, *, split: bool = True, at_once: int = LANE_ROWS
+    ) -> None:
         self._group, self._rows, self._width, self._eps = group, rows, width, eps
-        count = group.lanes(rows) if split else 1
-        # Alone borders are rounded up: no lane has more than ROWS_AT_ONCE, which is whole row blocks.
-        grain, up = (group.degree, 0) if group.adds_up else (BLOCK, BLOCK * count - 1)
-        borders = [0, *((rows * number + up) // (grain * count) * grain for number in range(1, count)), rows]
+        if not split:
+            borders = [0, rows]
+        elif group.adds_up:
+            count, grain = group.lanes(rows), group.degree
+            borders = [*(rows * number // (grain * count) * grain for number in range(count)), rows]
+        else:
+            borders = lane_borders(rows, at_once)
         self._lanes = [Lane(number, *ends) for number, ends in enumerate(zip(borders, borders[1:]))]
+        count = len(self._lanes)
         self._is_split = count > 1 and group.adds_up
         """Between ranks: each norms a share of a lane's rows, which are gathered."""
         self._copies: Copies | None = group.lend_copies(rows, width) if self._is_split else None

@@ -5,10 +5,17 @@ from __future__ import annotations
 from typing import NamedTuple
 
 FEW_LANES, MOST_LANES = 4, 8
+LEAST_LANE_ROWS = 128
+"""Of one rank's last lane: fewer go with the lane before."""
 """What the last of a layer's lanes sends lies beside nothing: with eight it is an eighth."""
 SUMS, ROWS = 0, 1
 """What comes: parts of a lane's sums, and its normed rows."""
 FLAG_BYTES = 4
+
+
+def lane_borders(rows: int, at_once: int) -> list[int]:
+    """Where the lanes of one rank alone, of so many rows at once, begin, and the last one ends."""
+    return [*range(0, max(1, rows - LEAST_LANE_ROWS + 1), at_once), rows]
 
 
 def lanes_of(rows: int, least: int) -> int:

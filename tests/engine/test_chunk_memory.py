@@ -11,10 +11,9 @@ from paddle.base import core
 from runner_setup import fill_with_nan, make_runner, rows
 from small_model import CONFIG, random_model
 
-from paddle_qwen1m import config, plan
+from paddle_qwen1m import config, model, plan
 from paddle_qwen1m.config import DualChunkConfig, SparseBudgets
 from paddle_qwen1m.engine.orders import Prefill
-from paddle_qwen1m.parallel import group
 
 TOKENS, PAGE, AT_ONCE = 4096, 256, 512
 WIDE = replace(
@@ -33,8 +32,9 @@ def test_a_chunk_takes_what_the_plan_counts(
     rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, is_sparse: bool
 ) -> None:
     """In parts, of several layers: whatever a layer leaves behind would show in the next one."""
-    for module in (config, group, plan):
-        monkeypatch.setattr(module, "ROWS_AT_ONCE", AT_ONCE)
+    monkeypatch.setattr(config, "ROWS_AT_ONCE", AT_ONCE)
+    for module in (model, plan):
+        monkeypatch.setattr(module, "LANE_ROWS", AT_ONCE)
     budgets = SparseBudgets.uniform(64, 256, WIDE.num_layers, WIDE.num_heads) if is_sparse else None
     pages = TOKENS // PAGE
     runner, cache = make_runner(

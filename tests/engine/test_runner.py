@@ -13,6 +13,7 @@ from runner_setup import Made, fill_with_nan, head, make_runner, rows
 from small_model import BUDGETS, CONFIG, random_model
 
 from paddle_qwen1m import config, ops
+from paddle_qwen1m import model as model_module
 from paddle_qwen1m.cache import PagedCache
 from paddle_qwen1m.engine.orders import (
     HEAD_ROWS,
@@ -366,9 +367,9 @@ def test_a_large_chunk_goes_through_in_parts(
     )
 
     def read(at_once: int | None) -> tuple[np.ndarray, np.ndarray]:
-        for module in (config, group):
-            if at_once is not None:
-                monkeypatch.setattr(module, "ROWS_AT_ONCE", at_once)
+        if at_once is not None:
+            monkeypatch.setattr(config, "ROWS_AT_ONCE", at_once)
+            monkeypatch.setattr(model_module, "LANE_ROWS", at_once)
         runner, cache = make(model)
         for _ in advance(runner, Prefill(chunk, row_blocks)):
             pass

@@ -470,25 +470,56 @@ def test_gated_linear(
         assert same_bits(y[:tokens], apart)
 
 
+def many_rows(rng: np.random.Generator, tokens: int, depth: int, dtype: torch.dtype) -> torch.Tensor:
+    """Of all sizes, so that none stands for another, before others that are poisoned."""
+    x = poisoned(tokens + 64, depth, dtype=dtype)
+    x[:tokens] = stored(rng.standard_normal((tokens, depth)) * 2.0 ** rng.integers(-3, 3, (tokens, 1)), dtype)
+    return x[:tokens]
+
+
+def product_of_some(
+    rng: np.random.Generator, x: torch.Tensor, weight: torch.Tensor
+) -> tuple[list[int], Array, Array | float]:
+    """Which rows, their exact product, and by how much its sums may be off."""
+    some = sorted({0, len(x) - 1, *rng.integers(0, len(x), 200).tolist()})
+    rows, depth = exact(x[some]), weight.shape[1]
+    return some, oracle.linear(rows, exact(weight)), linear_slack(depth) * depth**-0.5 * largest(rows) / 3
+
+
+each_many = pytest.mark.parametrize("tokens", [4096, 4097, 4995])
+
+
 @pytest.mark.usefixtures("hopper")
 @each_half
+@each_many
+@pytest.mark.parametrize("depth, features", [(8, 8), (72, 264), (1792, 1000), (3584, 4608), (5120, 128)])
+def test_linear_of_many_rows(
+    cuda: Any, rng: np.random.Generator, tokens: int, depth: int, features: int, dtype: torch.dtype
+) -> None:
+    """Depths, features and rows that fill no step or tile; nothing behind the rows is read or written."""
+    x = many_rows(rng, tokens, depth, dtype)
+    weight = stored(depth**-0.5 * rng.standard_normal((features, depth)), dtype)
+    y = run_linear(cuda, x, weight, None, dtype, spare_rows=64)
+    some, expected, off = product_of_some(rng, x, weight)
+    check(y[some], expected, off)
+    assert same_bits(y[tokens:], poisoned(64, features, dtype=dtype))
+
+
+@pytest.mark.usefixtures("hopper")
+@each_half
+@each_many
 @pytest.mark.parametrize("depth, width", [(8, 8), (72, 264), (1792, 1000), (3584, 2368), (5120, 128)])
-@pytest.mark.parametrize("tokens", [4096, 4097, 4995])
 def test_gated_linear_of_many_rows(
     cuda: Any, rng: np.random.Generator, tokens: int, depth: int, width: int, dtype: torch.dtype
 ) -> None:
-    """What SiLU makes of the product, rounded as in memory. Depths, widths and rows that fill no step or tile; rows of
-    all sizes, so that none stands for another; nothing behind them is read or written.
-    """
-    x = poisoned(tokens + 64, depth, dtype=dtype)
-    x[:tokens] = stored(rng.standard_normal((tokens, depth)) * 2.0 ** rng.integers(-3, 3, (tokens, 1)), dtype)
+    """What SiLU makes of the product, rounded as in memory; likewise."""
+    x = many_rows(rng, tokens, depth, dtype)
     weight = stored(depth**-0.5 * rng.standard_normal((2 * width, depth)), dtype)
     y = poisoned(tokens + 64, width, dtype=dtype)
-    cuda("gated_linear", **linear_fields(x[:tokens], weight, y))
+    cuda("gated_linear", **linear_fields(x, weight, y))
     assert same_bits(y[tokens:], poisoned(64, width, dtype=dtype))
-    some = sorted({0, tokens - 1, *rng.integers(0, tokens, 200)})
-    product = oracle.linear(exact(x[some]), exact(weight))
-    off = ROUNDING[dtype] * np.abs(product) + linear_slack(depth) * depth**-0.5 * largest(exact(x[some])) / 3
+    some, product, off_sums = product_of_some(rng, x, weight)
+    off = ROUNDING[dtype] * np.abs(product) + off_sums
     (gate, up), (gate_off, up_off) = np.split(np.abs(product), 2, -1), np.split(off, 2, -1)
     # SiLU grows by 1.1 of what its argument does at most
     check(y[some], oracle.silu_mul(product), 1.1 * gate_off * (up + up_off) + gate * up_off)

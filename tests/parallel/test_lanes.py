@@ -11,11 +11,12 @@ import oracle
 import paddle
 import pytest
 
-from paddle_qwen1m.config import ROWS_AT_ONCE
+from paddle_qwen1m.config import LANE_ROWS, LANE_ROWS_IN_FP8
 from paddle_qwen1m.parallel import group as group_module
 from paddle_qwen1m.parallel.group import Group, ProcessGroup
 from paddle_qwen1m.parallel.lanes import Lanes
 from paddle_qwen1m.parallel.pending import Pending
+from paddle_qwen1m.parallel.room import lane_borders
 
 WIDTH, INNER, LAYERS, EPS = 32, 24, 3, 1e-6
 
@@ -107,7 +108,7 @@ class Layers:
             found.append(norm(residual, self.norms[2 * layer + 2]))
         return found
 
-    def on(self, group: Rank | LocalRank, rows: np.ndarray) -> list[np.ndarray]:
+    def on(self, group: Rank | LocalRank, rows: np.ndarray, at_once: int = LANE_ROWS) -> list[np.ndarray]:
         """The same on one of several ranks, whose rows are padded as it says; there with what memory holds."""
         rank, degree = group.rank, group.degree
         own, inner = (slice(rank * size // degree, (rank + 1) * size // degree) for size in (WIDTH, INNER))
@@ -123,7 +124,7 @@ class Layers:
         padded = np.full((group.padded(len(rows)), WIDTH), np.nan, np.float32)
         padded[: len(rows)] = rows
         norms = [paddle.to_tensor(one) for one in self.norms]
-        with Lanes(group, len(padded), WIDTH, EPS) as lanes:
+        with Lanes(group, len(padded), WIDTH, EPS, at_once=at_once) as lanes:
             lanes.add(paddle.to_tensor(padded[:, own]), [product(self.first[own])], norms[0])
             found = [lanes.all_rows().numpy()]
             for layer in range(LAYERS):
@@ -258,35 +259,40 @@ def test_every_kind_of_collective_comes_first_with_few_values_and_with_many(monk
 def test_an_alone_rank_sends_nothing(rng: np.random.Generator) -> None:
     layers, given = Layers(rng), rng.standard_normal((300, WIDTH)).astype(np.float32)
     rank = Group()
-    assert rank.padded(299) == 299 and (rank.lanes(ROWS_AT_ONCE), rank.lanes(ROWS_AT_ONCE + 1)) == (1, 2)
+    assert rank.padded(299) == 299
     lanes = Lanes(rank, 300, WIDTH, EPS)
     first, norm = paddle.to_tensor(layers.first), paddle.to_tensor(layers.norms[0])
     lanes.add(paddle.to_tensor(given), [lambda rows: rows @ first], norm)
     np.testing.assert_allclose(lanes.all_rows().numpy(), layers.alone(given)[0], rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize(("rows", "lanes"), [(200, 2), (257, 3), (700, 6), (1024, 8)])
-def test_a_large_chunk_of_one_rank_goes_in_parts(
-    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, rows: int, lanes: int
-) -> None:
-    """As rows do that go together, in parts of row blocks; what the last layer goes on with among them."""
-    monkeypatch.setattr(group_module, "ROWS_AT_ONCE", 128)
+@pytest.mark.parametrize(
+    ("rows", "heights"),
+    [(383, [383]), (384, [256, 128]), (600, [256, 344]), (700, [256, 256, 188]), (1024, [256] * 4)],
+)
+def test_a_large_chunk_of_one_rank_goes_in_parts(rng: np.random.Generator, rows: int, heights: list[int]) -> None:
+    """As rows do that go together; what the last one would have too few of is with the one before."""
     layers, given, alone = Layers(rng), rng.standard_normal((rows, WIDTH)).astype(np.float32), LocalRank()
     seen = alone.products = []
-    for one, other in zip(layers.on(alone, given), layers.alone(given)):
+    for one, other in zip(layers.on(alone, given, at_once=256), layers.alone(given)):
         np.testing.assert_allclose(one, other, rtol=0, atol=2e-5)
-    heights = seen[:lanes]
-    assert sum(heights) == rows and all(height % 64 == 0 for height in heights[:-1])
-    assert max(heights) <= 128
-    assert len(seen) == (1 + 3 * LAYERS) * lanes
+    assert seen[: len(heights)] == heights
+    assert len(seen) == (1 + 3 * LAYERS) * len(heights)
 
 
-def test_the_last_layer_goes_on_with_rows_of_all_parts(
-    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(group_module, "ROWS_AT_ONCE", 128)
+def test_lanes_of_one_rank_fill_whole_rounds_of_a_hopper() -> None:
+    """Of 132 processors, in tiles of 192 and 128 rows by 256 features, whatever the model's width; but for the last."""
+    for tile, rows in ((192, LANE_ROWS), (128, LANE_ROWS_IN_FP8)):
+        assert all(rows // tile * (width // 256) % 132 == 0 and rows % tile == 0 for width in (3584, 4608, 5120, 7168))
+    assert lane_borders(126_976, LANE_ROWS) == [*range(0, 11 * LANE_ROWS, LANE_ROWS), 126_976]
+    assert lane_borders(84_736, LANE_ROWS) == [*range(0, 7 * LANE_ROWS, LANE_ROWS), 84_736]
+    assert lane_borders(LANE_ROWS + 127, LANE_ROWS) == [0, LANE_ROWS + 127]
+    assert lane_borders(1, LANE_ROWS) == [0, 1]
+
+
+def test_the_last_layer_goes_on_with_rows_of_all_parts(rng: np.random.Generator) -> None:
     given, weight = rng.standard_normal((300, WIDTH)).astype(np.float32), paddle.ones([WIDTH])
-    lanes = Lanes(Group(), 300, WIDTH, EPS)
+    lanes = Lanes(Group(), 300, WIDTH, EPS, at_once=128)
     lanes.add(paddle.to_tensor(given), [lambda rows: rows + 0], weight)
     lanes.all_rows()
     wanted = np.array([3, 299, 150, 64])
@@ -296,15 +302,14 @@ def test_the_last_layer_goes_on_with_rows_of_all_parts(
     np.testing.assert_allclose(few.all_rows().numpy(), expected, rtol=0, atol=2e-6)
 
 
-def test_rows_in_fp8_stay_in_parts(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_in_fp8_stay_in_parts(rng: np.random.Generator) -> None:
     """Each with what its product takes; the norm of an answer's last layer brings all rows together."""
-    monkeypatch.setattr(group_module, "ROWS_AT_ONCE", 128)
     width = 256
     given, weight = rng.standard_normal((300, width)).astype(np.float32), paddle.ones([width])
-    lanes = Lanes(Group(), 300, width, EPS)
+    lanes = Lanes(Group(), 300, width, EPS, at_once=128)
     lanes.add(paddle.to_tensor(given), [lambda rows: rows + 0], weight, lambda _rows: True)
     parts = lanes.all_rows()
-    assert isinstance(parts, list) and [part.tokens for part in parts] == [128, 128, 44]
+    assert isinstance(parts, list) and [part.tokens for part in parts] == [128, 172]
     normed = given / np.sqrt((given**2).mean(axis=-1, keepdims=True) + EPS)
     kept = oracle.round_rows(normed)
     np.testing.assert_array_equal(np.concatenate([part.numbers.numpy() for part in parts]), kept[0])

@@ -21,7 +21,7 @@
 #include "mma.cuh"
 #include "overlap.cuh"
 #include "qwen1m/step.h"
-#include "sm90/gated_product.h"
+#include "sm90/product.h"
 #include "step/few_rows.cuh"
 #include "vectors.cuh"
 
@@ -291,18 +291,26 @@ bool takes(const qwen1m_linear& a) {
          a.in_features * a.out_features <= INT32_MAX;
 }
 
+// Whether the rows, whose results are so wide, are many, for a product of Hopper's.
+bool are_many(const qwen1m_linear& a, int64_t width) {
+  return a.tokens >= QWEN1M_MANY_ROWS && a.bias == nullptr && a.out_dtype == a.activation && width % kPack == 0 &&
+         is_hopper();
+}
+
 }  // namespace
 }  // namespace cuda
 }  // namespace qwen1m
 
 using namespace qwen1m::cuda;
 
-// Every 16 tokens read the weights once more.
+// Every 16 tokens read the weights once more, but for many on Hopper.
 int qwen1m_cuda_linear(const qwen1m_linear* a, qwen1m_stream stream) {
   if (!takes(*a) || (a->out_dtype != a->activation && a->out_dtype != QWEN1M_FLOAT32)) return cudaErrorInvalidValue;
   if (a->out_features == 0) return cudaSuccess;
+  const bool many = are_many(*a, a->out_features);
   return with_half_type(a->activation, [&](auto type) -> int {
     using T = decltype(type);
+    if (many) return sm90::product<T>(*a, as_stream(stream));
     const auto all_tokens = [&](auto out) {
       using Out = decltype(out);
       return few_at_a_time<T, Out>(*a, a->out_features, choose_linear<T, Features<T, Out>>, as_stream(stream));
@@ -311,21 +319,23 @@ int qwen1m_cuda_linear(const qwen1m_linear* a, qwen1m_stream stream) {
   });
 }
 
-// The same, but for many on Hopper.
+// The same.
 int qwen1m_cuda_gated_linear(const qwen1m_linear* a, qwen1m_stream stream) {
   if (!takes(*a) || a->out_dtype != a->activation || a->bias != nullptr || a->out_features % 2 != 0) {
     return cudaErrorInvalidValue;
   }
   if (a->out_features == 0) return cudaSuccess;
-  const bool at_once = a->tokens >= QWEN1M_MANY_ROWS && a->out_features / 2 % kPack == 0 && is_hopper();
+  const bool many = are_many(*a, a->out_features / 2);
   return with_half_type(a->activation, [&](auto type) -> int {
     using T = decltype(type);
-    if (at_once) return sm90::gated_product<T>(*a, as_stream(stream));
+    if (many) return sm90::gated_product<T>(*a, as_stream(stream));
     return few_at_a_time<T, T>(*a, a->out_features / 2, choose_linear<T, Gated<T>>, as_stream(stream));
   });
 }
 
-int qwen1m_cuda_gates_many_rows() { return is_hopper() ? 1 : 0; }
+int qwen1m_cuda_multiplies_many_rows(int64_t rows, int64_t features) {
+  return rows >= QWEN1M_MANY_ROWS && is_hopper() && sm90::fills_rounds(rows, features) ? 1 : 0;
+}
 
 int qwen1m_cuda_rotating_linear(const qwen1m_rotating_linear* a, qwen1m_stream stream) {
   const qwen1m_linear& linear = a->linear;

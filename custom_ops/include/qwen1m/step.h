@@ -131,9 +131,11 @@ QWEN1M_API int qwen1m_cuda_rotate_and_cache(const qwen1m_rotate_and_cache*, qwen
 QWEN1M_API int qwen1m_cuda_rotate_queries(const qwen1m_rotate_queries*, qwen1m_stream);
 QWEN1M_API int qwen1m_cuda_decode_inputs(const qwen1m_decode_inputs*, qwen1m_stream);
 QWEN1M_API int qwen1m_cuda_embedding(const qwen1m_embedding*, qwen1m_stream);
-QWEN1M_API int qwen1m_cuda_linear(const qwen1m_linear*, qwen1m_stream);        // few rows: others belong to cuBLAS
-QWEN1M_API int qwen1m_cuda_gated_linear(const qwen1m_linear*, qwen1m_stream);  // few rows, on Hopper many as well
-QWEN1M_API int qwen1m_cuda_gates_many_rows(void);
+// Few rows, on Hopper many as well; others belong to cuBLAS.
+QWEN1M_API int qwen1m_cuda_linear(const qwen1m_linear*, qwen1m_stream);
+QWEN1M_API int qwen1m_cuda_gated_linear(const qwen1m_linear*, qwen1m_stream);
+// Whether so many rows with a weight of so many features are faster so than with cuBLAS, without a bias.
+QWEN1M_API int qwen1m_cuda_multiplies_many_rows(int64_t rows, int64_t features);
 QWEN1M_API int qwen1m_cuda_rotating_linear(const qwen1m_rotating_linear*, qwen1m_stream);
 QWEN1M_API int qwen1m_cuda_rms_norm(const qwen1m_rms_norm*, qwen1m_stream);
 QWEN1M_API int qwen1m_cuda_silu_mul(const qwen1m_silu_mul*, qwen1m_stream);

@@ -1,13 +1,13 @@
-// The MLP's first product and SiLU, of many rows in 16 bits: 192 rows by 128 features of the gate and the same ones of
-// what goes up a block, 64 values deep a step.
+// Products of many rows in 16 bits: 192 rows by 256 features a block, 64 values deep a step. Or the MLP's first product
+// with SiLU: 128 features of the gate and the same ones of what goes up.
 //
 // Three warpgroups have 64 rows each. There is no producer beside them, which would leave a thread too few registers
 // for its 128 sums: one thread of the first warpgroup has the copy engine fill a ring. It asks for a step when its own
 // warpgroup has gone two steps on, and the others have rarely anything left to read there.
 //
-// A warpgroup that is at its SiLU leaves the tensor cores to the others, which are some steps behind.
-#include "gated_product.h"
+// A warpgroup that stores leaves the tensor cores to the others, which are some steps behind.
 #include "hopper.cuh"
+#include "product.h"
 #include "product_tiles.cuh"
 #include "tensor_map.h"
 
@@ -18,42 +18,50 @@ namespace {
 
 constexpr int kWarpgroups = 3, kThreads = kWarpgroups * kWarpgroup;
 constexpr int kGroupRows = 64, kTileRows = kWarpgroups * kGroupRows;
-constexpr int kTileFeatures = 128, kHalves = 2;  // the gate's, and of what goes up
-constexpr int kRing = 4, kAhead = kRing - 2;     // steps
-constexpr int kStepBytes = (kTileRows + kHalves * kTileFeatures) * kPanelRowBytes;
+constexpr int kHalfFeatures = 128, kHalves = 2, kTileFeatures = kHalves * kHalfFeatures;
+constexpr int kRing = 4, kAhead = kRing - 2;  // steps
+constexpr int kStepBytes = (kTileRows + kTileFeatures) * kPanelRowBytes;
 constexpr int kLanesARow = 4;  // of a warp
 
 // What the copy engine is asked for next, by one thread: a step of a tile.
 struct Request {
   RingPlace<kRing> place;
   int32_t tile, step;
-  int32_t row, feature;  // the tile's first
+  int32_t row, feature;  // the tile's first, and the first half's
 };
 
 struct alignas(1024) Shared {
   char rows[kRing][kTileRows * kPanelRowBytes];
-  char features[kRing][kHalves][kTileFeatures * kPanelRowBytes];
+  char features[kRing][kHalves][kHalfFeatures * kPanelRowBytes];
   uint64_t full[kRing], empty[kRing];
   Request request;  // here, where it takes no registers
 };
 static_assert(sizeof(Shared) <= 227 << 10, "what a block may have");
 
-struct GatedArguments {
+struct ProductArguments {
   CUtensorMap rows_map, features_map;
   void* y;                     // [rows, width]
-  int32_t rows, width, steps;  // of kPanelValues
+  int32_t rows, width, steps;  // width: the features, or those of the gate; steps: of kPanelValues
   Tiles tiles;
 };
 
-__device__ void begin_tile(const GatedArguments& a, Request& next, int32_t tile) {
+// The features of a tile that its column number, or whose SiLU it numbers, begin here.
+template <bool kGated>
+__device__ int32_t first_feature(const Tiles::Place& at) {
+  return at.column * (kGated ? kHalfFeatures : kTileFeatures);
+}
+
+template <bool kGated>
+__device__ void begin_tile(const ProductArguments& a, Request& next, int32_t tile) {
   const Tiles::Place at = a.tiles.place(tile);
   next.tile = tile;
   next.step = 0;
   next.row = at.row * kTileRows;
-  next.feature = at.column * kTileFeatures;
+  next.feature = first_feature<kGated>(at);
 }
 
-__device__ void copy_step(const GatedArguments& a, Shared& shared) {
+template <bool kGated>
+__device__ void copy_step(const ProductArguments& a, Shared& shared) {
   Request& next = shared.request;
   if (next.tile >= a.tiles.count) return;
   const int place = next.place.index, from = next.step * kPanelRowBytes;
@@ -64,22 +72,22 @@ __device__ void copy_step(const GatedArguments& a, Shared& shared) {
 #pragma unroll
   for (int half = 0; half < kHalves; ++half) {
     copy_matrix(shared_address(shared.features[place][half]), a.features_map, full, from,
-                next.feature + half * a.width);
+                next.feature + half * (kGated ? a.width : kHalfFeatures));
   }
   next.place.advance();
-  if (++next.step == a.steps) begin_tile(a, next, next.tile + a.tiles.step());
+  if (++next.step == a.steps) begin_tile<kGated>(a, next, next.tile + a.tiles.step());
 }
 
-template <typename T>
+template <typename T, bool kGated>
 struct Multiplier {
-  const GatedArguments& a;
+  const ProductArguments& a;
   Shared& shared;
   const int number = static_cast<int>(threadIdx.x) / kWarpgroup, lane = threadIdx.x % kWarp;
   RingPlace<kRing> place;
-  float sums[kHalves * 64];
+  float sums[kTileFeatures / 2];
 
   __device__ void ask_for_next() {
-    if (threadIdx.x == 0) copy_step(a, shared);
+    if (threadIdx.x == 0) copy_step<kGated>(a, shared);
     __syncwarp();
   }
 
@@ -95,7 +103,7 @@ struct Multiplier {
     for (int step = 0; step < a.steps; ++step) {
       barrier_wait(shared_address(&shared.full[place.index]), place.parity);
       const uint32_t rows = rows_begin + place.index * (kTileRows * kPanelRowBytes >> 4);
-      const uint32_t features = features_begin + place.index * (kHalves * kTileFeatures * kPanelRowBytes >> 4);
+      const uint32_t features = features_begin + place.index * (kTileFeatures * kPanelRowBytes >> 4);
       products_begin();
 #pragma unroll
       for (int chunk = 0; chunk < kPanelRowBytes / 16; chunk += 2) {
@@ -113,27 +121,30 @@ struct Multiplier {
     release(before);
   }
 
-  // SiLU of the gate times what goes up, of two features, all rounded as a product in memory is. In pairs, since ptxas
-  // else reads sums while they are still added to, and waits for each product.
-  __device__ uint32_t gated_pair(int i) const {
-    const uint32_t gates = pack_pair<T>(sums[i], sums[i + 1]), ups = pack_pair<T>(sums[64 + i], sums[64 + i + 1]);
-    const T* const gate = reinterpret_cast<const T*>(&gates);
+  // Two neighbouring features' values, of sums i and i + 1.
+  __device__ uint32_t pair(int i) const {
+    const uint32_t found = pack_pair<T>(sums[i], sums[i + 1]);
+    if (!kGated) return found;
+    // SiLU of the gate times what goes up, both rounded as a product in memory is. In pairs, since ptxas else reads
+    // sums while they are still added to, and waits for each product.
+    const uint32_t ups = pack_pair<T>(sums[64 + i], sums[64 + i + 1]);
+    const T* const gate = reinterpret_cast<const T*>(&found);
     const T* const up = reinterpret_cast<const T*>(&ups);
     return pack_pair<T>(silu(widen(gate[0])) * widen(up[0]), silu(widen(gate[1])) * widen(up[1]));
   }
 
   __device__ void store(const Tiles::Place& at) const {
     const int line = number * kGroupRows + threadIdx.x / kWarp % 4 * 16 + lane / kLanesARow;
-    const int feature = at.column * kTileFeatures + lane % kLanesARow * 8;
+    const int feature = first_feature<kGated>(at) + lane % kLanesARow * 8;
 #pragma unroll
     for (int below = 0; below < 2; ++below) {
       const int64_t row = at.row * kTileRows + line + below * 8;
       T* const y = static_cast<T*>(a.y) + row * a.width + feature;
 #pragma unroll
-      for (int n = 0; n < kTileFeatures / 8; n += 4) {
+      for (int n = 0; n < (kGated ? kHalfFeatures : kTileFeatures) / 8; n += 4) {
         uint32_t words[4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) words[i] = gated_pair(4 * (n + i) + 2 * below);
+        for (int i = 0; i < 4; ++i) words[i] = pair(4 * (n + i) + 2 * below);
         transpose_words(words);
         if (row < a.rows && feature + n * 8 < a.width) {
           *reinterpret_cast<uint4*>(y + n * 8) = make_uint4(words[0], words[1], words[2], words[3]);
@@ -151,44 +162,64 @@ struct Multiplier {
   }
 };
 
-template <typename T>
-__global__ void __launch_bounds__(kThreads, 1) gated_product_kernel(const __grid_constant__ GatedArguments a) {
+template <typename T, bool kGated>
+__global__ void __launch_bounds__(kThreads, 1) product_kernel(const __grid_constant__ ProductArguments a) {
   extern __shared__ char memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   if (threadIdx.x == 0) {
     shared.request.place = {};
-    begin_tile(a, shared.request, a.tiles.first());
+    begin_tile<kGated>(a, shared.request, a.tiles.first());
     for (uint64_t& full : shared.full) barrier_init(shared_address(&full), 1);
     for (uint64_t& empty : shared.empty) barrier_init(shared_address(&empty), kThreads / kWarp);
     barrier_init_fence();
   }
   __syncthreads();
-  Multiplier<T>{a, shared}.run();
+  Multiplier<T, kGated>{a, shared}.run();
 }
 
-}  // namespace
+Tiles tiles_of(int64_t rows, int64_t features) { return Tiles(rows, kTileRows, ceil_div(features, kTileFeatures)); }
 
-template <typename T>
-int gated_product(const qwen1m_linear& product, cudaStream_t stream) {
-  GatedArguments a{};
+template <typename T, bool kGated>
+int launch(const qwen1m_linear& product, cudaStream_t stream) {
+  ProductArguments a{};
   a.y = product.y;
   a.rows = static_cast<int32_t>(product.tokens);
-  a.width = static_cast<int32_t>(product.out_features / kHalves);
+  a.width = static_cast<int32_t>(kGated ? product.out_features / kHalves : product.out_features);
   a.steps = static_cast<int32_t>(ceil_div(product.in_features, kPanelValues));
-  a.tiles = Tiles(a.rows, kTileRows, ceil_div(a.width, kTileFeatures));
+  a.tiles = tiles_of(a.rows, product.out_features);
   const int64_t row_bytes = product.in_features * static_cast<int64_t>(sizeof(T));
   int code = make_byte_map(a.rows_map, product.x, row_bytes, a.rows, kTileRows);
   if (code == cudaSuccess) {
-    code = make_byte_map(a.features_map, product.weight, row_bytes, product.out_features, kTileFeatures);
+    code = make_byte_map(a.features_map, product.weight, row_bytes, product.out_features, kHalfFeatures);
   }
   if (code != cudaSuccess) return code;
-  const auto kernel = gated_product_kernel<T>;
+  const auto kernel = product_kernel<T, kGated>;
   const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared));
   if (status != cudaSuccess) return status;
   kernel<<<a.tiles.grid(processors()), kThreads, sizeof(Shared), stream>>>(a);
   return cudaGetLastError();
 }
 
+}  // namespace
+
+bool fills_rounds(int64_t rows, int64_t features) {
+  constexpr int64_t kOf = 16, kFull = 15;
+  const int64_t tiles = tiles_of(rows, features).count, blocks = processors();
+  return kOf * tiles >= kFull * ceil_div(tiles, blocks) * blocks;
+}
+
+template <typename T>
+int product(const qwen1m_linear& a, cudaStream_t stream) {
+  return launch<T, false>(a, stream);
+}
+
+template <typename T>
+int gated_product(const qwen1m_linear& a, cudaStream_t stream) {
+  return launch<T, true>(a, stream);
+}
+
+template int product<bf16>(const qwen1m_linear&, cudaStream_t);
+template int product<f16>(const qwen1m_linear&, cudaStream_t);
 template int gated_product<bf16>(const qwen1m_linear&, cudaStream_t);
 template int gated_product<f16>(const qwen1m_linear&, cudaStream_t);
 
