@@ -2,8 +2,8 @@
 // with SiLU: 128 features of the gate and the same ones of what goes up.
 //
 // Three warpgroups have 64 rows each. There is no producer beside them, which would leave a thread too few registers
-// for its 128 sums: one thread of the first warpgroup has the copy engine fill a ring. It asks for a step when its own
-// warpgroup has gone two steps on, and the others have rarely anything left to read there.
+// for its 128 sums: one thread of the first warpgroup has the copy engine fill a ring, each time with the step two
+// ahead of its own, in the place of the one two behind, which the other warpgroups have mostly left.
 //
 // A warpgroup that stores leaves the tensor cores to the others, which are some steps behind.
 #include "hopper.cuh"
@@ -45,7 +45,7 @@ struct ProductArguments {
   Tiles tiles;
 };
 
-// The features of a tile that its column number, or whose SiLU it numbers, begin here.
+// Where the features of a tile's column begin, the gate's where it has some.
 template <bool kGated>
 __device__ int32_t first_feature(const Tiles::Place& at) {
   return at.column * (kGated ? kHalfFeatures : kTileFeatures);

@@ -218,9 +218,9 @@ __global__ void __launch_bounds__(kThreads, 1) product8_kernel(const __grid_cons
   extern __shared__ char memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   if (threadIdx.x == 0) {
-    constexpr int kThreadsOfBoth = kConsumers * kWarpgroup + (kBlocks<kGated> - 1) * kConsumers * kWarpgroup / kWarp;
+    constexpr int kArrivals = kConsumers * kWarpgroup + (kBlocks<kGated> - 1) * kConsumers * kWarpgroup / kWarp;
     for (uint64_t& barrier : shared.full) barrier_init(shared_address(&barrier), 1);
-    for (uint64_t& barrier : shared.empty) barrier_init(shared_address(&barrier), kThreadsOfBoth);
+    for (uint64_t& barrier : shared.empty) barrier_init(shared_address(&barrier), kArrivals);
     barrier_init_fence();
   }
   const auto meet = [] {  // no block begins before the other has barriers, or ends while that may still write to it
