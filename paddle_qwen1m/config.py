@@ -31,8 +31,9 @@ ROWS_AT_ONCE = 17_088
 multiple of the three that a kernel takes together.
 """
 LANE_ROWS, LANE_ROWS_IN_FP8 = 12_672, 16_896
-"""Rows of a chunk that one rank's products behind attention take at once: 66 tiles of 192 and 132 of 128 rows, which by
-any even number of tiles of features fill whole rounds of the 132 processors of a Hopper.
+"""Rows of a chunk that one rank's products behind attention take at once, the last of them up to LEAST_LANE_ROWS more,
+in 16 bits and in FP8: 66 tiles of 192 and 132 of 128 rows, which by any even number of tiles of features fill whole
+rounds of the 132 processors of a Hopper.
 """
 QUESTION_ROWS = 8, 64
 """Rows that a GPU keeps captured steps for: engine/questions.py."""

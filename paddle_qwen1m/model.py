@@ -292,11 +292,16 @@ class Qwen2OneM(nn.Layer):
             if observe is not None:
                 observe(layer, normed, heads)
                 del normed
-            output = layer.product("output_weight", lanes.count, lanes.mailboxes)
-            lanes.add(heads, [output], layer.post_attention_norm, takes_rows8)
+            # What a product has widened is gone with it.
+            times, boxes = lanes.count, lanes.mailboxes
+            lanes.add(heads, [layer.product("output_weight", times, boxes)], layer.post_attention_norm, takes_rows8)
             del heads
-            mlp = [layer.gated_product(lanes.count), layer.product("down_weight", lanes.count, lanes.mailboxes)]
-            lanes.add(None, mlp, following, None if is_last else takes_rows8)
+            lanes.add(
+                None,
+                [layer.gated_product(times), layer.product("down_weight", times, boxes)],
+                following,
+                None if is_last else takes_rows8,
+            )
             normed = lanes.all_rows()
             self._mark(normed)
             yield

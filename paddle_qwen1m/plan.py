@@ -62,16 +62,17 @@ def weight_bytes(config: ModelConfig, dtype: str, quantization: str | None = Non
 
 
 def widened_weight_bytes(config: ModelConfig, quantization: str | None, dtype: str) -> int:
-    """Bytes of the largest weight of 8 bits in 16, for as long as one product of many rows reads it so; a CPU, which
-    computes in float32, widens tiles of a few MB.
+    """Bytes of weights of 8 bits in 16, for as long as products of many rows read them so: the MLP's two, which lanes
+    go through together. A CPU, which computes in float32, widens tiles of a few MB.
     """
     if quantization is None or itemsize(dtype) != 2:
         return 0
-    return max(2 * sum(heights) * sum(widths) for heights, widths in linears(config).values())
+    sizes = {name: 2 * sum(heights) * sum(widths) for name, (heights, widths) in linears(config).items()}
+    return max(sizes["gate_up_weight"] + sizes["down_weight"], *sizes.values())
 
 
 def cache_bytes_per_token(config: ModelConfig, dtype: str, in_16_bits: int = 0) -> int:
-    """Bytes that the keys and values of one token take over all layers (spec section 1.1), their scales included.
+    """Bytes that the keys and values of one token take over all layers, their scales included.
 
     in_16_bits: layers of an 8-bit cache that stay in 16 bits.
     """
@@ -114,7 +115,9 @@ def sparse_bytes(config: ModelConfig, rows: int, length: int, budgets: SparseBud
 
 
 def lane_rows(rows: int, degree: int) -> int:
-    """How many of so many rows of a chunk go through the MLP at once, at most; in FP8 more, which take less."""
+    """How many of so many rows of a chunk go through the MLP at once, at most: in FP8 more, which take less; of several
+    ranks fewer.
+    """
     if degree > 1:
         return min(rows, max(ROWS_AT_ONCE, -(-rows // FEW_LANES)))
     return min(rows, LANE_ROWS + LEAST_LANE_ROWS - 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,10 +15,11 @@ import pytest
 from needle_documents import END_OF_TURN, DocumentMaker, is_answer, prompt
 from paddlenlp.transformers import AutoModelForCausalLM, AutoTokenizer
 
-from paddle_qwen1m import LLM, SamplingParams
+from paddle_qwen1m import LLM, SamplingParams, ops
 from paddle_qwen1m.cli import main
 from paddle_qwen1m.options import EngineOptions
 from paddle_qwen1m.paddlenlp import loading
+from paddle_qwen1m.plan import widened_weight_bytes
 
 each_kind = pytest.mark.parametrize("kind", ["int8", "fp8"])
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24)
@@ -52,6 +54,37 @@ def log_probabilities(model: Any, texts: list[np.ndarray]) -> np.ndarray:
     """Of every token of the vocabulary behind every token, float64 [tokens, vocab]."""
     logits = np.concatenate([model.engine.logits(ids, range(len(ids))) for ids in texts])
     return oracle.log_softmax(logits.astype(np.float64))
+
+
+def test_what_many_rows_widen_is_there_for_one_product_or_the_mlp(
+    load: Callable[..., Any], texts: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, in several lanes, of which each has one copy: never more than the plan counts, none in attention."""
+    model, held, attended = load(quantization="int8"), list[int](), list[int]()
+
+    def widened_bytes() -> int:
+        kept = [one._widened for one in gc.get_objects() if isinstance(one, ops.WidenedOnce)]
+        return sum(2 * copy.size for copy in kept if copy is not None)
+
+    def note(name: str, noted: list[int]) -> None:
+        op = getattr(ops, name)
+
+        def noting(*given: Any, **options: Any) -> Any:
+            found = op(*given, **options)
+            noted.append(widened_bytes())
+            return found
+
+        monkeypatch.setattr(ops, name, noting)
+
+    expected = load(quantization="int8").engine.logits(texts[0])
+    monkeypatch.setattr("paddle_qwen1m.ops.step.reads_bytes", lambda _rows: False)
+    monkeypatch.setattr("paddle_qwen1m.model.LANE_ROWS", len(texts[0]) // 3)
+    for name, noted in (("linear", held), ("gated_linear", held), ("dca_prefill", attended)):
+        note(name, noted)
+    logits = model.engine.logits(texts[0])
+    assert np.abs(logits - expected).max() < 0.1 * np.abs(expected).max()
+    assert max(held) == widened_weight_bytes(model.model.config, "int8", "float16") > 0
+    assert attended and max(attended) == 0
 
 
 @each_kind
@@ -150,7 +183,7 @@ def test_the_command_answers_and_plans(needle_checkpoint: Path, capsys: pytest.C
     assert [one["quantization"] for one in made] == [None, "fp8", "int8"]
     assert made[0]["weights"] == 29_540_067_328
     assert made[1]["weights"] < made[2]["weights"] < 0.6 * made[0]["weights"]
-    assert made[1]["workspace"] - made[0]["workspace"] == 2 * 2 * 13_824 * 5_120
+    assert made[1]["workspace"] - made[0]["workspace"] == 3 * 2 * 13_824 * 5_120
     assert main(["check", name, "--quantization", "int8"]) == 0
 
 

@@ -2,7 +2,7 @@
 
     python tools/cuda_library.py && python tools/benchmark_gpu_fp8.py [--models 7B 14B] [--rows 32768]
 
-Needs PyTorch, whose cuBLAS multiplies bfloat16. Prefill: whole paths from the residual or the attention's output to
+Needs PyTorch, for its cuBLAS. Prefill: whole paths from the residual or the attention's output to
 each product's output, norms and SiLU included, in bfloat16, on Hopper by products of our own where the engine has them,
 of which that of gate and up has SiLU (`bf16`), and by cuBLAS (`cublas`); in FP8 with rows rounded as they are made, on
 Hopper; and with weights widened to bfloat16 first.
@@ -99,7 +99,7 @@ class Prefill:
         self.product("o", path)
         self._norm("gate_up", in_fp8)
         self.product("gate_up", path)
-        if path != "fp8" and not self._is_own("gate_up", path):
+        if not in_fp8 and not self._is_own("gate_up", path):
             self._silu()
         self.product("down", path)
 
@@ -123,6 +123,16 @@ class Prefill:
                 self._cuda("product8", self._workspace, **product)
             return
         weight = self._weights[name]
+        if path == "widened":
+            weight = self._wide[name]
+            self._cuda(
+                "widen_weight",
+                weight=self._fp8[name],
+                out=weight,
+                in_features=depth,
+                out_features=features,
+                out_dtype="bfloat16",
+            )
         if self._is_own(name, path):
             gates = name == "gate_up"
             self._cuda(
@@ -139,16 +149,6 @@ class Prefill:
                 dtype="bfloat16",
             )
             return
-        if path == "widened":
-            weight = self._wide[name]
-            self._cuda(
-                "widen_weight",
-                weight=self._fp8[name],
-                out=weight,
-                in_features=depth,
-                out_features=features,
-                out_dtype="bfloat16",
-            )
         torch.matmul(self._inputs[name], weight.T, out=self._out[name])
 
     def errors(self) -> Iterator[str]:
@@ -195,7 +195,7 @@ class Prefill:
 
     def _is_own(self, name: str, path: str) -> bool:
         """Whether a product in bfloat16 is ours."""
-        return path == "bf16" and self._cuda.multiplies_many_rows(self._rows, self.shapes[name][1])
+        return path != "cublas" and self._cuda.multiplies_many_rows(self._rows, self.shapes[name][1])
 
     def _silu(self) -> None:
         self._cuda(

@@ -67,7 +67,7 @@ struct Visits {
   int32_t num_blocks = 0, num_columns = 0;
 };
 
-// Two-way merge of points and ranges in ascending key order (spec section 6) for the row block starting at `start`.
+// Two-way merge of points and ranges in ascending key order for the row block starting at `start`.
 void convert(const StageLines& lines, int32_t start, int32_t rows, bool causal, int32_t block, Visits* out) {
   const std::vector<int32_t>&V = lines.columns, &S = lines.offsets;
   const int32_t kv = lines.keys;

@@ -67,7 +67,7 @@ class Piece:
 
 
 def pieces(begin: int, end: int, chunk_len: int, row: int = 0) -> Iterator[Piece]:
-    """Cuts positions [begin, end) at multiples of chunk_len (spec 4.2); the first stands in row `row` of the step."""
+    """Cuts positions [begin, end) at multiples of chunk_len; the first stands in row `row` of the step."""
     while begin < end:
         stop = min((begin // chunk_len + 1) * chunk_len, end)
         yield Piece(row, begin, stop - begin)
@@ -89,7 +89,7 @@ def num_variants(length: int, chunk_len: int) -> int:
 def query_positions(positions: np.ndarray, dual_chunk: DualChunkConfig, variants: int) -> np.ndarray:
     """Rotary positions int32 [variants, T] of queries at `positions` [T]; row 0 is that of the cached key as well.
 
-    intra: r = p mod L; succ: min(r + L, chunk_size); inter: min(2L - 1, chunk_size) (spec 2.1).
+    intra: r = p mod L; succ: min(r + L, chunk_size); inter: min(2L - 1, chunk_size).
     """
     length, size = dual_chunk.chunk_len, dual_chunk.chunk_size
     offsets = positions % length

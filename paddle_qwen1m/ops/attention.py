@@ -33,7 +33,7 @@ def dca_prefill(
     *,
     quantised: Quantised | None = None,
 ) -> None:
-    """Dense dual chunk attention of a step's pieces; writes their rows of out [T, H, D] (spec section 4).
+    """Dense dual chunk attention of a step's pieces; writes their rows of out [T, H, D].
 
     q is [V, T, H, D]; pieces int32 [P, 4] are (sequence, first row, rows, position of the first row), each within one
     DCA chunk; block_tables int32 [S, W]; scale float32 [S] is D^-0.5 m^2 of each sequence. lse float32 [T, H], when
@@ -66,7 +66,7 @@ def dca_sparse_prefill(
 ) -> None:
     """Dual chunk attention of one piece over the keys its index names; writes rows [row, row + rows) of out [T, H, D].
 
-    q is [V, T, H, D]; block_table int32 [W] of the piece's sequence; lse as in `dca_prefill` (spec sections 7 and 8).
+    q is [V, T, H, D]; block_table int32 [W] of the piece's sequence; lse as in `dca_prefill`.
     Only the piece's row blocks [first_block, first_block + num_blocks) are computed, by default all of them; what a row
     gets does not depend on how its piece is cut. A GPU begins the heads in `order` int32 [H], by default their own, and
     may have copies of all heads' columns, `all_columns` at most with every stage filled up to groups of 64; by default
@@ -108,7 +108,7 @@ def dca_decode(
     chunk_len: int,
     quantised: Quantised | None = None,
 ) -> paddle.Tensor:
-    """The last token of each of B sequences against all its keys: q [V, B, H, D] to [B, H, D] (spec section 9).
+    """The last token of each of B sequences against all its keys: q [V, B, H, D] to [B, H, D].
 
     lengths int32 [B] count the token itself, whose key is in the cache; a row of length 0 gets zeros. block_tables
     int32 [B, W]; scale float32 [B].

@@ -14,7 +14,7 @@ PROBE_ROWS = 64
 
 
 class SparseIndex(NamedTuple):
-    """What every head visits in R blocks of 64 rows of one piece (spec section 6, the three stages side by side).
+    """What every head visits in R blocks of 64 rows of one piece, the three stages side by side.
 
     blocks: int32 [H, R, B] absolute first keys of 64-key blocks, not aligned; ascending: inter, then succ, then intra.
     counts: int32 [H, R, 6]: blocks of intra, succ, inter, then listed columns of intra, succ, inter. Blocks past the
@@ -43,7 +43,7 @@ def dca_probe(
     scale: float,
     quantised: Quantised | None = None,
 ) -> tuple[paddle.Tensor, paddle.Tensor]:
-    """Softmax of a piece's last critical queries over keys [0, end), summed by column and by diagonal (spec 5.1-5.3).
+    """Softmax of a piece's last critical queries over keys [0, end), summed by column and by diagonal.
 
     q [V, n, H, D], n <= 64, are the critical rotations of the rows that end at position end - 1; block_table int32 [W].
     Returns vertical and slash, float32 [H, end]; slash is indexed by the column that a diagonal hits on the last row.
@@ -61,7 +61,7 @@ def select_critical(
     max_vertical: int,
     max_slash: int,
 ) -> tuple[paddle.Tensor, paddle.Tensor]:
-    """Each head's best columns and diagonals: int32 [H, min(max, M)], ascending, padded with INT32_MAX (spec 5.2-5.4).
+    """Each head's best columns and diagonals: int32 [H, min(max, M)], ascending, padded with INT32_MAX.
 
     The first 30 columns and the last 100 slash columns come first, then the largest sums, ties to the lower index.
     Sizes are int32 [H], at most `max_vertical` and `max_slash`.
@@ -101,7 +101,7 @@ def sparse_index(
     num_blocks: int | None = None,
     chains: paddle.Tensor | None = None,
 ) -> SparseIndex:
-    """What the piece [begin, begin + rows) visits, from `select_critical`'s result (spec 5.5 and 6).
+    """What the piece [begin, begin + rows) visits, from `select_critical`'s result.
 
     Only of its row blocks [first_block, first_block + num_blocks), by default of all. chains: of the same piece, which
     are made anew without.

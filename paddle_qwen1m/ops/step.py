@@ -75,7 +75,7 @@ def linear(
 
 def gated_linear(x: paddle.Tensor, weight: paddle.Tensor | Weight8) -> paddle.Tensor:
     """`silu_mul` of `linear` by a weight of gate and up [2I, K]: [T, I]. On a GPU the product of few rows with a weight
-    that has not 8 bits, and on a Hopper that of many rows, is never in memory.
+    that has not 8 bits is never in memory, nor, on a Hopper, of many rows whose tiles nearly fill whole rounds.
     """
     if isinstance(weight, Weight8):
         if reads_bytes(x):

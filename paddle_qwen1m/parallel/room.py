@@ -1,13 +1,13 @@
-"""Where what lies in the memory of a rank that the others bring rows of a prefill into."""
+"""In which lanes rows of a prefill go, and where what lies in the memory of a rank that the others bring them into."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 FEW_LANES, MOST_LANES = 4, 8
+"""What the last of a layer's lanes sends lies beside nothing: with eight it is an eighth."""
 LEAST_LANE_ROWS = 128
 """Of one rank's last lane: fewer go with the lane before."""
-"""What the last of a layer's lanes sends lies beside nothing: with eight it is an eighth."""
 SUMS, ROWS = 0, 1
 """What comes: parts of a lane's sums, and its normed rows."""
 FLAG_BYTES = 4

@@ -2,7 +2,7 @@
 //
 // A diagonal t (the key it hits on the piece's last row) crosses, in the row block whose first row is `start`, the
 // `block` keys that end at t + start + block - rows + 1. In ascending order such ranges are covered greedily by blocks
-// (spec section 6), and a column is listed by itself where no block covers it. The blocks do not depend on the columns.
+//, and a column is listed by itself where no block covers it. The blocks do not depend on the columns.
 //
 // Measured from the diagonals, whose keys move with the row block, the greedy cover is the same chain of block ends in
 // every row block, once a row block's own chain, which begins where the stage does, has met it:
@@ -24,7 +24,7 @@ namespace qwen1m {
 namespace cuda {
 namespace {
 
-constexpr int kFallback = 5;    // entries that keep a stage without any from being empty (spec section 5.5)
+constexpr int kFallback = 5;    // entries that keep a stage without any from being empty
 constexpr int kSegment = 64;    // diagonals that a thread walks a chain through
 constexpr int kLookups = 6144;  // ends that chains are walked from at once
 constexpr int kMostSegments = kLookups / kSegment;
@@ -173,8 +173,8 @@ struct Cover {
 };
 
 // Lists the blocks that cover the ranges of `diagonals`, a diagonal t's range ending at t + shift. A range that begins
-// left of the stage counts as its first block. Without a range, intra visits the keys from row_block_end on (spec
-// section 6, which masks them). All lanes of the warp call it.
+// left of the stage counts as its first block. Without a range, intra visits the keys from row_block_end on,
+// which are masked. All lanes of the warp call it.
 __device__ Cover cover(const Lines& diagonals, const int32_t* chain, int32_t length, int32_t shift, Stage stage,
                        Span keys, int32_t row_block_end, int32_t block, int32_t* blocks) {
   const int lane = threadIdx.x % kWarp;

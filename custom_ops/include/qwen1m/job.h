@@ -1,9 +1,9 @@
 // What a process says to the other ranks of its job without Python: that it lives, what it has done, how it ended.
 //
-// It says so over the sockets of parallel/job.py, in that file's frames: a length of 8 bytes, little-endian, then JSON.
-// Each beat is {"kind": "beat", "work": w, "entered": e, "busy": 0 or 1}, see qwen1m_progress. The last frame of a
-// process that ends by exit is {"kind": "exit", "status": s, ...} with the same counters. One that is killed, crashes
-// or calls _exit sends none: its connection closes without a word.
+// It says so over the sockets of parallel/job.py, in the frames of parallel/connection.py: a length of 8 bytes,
+// little-endian, then JSON. Each beat is {"kind": "beat", "work": w, "entered": e, "busy": 0 or 1}, see
+// qwen1m_progress. The last frame of a process that ends by exit is {"kind": "exit", "status": s, ...} with the same
+// counters. One that is killed, crashes or calls _exit sends none: its connection closes without a word.
 #pragma once
 
 #include "qwen1m/types.h"

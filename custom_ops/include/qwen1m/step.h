@@ -56,7 +56,8 @@ typedef struct {
   qwen1m_dtype dtype, out_dtype;
 } qwen1m_embedding;
 
-// y[T, N] = x[T, K] * weight[N, K]^T + bias[N]. Weight and bias must not be what the launch right before writes.
+// y[T, N] = x[T, K] * weight[N, K]^T + bias[N]. Weight and bias must not be what the launch right before writes, of
+// few rows.
 typedef struct {
   const void* x;
   const void* weight;
