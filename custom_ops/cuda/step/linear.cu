@@ -334,7 +334,8 @@ int qwen1m_cuda_gated_linear(const qwen1m_linear* a, qwen1m_stream stream) {
 }
 
 int qwen1m_cuda_multiplies_many_rows(int64_t rows, int64_t features) {
-  return rows >= QWEN1M_MANY_ROWS && is_hopper() && sm90::fills_rounds(rows, features) ? 1 : 0;
+  const bool fits = rows >= QWEN1M_MANY_ROWS && features % (2 * kPack) == 0;
+  return fits && is_hopper() && sm90::fills_rounds(rows, features) ? 1 : 0;
 }
 
 int qwen1m_cuda_rotating_linear(const qwen1m_rotating_linear* a, qwen1m_stream stream) {
