@@ -115,8 +115,8 @@ def sparse_bytes(config: ModelConfig, rows: int, length: int, budgets: SparseBud
 
 
 def lane_rows(rows: int, degree: int) -> int:
-    """How many of so many rows of a chunk go through the MLP at once, at most: in FP8 more, which take less; of several
-    ranks fewer.
+    """How many of so many rows of a chunk go through the MLP at once, at most. In FP8 there are more, which take less;
+    lanes of several ranks (`lanes_of`) have fewer than this.
     """
     if degree > 1:
         return min(rows, max(ROWS_AT_ONCE, -(-rows // FEW_LANES)))

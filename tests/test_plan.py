@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
-from paddle_qwen1m.config import ROWS_AT_ONCE, ModelConfig, SparseBudgets, published_budgets
+from paddle_qwen1m.config import LANE_ROWS, ROWS_AT_ONCE, ModelConfig, SparseBudgets, published_budgets
+from paddle_qwen1m.parallel.group import GPU_LANE_ROWS
+from paddle_qwen1m.parallel.room import lane_borders, lanes_of
 from paddle_qwen1m.parallel.split import degrees, local_config
 from paddle_qwen1m.plan import (
     FEW_ROWS,
@@ -18,6 +20,7 @@ from paddle_qwen1m.plan import (
     Workspace,
     activation_bytes,
     cache_bytes_per_token,
+    lane_rows,
     longest_context,
     parameters,
     plan_memory,
@@ -106,6 +109,14 @@ def test_few_rows_that_share_their_keys_out_count_where_more_rows_take_less(conf
 
     assert difference(64, "bfloat16") == difference(1024, "bfloat16") == expected
     assert difference(32_768, "bfloat16") == difference(64, "float32") == 0
+
+
+@pytest.mark.parametrize("rows", [1, 127, 12_672, 12_799, 12_800, 25_471, 32_768, 84_736, 126_976])
+def test_no_lane_has_more_rows_than_the_plan_counts(rows: int) -> None:
+    borders = lane_borders(rows, LANE_ROWS)
+    assert max(last - first for first, last in zip(borders, borders[1:])) <= lane_rows(rows, 1) <= rows
+    for degree in (2, 4, 8):
+        assert -(-rows // lanes_of(rows, GPU_LANE_ROWS)) <= lane_rows(rows, degree) <= rows
 
 
 def test_the_kernels_share_out_what_the_plan_counts() -> None:

@@ -418,8 +418,10 @@ class Kernels:
             self.cuda("linear", **{**self.linear(few, width, 77), **given})
             self.linears_and_more(few, width, pages)
         many = constant("MANY_ROWS", "step.h") + tokens
-        self.cuda("linear", **{**self.linear(many, width, 136), "y": self.normal(many, 136)})
-        self.cuda("gated_linear", **{**self.linear(many, width, 2 * 136), "y": self.normal(many, 136)})
+        for features in (136, 2056):  # of the second each block has several tiles
+            self.cuda("linear", **{**self.linear(many, width, features), "y": self.normal(many, features)})
+            fields = self.linear(many, width, features)
+            self.cuda("gated_linear", **{**fields, "y": self.normal(many, features // 2)})
 
     def linears_and_more(self, tokens: int, width: int, pages: int) -> None:
         """A product and SiLU; projections, rotated and cached."""
@@ -499,7 +501,7 @@ class Kernels:
             **common,
         }
         self.cuda("rms_norm8", norm=norm, out=rows8)
-        for rows, depth, features in ((padded, width, 256), (4100, 128, 384)):
+        for rows, depth, features in ((padded, width, 256), (4100, 128, 384), (4100, 128, 512)):
             product = {
                 "x": {
                     "numbers": self.integers(np.uint8, 120, rows, depth),
@@ -576,6 +578,7 @@ def run() -> None:
         kernels.layers(1, 64)
         kernels.layers(19, 264)
         kernels.weights_of_8_bits(1, 128, 77)
+        kernels.weights_of_8_bits(5, 640, 33)
         kernels.weights_of_8_bits(19, 640, 33)
         kernels.pages(5)
         kernels.sample(4100)

@@ -184,6 +184,8 @@ def test_many_rows_are_multiplied_without_a_library_on_a_hopper(
     monkeypatch: pytest.MonkeyPatch, kind: str | None
 ) -> None:
     """By a weight of 16 bits or one that is widened, with SiLU or without: what the library and SiLU behind it make."""
+    if paddle.device.cuda.get_device_capability() != (9, 0):
+        pytest.skip("other cards multiply many rows by cuBLAS")
     rng = np.random.default_rng(0)
     rows, depth, width = 12_672, 256, 256
     weight = rng.standard_normal((2 * width, depth)).astype(np.float32) / 16
@@ -196,8 +198,7 @@ def test_many_rows_are_multiplied_without_a_library_on_a_hopper(
     wide = held.widened("bfloat16") if isinstance(held, ops.Weight8) else held
     product = paddle.matmul(x, wide, transpose_y=True)
     apart = ops.cast(ops.silu_mul(product), "float32").numpy()
-    if paddle.device.cuda.get_device_capability() == (9, 0):
-        monkeypatch.setattr(paddle, "matmul", None)  # as it is not called
+    monkeypatch.setattr(paddle, "matmul", None)  # as it is not called
     np.testing.assert_allclose(
         ops.cast(ops.linear(x, held), "float32").numpy(), ops.cast(product, "float32").numpy(), rtol=2**-7, atol=1e-2
     )

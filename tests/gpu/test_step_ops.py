@@ -492,7 +492,7 @@ each_many = pytest.mark.parametrize("tokens", [4096, 4097, 4995])
 @pytest.mark.usefixtures("hopper")
 @each_half
 @each_many
-@pytest.mark.parametrize("depth, features", [(8, 8), (72, 264), (1792, 1000), (3584, 4608), (5120, 128)])
+@pytest.mark.parametrize("depth, features", [(8, 8), (64, 4608), (72, 264), (3584, 4608), (4736, 3584), (5120, 128)])
 def test_linear_of_many_rows(
     cuda: Any, rng: np.random.Generator, tokens: int, depth: int, features: int, dtype: torch.dtype
 ) -> None:
@@ -506,9 +506,32 @@ def test_linear_of_many_rows(
 
 
 @pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("op", ["linear", "gated_linear"])
+def test_many_rows_take_one_launch(cuda: Any, op: str) -> None:
+    """Where few of them at a time would take hundreds."""
+    x, weight = (torch.ones(rows, 64, dtype=torch.bfloat16, device=DEVICE) for rows in (4096, 256))
+    y = torch.empty(4096, 128 if op == "gated_linear" else 256, dtype=torch.bfloat16, device=DEVICE)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        cuda(op, **linear_fields(x, weight, y))
+        torch.cuda.synchronize()
+    launched = [event.name for event in profile.events() if "kernel" in event.name and "qwen1m" in event.name]
+    assert len(launched) == 1 and "product_kernel" in launched[0]
+
+
+@pytest.mark.usefixtures("hopper")
+def test_which_rows_are_multiplied_without_a_library(cuda: Any) -> None:
+    """Many, of features in whole sixteens, whose tiles of 192 rows by 256 nearly fill all rounds of the processors."""
+    if torch.cuda.get_device_properties(0).multi_processor_count != 132:
+        pytest.skip("rounds are of 132 processors here")
+    assert all(cuda.multiplies_many_rows(12_672, features) for features in (3584, 4608, 5120, 37_888))
+    assert cuda.multiplies_many_rows(17_088, 37_888) and not cuda.multiplies_many_rows(7424, 3584)
+    assert not cuda.multiplies_many_rows(4095, 37_888) and not cuda.multiplies_many_rows(12_672, 3592)
+
+
+@pytest.mark.usefixtures("hopper")
 @each_half
 @each_many
-@pytest.mark.parametrize("depth, width", [(8, 8), (72, 264), (1792, 1000), (3584, 2368), (5120, 128)])
+@pytest.mark.parametrize("depth, width", [(8, 8), (64, 2304), (72, 264), (1800, 1000), (3584, 2368), (5120, 128)])
 def test_gated_linear_of_many_rows(
     cuda: Any, rng: np.random.Generator, tokens: int, depth: int, width: int, dtype: torch.dtype
 ) -> None:

@@ -108,13 +108,28 @@ def test_rows_behind_those_of_x_have_no_part_in_it(cuda: Any, rng: np.random.Gen
 
 
 @each_kind
+@pytest.mark.parametrize("depth, features, tokens", [(18944, 3584, 2), (13824, 5120, 3), (13824, 5120, 4)])
+def test_long_rows_in_low_tiles(
+    cuda: Any, rng: np.random.Generator, depth: int, features: int, tokens: int, kind: str
+) -> None:
+    """The MLP's second product: as many rows as there is room for, of tiles that are no 16 features high."""
+    x = stored(rng.standard_normal((tokens, depth)), torch.bfloat16)
+    weight = Weight(rng, kind, features, depth, 128)
+    y = run_linear8(cuda, x, weight, spare_rows=16)
+    check(y[:tokens], oracle.linear(exact(x), weight.exact), 2e-5 * depth**0.5)
+    assert same_bits(y[tokens:], poisoned(16, features, dtype=torch.bfloat16))
+
+
+@each_kind
+@pytest.mark.parametrize("tokens", [1, 3, 8])
 @pytest.mark.parametrize("size", [1e-30, 1e-6, 1.0, 1e5, 1e30])
-def test_one_row_of_any_size(cuda: Any, rng: np.random.Generator, size: float, kind: str) -> None:
-    """Values a thousand times smaller among the large ones, and a block of zeros."""
-    values = rng.standard_normal((1, 896)) * 10.0 ** rng.uniform(-3, 0, (1, 896)) * size
+def test_rows_of_any_size(cuda: Any, rng: np.random.Generator, size: float, tokens: int, kind: str) -> None:
+    """Each of another; values a thousand times smaller among the large ones, and a block of zeros."""
+    sizes = size * 4.0 ** -np.arange(tokens)[:, None]
+    values = rng.standard_normal((tokens, 896)) * 10.0 ** rng.uniform(-3, 0, (tokens, 896)) * sizes
     values[:, 128:256] = 0
     x, weight = stored(values, torch.bfloat16), Weight(rng, kind, 100, 896, 1)
-    check(run_linear8(cuda, x, weight), oracle.linear(exact(x), weight.exact), 2e-5 * 30 * size)
+    check(run_linear8(cuda, x, weight), oracle.linear(exact(x), weight.exact), 2e-5 * 30 * sizes)
 
 
 @pytest.mark.parametrize("depth, columns", [(96, 32), (64, 32), (48, 16)])

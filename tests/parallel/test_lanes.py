@@ -11,12 +11,13 @@ import oracle
 import paddle
 import pytest
 
+from paddle_qwen1m import ops
 from paddle_qwen1m.config import LANE_ROWS, LANE_ROWS_IN_FP8
 from paddle_qwen1m.parallel import group as group_module
 from paddle_qwen1m.parallel.group import Group, ProcessGroup
 from paddle_qwen1m.parallel.lanes import Lanes
 from paddle_qwen1m.parallel.pending import Pending
-from paddle_qwen1m.parallel.room import lane_borders
+from paddle_qwen1m.parallel.room import LEAST_LANE_ROWS, lane_borders
 
 WIDTH, INNER, LAYERS, EPS = 32, 24, 3, 1e-6
 
@@ -288,6 +289,8 @@ def test_lanes_of_one_rank_fill_whole_rounds_of_a_hopper() -> None:
     assert lane_borders(84_736, LANE_ROWS) == [*range(0, 7 * LANE_ROWS, LANE_ROWS), 84_736]
     assert lane_borders(LANE_ROWS + 127, LANE_ROWS) == [0, LANE_ROWS + 127]
     assert lane_borders(1, LANE_ROWS) == [0, 1]
+    assert LEAST_LANE_ROWS > ops.FEW_ROWS_OF_8_BITS, "a lane in 16 bits beside those in FP8"
+    assert LANE_ROWS_IN_FP8 % 4 == 0, "rows of FP8 that are put one below the other"
 
 
 def test_the_last_layer_goes_on_with_rows_of_all_parts(rng: np.random.Generator) -> None:

@@ -1,8 +1,8 @@
 // From selected columns and diagonals to what each row block visits: blocks of keys and single columns, per stage.
 //
 // A diagonal t (the key it hits on the piece's last row) crosses, in the row block whose first row is `start`, the
-// `block` keys that end at t + start + block - rows + 1. In ascending order such ranges are covered greedily by blocks
-//, and a column is listed by itself where no block covers it. The blocks do not depend on the columns.
+// `block` keys that end at t + start + block - rows + 1. In ascending order such ranges are covered greedily by
+// blocks, and a column is listed by itself where no block covers it. The blocks do not depend on the columns.
 //
 // Measured from the diagonals, whose keys move with the row block, the greedy cover is the same chain of block ends in
 // every row block, once a row block's own chain, which begins where the stage does, has met it:

@@ -120,7 +120,7 @@ __device__ inline uint32_t in_block(uint32_t shared, int rank) {
   return there;
 }
 
-// At another block's barrier. What this thread has stored is not made visible to it: with a scope of the cluster's that
+// At another block's barrier. What this thread has stored need not be visible there: a release of the cluster's scope
 // would cost a fence of the whole device.
 __device__ inline void barrier_arrive_in_block(uint32_t barrier, int rank) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(in_block(barrier, rank)) : "memory");

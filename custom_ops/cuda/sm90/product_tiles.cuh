@@ -1,5 +1,5 @@
-// What products of many rows share: blocks that stay and take tiles until none is left, and how a tile's rows are
-// stored.
+// What products of many rows share: blocks that stay and take tiles until none is left, and what makes 16 bytes of a
+// row of what four lanes have of it.
 #pragma once
 
 #include <algorithm>
@@ -13,7 +13,8 @@ namespace sm90 {
 // Which tiles of rows and features this block has, in bands of so many tiles of rows, which share L2. Of the `blocks`
 // of a cluster, neighbours along x, all have the same features.
 struct Tiles {
-  int32_t of_rows, count, blocks;
+  int32_t of_rows, count;  // of a cluster: `blocks` tiles of rows, one below the other
+  int32_t blocks;
 
   Tiles() = default;
   Tiles(int64_t rows, int tile_rows, int64_t across, int blocks = 1)

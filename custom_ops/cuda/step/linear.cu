@@ -293,8 +293,8 @@ bool takes(const qwen1m_linear& a) {
 
 // Whether the rows, whose results are so wide, are many, for a product of Hopper's.
 bool are_many(const qwen1m_linear& a, int64_t width) {
-  return a.tokens >= QWEN1M_MANY_ROWS && a.bias == nullptr && a.out_dtype == a.activation && width % kPack == 0 &&
-         is_hopper();
+  return a.tokens >= QWEN1M_MANY_ROWS && a.in_features > 0 && a.bias == nullptr && a.out_dtype == a.activation &&
+         width % kPack == 0 && aligned(a.y) && is_hopper();
 }
 
 }  // namespace

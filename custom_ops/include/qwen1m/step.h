@@ -56,8 +56,8 @@ typedef struct {
   qwen1m_dtype dtype, out_dtype;
 } qwen1m_embedding;
 
-// y[T, N] = x[T, K] * weight[N, K]^T + bias[N]. Weight and bias must not be what the launch right before writes, of
-// few rows.
+// y[T, N] = x[T, K] * weight[N, K]^T + bias[N]. Of few rows, weight and bias must not be what the launch right before
+// writes.
 typedef struct {
   const void* x;
   const void* weight;
@@ -70,7 +70,7 @@ typedef struct {
 // qwen1m_gated_linear is one by a weight of gate and up without a bias, and then qwen1m_silu_mul: its y is [tokens,
 // out_features / 2] activations.
 
-// That read a weight once on a GPU; from how many on products of Hopper's own are faster than a library's.
+// Up to FEW_ROWS read a weight once on a GPU. From MANY_ROWS on Hopper has products of its own, in 16 bits and in FP8.
 enum { QWEN1M_FEW_ROWS = 16, QWEN1M_MANY_ROWS = 4096 };
 
 // One without a bias, and then qwen1m_rotate_and_cache, for queries too, into a cache that is not of 8 bits: y and qkv
