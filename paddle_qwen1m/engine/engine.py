@@ -643,7 +643,7 @@ class Engine:
             max_num_seqs=self.options.max_num_seqs,
             budgets=self.budgets if self.is_sparse(longest) else None,
             dtype=self.model.compute_dtype,
-            quantization=None if self.model.in_fp8 else self.model.quantization,  # rows in FP8 need no wider weights
+            quantization=self.model.quantization,
             degree=self.model.group.degree,
         )
 
