@@ -2,12 +2,11 @@
 
     python tools/cuda_library.py && python tools/benchmark_gpu_fp8.py [--models 7B 14B] [--rows 32768]
 
-Needs PyTorch, for its cuBLAS. Prefill: whole paths from the residual or the attention's output to
-each product's output, norms and SiLU included, in bfloat16, on Hopper by products of our own where the engine has them,
-of which that of gate and up has SiLU (`bf16`), and by cuBLAS (`cublas`); in FP8 with rows rounded as they are made, on
-Hopper; and with weights widened to bfloat16 first.
-Then each product alone, and the linears of decode, which read the weights alone. Products are compared with float64 on
-the same numbers and scales for a sample of rows.
+Needs PyTorch, for its cuBLAS. Prefill: whole paths from the residual or the attention's output to each product's
+output, norms and SiLU included, in bfloat16, on Hopper by products of our own where the engine has them, of which that
+of gate and up has SiLU (`bf16`), and by cuBLAS (`cublas`); in FP8 with rows rounded as they are made, on Hopper; and
+with weights widened to bfloat16 first. Then each product alone, and the linears of decode, which read the weights
+alone. Products are compared with float64 on the same numbers and scales for a sample of rows.
 """
 
 from __future__ import annotations

@@ -418,7 +418,7 @@ class Kernels:
             self.cuda("linear", **{**self.linear(few, width, 77), **given})
             self.linears_and_more(few, width, pages)
         many = constant("MANY_ROWS", "step.h") + tokens
-        for features in (136, 2056):  # of the second each block has several tiles
+        for features in (272, 2064):  # whole eights, of gate and up as well; of the second some blocks have two tiles
             self.cuda("linear", **{**self.linear(many, width, features), "y": self.normal(many, features)})
             fields = self.linear(many, width, features)
             self.cuda("gated_linear", **{**fields, "y": self.normal(many, features // 2)})

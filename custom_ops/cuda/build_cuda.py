@@ -62,8 +62,8 @@ def gencode(architecture: str) -> str:
 
 SLOW = re.compile(r"\(C75(0[4-9]|1\d|20)\)|[1-9]\d* bytes spill")
 """What ptxas says of Hopper kernels whose products it serialised, and of any whose registers it spilled."""
-MEANT_FOR = {"sm80": ("sm_80",), "sm90": ("sm_90a",)}
-"""Where the kernels of a folder run; those elsewhere on both. Hopper runs those of sm80/ with heads of 64 alone."""
+MEANT_FOR = {"sm80": ("sm_80",), **FOLDER_ARCHITECTURES}
+"""Where the kernels of a folder run; others on all. Hopper runs those of sm80/ with heads of 64 alone."""
 KERNEL = re.compile(r"(?=Compiling entry function '\w+' for '(\w+)')")
 
 
@@ -88,7 +88,7 @@ def compile_source(source: Path, target: Path, architectures: Sequence[str], ext
     command = [nvcc, *FLAGS, f"-I{FOLDER.parent / 'include'}", f"-I{FOLDER}", *extra]
     command += [*map(gencode, only or architectures), "-c", str(source), "-o", str(target)]
     done = subprocess.run([*command, "-Xptxas=-v"], stderr=subprocess.PIPE, text=True)
-    fails = done.returncode != 0 or is_slow(done.stderr, MEANT_FOR.get(name.parts[0], ("sm_80", "sm_90a")))
+    fails = done.returncode != 0 or is_slow(done.stderr, MEANT_FOR.get(name.parts[0], ARCHITECTURES))
     said = done.stderr if fails else "\n".join(line for line in done.stderr.splitlines() if "warning" in line)
     if said:
         print(said, file=sys.stderr)

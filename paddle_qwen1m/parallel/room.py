@@ -7,7 +7,7 @@ from typing import NamedTuple
 FEW_LANES, MOST_LANES = 4, 8
 """What the last of a layer's lanes sends lies beside nothing: with eight it is an eighth."""
 LEAST_LANE_ROWS = 128
-"""Of one rank's last lane: fewer go with the lane before. As many as are multiplied in FP8, where others are."""
+"""Of one rank's last lane: fewer go with the lane before. So many are multiplied in FP8, too, where the others are."""
 SUMS, ROWS = 0, 1
 """What comes: parts of a lane's sums, and its normed rows."""
 FLAG_BYTES = 4

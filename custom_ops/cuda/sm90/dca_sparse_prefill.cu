@@ -122,7 +122,7 @@ struct alignas(1024) Shared {
   uint64_t listed[kValueRing][kConsumers];  // which of its columns a consumer's row block visits
   Plan plan;
 };
-static_assert(sizeof(Shared) <= 227 << 10, "what a block may have");
+static_assert(sizeof(Shared) <= kMostSharedBytes, "what a block may have");
 
 // The keys and values of all columns, a head's behind those of the head before, [all_columns, D] each.
 struct PackedColumns {

@@ -10,7 +10,8 @@ namespace qwen1m {
 namespace cuda {
 namespace sm90 {
 
-constexpr int kWarpgroup = 128;  // threads that issue a product together
+constexpr int kWarpgroup = 128;              // threads that issue a product together
+constexpr int kMostSharedBytes = 227 << 10;  // of a block
 
 // ---- mbarriers: a phase ends when all arrivals and all announced bytes have come in ----
 

@@ -35,7 +35,7 @@ constexpr int kBoxBytes = kFeatures * kStep;             // of the highest tile
 constexpr int kLongSteps = 4;                            // of a warp
 constexpr int kRun = 2 * kPack;                          // of x, of a thread
 constexpr int kStepBytes = kStep * sizeof(f16);          // of x
-constexpr int kMostRows = 8, kSharedBytes = 227 << 10;
+constexpr int kMostRows = 8;
 
 // For up to ROWS rows of x, one or kMostRows.
 template <int ROWS>
@@ -269,7 +269,7 @@ int launch(const qwen1m_linear8& a, cudaStream_t stream) {
 
 bool takes_linear8_rows(const qwen1m_linear8& a) {
   return a.tokens >= 1 && a.tokens <= kMostRows && a.weight.columns == kStep &&
-         (a.tokens == 1 || SharedPlan<kMostRows>::bytes(a.in_features, a.tokens) <= kSharedBytes);
+         (a.tokens == 1 || SharedPlan<kMostRows>::bytes(a.in_features, a.tokens) <= kMostSharedBytes);
 }
 
 template <typename T>

@@ -36,7 +36,7 @@ struct alignas(1024) Shared {
   uint64_t full[kRing], empty[kRing];
   Request request;  // here, where it takes no registers
 };
-static_assert(sizeof(Shared) <= 227 << 10, "what a block may have");
+static_assert(sizeof(Shared) <= kMostSharedBytes, "what a block may have");
 
 struct ProductArguments {
   CUtensorMap rows_map, features_map;
